@@ -1,0 +1,10 @@
+"""ComfyUI-Chorus: several checkpoints sing in one image."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    # imported here, not above: pytest imports this file, and the unit tests run without ComfyUI
+    from .nodes import ChorusExtension
+
+    return ChorusExtension()

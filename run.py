@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Try and test ComfyUI-Chorus.
+
+python run.py demo         start a real ComfyUI, run the example workflows, write their pictures to output/
+python run.py serve        start ComfyUI with this pack and leave it up (--listen, --port and the like go to ComfyUI)
+python run.py test         ruff, the unit tests, the host tests (other arguments go to pytest)
+python run.py train-demo   make the checkpoints of demo/ again (arguments go to demo/recipes)
+python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it)
+
+Needs Python 3.10 and, the first time, the package index. Writes nothing outside this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def import_pack():
+    """Make this folder importable as ``chorus``, whatever it is called."""
+    if "chorus" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "chorus", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        sys.modules["chorus"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["chorus"])
+    return sys.modules["chorus"]
+
+
+import_pack()
+
+from chorus.tools.progress import Problem  # noqa: E402
+from chorus.tools.server import server  # noqa: E402
+from chorus.tools.setup import Host, environment, find_host, module, need_tools  # noqa: E402
+
+
+def host_for(options) -> Host:
+    # not resolved: the custom_nodes/ of a ComfyUI may hold a link to this folder
+    return find_host(options.comfyui, Path(__file__).absolute().parent)
+
+
+def call(host: Host, command: list[str]) -> int:
+    return subprocess.run(command, cwd=ROOT, env=environment(host)).returncode
+
+
+def demo(options, rest: list[str]) -> int:
+    workflows = sorted((ROOT / "example_workflows").glob("*.json"))
+    if options.only:
+        workflows = [w for w in workflows if w.stem in options.only]
+    if not workflows:
+        raise Problem(f"no workflow {' or '.join(options.only or ['*.json'])} in {ROOT / 'example_workflows'}")
+    host = host_for(options)
+    need_tools(host)
+    with server(host, port=options.port, args=tuple(rest)) as running:
+        files = [str(w) for w in workflows]
+        return call(host, module(host, "chorus.tools.run_workflows", running.address, str(ROOT / "output"), *files))
+
+
+def serve(options, rest: list[str]) -> int:
+    host = host_for(options)
+    with server(host, port=options.port or 8188, args=tuple(rest), quiet=False) as running:
+        print(f"ComfyUI with Chorus is up: http://{running.address} (Ctrl+C stops it)", flush=True)
+        return running.process.wait()
+
+
+def test(options, rest: list[str]) -> int:
+    host = host_for(options)
+    need_tools(host)
+    codes = [call(host, module(host, "ruff", "check", "."))]
+    codes += [call(host, module(host, "ruff", "format", "--check", "."))]
+    codes += [call(host, module(host, "pytest", *rest))]
+    return next((code for code in reversed(codes) if code), 0)
+
+
+def train_demo(options, rest: list[str]) -> int:
+    host = host_for(options)
+    return call(host, module(host, "chorus.demo.recipes", *rest))
+
+
+def bench(options, rest: list[str]) -> int:
+    names = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "def main" in p.read_text(encoding="utf-8"))
+    if not rest or rest[0] not in names:
+        raise Problem(f"name one of the benchmarks: {', '.join(names)}")
+    host = host_for(options)
+    return call(host, module(host, f"chorus.benchmarks.{rest[0]}", *rest[1:]))
+
+
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "train-demo": train_demo, "bench": bench}
+
+
+def main(argv: list[str]) -> int:
+    command = next((word for word in argv if word in COMMANDS), None)
+    # no abbreviations: what is not ours goes on to ComfyUI or pytest as it is
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI and the Python that runs run.py")
+    if command in ("demo", "serve"):
+        parser.add_argument("--port", type=int, help="the server's port (serve: 8188; demo: any free one)")
+    if command == "demo":
+        parser.add_argument("--only", action="append", metavar="NAME", help="run this workflow; may be repeated")
+    sys.stdout.reconfigure(errors="replace")  # Windows consoles cannot show every character
+    options, rest = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped on the way out
+    try:
+        return COMMANDS[options.command](options, rest)
+    except Problem as problem:
+        print(f"run.py {options.command}: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036 (said plainly to those who have an older one)
+        sys.exit(f"run.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""Make this folder importable as ``chorus`` and, where there is a ComfyUI, its modules by their own names.
+
+The ComfyUI is $COMFYUI_PATH, else the one that run.py puts into .host/. Without one, tests/host is left out.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+HOST = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".host" / "ComfyUI")
+
+if (HOST / "main.py").is_file():
+    os.environ["COMFYUI_PATH"] = str(HOST)
+    # first on the path: our nodes/ folder must not shadow the host's nodes.py
+    sys.path.insert(0, str(HOST))
+else:
+    collect_ignore = ["host"]
+
+# without a GPU the Triton kernels run in its CPU interpreter; this must be set before they are imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# loaded from its path: `import run` would find any run.py on the path before ours
+spec = importlib.util.spec_from_file_location("chorus_run", ROOT / "run.py")
+sys.modules["chorus_run"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["chorus_run"])  # makes this folder the package chorus
+
+
+def pytest_report_header():
+    return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none, tests/host is left out"
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,173 @@
+"""Talk to a running ComfyUI as its web page does: queue a workflow, follow it, fetch the pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from .server import open_local
+
+ENDS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
+
+
+class WorkflowError(Exception):
+    """ComfyUI refused a workflow or a node of it failed; the message names the node."""
+
+
+@dataclass
+class Result:
+    status: str = ""  # success or interrupted
+    seconds: float = 0.0
+    outputs: dict = field(default_factory=dict)  # node id -> what its ui shows: images, text, ...
+    events: list[tuple[str, dict]] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)
+
+    def cached(self) -> set[str]:
+        """Ids of the nodes that were answered from the cache."""
+        return {node for kind, data in self.events if kind == "execution_cached" for node in data["nodes"]}
+
+
+class Comfy:
+    """A client of one server; use it as a context manager."""
+
+    def __init__(self, address: str):
+        self.address, self.id = address, uuid.uuid4().hex
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(self._connect())
+
+    async def _connect(self):
+        self._session = aiohttp.ClientSession()
+        url = f"http://{self.address}/ws?clientId={self.id}"
+        self._socket = await self._session.ws_connect(url, max_msg_size=0)
+
+    def close(self):
+        self._loop.run_until_complete(self._socket.close())
+        self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def get(self, path: str) -> bytes:
+        with open_local(f"http://{self.address}{path}", timeout=120) as response:
+            return response.read()
+
+    def get_json(self, path: str):
+        return json.loads(self.get(path))
+
+    def post(self, path: str, content: dict | None = None) -> dict:
+        request = urllib.request.Request(
+            f"http://{self.address}{path}", json.dumps(content or {}).encode(), {"Content-Type": "application/json"}
+        )
+        with open_local(request, timeout=120) as response:
+            return json.loads(response.read() or b"{}")
+
+    def interrupt(self):
+        self.post("/interrupt")
+
+    def free(self):
+        """Unload all models and forget all cached results; done by the server before its next run."""
+        self.post("/free", {"unload_models": True, "free_memory": True})
+
+    def to_api(self, workflow: dict) -> dict:
+        """The UI format as a person saves it -> the API format that can be queued."""
+        # comfy-cli is GPL: it stays in a process of its own; it keeps a configuration at home: that is thrown away
+        code = (
+            "import json, sys; from comfy_cli.workflow_to_api import convert_ui_to_api\n"
+            "json.dump(convert_ui_to_api(*json.load(sys.stdin)), sys.stdout)"
+        )
+        with tempfile.TemporaryDirectory() as home:
+            result = subprocess.run(
+                [sys.executable, "-c", code],
+                input=json.dumps([workflow, self.get_json("/object_info")]),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": home, "USERPROFILE": home},
+            )
+        if result.returncode:
+            raise WorkflowError(f"cannot convert to the API format: {result.stderr.strip().splitlines()[-1]}")
+        return json.loads(result.stdout)
+
+    def run(self, prompt: dict, on_event: Callable | None = None, timeout: float = 600, **extra) -> Result:
+        """Queue a workflow in API format and wait for its end. ``on_event(kind, data)`` may call interrupt()."""
+        start = time.monotonic()
+        result = self._loop.run_until_complete(self._follow(self._queue(prompt, extra), on_event, timeout))
+        result.seconds = time.monotonic() - start
+        return result
+
+    def _queue(self, prompt: dict, extra: dict) -> str:
+        try:
+            return self.post("/prompt", {"prompt": prompt, "client_id": self.id, **extra})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise WorkflowError(refusal(error.read().decode(errors="replace"))) from None
+
+    async def _follow(self, prompt_id: str, on_event: Callable | None, timeout: float) -> Result:
+        result, deadline = Result(), time.monotonic() + timeout
+        while not result.status:
+            try:
+                message = await self._socket.receive(timeout=max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise TimeoutError(f"prompt {prompt_id} did not end within {timeout} s") from None
+            if message.type is aiohttp.WSMsgType.BINARY:
+                if struct.unpack(">I", message.data[:4])[0] in (1, 4):  # a preview, without and with metadata
+                    result.previews.append(message.data)
+                continue
+            if message.type is not aiohttp.WSMsgType.TEXT:
+                raise WorkflowError(f"the server closed the connection while it ran prompt {prompt_id}; see its log")
+            content = json.loads(message.data)
+            kind, data = content["type"], content["data"]
+            if data.get("prompt_id") not in (None, prompt_id):
+                continue
+            result.events.append((kind, data))
+            if on_event:
+                on_event(kind, data)
+            if kind == "execution_error":
+                raise WorkflowError(
+                    f"node {data['node_id']} ({data['node_type']}): {data['exception_type']}: {data['exception_message']}"
+                )
+            result.status = ENDS.get(kind, "")
+        while not (entry := self.get_json(f"/history/{prompt_id}").get(prompt_id)):
+            await asyncio.sleep(0.05)  # the history follows after the last event
+        result.outputs = entry["outputs"]
+        return result
+
+    def images(self, result: Result, kind: str = "output") -> list[tuple[str, str, bytes]]:
+        """(node id, file name, PNG) of all pictures saved, or with kind='temp' of those only shown."""
+        return [
+            (node, image["filename"], self.get("/view?" + urllib.parse.urlencode(image)))
+            for node, output in result.outputs.items()
+            for image in output.get("images", [])
+            if image.get("type") == kind
+        ]
+
+
+def refusal(body: str) -> str:
+    """What the server answers to a bad workflow, as one line per node."""
+    try:
+        answer = json.loads(body)
+        lines = [
+            f"node {node} ({errors['class_type']}): {error['message']}: {error['details']}"
+            for node, errors in (answer.get("node_errors") or {}).items()
+            for error in errors["errors"]
+        ]
+        return "\n".join(lines) or answer["error"]["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:500]

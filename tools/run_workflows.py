@@ -1,0 +1,85 @@
+"""Run workflow files on a ComfyUI server and keep their pictures: ADDRESS OUTPUT_FOLDER WORKFLOW.json ..."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .client import Comfy, WorkflowError
+
+
+def progress_bar(title: str, prompt: dict):
+    """A tqdm bar and the listener that moves it: one unit per node, parts of it while the node works."""
+    bar = tqdm(
+        total=len(prompt),
+        desc=title,
+        file=sys.stdout,
+        bar_format="{desc} |{bar:30}| {percentage:3.0f}% {elapsed}{postfix}",
+        mininterval=0.1 if sys.stdout.isatty() else 5,
+    )
+    done: dict[str, float] = {}
+
+    def listen(kind: str, data: dict):
+        if kind == "execution_cached":
+            done.update(dict.fromkeys(data["nodes"], 1.0))
+        elif kind == "progress_state":
+            done.update({n: s["value"] / max(s["max"], 1) for n, s in data["nodes"].items() if n in prompt})
+        elif kind == "executing" and data.get("node") in prompt:
+            bar.set_postfix_str(prompt[data["node"]]["class_type"], refresh=False)
+        bar.n = round(sum(done.values()), 2)
+        bar.update(0)
+
+    return bar, listen
+
+
+def save(image: bytes, folder: Path, stem: str) -> Path:
+    """Write a picture under the next free number; nothing is overwritten."""
+    number = 1
+    while (path := folder / f"{stem}_{number:05}.png").exists():
+        number += 1
+    path.write_bytes(image)
+    return path
+
+
+def run_file(comfy: Comfy, file: Path, folder: Path) -> None:
+    workflow = json.loads(file.read_text(encoding="utf-8"))
+    if needs := workflow.get("extra", {}).get("chorus", {}).get("needs"):
+        print(f"{file.stem}: skipped, it needs {', '.join(needs)}")
+        return
+    prompt = comfy.to_api(workflow)
+    bar, listen = progress_bar(file.stem, prompt)
+    try:
+        result = comfy.run(prompt, listen)
+        bar.n = len(prompt)
+    finally:
+        bar.close()
+    print(f"{file.stem}: {result.seconds:.1f} s")
+    for _, name, image in comfy.images(result):
+        # the host's name ends in its own counter; what is before it tells several pictures of one workflow apart
+        prefix = re.sub(r"_\d+_?$", "", Path(name).stem)
+        stem = file.stem if prefix in ("ComfyUI", file.stem) else f"{file.stem} - {prefix}"
+        print(f"    {save(image, folder, stem)}")
+
+
+def main(address: str, output: str, *files: str) -> int:
+    folder, failed = Path(output), []
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    folder.mkdir(exist_ok=True)
+    with Comfy(address) as comfy:
+        for file in map(Path, files):
+            try:
+                run_file(comfy, file, folder)
+            except (WorkflowError, OSError) as error:  # OSError: the server is gone, or too slow
+                print(f"{file.stem} failed: {error}", file=sys.stderr)
+                failed.append(file.stem)
+    if failed:
+        print(f"{len(failed)} of {len(files)} workflows failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
