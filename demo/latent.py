@@ -1,0 +1,87 @@
+"""The latent space of the demo checkpoints: a fixed PCA of 4x4 pixel patches, 12 channels, no training."""
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PATCH = 4
+CHANNELS = 12
+
+
+class PatchPCA(nn.Module):
+    """encode: [B, 3, H, W] in -1..1 -> [B, 12, H/4, W/4] of about unit variance; decode is its adjoint.
+
+    weight: [12, 3, 4, 4] orthonormal rows, mean: [3, 4, 4], scale: [12] so that latent = scale * (weight . (patch - mean)).
+    """
+
+    def __init__(self, channels=CHANNELS):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 3, PATCH, PATCH), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(3, PATCH, PATCH), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(channels), requires_grad=False)
+
+    def encode(self, x):
+        shift = torch.einsum("cnij,nij->c", self.weight, self.mean)
+        return F.conv2d(x, self.weight * self.scale[:, None, None, None], -shift * self.scale, stride=PATCH)
+
+    def decode(self, z):
+        patches = F.conv_transpose2d(z, self.weight / self.scale[:, None, None, None], stride=PATCH)
+        return patches + self.mean.repeat(1, z.shape[-2], z.shape[-1])
+
+    @classmethod
+    def fit(cls, images, channels=CHANNELS, power=0.5):
+        """images: [B, 3, H, W] in -1..1. power 1 makes every channel's variance 1; 0.5 keeps the order of the variances
+        (mean 1), which spends less of a diffusion model on fine detail."""
+        patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
+        order = values.argsort(descending=True)[:channels]
+        weight = vectors[:, order].T
+        weight = weight * weight.sum(1, keepdim=True).sign()  # a fixed sign for every vector
+        variance = values[order]
+        kept = variance ** (1 - power)
+        scale = (kept / kept.mean() / variance).sqrt()
+        pca = cls(channels)
+        pca.weight.data = weight.reshape(channels, 3, PATCH, PATCH).float()
+        pca.mean.data = mean.reshape(3, PATCH, PATCH).float()
+        pca.scale.data = scale.float()
+        return pca, (values[order].sum() / values.sum()).item()
+
+
+def preview_factors(pca):
+    """(factors [12, 3], bias [3]): a latent's mean colour of its patch, in -1..1, as the host's latent2rgb preview wants it."""
+    factors = (pca.weight / pca.scale[:, None, None, None]).mean((2, 3))
+    return factors.tolist(), pca.mean.mean((1, 2)).tolist()
+
+
+class ChorusDemoLatent(comfy.latent_formats.LatentFormat):
+    """Told to the host: 12 channels, 4 pixels per latent, preview colours."""
+
+    latent_channels = CHANNELS
+    spacial_downscale_ratio = PATCH
+    scale_factor = 1.0
+
+    def __init__(self, pca=None):
+        if pca is not None:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors(pca)
+
+
+def make_vae(pca):
+    """The host's VAE object around a PatchPCA."""
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})  # the host's simplest VAE, its fields replaced below
+    vae.first_stage_model = pca.eval().requires_grad_(False)
+    vae.downscale_ratio = vae.upscale_ratio = PATCH
+    vae.latent_channels = CHANNELS
+    vae.vae_dtype = torch.float32
+    vae.size = None
+    vae.memory_used_encode = lambda shape, dtype: 64 * shape[2] * shape[3]
+    vae.memory_used_decode = lambda shape, dtype: 64 * PATCH * PATCH * shape[2] * shape[3]
+    comfy.model_management.archive_model_dtypes(pca)
+    offload = comfy.model_management.vae_offload_device()
+    vae.patcher = comfy.model_patcher.ModelPatcher(pca, load_device=vae.device, offload_device=offload)
+    vae.model_size()
+    return vae

@@ -1,0 +1,35 @@
+"""What nodes/ loads: the demo checkpoints as the host's own objects."""
+
+from . import weights
+from .latent import PatchPCA, make_vae
+from .text import make_clip
+from .unet import make_model
+
+CHECKPOINTS = ("general", "expert-animals")
+
+
+def load_pca():
+    pca = PatchPCA()
+    pca.load_state_dict(weights.load("pca"))
+    return pca
+
+
+def load_model(name, disable_dynamic=False, model_options=None):
+    """The MODEL `name`; the host calls this again when it wants a copy with weights of its own."""
+    if name not in CHECKPOINTS:
+        raise ValueError(f"There is no demo checkpoint {name!r}; there are {', '.join(CHECKPOINTS)}.")
+    patcher = make_model(weights.load(name), load_pca(), disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (name,))
+    return patcher
+
+
+def load_checkpoint(name):
+    """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
+    return load_model(name), make_clip(weights.load("text")), make_vae(load_pca())
+
+
+def load_vision():
+    """The image-text encoder as a CLIP_VISION."""
+    from .vision import make_clip_vision
+
+    return make_clip_vision(weights.load("vision"))

@@ -1,0 +1,46 @@
+"""python run.py train-demo [pca general expert vision evaluate] [--minutes M]: makes the demo weights again, in this order."""
+
+import argparse
+import importlib
+import os
+
+ORDER = ("pca", "vision", "general", "expert", "evaluate")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="run.py train-demo", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="recipe", help=f"any of {', '.join(ORDER)}; all when none is named")
+    parser.add_argument(
+        "--minutes", type=float, help="end the training of each named denoiser or encoder after this time"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes with one thread each, for general and expert; good on a busy CPU",
+    )
+    options = parser.parse_args(argv)
+    unknown = [n for n in options.names if n not in ORDER]
+    if unknown:
+        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(ORDER)}")
+    _start_host()
+    for name in ORDER:
+        if name in options.names or not options.names:
+            recipe = importlib.import_module(f".{name}", __package__)
+            extra = {"workers": options.workers} if name in ("general", "expert") else {}
+            recipe.main(**extra, **({"minutes": options.minutes} if options.minutes else {}))
+
+
+def _start_host():
+    """comfy on the CPU, if there is no accelerator; denormals off, as they slow training tenfold."""
+    import torch
+    from comfy.cli_args import args
+
+    if not torch.cuda.is_available():
+        args.cpu = True
+    torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads()))
+    torch.set_flush_denormal(True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Is a picture of a named sign that sign? Retrieval of the prompt among all names, through the host's own KSampler.
+
+Writes demo/results/retrieval.json and a picture grid per checkpoint, prints a Markdown table.
+"""
+
+import json
+import math
+import platform
+import time
+
+import comfy.sample
+import comfy.utils
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .. import modules, weights
+from ..data_source import ROOT
+from ..signs import load_bins, load_signs
+from .vision import STYLES, names
+
+RESULTS = ROOT / "demo" / "results"
+SETTINGS = {"steps": 20, "cfg": 4.0, "sampler": "dpmpp_2m", "scheduler": "karras", "size": 64, "seeds": 4}
+
+
+def prompts():
+    return [f"{'an' if s.name[0] in 'aeiou' else 'a'} {s.name}" for s in load_signs()]
+
+
+def encode(clip, text):
+    """CONDITIONING, as CLIPTextEncode gives it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def paint(model, clip, vae, text, seed, count=1):
+    """IMAGE [count, 64, 64, 3] of a prompt with the settings above."""
+    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(count, 4, 8, 8), 8)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    samples = comfy.sample.sample(
+        model,
+        noise,
+        SETTINGS["steps"],
+        SETTINGS["cfg"],
+        SETTINGS["sampler"],
+        SETTINGS["scheduler"],
+        encode(clip, text),
+        encode(clip, ""),
+        latent,
+        seed=seed,
+        disable_pbar=True,
+    )
+    return vae.decode(samples)
+
+
+def wilson(hits, count, z=1.96):
+    """The 95 % interval of a share."""
+    p, n = hits / count, count
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [round((middle - half) / (1 + z * z / n), 3), round((middle + half) / (1 + z * z / n), 3)]
+
+
+def ranks_of(vision, images, truth):
+    """The place of the true sign (0 = first) among all names for every picture, and the place of its style (0 or 1)."""
+    order = vision.similarity(images, names()).argsort(1, descending=True)
+    place = (order == truth[:, None]).float().argmax(1)
+    styled = torch.stack(
+        [vision.similarity(images, names(style)).gather(1, truth[:, None])[:, 0] for style in STYLES], 1
+    )
+    return place, styled.argmax(1)
+
+
+def share(places, chosen, first):
+    hit = int((places[chosen] < first).sum())
+    return {
+        "share": round(hit / int(chosen.sum()), 4),
+        "interval": wilson(hit, int(chosen.sum())),
+        "pictures": int(chosen.sum()),
+    }
+
+
+def measure(name, vision, seeds):
+    """All signs, `seeds` pictures each: a dict of shares, and the pictures [signs, seeds, 64, 64, 3]."""
+    model, clip, vae = modules.load_checkpoint(name)
+    signs, bins = load_signs(), load_bins()["bin"]
+    started = time.time()
+    images = torch.stack(
+        [paint(model, clip, vae, text, 1000 + n, seeds) for n, text in enumerate(tqdm(prompts(), desc=name))]
+    )
+    seconds = time.time() - started
+    truth = torch.arange(len(signs)).repeat_interleave(seeds)
+    place, style = ranks_of(vision, images.flatten(0, 1), truth)
+    animal = torch.tensor([s.domain == "animal" for s in signs]).repeat_interleave(seeds)
+    groups = {"all": torch.ones_like(animal), "in domain (animals)": animal, "out of domain": ~animal}
+    for bin_name in ("frequent", "medium", "rare"):
+        chosen = torch.tensor([bins[s.name] == bin_name for s in signs]).repeat_interleave(seeds)
+        groups |= {bin_name: chosen, f"{bin_name} animals": chosen & animal}
+    result = {g: {"top1": share(place, chosen, 1), "top5": share(place, chosen, 5)} for g, chosen in groups.items()}
+    shuffled = torch.from_numpy(np.random.default_rng(0).permutation(truth.numpy()))
+    place_of_other, _ = ranks_of(vision, images.flatten(0, 1), shuffled)
+    result["shuffled prompts"] = {
+        "top1": share(place_of_other, groups["all"], 1),
+        "top5": share(place_of_other, groups["all"], 5),
+    }
+    wanted = STYLES.index("noto" if name == "general" else "twemoji")
+    result["own style"] = {"in domain": round((style[animal] == wanted).float().mean().item(), 4)}
+    result["seconds per picture"] = round(seconds / len(truth), 3)
+    return result, images
+
+
+def judge(vision):
+    """The judge's own accuracy on renderings of the held-out split."""
+    from ..canvas import Canvases
+
+    table = {}
+    for style in STYLES:
+        for kind, unseen in (("unseen", True), ("seen", False)):
+            pixels, _, scenes = Canvases(style, seed=99, balanced=True, unseen=unseen, one=1.0).batch(0, 980)
+            truth = torch.tensor([s.items[0].sign for s in scenes])
+            place, said = ranks_of(vision, torch.from_numpy(pixels).float() / 255, truth)
+            everything = torch.ones(len(truth), dtype=torch.bool)
+            table[f"{style}, {kind} renderings"] = {
+                "top1": share(place, everything, 1),
+                "top5": share(place, everything, 5),
+                "style": round((said == STYLES.index(style)).float().mean().item(), 4),
+            }
+    return table
+
+
+def grid(images, file, columns=14):
+    """The first picture of every sign."""
+    rows = [torch.cat(list(images[i : i + columns, 0]), 1) for i in range(0, len(images) - columns + 1, columns)]
+    Image.fromarray((torch.cat(rows) * 255).round().byte().numpy()).save(file)
+
+
+def table_of(report):
+    lines = ["| checkpoint | prompts | top-1 | top-5 | pictures |", "|---|---|---|---|---|"]
+    for name, result in {**report["checkpoints"], "judge": report["judge"]}.items():
+        for group, value in result.items():
+            if isinstance(value, dict) and "top1" in value:
+                low, high = value["top1"]["interval"]
+                lines.append(
+                    f"| {name} | {group} | {value['top1']['share']:.1%} ({low:.0%}-{high:.0%}) | {value['top5']['share']:.1%} | {value['top1']['pictures']} |"
+                )
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def main(minutes=None, seeds=SETTINGS["seeds"]):
+    RESULTS.mkdir(exist_ok=True)
+    vision = modules.load_vision()
+    report = {
+        "command": "python run.py train-demo evaluate",
+        "settings": {**SETTINGS, "seeds": seeds},
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "weights": {n: weights.metadata(n) for n in ("general", "expert-animals", "text", "vision", "pca")},
+        "checkpoints": {},
+        "judge": judge(vision),
+    }
+    for name in modules.CHECKPOINTS:
+        report["checkpoints"][name], images = measure(name, vision, seeds)
+        grid(images, RESULTS / f"{name}.png")
+        (RESULTS / "retrieval.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table_of(report))

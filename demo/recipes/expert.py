@@ -1,0 +1,19 @@
+"""The expert: animals in Twemoji style, all equally often, starting from the general checkpoint."""
+
+from .diffusion import Plan, train
+
+PLAN = Plan(
+    "expert-animals",
+    style="twemoji",
+    domain="animal",
+    steps=2000,
+    lr=8e-4,
+    warmup=100,
+    seed=2,
+    start="general",
+    balanced=True,
+)
+
+
+def main(minutes=None, workers=1):
+    train(PLAN, minutes, workers)

@@ -1,0 +1,111 @@
+"""The image-text encoder: the host's CLIP vision transformer on a convolutional stem, and a text tower for retrieval."""
+
+import comfy.clip_model
+import comfy.clip_vision
+import comfy.ops
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .text import TextModel, token_rows
+
+WIDTH, EMBED = 96, 64
+CONFIG = {
+    "model_type": "clip_vision_model",
+    "image_size": 64,
+    "patch_size": 8,
+    "num_channels": 3,
+    "hidden_size": WIDTH,
+    "intermediate_size": 3 * WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": EMBED,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+class Stem(nn.Sequential):
+    """[B, 3, 64, 64] -> [B, 96, 8, 8]: three strided convolutions and a plain one in place of the host's single patch projection."""
+
+    def __init__(self, operations, channels=(32, 64, WIDTH)):
+        layers, last = [], 3
+        for c in channels:
+            layers += [operations.Conv2d(last, c, 3, stride=2, padding=1), operations.GroupNorm(8, c), nn.SiLU()]
+            last = c
+        super().__init__(*layers, operations.Conv2d(last, WIDTH, 3, padding=1))
+
+
+class Layer(comfy.clip_model.CLIPLayer):
+    """The host's layer without its in-place additions, which autograd cannot undo."""
+
+    def forward(self, x, mask=None, optimized_attention=None):
+        x = x + self.self_attn(self.layer_norm1(x), mask, optimized_attention)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+def _furnish(tower, operations):
+    """Our stem and layers in the host's CLIPVisionModelProjection; the names of the weights stay the host's."""
+    tower.vision_model.embeddings.patch_embedding = Stem(operations)
+    for layer in tower.vision_model.encoder.layers:
+        layer.__class__ = Layer
+
+
+def make_tower(operations=comfy.ops.disable_weight_init):
+    """The host's CLIPVisionModelProjection with our stem, fp32 on the CPU, weights undefined."""
+    tower = comfy.clip_model.CLIPVisionModelProjection(CONFIG, torch.float32, "cpu", operations)
+    _furnish(tower, operations)
+    return tower
+
+
+def make_clip_vision(state_dict):
+    """The host's CLIP_VISION object. It also carries `text_embeds(captions)` for retrieval."""
+    clip_vision = ChorusDemoClipVision()
+    part = {k.removeprefix("image."): v for k, v in state_dict.items() if k.startswith("image.")}
+    clip_vision.model.load_state_dict(part, strict=True)
+    clip_vision.text.load_state_dict(
+        {k.removeprefix("text."): v for k, v in state_dict.items() if k.startswith("text.")}
+    )
+    clip_vision.text_project.data = state_dict["text_project"].clone()
+    return clip_vision
+
+
+class ChorusDemoClipVision(comfy.clip_vision.ClipVisionModel):
+    def __init__(self):
+        super().__init__(CONFIG)
+        _furnish(self.model, comfy.ops.manual_cast)
+        self.dtype = torch.float32
+        self.model.float()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.model,
+            load_device=self.load_device,
+            offload_device=comfy.model_management.text_encoder_offload_device(),
+        )
+        self.text = TextModel().eval().requires_grad_(False)
+        self.text_project = nn.Parameter(torch.zeros(WIDTH, EMBED), requires_grad=False)
+
+    def text_embeds(self, captions):
+        """[n, 64], normalised; on the CPU."""
+        return F.normalize(self.text(token_rows(captions))[2] @ self.text_project, dim=-1)
+
+    def similarity(self, image, captions):
+        """Cosines [B, n] of IMAGE [B, H, W, 3] with the captions."""
+        embeds = self.encode_image(image)["image_embeds"].float().cpu()
+        return F.normalize(embeds, dim=-1) @ self.text_embeds(captions).T
+
+
+class ImageText(nn.Module):
+    """Both towers, as they are trained: image [B, 3, 64, 64] in -1..1 and captions to unit vectors [B, 64]."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = make_tower(), TextModel()
+        self.text_project = nn.Parameter(torch.randn(WIDTH, EMBED) * WIDTH**-0.5)
+
+    def image_embeds(self, x):
+        return F.normalize(self.image(pixel_values=x)[2].float(), dim=-1)
+
+    def text_embeds(self, tokens):
+        return F.normalize(self.text(tokens)[2].float() @ self.text_project, dim=-1)

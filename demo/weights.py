@@ -1,0 +1,35 @@
+"""Weight files of demo/weights: fp16 safetensors, written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+FOLDER = Path(__file__).resolve().parent / "weights"
+
+
+def path(name):
+    return FOLDER / f"{name}.safetensors"
+
+
+def load(name):
+    """The fp32 state dict of demo/weights/<name>.safetensors."""
+    if not path(name).exists():
+        raise FileNotFoundError(f"{path(name)} is missing: make it with `python run.py train-demo`.")
+    return {k: v.float() for k, v in safetensors.torch.load_file(path(name)).items()}
+
+
+def metadata(name):
+    with safetensors.safe_open(path(name), "pt") as file:
+        return file.metadata() or {}
+
+
+def save(name, state_dict, **facts):
+    """Writes fp16; facts go into the metadata as strings."""
+    FOLDER.mkdir(exist_ok=True)
+    half = {k: v.detach().cpu().to(torch.float16).contiguous() for k, v in state_dict.items()}
+    part = path(name).with_suffix(".part")
+    safetensors.torch.save_file(half, part, metadata={k: str(v) for k, v in facts.items()})
+    part.chmod(0o644)
+    os.replace(part, path(name))

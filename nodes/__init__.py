@@ -1,0 +1,12 @@
+"""What a user wires. Each file lists its nodes in NODES."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import demo, saliency_noise_blend
+
+NODES: list[type[io.ComfyNode]] = [*saliency_noise_blend.NODES, *demo.NODES]
+
+
+class ChorusExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,56 @@
+"""The checkpoints that come with the pack, as nodes without files to choose."""
+
+from comfy_api.latest import io
+
+from ..demo import modules
+
+
+class ChorusDemoCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ChorusDemoCheckpoint",
+            display_name="Chorus Demo Checkpoint",
+            category="chorus/demo",
+            description="A small diffusion checkpoint that comes with the pack: emoji on 64x64 canvases.",
+            search_aliases=["chorus", "demo", "tiny model", "emoji"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=list(modules.CHECKPOINTS),
+                    default=modules.CHECKPOINTS[0],
+                    tooltip="general: every sign, in Noto style. expert-animals: animals only, in Twemoji style. Both share "
+                    "text encoder and latent space. Prompts like 'a cat left of a tree on blue', 64x64 pixels.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="v-prediction; 12 latent channels, 4 pixels per latent."),
+                io.Clip.Output(tooltip="Knows the words of the demo captions; others are named in the log."),
+                io.Vae.Output(tooltip="A fixed PCA of 4x4 pixel patches."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(*modules.load_checkpoint(name))
+
+
+class ChorusDemoVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ChorusDemoVision",
+            display_name="Chorus Demo Vision",
+            category="chorus/demo",
+            description="The small image-text encoder that comes with the pack; it was trained on the demo checkpoints' signs.",
+            search_aliases=["chorus", "demo", "clip vision", "image encoder"],
+            inputs=[],
+            outputs=[io.ClipVision.Output(tooltip="64x64 pixels; 64 projected dimensions.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(modules.load_vision())
+
+
+NODES: list[type[io.ComfyNode]] = [ChorusDemoCheckpoint, ChorusDemoVision]
