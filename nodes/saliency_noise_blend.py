@@ -1,0 +1,241 @@
+"""SaliencyNoiseBlend and its view: several checkpoints paint one image (MagicFusion, arXiv 2303.13126)."""
+
+from comfy_api.latest import io, ui
+
+from ..host.blend_hook import add_expert, blend_chain
+from ..pictures.blend_view import draw_blend
+from ..techniques.blend_trace import BlendTrace
+from ..techniques.saliency_noise_blend import ExpertSettings, JointSettings, SaliencyNoiseBlend, Schedule
+
+Trace = io.Custom("BLEND_TRACE")
+
+
+class SaliencyNoiseBlendNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaliencyNoiseBlend",
+            display_name="Saliency Noise Blend",
+            category="chorus",
+            description=(
+                "Lets a second checkpoint paint where its guidance is strongest, step by step, inside any sampler"
+                " (MagicFusion). Chain several for more experts."
+            ),
+            search_aliases=["MagicFusion", "SNB", "model fusion", "blend checkpoints"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The base (general) model, or one that already carries a blend: then one more expert joins."
+                    " A LoRA put after this node changes the base only.",
+                ),
+                io.Model.Input(
+                    "expert", tooltip="The expert. Its own LoRAs, patches, hooks and ControlNets act on it alone."
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="The expert's prompt. Not wired: the sampler's, read anew."
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The expert's negative prompt. Not wired: the sampler's, read anew.",
+                ),
+                io.Float.Input(
+                    "expert_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    tooltip="k_e of the paper. Larger: fewer, sharper positions. 0 switches the expert off. Useful: 0.5 to 10.",
+                ),
+                io.Float.Input(
+                    "bias",
+                    default=0.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Added to the expert's log score. Larger: more area. Useful: -1 to 1.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Sampling percent from which the expert takes part. Outside its window it costs nothing.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Sampling percent at which the expert leaves. 0.4 lets the base finish the details alone.",
+                ),
+                io.Combo.Input(
+                    "ramp",
+                    options=["constant", "rising", "falling"],
+                    default="constant",
+                    tooltip="How bias runs over the window: as it is, from 0 up to it, or from it down to 0.",
+                ),
+                io.Float.Input(
+                    "expert_cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="The expert's own guidance scale. 0: the sampler's.",
+                ),
+                io.Mask.Input(
+                    "region",
+                    optional=True,
+                    tooltip="Where the expert may paint: its logarithm joins the score, 1 is neutral, 0 never."
+                    " Any saliency map can be wired here.",
+                ),
+                io.Combo.Input(
+                    "region_mode",
+                    options=["compete", "force"],
+                    default="compete",
+                    tooltip="compete: saliency decides inside the region. force: the expert paints exactly where the"
+                    " region is at least 0.5.",
+                ),
+                io.Int.Input(
+                    "refresh",
+                    default=1,
+                    min=1,
+                    max=100,
+                    tooltip="Run the expert in every n-th interval of the steps only, and reuse its last difference to"
+                    " the base in between. 1 is exact; 2 nearly halves the expert's cost.",
+                ),
+                io.String.Input("label", default="", tooltip="The expert's name in the trace and in errors."),
+                io.Float.Input(
+                    "general_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    tooltip="k_g of the paper, for the base. The last node of a chain decides for all.",
+                ),
+                io.Combo.Input(
+                    "mask_mode",
+                    options=["hard", "soft"],
+                    default="hard",
+                    tooltip="hard: one model per position, as in the paper. soft: a weighted mean."
+                    " The last node of a chain decides for all.",
+                ),
+                io.Float.Input(
+                    "softness",
+                    default=1.0,
+                    min=0.001,
+                    max=100.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="Temperature of the soft mask; small is nearly hard. The last node of a chain decides.",
+                ),
+                io.Combo.Input(
+                    "saliency",
+                    options=["own", "shared"],
+                    default="own",
+                    advanced=True,
+                    tooltip="own: each model against its own negative (the paper). shared: all against the base's, times"
+                    " cfg (the authors' code). The last node of a chain decides.",
+                ),
+                io.Int.Input(
+                    "blur",
+                    default=4,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Side of the smoothing box in latent positions; 1 smooths nothing. The last node of a chain decides.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model"),
+                Trace.Output("trace", display_name="trace", tooltip="Who painted where, for Saliency Blend View."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        expert,
+        expert_strength,
+        bias,
+        start_percent,
+        end_percent,
+        ramp,
+        expert_cfg,
+        region_mode,
+        refresh,
+        label,
+        general_strength,
+        mask_mode,
+        softness,
+        saliency,
+        blur,
+        positive=None,
+        negative=None,
+        region=None,
+    ) -> io.NodeOutput:
+        settings = ExpertSettings(
+            label=label.strip() or f"expert {len(blend_chain(model).experts) + 1}",
+            strength=expert_strength,
+            bias=bias,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            ramp=ramp,
+            expert_cfg=expert_cfg,
+            region=region,
+            region_mode=region_mode,
+            refresh=refresh,
+        )
+        joint = JointSettings(general_strength, mask_mode, softness, saliency, blur)
+        trace = BlendTrace()
+
+        def begin(chain, **run):
+            experts, traces = zip(*chain, strict=True)
+            return SaliencyNoiseBlend(experts, joint, Schedule(**run), traces)
+
+        blended = add_expert(model, expert, positive, negative, settings.label, (settings, trace), begin)
+        return io.NodeOutput(blended, trace)
+
+
+class SaliencyBlendViewNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaliencyBlendView",
+            display_name="Saliency Blend View",
+            category="chorus",
+            description="Shows who painted where in the last run of a blended model: every step, the mean, the shares.",
+            is_output_node=True,
+            inputs=[
+                Trace.Input("trace", tooltip="From Saliency Noise Blend."),
+                io.Latent.Input("samples", tooltip="The sampler's latent; makes this node wait for it."),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image"),
+                io.Mask.Output("mask", display_name="mask", tooltip="Mean share of all experts over the run."),
+                io.String.Output("report", display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, trace, samples) -> io.NodeOutput:
+        record = trace.record
+        if record is None:
+            raise ValueError(
+                "this blend has no finished run to show: sample with the model of the same node,"
+                " and wire that sampler's latent into 'samples'"
+            )
+        report = record.report()
+        if not record.belongs_to(samples["samples"]):
+            report = (
+                "The wired samples are not from the run shown here: the sampler was answered from cache or resampled.\n"
+                + report
+            )
+        image, mask = draw_blend(record)
+        return io.NodeOutput(image, mask, report, ui=ui.PreviewImage(image, cls=cls))
+
+
+NODES = [SaliencyNoiseBlendNode, SaliencyBlendViewNode]

@@ -1,0 +1,1 @@
+"""The algorithms: plain torch on tensors and callables. No host, no files."""
