@@ -61,7 +61,7 @@ def add_expert(model, expert_model, positive, negative, label: str, settings, be
 
 def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     experts = blend_chain(model).experts
-    patchers = resolve_patchers(model, experts)
+    patchers = resolve_patchers(model, experts, conds)
     modules, extra = [model.model], []
     for patcher in patchers:
         if not any(patcher.model is m for m in modules):
@@ -119,7 +119,7 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         cfg=_guidance_scale(guider),
         seed=extra_args.get("seed"),
     )
-    patchers = guider.model_options.pop(KEY, None) or resolve_patchers(base, chain.experts)
+    patchers = guider.model_options.pop(KEY, None) or resolve_patchers(base, chain.experts, guider.conds)
     options = extra_args["model_options"]
     runs: list[ExpertRun] = []
     try:

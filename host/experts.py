@@ -63,19 +63,27 @@ def _copy_with_module(patcher):
         return clone
 
 
-def resolve_patchers(base, experts: list[Expert]) -> list:
-    """One patcher per expert, such that no two models of the run want different patches on one module.
+def resolve_patchers(base, experts: list[Expert], conds: dict[str, list[dict]]) -> list:
+    """One patcher per expert, such that no two models of the run want different weights on one module.
 
-    Decided when sampling starts, because a LoRA may be put on the base after the expert was wired.
+    ``conds``: the sampler's. Decided when sampling starts, because a LoRA may be put on the base after the expert was
+    wired. A clone does not see which hooks another clone has left on the module: hooks too need weights of their own.
     """
-    placed, patchers = [base], []
+    base_hooked = any("hooks" in c for cond in conds.values() for c in cond)
+    placed, patchers = [(base, base_hooked)], []
     for expert in experts:
         patcher = expert.patcher
-        if any(patcher.is_clone(p) and not same_weights(patcher, p) for p in placed):
+        hooked = comfy.sampler_helpers.cond_has_hooks(expert.conditionings()) or (
+            base_hooked and (expert.positive is None or expert.negative is None or len(conds) > 2)
+        )
+        if any(
+            patcher.is_clone(other) and (hooked or other_hooked or not same_weights(patcher, other))
+            for other, other_hooked in placed
+        ):
             patcher = expert.with_own_weights()
-        if patcher.is_dynamic() and comfy.sampler_helpers.cond_has_hooks(expert.conditionings()):
+        if patcher.is_dynamic() and hooked:
             patcher = patcher.get_non_dynamic_delegate()  # as CFGGuider does for the base
-        placed.append(patcher)
+        placed.append((patcher, hooked))
         patchers.append(patcher)
     return patchers
 
@@ -100,15 +108,20 @@ def check_latent_space(base, expert, label: str) -> None:
     Conversion(base.get_model_object("model_sampling"), expert.get_model_object("model_sampling"))
 
 
-def _fresh(conds: list[dict]) -> list[dict]:
-    """Copies of converted conditionings under new ids; ControlNets are copied too, since they remember one model."""
-    out, controls = [], {}
+def _fresh(conds: list[dict], controls: dict) -> list[dict]:
+    """Copies of converted conditionings under new ids; ControlNets are copied too, since they remember one model.
+
+    ``controls`` keeps the copies by the id of their original: one object stays one over all conditionings of a model,
+    since the host batches those that share it.
+    """
+    out = []
     for cond in conds:
         cond = {**cond, "model_conds": dict(cond.get("model_conds", {})), "uuid": uuid.uuid4()}
         if "control" in cond:
-            control = cond["control"]  # one object stays one: the host batches conditionings that share it
-            cond["control"] = controls.setdefault(id(control), None) or _copy_controls(control)
-            controls[id(control)] = cond["control"]
+            control = cond["control"]
+            if id(control) not in controls:
+                controls[id(control)] = _copy_controls(control)
+            cond["control"] = controls[id(control)]
         out.append(cond)
     return out
 
@@ -130,10 +143,10 @@ class ExpertRun:
         self.convert = Conversion(base.get_model_object("model_sampling"), patcher.get_model_object("model_sampling"))
 
         given = {"positive": expert.positive, "negative": expert.negative}
-        conds = {}
+        conds, controls = {}, {}
         for name, original in guider.original_conds.items():
             wired = given.get(name)
-            conds[name] = _fresh(original if wired is None else comfy.sampler_helpers.convert_cond(wired))
+            conds[name] = _fresh(original if wired is None else comfy.sampler_helpers.convert_cond(wired), controls)
         comfy.samplers.preprocess_conds_hooks(conds)
 
         self._hook_mode = patcher.hook_mode

@@ -5,12 +5,12 @@ from comfy_api.latest import io, ui
 from ..host.blend_hook import add_expert, blend_chain
 from ..pictures.blend_view import draw_blend
 from ..techniques.blend_trace import BlendTrace
-from ..techniques.saliency_noise_blend import ExpertSettings, JointSettings, SaliencyNoiseBlend, Schedule
+from ..techniques.saliency_noise_blend import ExpertSettings, JointSettings, SaliencyBlendRun, Schedule
 
 Trace = io.Custom("BLEND_TRACE")
 
 
-class SaliencyNoiseBlendNode(io.ComfyNode):
+class SaliencyNoiseBlend(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -194,13 +194,13 @@ class SaliencyNoiseBlendNode(io.ComfyNode):
 
         def begin(chain, **run):
             experts, traces = zip(*chain, strict=True)
-            return SaliencyNoiseBlend(experts, joint, Schedule(**run), traces)
+            return SaliencyBlendRun(experts, joint, Schedule(**run), traces)
 
         blended = add_expert(model, expert, positive, negative, settings.label, (settings, trace), begin)
         return io.NodeOutput(blended, trace)
 
 
-class SaliencyBlendViewNode(io.ComfyNode):
+class SaliencyBlendView(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -238,4 +238,4 @@ class SaliencyBlendViewNode(io.ComfyNode):
         return io.NodeOutput(image, mask, report, ui=ui.PreviewImage(image, cls=cls))
 
 
-NODES = [SaliencyNoiseBlendNode, SaliencyBlendViewNode]
+NODES = [SaliencyNoiseBlend, SaliencyBlendView]

@@ -61,7 +61,7 @@ class Schedule:
     seed: int | None = None
 
 
-class SaliencyNoiseBlend:
+class SaliencyBlendRun:
     """One sampling run of the blend. Model 0 is the base, model i the i-th expert of the chain."""
 
     def __init__(

@@ -13,7 +13,7 @@ from .reference import smooth
 
 def _log_saliency(cond: Tensor, reference: Tensor, scale: Tensor, strength: float, blur: int) -> tuple[Tensor, Tensor]:
     """k Λ - LSE(k Λ) [B, H, W] and the LSE [B] of one model, in float32."""
-    difference = torch.sub(cond, reference)
+    difference = torch.sub(cond.float(), reference.float())
     saliency = torch.linalg.vector_norm(difference, ord=1, dim=1, keepdim=True, dtype=torch.float32)  # [B, 1, H, W]
     saliency *= (scale * (strength / cond.shape[1])).reshape(-1, 1, 1, 1)
     logits = smooth(saliency, blur).squeeze(1)
@@ -41,6 +41,8 @@ def saliency_blend(
     logs, partitions = [], []
     for c, u, k, b in zip(cond, uncond, strength, bias, strict=True):
         log, partition = _log_saliency(c, uncond[0] if shared else u, scale, k, blur)
+        if shared and u is not uncond[0]:  # the saliency has not looked at it: what is not finite must still show
+            partition = partition + 0.0 * u.sum((1, 2, 3), dtype=torch.float32)
         logs.append(log + b)
         partitions.append(partition)
     partition = torch.stack(partitions)

@@ -1,0 +1,266 @@
+"""Tiny random diffusion models made of ComfyUI's own classes, and short ways to sample with them.
+
+Everything runs in inference mode, as the host runs its nodes.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import nodes
+import torch
+from comfy.model_base import ModelType
+
+from chorus.nodes.saliency_noise_blend import SaliencyBlendView, SaliencyNoiseBlend
+
+comfy.utils.set_progress_bar_enabled(False)
+
+CONTEXT = 32  # width of the conditioning
+UNET = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=[0, 0],
+    channel_mult=(1, 1),
+    transformer_depth=[],
+    transformer_depth_middle=1,
+    transformer_depth_output=[0, 0],
+    context_dim=CONTEXT,
+    use_spatial_transformer=True,
+    use_linear_in_transformer=False,
+    num_heads=-1,
+    num_head_channels=16,
+    legacy=False,
+    dtype=torch.float32,
+)
+KINDS = {
+    "eps": ModelType.EPS,
+    "v": ModelType.V_PREDICTION,
+    "flow": ModelType.FLOW,
+    "img_to_img": ModelType.IMG_TO_IMG,
+}
+
+
+def in_inference_mode(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.inference_mode():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _fill(module, generator) -> None:
+    """Random weights that keep activations near 1; gains are 1, or the network would be dead and every test pass.
+
+    What cross attention adds is made strong: prompts of random networks otherwise hardly matter, and no mask is clear.
+    """
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            gain = 8.0 if "attn2.to_out" in name else 1.0
+            p.data.copy_(torch.randn(p.shape, generator=generator) * gain * (1.0 / p[0].numel()) ** 0.5)
+        elif name.endswith(("weight", "scale")):
+            p.data.fill_(1.0)
+        else:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+
+
+def _patcher(model):
+    return comfy.model_patcher.CoreModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+@in_inference_mode
+def unet(seed: int = 0, kind: str = "eps", latent_format=comfy.latent_formats.SD15, **sampling):
+    """A MODEL with a small SD-like UNet. ``sampling``: the checkpoint's sampling settings (shift, zsnr, ...)."""
+    channels = latent_format().latent_channels
+    config = comfy.supported_models_base.BASE({})
+    config.unet_config = {**UNET, "in_channels": channels, "out_channels": channels}
+    config.latent_format = latent_format()
+    config.sampling_settings = sampling
+    config.memory_usage_factor = 1.0
+    model = comfy.model_base.BaseModel(config, KINDS[kind], device=comfy.model_management.unet_offload_device())
+    _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
+    return _patcher(model)
+
+
+@in_inference_mode
+def flux(seed: int = 0):
+    """A MODEL with a small Flux: flow matching, 16 latent channels, distilled guidance."""
+    config = comfy.supported_models.Flux(
+        dict(
+            image_model="flux",
+            in_channels=16,
+            out_channels=16,
+            patch_size=2,
+            vec_in_dim=16,
+            context_in_dim=CONTEXT,
+            hidden_size=128,
+            mlp_ratio=1.0,
+            num_heads=1,
+            depth=1,
+            depth_single_blocks=1,
+            axes_dim=[16, 56, 56],
+            theta=10000,
+            qkv_bias=True,
+            guidance_embed=True,
+            txt_ids_dims=[],
+            dtype=torch.float32,
+        )
+    )
+    model = comfy.model_base.Flux(config, device=comfy.model_management.unet_offload_device())
+    _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
+    return _patcher(model)
+
+
+@in_inference_mode
+def conditioning(seed: int, tokens: int = 5, **options):
+    """A CONDITIONING of random tokens; ``options`` join its dictionary."""
+    tensor = torch.randn(1, tokens, CONTEXT, generator=torch.Generator().manual_seed(seed))
+    return [[tensor, {"pooled_output": tensor[:, 0, :16], **options}]]
+
+
+@in_inference_mode
+def lora(model, seed: int, strength: float = 1.0):
+    """``model`` with a random LoRA on its cross attention, put there by the host's own loader."""
+    return comfy.sd.load_lora_for_models(model, None, lora_weights(model, seed), strength, 0.0)[0]
+
+
+@in_inference_mode
+def lora_weights(model, seed: int, rank: int = 2) -> dict:
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    for key, w in model.model.state_dict().items():
+        if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
+            weights[f"{name}.lora_up.weight"] = torch.randn(w.shape[0], rank, generator=generator)
+            weights[f"{name}.lora_down.weight"] = torch.randn(rank, w.shape[1], generator=generator)
+    return weights
+
+
+@in_inference_mode
+def controlnet(seed: int):
+    """A CONTROL_NET for ``unet`` models."""
+    sizes = {k: v for k, v in UNET.items() if k not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**sizes, hint_channels=3, operations=comfy.ops.disable_weight_init)
+    _fill(network, torch.Generator().manual_seed(seed))
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
+
+
+def latent(batch: int = 1, height: int = 16, width: int = 16, channels: int = 4) -> dict:
+    return {"samples": torch.zeros(batch, channels, height, width)}
+
+
+def defaults(node) -> dict:
+    """What ComfyUI passes for the widgets of a node that nobody touched."""
+    return {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+
+
+@in_inference_mode
+def blend(model, expert, positive=None, negative=None, **inputs):
+    """SaliencyNoiseBlend as ComfyUI calls it -> (MODEL, BLEND_TRACE)."""
+    inputs = {**defaults(SaliencyNoiseBlend), "positive": positive, "negative": negative, **inputs}
+    return SaliencyNoiseBlend.execute(model, expert, **inputs).args
+
+
+@in_inference_mode
+def view(trace, samples):
+    """SaliencyBlendView -> (IMAGE, MASK, report)."""
+    return SaliencyBlendView.execute(trace, samples).args
+
+
+@in_inference_mode
+def ksample(
+    model,
+    positive,
+    negative,
+    samples=None,
+    *,
+    steps: int = 3,
+    cfg: float = 5.0,
+    sampler: str = "euler",
+    scheduler: str = "normal",
+    seed: int = 1,
+    denoise: float = 1.0,
+):
+    """KSampler's samples [B, C, H, W]."""
+    node = nodes.KSampler()
+    out = node.sample(model, seed, steps, cfg, sampler, scheduler, positive, negative, samples or latent(), denoise)
+    return out[0]["samples"]
+
+
+@dataclass
+class Call:
+    """One prediction of a sampler: what the model was asked, and what the sampler received."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    cond: torch.Tensor  # predictions of x0, before guidance
+    uncond: torch.Tensor
+    denoised: torch.Tensor  # after guidance
+
+
+@in_inference_mode
+def recording(model):
+    """A clone of ``model`` and the list that every prediction of its sampling joins, by the host's post-CFG hook."""
+    calls = []
+
+    def record(args):
+        kept = ("input", "sigma", "cond_denoised", "uncond_denoised", "denoised")
+        calls.append(Call(*(args[k].clone() for k in kept)))
+        return args["denoised"]
+
+    out = model.clone()
+    out.set_model_sampler_post_cfg_function(record)
+    return out, calls
+
+
+@in_inference_mode
+def predictions(model, positive, negative, calls: list[Call], mapping=lambda x, sigma: (x, sigma)) -> list[Call]:
+    """What ``model`` alone answers where ``calls`` were asked, through the host's guider and nothing else.
+
+    ``mapping`` gives the (x, sigma) at which it is asked instead. Guidance is not looked at: cond and uncond are.
+    """
+    alone, answers = recording(model)
+    alone.model_options["disable_cfg1_optimization"] = True
+
+    def ask(network, noise, sigmas, extra_args, callback, disable):
+        for call in calls:
+            x, sigma = mapping(call.x, call.sigma)
+            network(x, sigma, **extra_args)
+        return noise
+
+    guider = comfy.samplers.CFGGuider(alone)
+    guider.set_conds(positive, negative)
+    zeros = torch.zeros_like(calls[0].x)
+    sigmas = torch.stack([c.sigma[0] for c in calls] + [torch.zeros(())])
+    guider.sample(zeros, zeros, comfy.samplers.KSAMPLER(ask), sigmas, seed=0)
+    return answers
+
+
+@contextlib.contextmanager
+def forwards(model):
+    """Collects the number of rows of every forward pass through the network of ``model``."""
+    rows = []
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    try:
+        yield rows
+    finally:
+        handle.remove()
