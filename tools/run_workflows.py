@@ -63,6 +63,9 @@ def run_file(comfy: Comfy, file: Path, folder: Path) -> None:
         prefix = re.sub(r"_\d+_?$", "", Path(name).stem)
         stem = file.stem if prefix in ("ComfyUI", file.stem) else f"{file.stem} - {prefix}"
         print(f"    {save(image, folder, stem)}")
+    for node, _, image in comfy.images(result, kind="temp"):  # what a node only shows
+        shown_by = prompt[node]["class_type"]
+        print(f"    {save(image, folder, f'{file.stem} - {shown_by}')}")
 
 
 def main(address: str, output: str, *files: str) -> int:

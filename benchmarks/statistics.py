@@ -1,0 +1,24 @@
+"""Intervals for the tables."""
+
+import math
+
+import numpy as np
+
+
+def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval)."""
+    p = hits / trials
+    middle = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return tuple((middle + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))
+
+
+def paired_difference(
+    a: np.ndarray, b: np.ndarray, groups: np.ndarray, draws: int = 4000
+) -> tuple[float, float, float]:
+    """Mean of a - b and its 95 % bootstrap interval; whole ``groups`` (the pictures of one prompt) are drawn together."""
+    difference = a.astype(float) - b.astype(float)
+    means = np.array([difference[groups == g].mean() for g in np.unique(groups)])
+    rng = np.random.default_rng(0)
+    samples = means[rng.integers(0, len(means), (draws, len(means)))].mean(1)
+    return float(difference.mean()), *(float(v) for v in np.quantile(samples, [0.025, 0.975]))

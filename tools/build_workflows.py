@@ -1,0 +1,104 @@
+"""Builds example_workflows/ with ComfyUI's own web page, so that the files are what a person would save.
+
+python -m chorus.tools.build_workflows HOST:PORT [TITLE ...]   (through run.py's environment; needs Playwright and Chromium)
+
+The page lays out, connects and saves; then each workflow is queued and its last picture, with the view beside it, becomes
+the .jpg that the template browser shows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from .client import Comfy
+from .workflows import WORKFLOWS
+
+FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
+
+BUILD = """
+(spec) => {
+  const graph = window.app.graph;
+  graph.clear();
+  const nodes = {}, bottom = {};
+  for (const item of spec.nodes) {
+    const node = LiteGraph.createNode(item.type);
+    if (!node) throw new Error('no node ' + item.type);
+    graph.add(node);
+    nodes[item.id] = node;
+    if (item.title) node.title = item.title;
+    for (const [name, value] of Object.entries(item.widgets)) {
+      const widget = node.widgets.find(w => w.name === name);
+      if (!widget) throw new Error(item.type + ' has no widget ' + name);
+      widget.value = value;
+      if (widget.callback) widget.callback(value, window.app.canvas, node, [0, 0]);
+    }
+  }
+  for (const [from, output, to, input] of spec.links) {
+    const source = nodes[from], target = nodes[to];
+    const out = source.outputs.findIndex(o => o.name === output || o.type === output);
+    const into = target.inputs.findIndex(i => i.name === input);
+    if (out < 0 || into < 0) throw new Error([from, output, to, input].join(' '));
+    source.connect(out, target, into);
+  }
+  for (const item of spec.nodes) {
+    const node = nodes[item.id];
+    const size = node.computeSize();
+    node.setSize([item.width || Math.max(size[0], 270), item.height || size[1]]);
+    const x = spec.columns[item.column];
+    const y = bottom[item.column] || 0;
+    node.pos = [x, y + 30];
+    bottom[item.column] = y + node.size[1] + 70;
+    if (item.color) { node.color = item.color[0]; node.bgcolor = item.color[1]; }
+  }
+  graph.setDirtyCanvas(true, true);
+  return JSON.stringify(graph.serialize());
+}
+"""
+
+
+def save_in_page(address: str, specs: list[dict]) -> dict[str, dict]:
+    """Workflows in UI format by title, laid out and serialised by the real page."""
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        page = browser.new_page(viewport={"width": 1800, "height": 1000}, locale="en-US")
+        page.goto(f"http://{address}", wait_until="domcontentloaded")
+        page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=180_000)
+        page.wait_for_timeout(3000)
+        saved = {spec["title"]: json.loads(page.evaluate(BUILD, spec)) for spec in specs}
+        browser.close()
+    return saved
+
+
+def picture(client: Comfy, workflow: dict) -> Image.Image:
+    """Queue a workflow; the picture of its result: the saved ones side by side."""
+    result = client.run(client.to_api(workflow))
+    saved = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in client.images(result)]
+    height = max(image.height for image in saved)
+    sheet = Image.new("RGB", (sum(image.width + 8 for image in saved) - 8, height), (24, 25, 30))
+    x = 0
+    for image in saved:
+        sheet.paste(image, (x, 0))
+        x += image.width + 8
+    return sheet
+
+
+def main(address: str, *titles: str) -> None:
+    specs = [w.spec() for w in WORKFLOWS if not titles or w.title in titles]
+    FOLDER.mkdir(exist_ok=True)
+    for title, workflow in save_in_page(address, specs).items():
+        (FOLDER / f"{title}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+        with Comfy(address) as client:
+            picture(client, workflow).save(FOLDER / f"{title}.jpg", quality=90)
+        print(title, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

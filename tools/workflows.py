@@ -1,0 +1,205 @@
+"""The example workflows as wiring lists; build_workflows.py turns them into the files that people open."""
+
+from __future__ import annotations
+
+COLUMN = 340
+GREEN, BLUE = ("#232", "#353"), ("#223", "#335")
+SAMPLER = {"steps": 20, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0}
+
+
+class Workflow:
+    """Nodes in columns and the wires between them."""
+
+    def __init__(self, title: str, note: str):
+        self.title, self.nodes, self.links = title, [], []
+        self.node("MarkdownNote", 0, widgets={"text": note}, title="Read me", width=300, height=330)
+
+    def node(
+        self, kind: str, column: int, widgets: dict | None = None, title: str = "", wires: dict | None = None, **look
+    ):
+        """Add a node; ``wires`` maps its inputs to (node, output name). Returns its handle."""
+        handle = len(self.nodes)
+        self.nodes.append(
+            {"id": handle, "type": kind, "column": column, "widgets": widgets or {}, "title": title, **look}
+        )
+        for name, (source, output) in (wires or {}).items():
+            self.links.append([source, output, handle, name])
+        return handle
+
+    def spec(self) -> dict:
+        count = max(node["column"] for node in self.nodes) + 1
+        return {
+            "title": self.title,
+            "nodes": self.nodes,
+            "links": self.links,
+            "columns": [column * COLUMN for column in range(count)],
+        }
+
+    def checkpoint(self, name: str, column: int = 0) -> int:
+        return self.node("ChorusDemoCheckpoint", column, {"name": name})
+
+    def text(self, text: str, clip: int, title: str, column: int = 1) -> int:
+        look = {"color": GREEN} if text else {}
+        return self.node("CLIPTextEncode", column, {"text": text}, title, {"clip": (clip, "CLIP")}, height=110, **look)
+
+    def latent(self, batch: int = 4, column: int = 1) -> int:
+        return self.node("EmptyLatentImage", column, {"width": 64, "height": 64, "batch_size": batch})
+
+    def blend(self, model, expert, positive, negative, column: int = 2, region=None, **widgets) -> int:
+        """``model`` is (node, output); the others are nodes."""
+        wires = {"model": model, "expert": (expert, "MODEL"), "positive": (positive, "CONDITIONING")}
+        wires["negative"] = (negative, "CONDITIONING")
+        if region is not None:
+            wires["region"] = (region, "MASK")
+        return self.node("SaliencyNoiseBlend", column, widgets, wires=wires, color=BLUE)
+
+    def sample(self, model, positive, negative, latent, seed: int, title: str, column: int = 3) -> int:
+        wires = {"model": model, "positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING")}
+        wires["latent_image"] = (latent, "LATENT")
+        widgets = {"seed": seed, "control_after_generate": "fixed", **SAMPLER}
+        return self.node("KSampler", column, widgets, title, wires)
+
+    def save(self, sampler: int, vae: int, name: str, column: int = 4) -> int:
+        """Decode, lay the batch out in a grid, enlarge it with its pixels kept square, save."""
+        pictures = self.node("VAEDecode", column, wires={"samples": (sampler, "LATENT"), "vae": (vae, "VAE")})
+        grid = self.node(
+            "ImageGrid",
+            column,
+            {"columns": 2, "cell_width": 64, "cell_height": 64, "padding": 2},
+            wires={"images": (pictures, "IMAGE")},
+        )
+        large = self.node(
+            "ImageScaleBy",
+            column,
+            {"upscale_method": "nearest-exact", "scale_by": 3.0},
+            wires={"image": (grid, "IMAGE")},
+        )
+        return self.node(
+            "SaveImage", column + 1, {"filename_prefix": name}, name, {"images": (large, "IMAGE")}, height=320
+        )
+
+    def view(self, blend: int, sampler: int, column: int = 5) -> int:
+        wires = {"trace": (blend, "trace"), "samples": (sampler, "LATENT")}
+        return self.node("SaliencyBlendView", column, wires=wires, width=640, height=330, color=BLUE)
+
+
+def plain_fusion() -> Workflow:
+    w = Workflow(
+        "Plain fusion",
+        "# Plain fusion\n\nTwo checkpoints paint one image. **general** knows every sign in Noto style, **expert-animals**"
+        " only animals, in Twemoji style.\n\n*Saliency Noise Blend* asks both at every step and gives each position to the"
+        " model whose prompt pulls harder there. Same prompt, same seed: compare the fused pictures with each model"
+        " alone.\n\nThe view on the right shows who painted where.\n\nTry: `bias` for more or less of the expert.",
+    )
+    general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
+    prompt = "a panda left of a cactus on blue"
+    positive, negative = w.text(prompt, general, "Prompt, general"), w.text("", general, "Negative, general")
+    own, own_negative = w.text(prompt, expert, "Prompt, expert"), w.text("", expert, "Negative, expert")
+    latent = w.latent()
+    blend = w.blend((general, "MODEL"), expert, own, own_negative, label="animals")
+    alone = w.sample((general, "MODEL"), positive, negative, latent, 7, "General alone")
+    fused = w.sample((blend, "model"), positive, negative, latent, 7, "Fused")
+    other = w.sample((expert, "MODEL"), own, own_negative, latent, 7, "Expert alone")
+    w.save(alone, general, "general")
+    w.save(fused, general, "fused")
+    w.save(other, expert, "expert")
+    w.view(blend, fused, 6)
+    return w
+
+
+def three_models() -> Workflow:
+    w = Workflow(
+        "Three models",
+        "# Three models\n\nBlends chain like LoRAs: the second *Saliency Noise Blend* takes the MODEL of the first, and all"
+        " three models compete for every position at once.\n\nThe third model here is the general checkpoint again with a"
+        " prompt of its own; a model that is wired in twice costs a larger batch, not a second run.\n\nSettings marked in"
+        " the tooltips as joint are taken from the last node of the chain.",
+    )
+    general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
+    positive = w.text("a penguin left of a rocket on pink", general, "Prompt of the scene")
+    negative = w.text("", general, "Negative")
+    animal = w.text("a penguin", expert, "Prompt, animals")
+    thing = w.text("a rocket", general, "Prompt, third model")
+    latent = w.latent()
+    first = w.blend((general, "MODEL"), expert, animal, negative, label="animals", bias=0.2)
+    second = w.blend((first, "model"), general, thing, negative, label="rocket")
+    fused = w.sample((second, "model"), positive, negative, latent, 3, "Three models")
+    w.save(fused, general, "three models")
+    w.view(second, fused)
+    return w
+
+
+def region() -> Workflow:
+    w = Workflow(
+        "Region mask",
+        "# Region mask\n\nA mask tells where the expert may paint. `compete`: saliency still decides inside the region, and a"
+        " grey mask weakens the expert softly. `force`: the expert owns the region exactly.\n\nAny mask will do: drawn,"
+        " loaded, a segmentation, another saliency map. It is resized to the latent.\n\nAn empty region switches the expert"
+        " off and costs nothing.",
+    )
+    general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
+    positive = w.text("a cow left of a gem on green", general, "Prompt, general")
+    negative = w.text("", general, "Negative")
+    animal = w.text("a cow left of a gem on green", expert, "Prompt, expert")
+    latent = w.latent()
+    whole = w.node("SolidMask", 1, {"value": 0.0, "width": 64, "height": 64}, "The whole picture")
+    left = w.node("SolidMask", 1, {"value": 1.0, "width": 32, "height": 64}, "The left half")
+    wires = {"destination": (whole, "MASK"), "source": (left, "MASK")}
+    mask = w.node("MaskComposite", 2, {"x": 0, "y": 0, "operation": "add"}, "Region", wires)
+    free = w.blend((general, "MODEL"), expert, animal, negative, 2, mask, label="animals", region_mode="compete")
+    forced = w.blend((general, "MODEL"), expert, animal, negative, 2, mask, label="animals", region_mode="force")
+    samplers = []
+    for blend, title in ((free, "compete"), (forced, "force")):
+        samplers.append(w.sample((blend, "model"), positive, negative, latent, 5, title.capitalize()))
+        w.save(samplers[-1], general, title)
+    w.view(free, samplers[0], 6)
+    return w
+
+
+def cross_domain() -> Workflow:
+    w = Workflow(
+        "Two styles",
+        "# Two styles (cross-domain)\n\nOne prompt, two checkpoints that draw it differently. The window decides what each"
+        " gives: with `end_percent` 0.4 the expert helps with the layout and the general model finishes the details alone"
+        " (the paper's lion); with `start_percent` 0.15 the general model lays out and both paint after that (the paper's"
+        " bee).\n\nOutside its window the expert costs nothing: the report counts the evaluations saved.",
+    )
+    general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
+    prompt = "a tiger above a car on yellow"
+    positive, negative = w.text(prompt, general, "Prompt, general"), w.text("", general, "Negative")
+    own = w.text(prompt, expert, "Prompt, expert")
+    latent = w.latent()
+    early = w.blend((general, "MODEL"), expert, own, negative, label="animals, early", end_percent=0.4)
+    late = w.blend((general, "MODEL"), expert, own, negative, label="animals, late", start_percent=0.15)
+    samplers = []
+    for blend, title in ((early, "expert early"), (late, "expert late")):
+        samplers.append(w.sample((blend, "model"), positive, negative, latent, 11, title.capitalize()))
+        w.save(samplers[-1], general, title)
+    w.view(early, samplers[0], 6)
+    w.view(late, samplers[1], 6)
+    return w
+
+
+def recontextualization() -> Workflow:
+    w = Workflow(
+        "One model, two prompts",
+        "# One model, two prompts (recontextualization)\n\nThe base and the expert are the same checkpoint; only their prompts"
+        " differ: one says the subject, the other the subject in its surroundings. Each position follows the prompt that"
+        " matters more there.\n\nThe paper does this with a DreamBooth checkpoint: 'a photo of [] dog' and 'a photo of []"
+        " dog on the beach'.\n\nBoth prompts run in one batch, so this costs a larger batch, not a second model.",
+    )
+    general = w.checkpoint("general")
+    subject = w.text("an octopus", general, "Prompt: the subject")
+    scene = w.text("an octopus on red fading to yellow", general, "Prompt: subject in its surroundings")
+    negative = w.text("", general, "Negative")
+    latent = w.latent()
+    blend = w.blend((general, "MODEL"), general, scene, negative, label="surroundings")
+    alone = w.sample((general, "MODEL"), scene, negative, latent, 9, "Surroundings alone")
+    fused = w.sample((blend, "model"), subject, negative, latent, 9, "Both prompts")
+    w.save(alone, general, "one prompt")
+    w.save(fused, general, "two prompts")
+    w.view(blend, fused, 6)
+    return w
+
+
+WORKFLOWS = [plain_fusion(), three_models(), region(), cross_domain(), recontextualization()]
