@@ -1,4 +1,4 @@
-"""The latent space of the demo checkpoints: a fixed PCA of 4x4 pixel patches, 12 channels, no training."""
+"""The latent space of the demo checkpoints: a fixed PCA of 4x4 pixel patches, 12 channels, and a decoder that cleans up."""
 
 import comfy.latent_formats
 import comfy.model_management
@@ -58,6 +58,36 @@ def preview_factors(pca):
     return factors.tolist(), pca.mean.mean((1, 2)).tolist()
 
 
+class Cleaner(nn.Module):
+    """What the linear decoder lacks: [B, 12, h, w] -> a correction [B, 3, 4h, 4w]; small convolutions over neighbouring patches."""
+
+    def __init__(self, width=64, depth=4):
+        super().__init__()
+        self.first = nn.Conv2d(CHANNELS, width, 3, padding=1)
+        self.middle = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.last = nn.Conv2d(width, 3 * PATCH * PATCH, 3, padding=1)
+
+    def forward(self, z):
+        h = self.first(z)
+        for layer in self.middle:
+            h = h + layer(F.silu(h))
+        return F.pixel_shuffle(self.last(F.silu(h)), PATCH)
+
+
+class DemoVAE(nn.Module):
+    """encode: the PCA; decode: its adjoint plus the cleaner's correction, which was trained to see through noisy latents."""
+
+    def __init__(self):
+        super().__init__()
+        self.pca, self.cleaner = PatchPCA(), Cleaner()
+
+    def encode(self, x):
+        return self.pca.encode(x)
+
+    def decode(self, z):
+        return self.pca.decode(z) + self.cleaner(z)
+
+
 class ChorusDemoLatent(comfy.latent_formats.LatentFormat):
     """Told to the host: 12 channels, 4 pixels per latent, preview colours."""
 
@@ -70,18 +100,18 @@ class ChorusDemoLatent(comfy.latent_formats.LatentFormat):
             self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors(pca)
 
 
-def make_vae(pca):
-    """The host's VAE object around a PatchPCA."""
+def make_vae(module):
+    """The host's VAE object around a DemoVAE."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})  # the host's simplest VAE, its fields replaced below
-    vae.first_stage_model = pca.eval().requires_grad_(False)
+    vae.first_stage_model = module.eval().requires_grad_(False)
     vae.downscale_ratio = vae.upscale_ratio = PATCH
     vae.latent_channels = CHANNELS
     vae.vae_dtype = torch.float32
     vae.size = None
     vae.memory_used_encode = lambda shape, dtype: 64 * shape[2] * shape[3]
-    vae.memory_used_decode = lambda shape, dtype: 64 * PATCH * PATCH * shape[2] * shape[3]
-    comfy.model_management.archive_model_dtypes(pca)
+    vae.memory_used_decode = lambda shape, dtype: 4 * 4 * 64 * shape[2] * shape[3]
+    comfy.model_management.archive_model_dtypes(module)
     offload = comfy.model_management.vae_offload_device()
-    vae.patcher = comfy.model_patcher.ModelPatcher(pca, load_device=vae.device, offload_device=offload)
+    vae.patcher = comfy.model_patcher.ModelPatcher(module, load_device=vae.device, offload_device=offload)
     vae.model_size()
     return vae

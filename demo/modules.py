@@ -1,7 +1,7 @@
 """What nodes/ loads: the demo checkpoints as the host's own objects."""
 
 from . import weights
-from .latent import PatchPCA, make_vae
+from .latent import DemoVAE, PatchPCA, make_vae
 from .text import make_clip
 from .unet import make_model
 
@@ -12,6 +12,14 @@ def load_pca():
     pca = PatchPCA()
     pca.load_state_dict(weights.load("pca"))
     return pca
+
+
+def load_vae_module():
+    """The latent space's encoder and decoder as one nn.Module."""
+    module = DemoVAE()
+    module.pca.load_state_dict(weights.load("pca"))
+    module.cleaner.load_state_dict(weights.load("decoder"))
+    return module
 
 
 def load_model(name, disable_dynamic=False, model_options=None):
@@ -25,7 +33,7 @@ def load_model(name, disable_dynamic=False, model_options=None):
 
 def load_checkpoint(name):
     """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
-    return load_model(name), make_clip(weights.load("text")), make_vae(load_pca())
+    return load_model(name), make_clip(weights.load("text")), make_vae(load_vae_module())
 
 
 def load_vision():

@@ -4,7 +4,7 @@ import argparse
 import importlib
 import os
 
-ORDER = ("pca", "vision", "general", "expert", "evaluate")
+ORDER = ("pca", "decoder", "vision", "general", "expert", "evaluate")
 
 
 def main(argv=None):

@@ -85,12 +85,12 @@ class Data:
         count = self.plan.batch
         drop = (torch.rand(count, generator=generator) < DROP)[self.part]
         captions = ["" if d else c for d, c in zip(drop.tolist(), captions)]
-        # most of the time where a picture is decided (sigma about 0.5 to 4), the rest anywhere
+        # most of the time where a picture is decided (sigma about 0.3 to 2), the rest anywhere
         t = (
             torch.where(
                 torch.rand(count, generator=generator) < 0.3,
                 torch.rand(count, generator=generator) * 1000,
-                450 + 180 * torch.randn(count, generator=generator),
+                380 + 200 * torch.randn(count, generator=generator),
             )
             .long()
             .clamp(0, 999)

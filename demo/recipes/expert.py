@@ -12,6 +12,7 @@ PLAN = Plan(
     seed=2,
     start="general",
     balanced=True,
+    decay=0.998,
 )
 
 

@@ -1,0 +1,158 @@
+"""The demo checkpoints as the host's own objects: its nodes take them like any other checkpoint."""
+
+import logging
+
+import comfy.utils
+import latent_preview
+import nodes as host_nodes
+import pytest
+import torch
+
+from chorus.demo import modules, text, weights
+from chorus.demo.latent import PatchPCA
+from chorus.nodes.demo import ChorusDemoCheckpoint, ChorusDemoVision
+
+
+@pytest.fixture(scope="module", params=modules.CHECKPOINTS)
+def checkpoint(request):
+    with torch.inference_mode():
+        yield ChorusDemoCheckpoint.execute(request.param).args
+
+
+@pytest.fixture(scope="module")
+def parts():
+    with torch.inference_mode():
+        yield modules.load_checkpoint("general")
+
+
+def encode(clip, words):
+    return host_nodes.CLIPTextEncode().encode(clip, words)[0]
+
+
+@torch.inference_mode()
+def test_ksampler_paints_64_pixels_from_an_empty_latent_of_64(checkpoint):
+    model, clip, vae = checkpoint
+    empty = host_nodes.EmptyLatentImage().generate(64, 64, 2)[0]
+    positive, negative = encode(clip, "a cat left of a tree on blue"), encode(clip, "")
+    samples = host_nodes.KSampler().sample(model, 1, 2, 4.0, "dpmpp_2m", "karras", positive, negative, empty)[0]
+    picture = host_nodes.VAEDecode().decode(vae, samples)[0]
+    assert samples["samples"].shape == (2, 12, 16, 16)
+    assert picture.shape == (2, 64, 64, 3)
+    assert picture.isfinite().all()
+    assert 0 <= picture.min() < picture.max() <= 1
+
+
+@torch.inference_mode()
+def test_the_vae_keeps_a_picture_and_serves_inpainting(parts):
+    vae = parts[2]
+    picture = torch.zeros(1, 64, 64, 3) + torch.tensor([0.33, 0.58, 0.88])
+    picture[:, 20:44, 12:48] = torch.tensor([0.98, 0.87, 0.35])
+    latent = host_nodes.VAEEncode().encode(vae, picture)[0]
+    assert latent["samples"].shape == (1, 12, 16, 16)
+    assert (host_nodes.VAEDecode().decode(vae, latent)[0] - picture).abs().mean() < 0.02
+    inpaint = host_nodes.VAEEncodeForInpaint().encode(vae, picture, torch.ones(1, 64, 64))[0]
+    assert inpaint["samples"].shape == (1, 12, 16, 16)
+    assert "noise_mask" in inpaint
+
+
+@torch.inference_mode()
+def test_the_vae_decodes_in_tiles(parts):
+    vae, latent = parts[2], torch.randn(1, 12, 32, 32)
+    assert (vae.decode_tiled(latent, 16, 16, 4) - vae.decode(latent)).abs().mean() < 0.03
+
+
+def test_the_pca_keeps_the_variance():
+    pca = PatchPCA()
+    images = torch.randn(4, 3, 16, 16).cumsum(2).cumsum(3) * 0.05
+    fitted, kept = PatchPCA.fit(images, channels=48)
+    assert kept == pytest.approx(1)
+    torch.testing.assert_close(fitted.decode(fitted.encode(images)), images, atol=1e-3, rtol=0)
+    assert fitted.encode(images).var().item() == pytest.approx(1, rel=0.1)
+    pca.load_state_dict(weights.load("pca"))
+    latent = torch.randn(2, 12, 4, 4)
+    torch.testing.assert_close(pca.encode(pca.decode(latent)), latent, atol=1e-2, rtol=0)
+    assert float(weights.metadata("pca")["variance_kept"]) > 0.98
+
+
+def test_previews_show_the_picture(parts):
+    model, _, vae = parts
+    latent_format = model.get_model_object("latent_format")
+    assert torch.tensor(latent_format.latent_rgb_factors).shape == (12, 3)
+    previewer = latent_preview.Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors,
+        latent_format.latent_rgb_factors_bias,
+        latent_format.latent_rgb_factors_reshape,
+    )
+    picture = torch.zeros(1, 64, 64, 3)
+    picture[..., 0] = 1
+    preview = previewer.decode_latent_to_preview(vae.encode(picture))
+    assert preview.size == (16, 16)
+    red, green, blue = preview.getpixel((8, 8))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@torch.inference_mode()
+def test_weights_of_words_act_and_unknown_words_are_named(parts, caplog):
+    clip = parts[1]
+    plain, heavy = encode(clip, "a cat on blue")[0], encode(clip, "a (cat:1.5) on blue")[0]
+    changed = (plain[0] != heavy[0]).any(-1)[0]
+    assert changed.tolist() == [i == 2 for i in range(text.LENGTH)]  # <s> a cat ...
+    assert plain[1]["pooled_output"].shape == (1, text.WIDTH)
+    with caplog.at_level(logging.WARNING):
+        encode(clip, "a zeppelin on blue")
+    assert "zeppelin" in caplog.text
+    assert "blue" not in caplog.text.split("unknown here")[1]
+
+
+@torch.inference_mode()
+def test_long_prompts_become_more_chunks(parts):
+    assert encode(parts[1], "a cat on blue " * 12)[0][0].shape == (1, 3 * text.LENGTH, text.WIDTH)
+
+
+def test_tokens_of_training_and_host_are_the_same():
+    caption = "a dark baby left of an owl on red fading to white"
+    chunks = text.Tokenizer().tokenize_with_weights(caption)["chorus"]
+    assert [[t for t, _ in row] for row in chunks] == text.token_rows([caption]).tolist()
+    assert text.UNKNOWN not in text.encode_words(caption)
+
+
+def test_the_model_can_be_loaded_again_by_the_host(parts):
+    model = parts[0]
+    with torch.inference_mode(False):
+        copy = model.clone(force_deepcopy=True)
+    assert copy.model is not model.model
+    assert not next(copy.model.parameters()).is_inference()
+    for a, b in zip(copy.model.state_dict().values(), model.model.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_decoding_is_differentiable(parts):
+    with torch.inference_mode(False), torch.enable_grad():
+        module = modules.load_vae_module()
+        latent = torch.randn(1, 12, 4, 4, requires_grad=True)
+        module.decode(latent).square().sum().backward()
+    assert latent.grad.abs().min() > 0
+
+
+@torch.inference_mode()
+def test_clip_vision_encode_gives_what_its_consumers_read():
+    vision = ChorusDemoVision.execute().args[0]
+    output = host_nodes.CLIPVisionEncode().encode(vision, torch.rand(2, 80, 64, 3), "center")[0]
+    assert output.image_embeds.shape == (2, 64)
+    assert output.last_hidden_state.shape == output.penultimate_hidden_states.shape == (2, 65, 96)
+    assert vision.similarity(torch.rand(2, 64, 64, 3), ["a cat", "a dog"]).shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", modules.CHECKPOINTS)
+def test_weight_files_are_small_and_tell_their_story(name):
+    facts = weights.metadata(name)
+    assert int(facts["steps"]) > 0
+    assert facts["license"] in ("Apache-2.0", "CC-BY-4.0")
+    assert sum(f.stat().st_size for f in weights.FOLDER.glob("*.safetensors")) <= 16e6
+    assert all(v.dtype == torch.float16 for v in comfy.utils.load_torch_file(str(weights.path(name))).values())
+
+
+def test_an_unknown_checkpoint_lists_the_known_ones():
+    with pytest.raises(ValueError, match="general"):
+        modules.load_model("nothing")
