@@ -1,9 +1,9 @@
 """Builds example_workflows/ with ComfyUI's own web page, so that the files are what a person would save.
 
-python -m chorus.tools.build_workflows HOST:PORT [TITLE ...]   (through run.py's environment; needs Playwright and Chromium)
+python -c "import run; from chorus.tools.build_workflows import main; main('HOST:PORT')"   (needs Playwright and Chromium)
 
-The page lays out, connects and saves; then each workflow is queued and its last picture, with the view beside it, becomes
-the .jpg that the template browser shows.
+The page lays out, connects and saves; then each workflow is queued, and the pictures it saves become the .jpg that the
+template browser shows.
 """
 
 from __future__ import annotations
@@ -78,9 +78,11 @@ def save_in_page(address: str, specs: list[dict]) -> dict[str, dict]:
 
 
 def picture(client: Comfy, workflow: dict) -> Image.Image:
-    """Queue a workflow; the picture of its result: the saved ones side by side."""
+    """Queue a workflow; the picture of its result: the saved ones side by side, in the order of their nodes."""
     result = client.run(client.to_api(workflow))
-    saved = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in client.images(result)]
+    place = {str(node["id"]): node["pos"][1] for node in workflow["nodes"]}
+    found = sorted(client.images(result), key=lambda image: place[image[0]])
+    saved = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in found]
     height = max(image.height for image in saved)
     sheet = Image.new("RGB", (sum(image.width + 8 for image in saved) - 8, height), (24, 25, 30))
     x = 0

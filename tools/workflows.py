@@ -92,7 +92,7 @@ def plain_fusion() -> Workflow:
         " alone.\n\nThe view on the right shows who painted where.\n\nTry: `bias` for more or less of the expert.",
     )
     general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
-    prompt = "a panda left of a cactus on blue"
+    prompt = "a koala below a rainbow on green"
     positive, negative = w.text(prompt, general, "Prompt, general"), w.text("", general, "Negative, general")
     own, own_negative = w.text(prompt, expert, "Prompt, expert"), w.text("", expert, "Negative, expert")
     latent = w.latent()
@@ -116,13 +116,13 @@ def three_models() -> Workflow:
         " the tooltips as joint are taken from the last node of the chain.",
     )
     general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
-    positive = w.text("a penguin left of a rocket on pink", general, "Prompt of the scene")
+    positive = w.text("a pig above a cloud on yellow", general, "Prompt of the scene")
     negative = w.text("", general, "Negative")
-    animal = w.text("a penguin", expert, "Prompt, animals")
-    thing = w.text("a rocket", general, "Prompt, third model")
+    animal = w.text("a pig above a cloud on yellow", expert, "Prompt, animals")
+    thing = w.text("a rainbow on yellow", general, "Prompt, third model")
     latent = w.latent()
-    first = w.blend((general, "MODEL"), expert, animal, negative, label="animals", bias=0.2)
-    second = w.blend((first, "model"), general, thing, negative, label="rocket")
+    first = w.blend((general, "MODEL"), expert, animal, negative, label="animals")
+    second = w.blend((first, "model"), general, thing, negative, label="rainbow")
     fused = w.sample((second, "model"), positive, negative, latent, 3, "Three models")
     w.save(fused, general, "three models")
     w.view(second, fused)
@@ -138,9 +138,9 @@ def region() -> Workflow:
         " off and costs nothing.",
     )
     general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
-    positive = w.text("a cow left of a gem on green", general, "Prompt, general")
+    positive = w.text("a cow left of an apple on grey", general, "Prompt, general")
     negative = w.text("", general, "Negative")
-    animal = w.text("a cow left of a gem on green", expert, "Prompt, expert")
+    animal = w.text("a cow left of an apple on grey", expert, "Prompt, expert")
     latent = w.latent()
     whole = w.node("SolidMask", 1, {"value": 0.0, "width": 64, "height": 64}, "The whole picture")
     left = w.node("SolidMask", 1, {"value": 1.0, "width": 32, "height": 64}, "The left half")
@@ -165,7 +165,7 @@ def cross_domain() -> Workflow:
         " bee).\n\nOutside its window the expert costs nothing: the report counts the evaluations saved.",
     )
     general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
-    prompt = "a tiger above a car on yellow"
+    prompt = "a dog above an egg on blue"
     positive, negative = w.text(prompt, general, "Prompt, general"), w.text("", general, "Negative")
     own = w.text(prompt, expert, "Prompt, expert")
     latent = w.latent()
@@ -189,8 +189,8 @@ def recontextualization() -> Workflow:
         " dog on the beach'.\n\nBoth prompts run in one batch, so this costs a larger batch, not a second model.",
     )
     general = w.checkpoint("general")
-    subject = w.text("an octopus", general, "Prompt: the subject")
-    scene = w.text("an octopus on red fading to yellow", general, "Prompt: subject in its surroundings")
+    subject = w.text("a crab", general, "Prompt: the subject")
+    scene = w.text("a crab on yellow fading to blue", general, "Prompt: subject in its surroundings")
     negative = w.text("", general, "Negative")
     latent = w.latent()
     blend = w.blend((general, "MODEL"), general, scene, negative, label="surroundings")
