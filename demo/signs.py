@@ -87,7 +87,7 @@ def make_heldout(signs, seed):
     }
 
 
-def write_lists(seed=1855, canvases=262144):
+def write_lists(seed=1855, canvases=276032):
     """Writes heldout.json, then frequency.json with the counts over the first `canvases` training canvases."""
     from .canvas import Canvases
 

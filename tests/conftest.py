@@ -35,6 +35,12 @@ def pytest_report_header():
     return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none, tests/host is left out"
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Every test draws the same numbers in every run, alone or among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

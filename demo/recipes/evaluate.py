@@ -4,7 +4,6 @@ Writes demo/results/retrieval.json and a picture grid per checkpoint, prints a M
 """
 
 import json
-import math
 import platform
 import time
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ...training.statistics import wilson
 from .. import modules, weights
 from ..data_source import ROOT
 from ..signs import load_bins, load_signs
@@ -53,13 +53,6 @@ def paint(model, clip, vae, text, seed, count=1):
     return vae.decode(samples)
 
 
-def wilson(hits, count, z=1.96):
-    """The 95 % interval of a share."""
-    p, n = hits / count, count
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round((middle - half) / (1 + z * z / n), 3), round((middle + half) / (1 + z * z / n), 3)]
-
-
 def ranks_of(vision, images, truth):
     """The place of the true sign (0 = first) among all names for every picture, and the place of its style (0 or 1)."""
     order = vision.similarity(images, names()).argsort(1, descending=True)
@@ -74,7 +67,7 @@ def share(places, chosen, first):
     hit = int((places[chosen] < first).sum())
     return {
         "share": round(hit / int(chosen.sum()), 4),
-        "interval": wilson(hit, int(chosen.sum())),
+        "interval": [round(v, 3) for v in wilson(hit, int(chosen.sum()))],
         "pictures": int(chosen.sum()),
     }
 

@@ -1,4 +1,7 @@
-"""The expert: animals in Twemoji style, all equally often, starting from the general checkpoint."""
+"""The expert: animals in Twemoji style, all equally often, starting from the general checkpoint.
+
+The committed weights are 1,772 of the 2,000 steps (19 minutes by --minutes on two busy cores).
+"""
 
 from .diffusion import Plan, train
 
