@@ -1,7 +1,8 @@
-"""Hooks a blend of several models into ComfyUI's sampling: three wrappers on the base MODEL, one attachment.
+"""Hooks a blend of several models into ComfyUI's sampling: four wrappers on the base MODEL, one attachment.
 
 PREPARE_SAMPLING loads base and experts in one call, so none evicts another. SAMPLER_SAMPLE readies the experts and
 hands their state to the run. CALC_COND_BATCH lets them predict beside the base and puts the blend in its place.
+OUTER_SAMPLE publishes the trace with the finished latent.
 """
 
 import logging

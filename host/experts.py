@@ -18,7 +18,7 @@ log = logging.getLogger("comfyui-chorus")
 
 
 class Expert:
-    """A MODEL with its conditioning, as wired. Shared by all clones of the model it hangs on; never changed by a run."""
+    """A MODEL with its conditioning, as wired, and its copy if it needs one. Shared by all clones of the blended MODEL."""
 
     def __init__(self, patcher, positive, negative, label: str):
         self.patcher, self.positive, self.negative, self.label = patcher, positive, negative, label
