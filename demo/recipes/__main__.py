@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import os
 
 ORDER = ("pca", "decoder", "vision", "general", "expert", "evaluate")
@@ -27,8 +28,9 @@ def main(argv=None):
     for name in ORDER:
         if name in options.names or not options.names:
             recipe = importlib.import_module(f".{name}", __package__)
-            extra = {"workers": options.workers} if name in ("general", "expert") else {}
-            recipe.main(**extra, **({"minutes": options.minutes} if options.minutes else {}))
+            wanted = {"minutes": options.minutes, "workers": options.workers}
+            takes = inspect.signature(recipe.main).parameters
+            recipe.main(**{k: v for k, v in wanted.items() if k in takes})
 
 
 def _start_host():

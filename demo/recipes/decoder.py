@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from .. import weights
 from ..canvas import Canvases
-from ..latent import DemoVAE
+from ..latent import CHANNELS, PATCH, DemoVAE
+from .device import DEVICE, autocast, to_device
 from .vision import STYLES
 
 STEPS, BATCH, SEED = 2500, 48, 11
@@ -27,8 +28,9 @@ class Batches:
         x = torch.cat(pixels).movedim(3, 1).float() / 127.5 - 1
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + k)
         strength = (torch.rand(BATCH, 1, 1, 1, generator=generator) * 1.5 - 0.5).clamp(min=0) * noise
-        z = self.module.encode(x)
-        return x, z + strength * torch.randn(z.shape, generator=generator)
+        noise = torch.randn(BATCH, CHANNELS, x.shape[2] // PATCH, x.shape[3] // PATCH, generator=generator)
+        x, noise = to_device(x, strength * noise)
+        return x, self.module.encode(x) + noise
 
 
 @torch.no_grad()
@@ -47,6 +49,7 @@ def main(minutes=None, lr=2e-3):
     module.pca.load_state_dict(weights.load("pca"))
     nn.init.zeros_(module.cleaner.last.weight)
     nn.init.zeros_(module.cleaner.last.bias)
+    module.to(DEVICE)
     optimizer = torch.optim.AdamW(module.cleaner.parameters(), lr=lr, betas=(0.9, 0.99))
     batches, started, step, progress = Batches(module), time.time(), 0, 0.0
     bar = tqdm(total=STEPS, desc="decoder", mininterval=10)
@@ -55,7 +58,7 @@ def main(minutes=None, lr=2e-3):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 100) * max(0.01, 1 - progress)
         x, z = batches(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             correction = module.cleaner(z)
         difference = module.pca.decode(z) + correction.float() - x
         (difference.abs().mean() + difference.square().mean()).backward()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import comfy.latent_formats  # noqa: F401  (after comfy's arguments were set by the recipes' __main__)
@@ -21,6 +22,7 @@ from ..data_source import ROOT
 from ..latent import CHANNELS, PATCH, PatchPCA
 from ..text import TextModel, token_rows
 from ..unet import initialise, make_unet
+from .device import DEVICE, autocast, to_device
 
 STATES = ROOT / ".cache" / "train"
 DROP = 0.1  # share of captions replaced by the empty one, for guidance
@@ -57,9 +59,9 @@ class Student(nn.Module):
         """latents and noise [B, 12, 16, 16], tokens [B, 20], t [B] -> mean squared error of v."""
         a = self.alphas[t].sqrt().view(-1, 1, 1, 1)
         b = (1 - self.alphas[t]).sqrt().view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(self.train_text):
+        with autocast(), torch.set_grad_enabled(self.train_text):
             states, _, pooled, _ = self.text(tokens)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             v = self.unet(a * latents + b * noise, t, context=states, y=pooled)
         return (v.float() - (a * noise - b * latents)).square().mean()
 
@@ -109,6 +111,8 @@ def rate(plan, step, progress):
 
 def train(plan, minutes=None, workers=1, save_minutes=5.0):
     """Runs or resumes a plan. minutes: end after that time instead of after plan.steps."""
+    if workers > 1 and DEVICE.type != "cpu":
+        raise ValueError(f"{workers} workers share a CPU, and this machine has a GPU; leave --workers out")
     if workers == 1:
         return work(0, plan, minutes, 1, save_minutes)
     STATES.mkdir(parents=True, exist_ok=True)
@@ -138,13 +142,14 @@ def work(worker, plan, minutes, workers, save_minutes):
     student = Student(train_text=plan.start is None)
     data = Data(plan, pca, worker, workers)
     begin(student, plan)
+    student.to(DEVICE)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.01)
     average = {k: v.detach().clone() for k, v in student.state_dict().items()}
     step, spent, log = 0, 0.0, []
     file = STATES / f"{plan.name}.pt"
     if file.exists():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location=DEVICE)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, spent, log = state["average"], state["step"], state["spent"], state["log"]
@@ -155,8 +160,11 @@ def work(worker, plan, minutes, workers, save_minutes):
     before = 0.0 if not minutes else spent / (spent + minutes * 60)
     bar = tqdm(total=plan.steps, initial=step, desc=plan.name, mininterval=10, disable=worker > 0)
     progress = 0.0
+    pool = ThreadPoolExecutor(1)  # draws the next batch while this one is learned
+    batch = pool.submit(data.batch, step)
     while step < plan.steps and progress < 1:
-        loss = student(*data.batch(step))
+        now, batch = to_device(*batch.result()), pool.submit(data.batch, step + 1)
+        loss = student(*now)
         loss.backward()
         progress = before + (1 - before) * (time.time() - started) / (minutes * 60) if minutes else step / plan.steps
         value, progress = meet(params, workers, loss.item(), progress)
@@ -188,6 +196,7 @@ def work(worker, plan, minutes, workers, save_minutes):
                 log=log,
             )
             export(plan, average, step, spent, log)
+    pool.shutdown(cancel_futures=True)
     bar.close()
 
 

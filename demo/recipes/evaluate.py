@@ -139,7 +139,7 @@ def table_of(report):
 
 
 @torch.inference_mode()
-def main(minutes=None, seeds=SETTINGS["seeds"]):
+def main(seeds=SETTINGS["seeds"]):
     RESULTS.mkdir(exist_ok=True)
     vision = modules.load_vision()
     report = {

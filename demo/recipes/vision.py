@@ -18,6 +18,7 @@ from ..latent import PatchPCA
 from ..signs import load_signs
 from ..text import token_rows
 from ..vision import ImageText
+from .device import DEVICE, autocast, to_device
 from .diffusion import STATES
 
 STYLES = ("noto", "twemoji")
@@ -77,14 +78,15 @@ class Batches:
 
 def loss_of(model, scale, x, captions, signs, plain, styled=None):
     """plain: tokens of all names; styled: tokens of all names in each style, one after the other."""
-    image, text = model.image_embeds(x), model.text_embeds(token_rows(captions))
+    image, text = model.image_embeds(x), model.text_embeds(token_rows(captions).to(x.device))
     logits = scale * image @ text.T
-    same = torch.tensor([[a == b for b in captions] for a in captions]).float()
+    same = torch.tensor([[a == b for b in captions] for a in captions], device=x.device).float()
     target = same / same.sum(1, keepdim=True)
     contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
     present = torch.zeros(len(x), len(plain))
     for row, ids in zip(present, signs):
         row[ids] = 1 / len(ids)
+    present = present.to(x.device)
     loss = 0.5 * contrast + F.cross_entropy(scale * image @ model.text_embeds(plain).T, present)
     if styled is not None:
         first, second = present.chunk(2)  # half of the pictures of each style
@@ -111,12 +113,13 @@ def main(minutes=None, lr=2e-3):
     pca.load_state_dict(weights.load("pca"))
     model, batches = ImageText(), Batches(pca)
     initialise(model)
+    model.to(DEVICE)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.02)
-    plain, styled = token_rows(names()), token_rows(names(STYLES[0]) + names(STYLES[1]))
+    plain, styled = to_device(token_rows(names()), token_rows(names(STYLES[0]) + names(STYLES[1])))
     file, step = STATES / "vision.pt", 0
     if file.exists():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, weights_only=True, map_location=DEVICE)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, step = state["average"], state["step"]
@@ -127,8 +130,8 @@ def main(minutes=None, lr=2e-3):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 100) * max(0.01, 1 - done)
         x, captions, signs = batches(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, 16.0, x, captions, signs, plain, styled if step % 2 else None)
+        with autocast():
+            loss = loss_of(model, 16.0, x.to(DEVICE), captions, signs, plain, styled if step % 2 else None)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
