@@ -22,7 +22,7 @@ headless.start()
 import comfy.sample  # noqa: E402
 import comfy.utils  # noqa: E402
 
-from ..demo.canvas import PLURALS, Canvases, Item, Scene, Sprites  # noqa: E402
+from ..demo.canvas import Canvases, Item, Scene, Sprites, phrase  # noqa: E402
 from ..demo.modules import load_checkpoint, load_vision  # noqa: E402
 from ..demo.signs import RELATIONS, load_heldout, load_signs  # noqa: E402
 from ..nodes.saliency_noise_blend import SaliencyNoiseBlend  # noqa: E402
@@ -36,10 +36,6 @@ METRICS = {
     "both": "both signs, subject in style",
 }
 BACKGROUNDS = ("blue", "green", "yellow", "pink", "grey")
-
-
-def phrase(name: str) -> str:
-    return name if name in PLURALS else ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def compositions(count: int) -> list[tuple[str, str, str]]:

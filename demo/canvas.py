@@ -3,7 +3,7 @@
 Canvas number `index` of a data set is the same for everybody: all its choices come from (seed, index).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,11 @@ class Scene:
     relation: str
     colors: tuple  # one name: plain, two names: gradient from the first to the second
     vertical: bool = True
+
+
+def phrase(words):
+    """'a cat', 'an owl', 'cherries': a sign as the captions name it."""
+    return words if words in PLURALS else ("an " if words[0] in "aeiou" else "a ") + words
 
 
 class Canvases:
@@ -114,8 +119,7 @@ class Canvases:
         return text
 
     def phrase(self, item):
-        words = f"{item.tone} {self.signs[item.sign].name}".strip()
-        return words if words in PLURALS else ("an " if words[0] in "aeiou" else "a ") + words
+        return phrase(f"{item.tone} {self.signs[item.sign].name}".strip())
 
     def draw(self, scene):
         """uint8 [64, 64, 3]"""
@@ -165,10 +169,6 @@ class Sprites:
 def single(sign, tone="", size=56, colors=("white",)):
     """The plain scene of one sign in the middle."""
     return Scene((Item(sign, tone, size, (4, 4), False),), "", colors)
-
-
-def with_colors(scene, *colors):
-    return replace(scene, colors=colors)
 
 
 def _background(colors, vertical):

@@ -173,10 +173,11 @@ class _BlendRun:
                 log.warning("a conditioning the sampler did not name is predicted by the base model alone")
             return base(conds)
         level = float(sigma[0])
-        if "positive" in names and not (x is self._x and level == self._sigma):
+        here = x is self._x and level == self._sigma
+        if "positive" in names and not here:
             self._x, self._sigma = x, level
             return self._blend(base, conds, names, x, sigma, level)
-        return self._mix(base, conds, names, x, sigma)
+        return self._mix(base, conds, names, x, sigma, here)
 
     def _blend(self, base, conds, names, x, sigma, level) -> list[Tensor]:
         """The prediction of a step: saliency, mask, blend."""
@@ -221,13 +222,16 @@ class _BlendRun:
             blended[n] = self.technique.mix(own[n], {i: p[n] for i, p in predicted.items()})
         return [blended.get(n, o) for n, o in zip(names, out, strict=True)]
 
-    def _mix(self, base, conds, names, x, sigma) -> list[Tensor]:
-        """A further prediction (PAG, SAG, skipped layers): the base's by its own patches, mixed by the last mask."""
+    def _mix(self, base, conds, names, x, sigma, here: bool) -> list[Tensor]:
+        """A further prediction (PAG, SAG, skipped layers): the base's by its own patches, mixed by the last mask.
+
+        ``here``: at the very x and sigma of the last blended prediction.
+        """
         out = list(base(conds))
         painting = self.technique.painting
         if not painting:
             return out
-        if x is self._x:  # the experts have already predicted here
+        if here:  # the experts have already predicted
             side = {"positive": 0, "negative": 1}
             predicted = {
                 i: [pair[side[n]] if n in side else None for n in names]

@@ -24,10 +24,6 @@ RESULTS = ROOT / "demo" / "results"
 SETTINGS = {"steps": 20, "cfg": 4.0, "sampler": "dpmpp_2m", "scheduler": "karras", "size": 64, "seeds": 4}
 
 
-def prompts():
-    return [f"{'an' if s.name[0] in 'aeiou' else 'a'} {s.name}" for s in load_signs()]
-
-
 def encode(clip, text):
     """CONDITIONING, as CLIPTextEncode gives it."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
@@ -78,7 +74,7 @@ def measure(name, vision, seeds):
     signs, bins = load_signs(), load_bins()["bin"]
     started = time.time()
     images = torch.stack(
-        [paint(model, clip, vae, text, 1000 + n, seeds) for n, text in enumerate(tqdm(prompts(), desc=name))]
+        [paint(model, clip, vae, text, 1000 + n, seeds) for n, text in enumerate(tqdm(names(), desc=name))]
     )
     seconds = time.time() - started
     truth = torch.arange(len(signs)).repeat_interleave(seeds)
