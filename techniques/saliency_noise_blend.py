@@ -10,15 +10,14 @@ Shapes: B samples, C channels, S spatial axes: (H, W), or (T, H, W) for video, w
 """
 
 import bisect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.saliency_blend import saliency_blend
+from .blend_region import log_region
 from .blend_trace import BlendRecord, BlendStep, BlendTrace
 
 OFF, REUSE, RUN = "off", "reuse", "run"
@@ -73,7 +72,7 @@ class SaliencyBlendRun:
         self._windows = [
             (schedule.percent_to_sigma(e.start_percent), schedule.percent_to_sigma(e.end_percent)) for e in experts
         ]
-        self._regions: list[Tensor | None] | None = None
+        self._regions: list[Tensor | None] | None = None  # as kernels.saliency_blend takes them
         self._empty: list[bool] = []
         self.predictions: dict[int, tuple[Tensor, Tensor]] = {}  # of the last blend, by model
         self._offsets: dict[int, tuple[Tensor, Tensor]] = {}
@@ -125,8 +124,8 @@ class SaliencyBlendRun:
         """
         if self._regions is None:
             self.record.shape = (x.shape[0], *x.shape[2:])
-            self._regions = [fit_region(e, x) for e in self.experts]
-            self._empty = [r is not None and not bool((r > 0).any()) for r in self._regions]
+            self._regions = [log_region(e.region, e.region_mode, e.label, x) for e in self.experts]
+            self._empty = [r is not None and bool(torch.isneginf(r).all()) for r in self._regions]
         interval = self._interval(sigma)
         actions = {}
         for i, e in enumerate(self.experts, start=1):
@@ -175,28 +174,21 @@ class SaliencyBlendRun:
         self.predictions = pairs
 
         level = float(sigma[0])
-        scale = 1.0 / sigma.float()
-        shared = self.joint.saliency == "shared"
-        if shared:
-            scale = scale * self.schedule.cfg
-        flat = [[fold_frames(pairs[i][side]) for i in models] for side in (0, 1)]
-        frames = flat[0][0].shape[0] // base[0].shape[0]
         blend = saliency_blend(
-            flat[0],
-            flat[1],
-            scale.repeat_interleave(frames),
+            [pairs[i][0] for i in models],
+            [pairs[i][1] for i in models],
+            sigma,
             [self._strength(i) for i in models],
-            [self._bias(i, level, base[0]) for i in models],
+            [self._bias(i, level) for i in models],
+            [None if i == 0 else self._regions[i - 1] for i in models],
             [self._gain(i) for i in models],
             blur=self.joint.blur,
-            shared=shared,
+            shared=self.joint.saliency == "shared",
             softness=self.joint.softness if self.joint.mask_mode == "soft" else None,
         )
         self._check_finite(level, models, blend.partition)
-        lead = (base[0].shape[0],) if blend.weights.dtype == torch.uint8 else (len(models), base[0].shape[0])
-        weights = blend.weights.reshape(*lead, *base[0].shape[2:])
-        self._remember(BlendStep(level, models, weights))
-        return unfold_frames(blend.cond, base[0]), unfold_frames(blend.uncond, base[0])
+        self._remember(BlendStep(level, models, blend.weights))
+        return blend.cond, blend.uncond
 
     def mix(self, base: Tensor, experts: Mapping[int, Tensor]) -> Tensor:
         """Blend predictions [B, C, *S] of a further conditioning by the last mask; absent experts leave the base's."""
@@ -220,26 +212,23 @@ class SaliencyBlendRun:
         return () if self._last_step is None else tuple(i for i in self._last_step.models if i > 0)
 
     def _strength(self, i: int) -> float:
-        return self.joint.general_strength if i == 0 else self.experts[i - 1].strength
+        strength = self.joint.general_strength if i == 0 else self.experts[i - 1].strength
+        # the authors' code measures the guided difference
+        return strength * self.schedule.cfg if self.joint.saliency == "shared" else strength
 
     def _gain(self, i: int) -> float:
         if i == 0 or self.experts[i - 1].expert_cfg == 0.0:
             return 1.0
         return self.experts[i - 1].expert_cfg / self.schedule.cfg
 
-    def _bias(self, i: int, sigma: float, like: Tensor) -> Tensor:
+    def _bias(self, i: int, sigma: float) -> float:
         if i == 0:
-            return torch.zeros((), device=like.device)
-        e, region = self.experts[i - 1], self._regions[i - 1]
-        bias = e.bias
-        if bias != 0.0 and e.ramp != "constant":
-            done = self._progress(i, sigma)
-            bias *= done if e.ramp == "rising" else 1.0 - done
-        if region is None:
-            return torch.full((), bias, device=like.device)
-        if e.region_mode == "force":
-            return torch.where(region >= 0.5, float("inf"), float("-inf"))
-        return region.log() + bias
+            return 0.0
+        e = self.experts[i - 1]
+        if e.bias == 0.0 or e.ramp == "constant":
+            return e.bias
+        done = self._progress(i, sigma)
+        return e.bias * (done if e.ramp == "rising" else 1.0 - done)
 
     def _progress(self, i: int, sigma: float) -> float:
         """How far ``sigma`` lies into the window of expert ``i``, 0 to 1 in sampling percent."""
@@ -280,40 +269,3 @@ class SaliencyBlendRun:
         ]
         for trace in self.traces:
             trace.finish(self.record)
-
-
-def fold_frames(x: Tensor) -> Tensor:
-    """[B, C, H, W] as it is; [B, C, T, H, W] -> [B T, C, H, W]."""
-    return x if x.ndim == 4 else x.movedim(2, 1).flatten(0, 1)
-
-
-def unfold_frames(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``fold_frames`` for a tensor shaped as ``like``."""
-    return x if like.ndim == 4 else x.unflatten(0, (like.shape[0], -1)).movedim(1, 2)
-
-
-def fit_region(expert: ExpertSettings, x: Tensor) -> Tensor | None:
-    """The expert's region at the latent's size, [B T, H, W]; None where it bars and favours nothing.
-
-    Masks are resized with antialiasing, repeated over the batch as the host repeats masks; for video one mask serves
-    all frames, T masks the frames one by one. In force mode positions under 0.5 become 0.
-    """
-    if expert.region is None:
-        return None
-    region = expert.region.float()
-    region = region.reshape(-1, 1, *region.shape[-2:])
-    if not torch.isfinite(region).all():
-        raise ValueError(f"the region of '{expert.label}' holds values that are not finite; masks are 0 to 1")
-    region = F.interpolate(region, size=x.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
-    region = region.squeeze(1).clamp(0.0, 1.0).to(x.device)
-    if expert.region_mode == "force":
-        region = (region >= 0.5).float()
-    else:
-        region = torch.where(region > 1.0 - 1e-6, 1.0, region)  # resizing rounds: what was 1 stays neutral
-        if bool((region == 1.0).all()):
-            return None
-    batch, frames = x.shape[0], math.prod(x.shape[2:-2])
-    if frames > 1 and region.shape[0] == frames:
-        return region.repeat(batch, 1, 1)
-    region = region.repeat(math.ceil(batch / region.shape[0]), 1, 1)[:batch]
-    return region.repeat_interleave(frames, dim=0)

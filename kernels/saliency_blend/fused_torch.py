@@ -11,14 +11,14 @@ from torch import Tensor
 from .reference import smooth
 
 
-def _log_saliency(cond: Tensor, reference: Tensor, scale: Tensor, strength: float, blur: int) -> tuple[Tensor, Tensor]:
-    """k Λ - LSE(k Λ) [B, H, W] and the LSE [B] of one model, in float32."""
+def _log_saliency(cond: Tensor, reference: Tensor, sigma: Tensor, strength: float, blur: int) -> tuple[Tensor, Tensor]:
+    """k Λ - LSE(k Λ) [B, *S] and the LSE [B, T] of one model, in float32; T is 1 for pictures."""
     difference = torch.sub(cond.float(), reference.float())
-    saliency = torch.linalg.vector_norm(difference, ord=1, dim=1, keepdim=True, dtype=torch.float32)  # [B, 1, H, W]
-    saliency *= (scale * (strength / cond.shape[1])).reshape(-1, 1, 1, 1)
-    logits = smooth(saliency, blur).squeeze(1)
-    partition = torch.logsumexp(logits.flatten(1), dim=1)
-    return logits - partition.reshape(-1, 1, 1), partition
+    saliency = torch.linalg.vector_norm(difference, ord=1, dim=1, dtype=torch.float32)  # [B, *S]
+    saliency *= (strength / cond.shape[1] / sigma.float()).reshape(-1, *[1] * (saliency.ndim - 1))
+    logits = smooth(saliency.reshape(-1, 1, *saliency.shape[-2:]), blur).view_as(saliency)
+    partition = torch.logsumexp(logits, dim=(-2, -1), keepdim=True)
+    return logits - partition, partition.reshape(len(cond), -1)
 
 
 def _guide(cond: Tensor, uncond: Tensor, gain: float) -> Tensor:
@@ -28,9 +28,10 @@ def _guide(cond: Tensor, uncond: Tensor, gain: float) -> Tensor:
 def saliency_blend(
     cond: list[Tensor],
     uncond: list[Tensor],
-    scale: Tensor,
+    sigma: Tensor,
     strength: list[float],
-    bias: list[Tensor],
+    bias: list[float],
+    region: list[Tensor | None],
     gain: list[float],
     *,
     blur: int,
@@ -39,12 +40,12 @@ def saliency_blend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``kernels.saliency_blend.saliency_blend``."""
     logs, partitions = [], []
-    for c, u, k, b in zip(cond, uncond, strength, bias, strict=True):
-        log, partition = _log_saliency(c, uncond[0] if shared else u, scale, k, blur)
+    for c, u, k, b, r in zip(cond, uncond, strength, bias, region, strict=True):
+        log, partition = _log_saliency(c, uncond[0] if shared else u, sigma, k, blur)
         if shared and u is not uncond[0]:  # the saliency has not looked at it: what is not finite must still show
-            partition = partition + 0.0 * u.sum((1, 2, 3), dtype=torch.float32)
-        logs.append(log + b)
-        partitions.append(partition)
+            partition = partition + 0.0 * u.sum((1, -2, -1), dtype=torch.float32).reshape(len(u), -1)
+        logs.append(log + b if r is None else log + b + r)
+        partitions.append(partition.flatten())
     partition = torch.stack(partitions)
 
     if softness is not None:
@@ -55,7 +56,7 @@ def saliency_blend(
         out_cond = torch.zeros_like(cond[0], dtype=torch.float32)
         out_uncond = torch.zeros_like(out_cond)
         for c, u, g, w in zip(cond, uncond, gain, weights, strict=True):
-            w = w.unsqueeze(1)  # [B, 1, H, W]
+            w = w.unsqueeze(1)  # [B, 1, *S]
             out_cond.addcmul_(_guide(c, u, g).float(), w)
             out_uncond.addcmul_(u.float(), w)
         return out_cond.to(cond[0].dtype), out_uncond.to(cond[0].dtype), weights, partition
@@ -67,7 +68,7 @@ def saliency_blend(
         wins = logs[i] > best  # strictly: the base, then chain order, keeps a tie
         best = torch.where(wins, logs[i], best)
         owner.masked_fill_(wins, i)
-        spread = wins.unsqueeze(1)  # [B, 1, H, W]
+        spread = wins.unsqueeze(1)  # [B, 1, *S]
         out_cond = torch.where(spread, _guide(cond[i], uncond[i], gain[i]), out_cond)
         out_uncond = torch.where(spread, uncond[i], out_uncond)
     return out_cond, out_uncond, owner, partition

@@ -1,6 +1,6 @@
 """Saliency-aware noise blending, written as the paper says it (MagicFusion, arXiv 2303.13126, section 3).
 
-N models, B samples, C channels, H x W positions; video latents are folded into samples by the caller.
+N models, B samples, C channels, H x W positions; every frame of a video is a sample.
 """
 
 import torch
@@ -22,42 +22,62 @@ def smooth(saliency: Tensor, blur: int) -> Tensor:
     return F.interpolate(pooled, size=size, mode="bilinear", align_corners=False)
 
 
-def scores(cond: Tensor, reference: Tensor, scale: Tensor, strength: float, bias: Tensor, blur: int) -> Tensor:
-    """ln softmax(k Λ) + bias of one model: [B, C, H, W] x 2, scale [B], bias [B or 1, H, W] -> [B, H, W]."""
-    saliency = (cond - reference).abs() * scale.reshape(-1, 1, 1, 1)
+def log_saliency(cond: Tensor, reference: Tensor, sigma: Tensor, strength: float, blur: int) -> Tensor:
+    """ln softmax(k Λ) of one model: [B, C, H, W] x 2, sigma [B] -> [B, H, W]."""
+    saliency = (cond - reference).abs() / sigma.reshape(-1, 1, 1, 1)
     saliency = smooth(saliency, blur).mean(1)
-    return torch.log_softmax(strength * saliency.flatten(1), dim=1).view_as(saliency) + bias
+    return torch.log_softmax(strength * saliency.flatten(1), dim=1).view_as(saliency)
+
+
+def fold_frames(x: Tensor) -> Tensor:
+    """[B, C, H, W] as it is; [B, C, T, H, W] -> [B T, C, H, W]."""
+    return x if x.ndim == 4 else x.movedim(2, 1).flatten(0, 1)
+
+
+def unfold_frames(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``fold_frames`` for a tensor shaped as ``like``."""
+    return x if like.ndim == 4 else x.unflatten(0, (like.shape[0], -1)).movedim(1, 2)
 
 
 def saliency_blend(
     cond: list[Tensor],
     uncond: list[Tensor],
-    scale: Tensor,
+    sigma: Tensor,
     strength: list[float],
-    bias: list[Tensor],
+    bias: list[float],
+    region: list[Tensor | None],
     gain: list[float],
     *,
     blur: int,
     shared: bool,
     softness: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``kernels.saliency_blend.saliency_blend``; here ``weights`` [N, B, H, W] are always formed."""
-    dtype = cond[0].dtype
-    cond, uncond = torch.stack(cond).float(), torch.stack(uncond).float()  # [N, B, C, H, W]
-    all_scores = torch.stack(
+    """See ``kernels.saliency_blend.saliency_blend``; here ``weights`` [N, B, *S] are always formed."""
+    like = cond[0]
+    positions = (like.shape[0], *like.shape[2:])
+    cond = torch.stack([fold_frames(c).float() for c in cond])  # [N, B, C, H, W]
+    uncond = torch.stack([fold_frames(u).float() for u in uncond])
+    sigma = sigma.repeat_interleave(cond.shape[1] // like.shape[0])
+    scores = torch.stack(
         [
-            scores(c, uncond[0] if shared else u, scale, k, b, blur)
+            log_saliency(c, uncond[0] if shared else u, sigma, k, blur) + b
             for c, u, k, b in zip(cond, uncond, strength, bias, strict=True)
         ]
     )
-    forced = torch.stack([torch.isposinf(b).expand_as(all_scores[0]) for b in bias])
+    forced = torch.zeros_like(scores, dtype=torch.bool)
+    for i, r in enumerate(region):
+        if r is not None:
+            r = r.expand(positions).reshape(scores.shape[1:])
+            forced[i] = torch.isposinf(r)
+            scores[i] += r
     exclusive = torch.where(forced, 0.0, float("-inf"))
-    all_scores = torch.where(forced.any(0), exclusive, all_scores)
+    scores = torch.where(forced.any(0), exclusive, scores)
     if softness is None:
-        winner = all_scores.argmax(0, keepdim=True)  # the first of equals: the base, then chain order
-        weights = torch.zeros_like(all_scores).scatter_(0, winner, 1.0)
+        winner = scores.argmax(0, keepdim=True)  # the first of equals: the base, then chain order
+        weights = torch.zeros_like(scores).scatter_(0, winner, 1.0)
     else:
-        weights = torch.softmax(all_scores / softness, dim=0)
+        weights = torch.softmax(scores / softness, dim=0)
     guided = uncond + torch.tensor(gain, device=cond.device).reshape(-1, 1, 1, 1, 1) * (cond - uncond)
     spread = weights.unsqueeze(2)  # [N, B, 1, H, W]
-    return (guided * spread).sum(0).to(dtype), (uncond * spread).sum(0).to(dtype), weights
+    out_cond, out_uncond = (unfold_frames((p * spread).sum(0).to(like.dtype), like) for p in (guided, uncond))
+    return out_cond, out_uncond, weights.reshape(-1, *positions)

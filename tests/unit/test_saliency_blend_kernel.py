@@ -38,21 +38,18 @@ def draw(models, shape, dtype=torch.float32, seed=0):
     return [c.to(dtype) for c in cond], [u.to(dtype) for u in uncond], sigma
 
 
-def no_bias(models):
-    return [torch.zeros(()) for _ in range(models)]
-
-
-def blend(kernel, cond, uncond, sigma=None, strength=None, bias=None, gain=None, **options):
+def blend(kernel, cond, uncond, sigma=None, strength=None, bias=None, region=None, gain=None, **options):
     models = len(cond)
     options = {"blur": 4, "shared": False, "softness": None, **options}
     sigma = torch.ones(len(cond[0])) if sigma is None else sigma
-    return kernel(
-        cond, uncond, 1 / sigma, strength or [1.0] * models, bias or no_bias(models), gain or [1.0] * models, **options
-    )
+    zeros, ones, none = [0.0] * models, [1.0] * models, [None] * models
+    return kernel(cond, uncond, sigma, strength or ones, bias or zeros, region or none, gain or ones, **options)
 
 
-def check(kernel, cond, uncond, sigma, strength, gain, bias, options):
-    out_cond, out_uncond, weights = blend(kernel, cond, uncond, sigma, strength, bias, gain, **options)
+def check(kernel, cond, uncond, sigma, strength=None, gain=None, bias=None, region=None, **options):
+    zeros, ones = [0.0] * len(cond), [1.0] * len(cond)
+    strength, gain, bias, region = strength or ones, gain or ones, bias or zeros, region or [None] * len(cond)
+    out_cond, out_uncond, weights = blend(kernel, cond, uncond, sigma, strength, bias, region, gain, **options)
     assert out_cond.dtype == out_uncond.dtype == cond[0].dtype
     call = SimpleNamespace(x=torch.zeros_like(cond[0]), sigma=sigma)
     expected = definition(
@@ -62,7 +59,12 @@ def check(kernel, cond, uncond, sigma, strength, gain, bias, options):
         guidance=[1.0] * len(cond),
         saliency="shared" if options.get("shared") else "own",
         blur=options.get("blur", 4),
-        extra=np.stack([np.broadcast_to(b.double().numpy(), weights.shape[1:]) for b in bias]),
+        extra=np.stack(
+            [
+                b + np.broadcast_to(0.0 if r is None else r.double().numpy(), weights.shape[1:])
+                for b, r in zip(bias, region)
+            ]
+        ),
         softness=options.get("softness"),
     )
     error = np.abs(weights.double().numpy() - expected.weights)[:, expected.certain]
@@ -92,15 +94,16 @@ def test_is_the_definition(kernel, shape, models, shared, softness):
     strength = [0.5 + 0.4 * i for i in range(models)]
     gain = [1.0, 0.5, 2.0, 1.0, 1.5][:models]
     generator = torch.Generator().manual_seed(1)
-    maps = [0.1 * torch.rand(shape[0], *shape[2:], generator=generator) - 0.05 * i for i in range(1, models)]
-    bias = [torch.zeros(()), *maps]
-    check(kernel, cond, uncond, sigma, strength, gain, bias, dict(shared=shared, softness=softness))
+    maps = [0.1 * torch.rand(shape[0], *shape[2:], generator=generator) for _ in range(2, models)]
+    region = [None, 0.02 * torch.rand(1, *shape[2:], generator=generator), *maps]  # one for all, one for each sample
+    bias = [-0.05 * i for i in range(models)]
+    check(kernel, cond, uncond, sigma, strength, gain, bias, region, shared=shared, softness=softness)
 
 
 @pytest.mark.parametrize("blur", [1, 2, 3, 4, 5, 8])
 def test_blur_is_the_definition(kernel, blur):
     cond, uncond, sigma = draw(2, (2, 4, 11, 14))
-    check(kernel, cond, uncond, sigma, [1.0, 1.0], [1.0, 1.0], no_bias(2), dict(blur=blur))
+    check(kernel, cond, uncond, sigma, blur=blur)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -108,13 +111,13 @@ def test_blur_is_the_definition(kernel, blur):
 def test_half_precision_is_computed_in_float32(kernel, dtype, softness):
     """Rounding the differences themselves would move the mask."""
     cond, uncond, sigma = draw(3, (2, 4, 24, 20), dtype)
-    check(kernel, cond, uncond, sigma, [2.0, 3.0, 2.5], [1.0, 1.0, 1.0], no_bias(3), dict(softness=softness))
+    check(kernel, cond, uncond, sigma, [2.0, 3.0, 2.5], softness=softness)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_hard_mask_keeps_every_bit(dtype):
     cond, uncond, sigma = draw(3, (2, 4, 12, 10), dtype)
-    out = saliency_blend(cond, uncond, 1 / sigma, [1.0] * 3, no_bias(3), [1.0] * 3)
+    out = saliency_blend(cond, uncond, sigma, [1.0] * 3, [0.0] * 3, [None] * 3, [1.0] * 3)
     owner = out.weights.long()
     assert owner.unique().tolist() == [0, 1, 2]
     for got, choices in ((out.cond, cond), (out.uncond, uncond)):
@@ -134,16 +137,16 @@ def test_ties_go_to_the_base_then_to_chain_order(kernel):
     cond, uncond, _ = draw(1, (2, 4, 9, 8))
     weights = blend(kernel, cond * 3, uncond * 3)[2]
     assert weights[0].all()
-    weights = blend(kernel, cond * 3, uncond * 3, bias=[torch.zeros(()), torch.ones(()), torch.ones(())])[2]
+    weights = blend(kernel, cond * 3, uncond * 3, bias=[0.0, 1.0, 1.0])[2]
     assert weights[1].all()
 
 
 @pytest.mark.parametrize("softness", [None, 1.0])
-def test_infinite_bias_forces_and_bars(kernel, softness):
+def test_infinite_region_forces_and_bars(kernel, softness):
     cond, uncond, _ = draw(3, (1, 4, 6, 6))
     forced = torch.full((1, 6, 6), -INF)
     forced[:, :3] = INF
-    weights = blend(kernel, cond, uncond, bias=[torch.zeros(()), forced, torch.full((), -INF)], softness=softness)[2]
+    weights = blend(kernel, cond, uncond, region=[None, forced, torch.full((), -INF)], softness=softness)[2]
     assert (weights[1, :, :3] == 1).all()
     assert (weights[0, :, 3:] == 1).all()
     assert not weights[2].any()
@@ -151,9 +154,9 @@ def test_infinite_bias_forces_and_bars(kernel, softness):
 
 def test_two_forced_at_one_position(kernel):
     cond, uncond, _ = draw(3, (1, 4, 6, 6))
-    both = [torch.zeros(()), torch.full((), INF), torch.full((), INF)]
-    assert blend(kernel, cond, uncond, bias=both)[2][1].all()
-    soft = blend(kernel, cond, uncond, bias=both, softness=1.0)[2]
+    both = [None, torch.full((), INF), torch.full((), INF)]
+    assert blend(kernel, cond, uncond, region=both)[2][1].all()
+    soft = blend(kernel, cond, uncond, region=both, softness=1.0)[2]
     assert torch.equal(soft[:, 0, 0, 0], torch.tensor([0.0, 0.5, 0.5]))
 
 
@@ -183,6 +186,20 @@ def test_strided_inputs_are_read_and_left_alone(kernel, softness):
     )
 
 
+@pytest.mark.parametrize("softness", [None, 1.0])
+def test_every_frame_of_a_video_is_a_sample(kernel, softness):
+    cond, uncond, sigma = draw(2, (2, 4, 3, 9, 8))
+    region = [None, 0.1 * torch.rand(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))]
+    video = blend(kernel, cond, uncond, sigma, region=region, softness=softness)
+    assert video[0].shape == video[1].shape == (2, 4, 3, 9, 8)
+    assert video[2].shape == (2, 2, 3, 9, 8)
+    for t in range(3):
+        frames = [[p[:, :, t] for p in side] for side in (cond, uncond)]
+        picture = blend(kernel, *frames, sigma, region=[None, region[1][:, t]], softness=softness)
+        for whole, part in zip(video, picture, strict=True):
+            torch.testing.assert_close(whole[:, :, t], part)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (3, 3)], ids=str)
 def test_a_picture_smaller_than_the_blur(kernel, size):
     cond, uncond, sigma = draw(2, (1, 4, *size))
@@ -199,7 +216,9 @@ def test_a_picture_smaller_than_the_blur(kernel, size):
 def test_partition_tells_which_prediction_is_not_finite(shared, softness, model, side, value):
     cond, uncond, sigma = draw(2, (2, 4, 6, 5))
     {"cond": cond, "uncond": uncond}[side][model][1, 2, 3, 4] = value
-    out = saliency_blend(cond, uncond, 1 / sigma, [1.0] * 2, no_bias(2), [1.0] * 2, shared=shared, softness=softness)
+    out = saliency_blend(
+        cond, uncond, sigma, [1.0] * 2, [0.0] * 2, [None] * 2, [1.0] * 2, shared=shared, softness=softness
+    )
     finite = torch.isfinite(out.partition)
     assert not finite[model, 1]
     assert finite[:, 0].all()
@@ -210,5 +229,5 @@ def test_partition_tells_which_prediction_is_not_finite(shared, softness, model,
 
 def test_partition_of_finite_predictions_is_finite():
     cond, uncond, sigma = draw(3, (2, 4, 6, 5))
-    out = saliency_blend(cond, uncond, 1 / sigma, [1e3, 1e-3, 1.0], no_bias(3), [1.0] * 3, shared=True)
+    out = saliency_blend(cond, uncond, sigma, [1e3, 1e-3, 1.0], [0.0] * 3, [None] * 3, [1.0] * 3, shared=True)
     assert torch.isfinite(out.partition).all()

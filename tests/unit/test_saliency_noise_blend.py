@@ -11,9 +11,6 @@ from chorus.techniques.saliency_noise_blend import (
     JointSettings,
     SaliencyBlendRun,
     Schedule,
-    fit_region,
-    fold_frames,
-    unfold_frames,
 )
 
 SIGMAS = (8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
@@ -143,39 +140,6 @@ def test_soft_video_has_weights_for_every_frame():
     torch.testing.assert_close(run.record.shares(0).sum(0), torch.ones(2, 3, 6, 5))
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (2, 4, 3, 6, 5)], ids=str)
-def test_frames_unfold_to_what_was_folded(shape):
-    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-    assert torch.equal(unfold_frames(fold_frames(x), x), x)
-    assert fold_frames(x).shape[1:] == (4, 6, 5)
-
-
-def region_of(mask, mode="compete", x=X):
-    return fit_region(ExpertSettings("x", region=mask, region_mode=mode), x)
-
-
-def test_region_of_ones_is_none_and_of_zeros_is_zero():
-    assert region_of(None) is None
-    assert region_of(torch.ones(1, 50, 31)) is None
-    assert not region_of(torch.zeros(1, 50, 31)).any()
-
-
-def test_forced_region_is_a_threshold():
-    mask = torch.tensor([[[0.0, 0.49], [0.5, 1.0]]])
-    assert region_of(mask, "force", torch.zeros(1, 4, 2, 2)).tolist() == [[[0.0, 0.0], [1.0, 1.0]]]
-
-
-def test_one_region_serves_every_sample_and_frame():
-    mask = torch.rand(1, 6, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(region_of(mask), mask.repeat(2, 1, 1))
-    assert torch.equal(region_of(mask, x=torch.zeros(2, 4, 3, 6, 5)), mask.repeat(6, 1, 1))
-
-
-def test_as_many_regions_as_samples_of_a_video_are_one_each():
-    mask = torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(region_of(mask, x=torch.zeros(2, 4, 3, 6, 5)), mask.repeat_interleave(3, dim=0))
-
-
 @pytest.mark.parametrize("mode", ["compete", "force"])
 def test_expert_with_an_empty_region_is_not_asked(mode):
     run = technique(dict(region=torch.zeros(1, 9, 9), region_mode=mode), {})
@@ -211,13 +175,13 @@ def test_ramp_runs_from_the_start_of_the_window_to_its_end(ramp):
     run.plan(8.0, X, [True])
     for sigma, done in ((8.0, 0.0), (6.5, 0.25), (5.0, 0.5), (2.0, 1.0)):
         expected = 2.0 * (done if ramp == "rising" else 1.0 - done)
-        assert float(run._bias(1, sigma, X)) == pytest.approx(expected, abs=1e-4)
+        assert run._bias(1, sigma) == pytest.approx(expected, abs=1e-4)
 
 
 def test_ramp_over_the_whole_run_is_finite():
     run = technique(dict(bias=2.0, ramp="rising"))
     run.plan(8.0, X, [True])
-    assert float(run._bias(1, 8.0, X)) == pytest.approx(0.4, abs=1e-4)
+    assert run._bias(1, 8.0) == pytest.approx(0.4, abs=1e-4)
 
 
 @pytest.mark.parametrize("cfg", [None, 0.0])
