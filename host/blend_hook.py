@@ -5,15 +5,20 @@ hands their state to the run. CALC_COND_BATCH lets them predict beside the base 
 OUTER_SAMPLE publishes the trace with the finished latent.
 """
 
+import concurrent.futures
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .devices import Workers
 from .experts import Expert, ExpertRun, check_latent_space, resolve_patchers
+from .kernel_backend import kernel_backend
 
 KEY = "chorus_blend"  # attachment, wrapper key, and where a run's state lies in model_options
 log = logging.getLogger("comfyui-chorus")
@@ -23,8 +28,8 @@ log = logging.getLogger("comfyui-chorus")
 class BlendChain:
     """What hangs on a blended MODEL.
 
-    ``begin(settings, sigmas=, percent_to_sigma=, cfg=, seed=)`` makes the technique's state of one run; cfg is None
-    where the guider has no single scale.
+    ``begin(settings, sigmas=, percent_to_sigma=, cfg=, seed=, backend=)`` makes the technique's state of one run; cfg
+    is None where the guider has no single scale.
     """
 
     experts: tuple[Expert, ...] = ()
@@ -119,22 +124,25 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         percent_to_sigma=lambda percent: float(sampling.percent_to_sigma(percent)),
         cfg=_guidance_scale(guider),
         seed=extra_args.get("seed"),
+        backend=kernel_backend(),
     )
     patchers = guider.model_options.pop(KEY, None) or resolve_patchers(base, chain.experts, guider.conds)
     options = extra_args["model_options"]
     runs: list[ExpertRun] = []
+    workers = Workers()
     try:
         for patcher, expert in zip(patchers, chain.experts, strict=True):
             runs.append(
                 ExpertRun(patcher, expert, guider, sigmas, noise, latent_image, denoise_mask, extra_args.get("seed"))
             )
         guider.inner_model.current_patcher = base  # an expert on the same module has put itself there
-        options[KEY] = _BlendRun(guider, runs, technique, options)
+        options[KEY] = _BlendRun(guider, runs, technique, options, workers)
         output = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
         guider.model_options[f"{KEY}_run"] = technique
         return output
     finally:
         options.pop(KEY, None)
+        workers.close()
         for run in runs:
             run.close()
         guider.inner_model.current_patcher = base  # the host's own cleanup still needs it
@@ -155,8 +163,12 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
 class _BlendRun:
     """Base, experts and technique during one run, seen from the sampler's calls."""
 
-    def __init__(self, guider, experts: list[ExpertRun], technique, base_options: dict):
+    def __init__(self, guider, experts: list[ExpertRun], technique, base_options: dict, workers: Workers):
         self.inner, self.conds, self.experts, self.technique = guider.inner_model, guider.conds, experts, technique
+        self.workers = workers
+        here = guider.model_patcher.load_device
+        self.elsewhere = [run.device != here and run.inner is not self.inner for run in experts]
+        self.can_crop = [run.can_crop for run in experts]
         self.names = {c[0]["uuid"]: name for name, c in guider.conds.items() if c}
         self.together = [run.shares_forward_with(guider, base_options, KEY) for run in experts]
         prints = {i: run.fingerprint() for i, run in enumerate(experts, start=1) if self.together[i - 1]}
@@ -181,35 +193,23 @@ class _BlendRun:
 
     def _blend(self, base, conds, names, x, sigma, level) -> list[Tensor]:
         """The prediction of a step: saliency, mask, blend."""
-        plan = self.technique.plan(level, x, [run.convert.covers(level) for run in self.experts])
+        covered = [run.convert.covers(level) for run in self.experts]
+        plan = self.technique.plan(level, x, covered, self.can_crop)
         if not plan:
             return base(conds)
         running = [i for i, action in plan.items() if action == "run"]
+        boxes = {i: self.technique.box(i) for i in running}
         others = [n for n in names if n not in (None, "positive", "negative")]  # DualCFG's middle, PerpNeg's empty
         # in the sampler's order: a row's place in a batch can change its last bits
         wanted = list(dict.fromkeys([*filter(None, names), "positive", "negative"]))
         # riders keep their places in any order of the chain, for the same reason
-        riding = sorted((i for i in running if self.together[i - 1]), key=self.places.get)
+        riding = sorted((i for i in running if self.together[i - 1] and boxes[i] is None), key=self.places.get)
 
-        # what rides with the base shares its batch; the negative that cfg 1 left out is asked for apart, so that
-        # the base's own rows are computed exactly as without the blend
-        missing = [n for n in ("positive", "negative") if n not in names]
-        guests = [self.experts[i - 1].conds[n] for i in riding for n in wanted]
-        if missing:
-            out = list(base(conds))
-            answers = base([self.conds[n] for n in missing] + guests)
-            extra, answers = dict(zip(missing, answers, strict=False)), answers[len(missing) :]
-        else:
-            answers = base([*conds, *guests])
-            out, answers, extra = list(answers[: len(conds)]), answers[len(conds) :], {}
-        own = {n: out[k] for k, n in enumerate(names) if n is not None} | extra
-
-        predicted: dict[int, dict[str, Tensor]] = {}
-        for slot, i in enumerate(riding):
-            predicted[i] = dict(zip(wanted, answers[slot * len(wanted) : (slot + 1) * len(wanted)], strict=True))
-        for i in running:
-            if i not in predicted:
-                predicted[i] = dict(zip(wanted, self.experts[i - 1].predict(wanted, x, sigma), strict=True))
+        with self._asked(running, riding, wanted, x, sigma, boxes) as answers_of:
+            own, predicted, out = self._ask_base(base, conds, names, wanted, riding)
+            for i in running:
+                if i not in predicted:
+                    predicted[i] = dict(zip(wanted, (o.to(x) for o in answers_of[i]()), strict=True))
 
         cond, uncond = self.technique.blend(
             sigma,
@@ -221,6 +221,45 @@ class _BlendRun:
         for n in others:
             blended[n] = self.technique.mix(own[n], {i: p[n] for i, p in predicted.items()})
         return [blended.get(n, o) for n, o in zip(names, out, strict=True)]
+
+    @contextlib.contextmanager
+    def _asked(self, running, riding, wanted, x, sigma, boxes):
+        """By expert, how to get the answers of those that do not ride; those on other devices have been started.
+
+        Whatever ends the block, none of them is still at work after it.
+        """
+        answers = {i: self.experts[i - 1].ask(wanted, x, sigma, boxes[i]) for i in running if i not in riding}
+        started = {}
+        for i, answer in answers.items():
+            # gradients are recorded by the thread that computes, so a run that wants them has one
+            if self.elsewhere[i - 1] and not torch.is_grad_enabled():
+                started[i] = self.workers.submit(self.experts[i - 1].device, answer)
+        try:
+            yield answers | {i: future.result for i, future in started.items()}
+        finally:
+            concurrent.futures.wait(started.values())
+
+    def _ask_base(self, base, conds, names, wanted, riding) -> tuple[dict, dict[int, dict], list]:
+        """The base's predictions by name, the riders' by expert and name, and the base's in the order of ``conds``.
+
+        What rides with the base shares its batch; the negative that cfg 1 left out is asked for apart, so that the
+        base's own rows are computed exactly as without the blend.
+        """
+        missing = [n for n in ("positive", "negative") if n not in names]
+        guests = [self.experts[i - 1].conds[n] for i in riding for n in wanted]
+        if missing:
+            out = list(base(conds))
+            answers = base([self.conds[n] for n in missing] + guests)
+            extra, answers = dict(zip(missing, answers, strict=False)), answers[len(missing) :]
+        else:
+            answers = base([*conds, *guests])
+            out, answers, extra = list(answers[: len(conds)]), answers[len(conds) :], {}
+        own = {n: out[k] for k, n in enumerate(names) if n is not None} | extra
+        size = len(wanted)
+        predicted = {
+            i: dict(zip(wanted, answers[slot * size : (slot + 1) * size], strict=True)) for slot, i in enumerate(riding)
+        }
+        return own, predicted, out
 
     def _mix(self, base, conds, names, x, sigma, here: bool) -> list[Tensor]:
         """A further prediction (PAG, SAG, skipped layers): the base's by its own patches, mixed by the last mask.

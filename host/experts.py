@@ -3,6 +3,7 @@
 import copy
 import logging
 import uuid
+from collections.abc import Callable
 
 import comfy.hooks
 import comfy.model_management
@@ -192,22 +193,38 @@ class ExpertRun:
         texts = [c["cross_attn"] for conds in self.conds.values() for c in conds if c.get("cross_attn") is not None]
         return tuple(float(text.double().sum()) for text in texts)
 
-    def predict(self, names: list[str | None], x: Tensor, sigma: Tensor) -> list[Tensor | None]:
-        """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
+    @property
+    def can_crop(self) -> bool:
+        """Whether its conditionings can be evaluated on a part of the latent; these know the whole picture only."""
+        whole = ("area", "control", "default", "gligen")
+        return not any(k in c for conds in self.conds.values() for c in conds for k in whole)
+
+    def ask(self, names: list[str], x: Tensor, sigma: Tensor, box=None) -> Callable[[], list[Tensor]]:
+        """The question for the base's (x, sigma), ready on the expert's device; called, it gives its answers there.
+
+        ``box`` (top, left, height, width): the part of the latent to evaluate; the answers are 0 elsewhere.
+        """
         x_own, sigma_own = self.convert(x, sigma)
+        x_own, sigma_own = x_own.to(self.device), sigma_own.to(self.device)
+        conds = [self.conds[n] for n in names]
+        if box is not None:
+            top, left, height, width = box
+            area = (*x.shape[2:-2], height, width, *[0] * (x.ndim - 4), top, left)
+            conds = [[{**c, "area": area} for c in cond] for cond in conds]
+
+        def answer() -> list[Tensor]:
+            previous, self.inner.current_patcher = getattr(self.inner, "current_patcher", None), self.patcher
+            try:
+                return comfy.samplers.calc_cond_batch(self.inner, conds, x_own, sigma_own, self.options)
+            finally:
+                self.inner.current_patcher = previous
+
+        return answer
+
+    def predict(self, names: list[str | None], x: Tensor, sigma: Tensor, box=None) -> list[Tensor | None]:
+        """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
         wanted = [n for n in names if n is not None]
-        previous, self.inner.current_patcher = getattr(self.inner, "current_patcher", None), self.patcher
-        try:
-            out = comfy.samplers.calc_cond_batch(
-                self.inner,
-                [self.conds[n] for n in wanted],
-                x_own.to(self.device),
-                sigma_own.to(self.device),
-                self.options,
-            )
-        finally:
-            self.inner.current_patcher = previous
-        found = dict(zip(wanted, (o.to(x) for o in out), strict=True))
+        found = dict(zip(wanted, (o.to(x) for o in self.ask(wanted, x, sigma, box)()), strict=True))
         return [found.get(n) for n in names]
 
     def close(self) -> None:

@@ -103,7 +103,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Run the expert in every n-th interval of the steps only, and reuse its last difference to"
+                    tooltip="Run the expert in every n-th interval of the steps only, and extrapolate its difference to"
                     " the base in between. 1 is exact; 2 nearly halves the expert's cost.",
                 ),
                 io.String.Input("label", default="", tooltip="The expert's name in the trace and in errors."),
@@ -147,6 +147,28 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     advanced=True,
                     tooltip="Side of the smoothing box in latent positions; 1 smooths nothing. The last node of a chain decides.",
                 ),
+                # optional: workflows saved before they existed stay valid
+                io.Float.Input(
+                    "skip_below",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Leave for the rest of the run when the expert's share of the mask has stayed under this for"
+                    " three steps. 0: never. Useful: 0.02 to 0.1.",
+                ),
+                io.Int.Input(
+                    "crop",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=256,
+                    advanced=True,
+                    tooltip="Evaluate the expert only on the box around its region, or around where it painted last,"
+                    " with this margin in latent positions. Outside the box the base paints. 0: off. Useful: 8 to 16.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model"),
@@ -176,6 +198,8 @@ class SaliencyNoiseBlend(io.ComfyNode):
         positive=None,
         negative=None,
         region=None,
+        skip_below=0.0,
+        crop=0,
     ) -> io.NodeOutput:
         settings = ExpertSettings(
             label=label.strip() or f"expert {len(blend_chain(model).experts) + 1}",
@@ -188,6 +212,8 @@ class SaliencyNoiseBlend(io.ComfyNode):
             region=region,
             region_mode=region_mode,
             refresh=refresh,
+            skip_below=skip_below,
+            crop=crop,
         )
         joint = JointSettings(general_strength, mask_mode, softness, saliency, blur)
         trace = BlendTrace()

@@ -1,6 +1,7 @@
 """Where an expert may paint: masks at the latent's size, as log scores."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +35,50 @@ def log_region(mask: Tensor | None, mode: str, label: str, x: Tensor) -> Tensor 
     else:
         region = region.repeat(math.ceil(batch / region.shape[0]), 1, 1)[:batch].repeat_interleave(frames, dim=0)
     return region.reshape(batch, *x.shape[2:])
+
+
+class Box(NamedTuple):
+    """A part of the latent: positions [top : top + height, left : left + width] of every frame."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The view [..., height, width] of ``x`` [..., H, W]."""
+        return x[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def share_of(self, x: Tensor) -> float:
+        """Of the positions of ``x`` [..., H, W]."""
+        return self.height * self.width / (x.shape[-2] * x.shape[-1])
+
+
+ALIGNED = 4  # latent positions; odd boxes cost a U-Net or a patch embedding padding at every level
+WORTH_IT = 0.8  # a box with more of the picture saves less than what cropping loses
+
+
+def box_around(where: Tensor, margin: int) -> Box | None:
+    """The smallest aligned box that holds every true position of ``where`` [..., H, W] with ``margin`` around it.
+
+    None where nothing is true or the box is most of the picture.
+    """
+    spans = []
+    for n, found in zip(where.shape[-2:], (where.any(-1), where.any(-2)), strict=True):
+        hits = found.reshape(-1, n).any(0).nonzero().flatten().tolist()
+        if not hits:
+            return None
+        low = max(0, hits[0] - margin) // ALIGNED * ALIGNED
+        high = min(n, -(-(hits[-1] + 1 + margin) // ALIGNED) * ALIGNED)
+        spans.append((low, high - low))
+    (top, height), (left, width) = spans
+    if height * width > WORTH_IT * where.shape[-2] * where.shape[-1]:
+        return None
+    return Box(top, left, height, width)
+
+
+def barred_outside(region: Tensor | None, box: Box, x: Tensor) -> Tensor:
+    """The log score ``region`` for the latent ``x`` inside ``box``, -inf outside it: [B, *S]."""
+    out = torch.full((x.shape[0], *x.shape[2:]), float("-inf"), device=x.device)
+    box.of(out).copy_(torch.zeros((), device=x.device) if region is None else box.of(region))
+    return out

@@ -35,6 +35,7 @@ class BlendRecord:
     steps: list[BlendStep] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)  # evaluations (conditional and unconditional) per model
     saved: list[int] = field(default_factory=list)  # calls answered without one
+    cost: list[float] = field(default_factory=list)  # the evaluations in whole latents: a cropped one is less than 1
     output: Tensor | None = None  # the finished latent, to tell whose picture this is
 
     def shares(self, index: int) -> Tensor:
@@ -64,9 +65,11 @@ class BlendRecord:
         lines = [f"{len(self.steps)} predictions, {blended} of them blended, seed {self.seed}"]
         over_run, over_window = (self.mean_shares(b).flatten(1).mean(1) for b in (False, True))
         for i, label in enumerate(self.labels):
+            cropped = f" (cropped: the cost of {self.cost[i]:.1f})" if self.cost[i] < self.spent[i] else ""
             lines.append(
                 f"{label}: {100 * over_run[i]:.1f} % of the picture over the whole run"
-                f" ({100 * over_window[i]:.1f} % while blending), {self.spent[i]} evaluations, {self.saved[i]} saved"
+                f" ({100 * over_window[i]:.1f} % while blending),"
+                f" {self.spent[i]} evaluations{cropped}, {self.saved[i]} saved"
             )
         return "\n".join([*lines, *self.notes])
 

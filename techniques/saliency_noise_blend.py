@@ -17,26 +17,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.saliency_blend import saliency_blend
-from .blend_region import log_region
+from .blend_expert import RUN, ExpertSettings, ExpertState
+from .blend_offsets import Pair
+from .blend_region import Box
 from .blend_trace import BlendRecord, BlendStep, BlendTrace
-
-OFF, REUSE, RUN = "off", "reuse", "run"
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertSettings:
-    """What belongs to one expert of the chain."""
-
-    label: str
-    strength: float = 1.0  # k_e; 0 switches the expert off
-    bias: float = 0.0  # added to the expert's log score
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    ramp: str = "constant"  # of the bias over the window: constant, rising, falling
-    expert_cfg: float = 0.0  # 0: the sampler's
-    region: Tensor | None = None  # [R, H', W'] in 0..1, any size
-    region_mode: str = "compete"  # compete: ln(region) joins the score; force: exactly the positions >= 0.5
-    refresh: int = 1  # the expert runs in every n-th interval of the sampling sigmas
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,7 @@ class Schedule:
     percent_to_sigma: Callable[[float], float]
     cfg: float | None  # the sampler's guidance scale; None where there is no single one
     seed: int | None = None
+    backend: str = "auto"  # of the kernels
 
 
 class SaliencyBlendRun:
@@ -69,14 +54,10 @@ class SaliencyBlendRun:
         self.experts, self.joint, self.schedule, self.traces = tuple(experts), joint, schedule, tuple(traces)
         self._check_guidance()
         self._boundaries = sorted(set(schedule.sigmas), reverse=True)
-        self._windows = [
-            (schedule.percent_to_sigma(e.start_percent), schedule.percent_to_sigma(e.end_percent)) for e in experts
-        ]
-        self._regions: list[Tensor | None] | None = None  # as kernels.saliency_blend takes them
-        self._empty: list[bool] = []
-        self.predictions: dict[int, tuple[Tensor, Tensor]] = {}  # of the last blend, by model
-        self._offsets: dict[int, tuple[Tensor, Tensor]] = {}
-        self._refreshed: dict[int, int] = {}
+        self._states = [ExpertState(e, schedule.percent_to_sigma) for e in experts]
+        self._begun = False
+        self._sigma, self._interval = 0.0, 0  # of the prediction that plan() was asked about
+        self.predictions: dict[int, Pair] = {}  # of the last blend, by model
         self._last_step: BlendStep | None = None
         self._pending: list[tuple[float, tuple[int, ...], Tensor]] = []
         self.record = BlendRecord(
@@ -86,6 +67,7 @@ class SaliencyBlendRun:
             notes=self._notes(),
             spent=[0] * (len(experts) + 1),
             saved=[0] * (len(experts) + 1),
+            cost=[0.0] * (len(experts) + 1),
         )
         for trace in self.traces:
             trace.clear()
@@ -117,77 +99,77 @@ class SaliencyBlendRun:
             f" mask_mode {j.mask_mode}, softness {j.softness:g}, saliency {j.saliency}, blur {j.blur}",
         )
 
-    def plan(self, sigma: float, x: Tensor, can_run: Sequence[bool]) -> dict[int, str]:
+    def plan(
+        self, sigma: float, x: Tensor, can_run: Sequence[bool], can_crop: Sequence[bool] | None = None
+    ) -> dict[int, str]:
         """What each model that takes part in this prediction at ``sigma`` does: RUN a forward pass or REUSE offsets.
 
-        ``x`` [B, C, *S] gives shape and device; ``can_run`` says which experts the caller can evaluate at this sigma.
+        ``x`` [B, C, *S] gives shape and device; ``can_run`` says which experts the caller can evaluate at this sigma,
+        ``can_crop`` which of them on a part of the latent; ``box`` then tells on which.
         """
-        if self._regions is None:
+        if not self._begun:
+            self._begun = True
             self.record.shape = (x.shape[0], *x.shape[2:])
-            self._regions = [log_region(e.region, e.region_mode, e.label, x) for e in self.experts]
-            self._empty = [r is not None and bool(torch.isneginf(r).all()) for r in self._regions]
-        interval = self._interval(sigma)
+            for state in self._states:
+                state.begin(x)
+        self._sigma, self._interval = sigma, self._interval_of(sigma)
         actions = {}
-        for i, e in enumerate(self.experts, start=1):
-            start, end = self._windows[i - 1]
-            barred = e.strength == 0.0 or not end < sigma <= start or self._empty[i - 1]
-            if barred or not can_run[i - 1]:
-                self.record.saved[i] += 1
-                continue
-            group = interval // e.refresh
-            stale = e.refresh == 1 or i not in self._offsets or self._refreshed.get(i) != group
-            actions[i] = RUN if stale else REUSE
-            if stale:
-                self._refreshed[i] = group
+        for i, state in enumerate(self._states, start=1):
+            action = state.turn(sigma, self._interval, can_run[i - 1], can_crop is None or can_crop[i - 1])
+            if action is not None:
+                actions[i] = action
+            if action == RUN:
                 self.record.spent[i] += 1
+                self.record.cost[i] += 1.0 if state.box is None else state.box.share_of(x)
             else:
                 self.record.saved[i] += 1
         self.record.spent[0] += 1
+        self.record.cost[0] += 1.0
         if not actions:
             self._remember(BlendStep(sigma, (0,), None))
         return actions
 
-    def _interval(self, sigma: float) -> int:
+    def box(self, i: int) -> Box | None:
+        """The part of the latent on which expert ``i`` is to be evaluated now; None: all of it."""
+        return self._states[i - 1].box
+
+    def _interval_of(self, sigma: float) -> int:
         """Index of the interval of the sampling sigmas that a call at ``sigma`` falls into; its upper end belongs to it."""
         position = bisect.bisect_right([-s for s in self._boundaries], -sigma)
         return max(0, position - 1)
 
-    def blend(
-        self,
-        sigma: Tensor,
-        base: tuple[Tensor, Tensor],
-        fresh: Mapping[int, tuple[Tensor, Tensor]],
-        reused: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        """Blend the predictions of x0 [B, C, *S], as (conditional, unconditional) pairs, at ``sigma`` [B].
+    def blend(self, sigma: Tensor, base: Pair, fresh: Mapping[int, Pair], reused: Sequence[int]) -> Pair:
+        """Blend the predictions of x0 [B, C, *S], as (conditional, unconditional) pairs, at the planned ``sigma`` [B].
 
         ``fresh`` holds the experts that ran, ``reused`` those whose last offsets from the base stand in.
         """
+        level = self._sigma
         pairs = {0: base}
-        for i, pair in fresh.items():
-            if self.experts[i - 1].refresh > 1:
-                self._offsets[i] = tuple(p - b for p, b in zip(pair, base, strict=True))
-            pairs[i] = pair
-        for i in reused:
-            pairs[i] = tuple(b + o for b, o in zip(base, self._offsets[i], strict=True))
+        pairs |= {i: self._states[i - 1].answered(level, pair, base) for i, pair in fresh.items()}
+        pairs |= {i: self._states[i - 1].stand_in(level, base) for i in reused}
         models = tuple(sorted(pairs))
         self.predictions = pairs
 
-        level = float(sigma[0])
+        states = [None if i == 0 else self._states[i - 1] for i in models]
         blend = saliency_blend(
             [pairs[i][0] for i in models],
             [pairs[i][1] for i in models],
             sigma,
             [self._strength(i) for i in models],
-            [self._bias(i, level) for i in models],
-            [None if i == 0 else self._regions[i - 1] for i in models],
+            [0.0 if s is None else s.bias(level) for s in states],
+            [None if s is None else s.reach(base[0]) for s in states],
             [self._gain(i) for i in models],
             blur=self.joint.blur,
             shared=self.joint.saliency == "shared",
             softness=self.joint.softness if self.joint.mask_mode == "soft" else None,
+            backend=self.schedule.backend,
         )
         self._check_finite(level, models, blend.partition)
         self._remember(BlendStep(level, models, blend.weights))
+        hard = blend.weights.dtype == torch.uint8
+        for slot, state in enumerate(states):
+            if state is not None and state.watches:
+                state.saw(blend.weights == slot if hard else blend.weights[slot], self._interval)
         return blend.cond, blend.uncond
 
     def mix(self, base: Tensor, experts: Mapping[int, Tensor]) -> Tensor:
@@ -221,24 +203,6 @@ class SaliencyBlendRun:
             return 1.0
         return self.experts[i - 1].expert_cfg / self.schedule.cfg
 
-    def _bias(self, i: int, sigma: float) -> float:
-        if i == 0:
-            return 0.0
-        e = self.experts[i - 1]
-        if e.bias == 0.0 or e.ramp == "constant":
-            return e.bias
-        done = self._progress(i, sigma)
-        return e.bias * (done if e.ramp == "rising" else 1.0 - done)
-
-    def _progress(self, i: int, sigma: float) -> float:
-        """How far ``sigma`` lies into the window of expert ``i``, 0 to 1 in sampling percent."""
-        e = self.experts[i - 1]
-        low, high = e.start_percent, e.end_percent
-        for _ in range(24):  # percent_to_sigma falls with percent and has no inverse in the host
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if self.schedule.percent_to_sigma(middle) > sigma else (low, middle)
-        return (low - e.start_percent) / max(e.end_percent - e.start_percent, 1e-9)
-
     def _remember(self, step: BlendStep) -> None:
         self._last_step = step
         self.record.steps.append(step)
@@ -263,6 +227,8 @@ class SaliencyBlendRun:
     def finish(self, output: Tensor) -> None:
         """Publish the trace of a run that reached its end; ``output`` is the finished latent."""
         self._raise_if_not_finite()
+        for state in self._states:
+            self.record.notes += state.notes()
         self.record.output = output
         self.record.steps = [
             replace(s, weights=None if s.weights is None else s.weights.cpu()) for s in self.record.steps

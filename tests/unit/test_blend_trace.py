@@ -19,6 +19,7 @@ def record():
         steps=[BlendStep(10.0, (0,), None), BlendStep(5.0, (0, 2), halves), BlendStep(1.0, (0, 1, 2), soft)],
         spent=[3, 1, 2],
         saved=[0, 2, 1],
+        cost=[3.0, 1.0, 1.25],
         output=torch.arange(16.0).reshape(1, 4, 2, 2),
     )
 
@@ -51,11 +52,13 @@ def test_report_names_shares_and_costs(record):
     assert lines[2].startswith("cats: 10.0 %")
     assert "(15.0 % while blending), 1 evaluations, 2 saved" in lines[2]
     assert lines[3].startswith("dogs: 33.3 %")
+    assert lines[3].endswith("2 evaluations (cropped: the cost of 1.2), 1 saved")
     assert lines[-1] == "joint settings"
 
 
 def test_a_run_that_never_blended_has_a_report():
-    record = BlendRecord(("base", "x"), (1, 2, 2), None, steps=[BlendStep(1.0, (0,), None)], spent=[1, 0], saved=[0, 1])
+    alone = [BlendStep(1.0, (0,), None)]
+    record = BlendRecord(("base", "x"), (1, 2, 2), None, steps=alone, spent=[1, 0], saved=[0, 1], cost=[1.0, 0.0])
     assert "base: 100.0 % of the picture over the whole run (100.0 % while blending)" in record.report()
 
 

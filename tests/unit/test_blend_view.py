@@ -21,6 +21,7 @@ def a_record(steps=3, batch=1, spatial=(6, 8), models=2, owner=None):
         steps=[BlendStep(float(steps - i), tuple(range(models)), owners[i]) for i in range(steps)],
         spent=[steps] * models,
         saved=[0] * models,
+        cost=[float(steps)] * models,
     )
 
 

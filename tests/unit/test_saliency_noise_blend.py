@@ -1,17 +1,14 @@
 """The technique without a host: windows, refresh, regions, video, further predictions, its errors."""
 
+import math
+
 import pytest
 import torch
 
+from chorus.techniques.blend_expert import REUSE, RUN, ExpertSettings
+from chorus.techniques.blend_region import Box
 from chorus.techniques.blend_trace import BlendTrace
-from chorus.techniques.saliency_noise_blend import (
-    REUSE,
-    RUN,
-    ExpertSettings,
-    JointSettings,
-    SaliencyBlendRun,
-    Schedule,
-)
+from chorus.techniques.saliency_noise_blend import JointSettings, SaliencyBlendRun, Schedule
 
 SIGMAS = (8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
 
@@ -35,9 +32,9 @@ def pair(seed, shape=X.shape, spread=1.0):
     return uncond + spread * torch.randn(shape, generator=generator), uncond
 
 
-def step(run, sigma, base, *experts, can_run=None, x=X):
+def step(run, sigma, base, *experts, can_run=None, can_crop=None, x=X):
     """One call of a sampler: plan, then blend what the plan asks for -> (cond, uncond), plan."""
-    plan = run.plan(sigma, x, can_run or [True] * len(experts))
+    plan = run.plan(sigma, x, can_run or [True] * len(experts), can_crop)
     fresh = {i: experts[i - 1] for i, action in plan.items() if action == RUN}
     reused = [i for i, action in plan.items() if action == REUSE]
     if not plan:
@@ -112,6 +109,198 @@ def test_reused_offsets_follow_the_base():
     torch.testing.assert_close(uncond, later[1] + expert[1] - base[1])
 
 
+def forced(refresh):
+    """A run whose expert paints everywhere, so that what stands in for it shows."""
+    return technique(
+        dict(refresh=refresh, region=torch.ones(1, 2, 2), region_mode="force"), sigmas=tuple(range(9, 0, -1))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sigma", "share"),
+    [(6.0, 0.5 * math.log(7 / 6) / math.log(9 / 7)), (5.5, 0.5 * math.log(7 / 5.5) / math.log(9 / 7))],
+)
+def test_offsets_are_followed_half_a_first_order_step_in_ln_sigma(sigma, share):
+    run = forced(2)
+    base, first, second, later = pair(0), pair(1), pair(2), pair(3)
+    assert step(run, 9.0, base, first)[1] == {1: RUN}
+    assert step(run, 7.0, base, second)[1] == {1: RUN}
+    out, plan = step(run, sigma, later, second)
+    assert plan == {1: REUSE}
+    for got, b, o, f, n in zip(out, later, base, first, second, strict=True):
+        torch.testing.assert_close(got, b + (n - o) + share * ((n - o) - (f - o)))
+
+
+@pytest.mark.parametrize(
+    ("second_at", "sigma", "steps"), [(8.6, 1.5, 1.0), (6.0, 8.0, 0.0)], ids=["far ahead", "back up"]
+)
+def test_offsets_are_not_followed_beyond_what_was_seen(second_at, sigma, steps):
+    run = technique(dict(refresh=2, region=torch.ones(1, 2, 2), region_mode="force"), sigmas=(9.0, 8.8, 8.6, 1.4, 0.0))
+    base, first, second = pair(0), pair(1), pair(2)
+    step(run, 9.0, base, first)
+    step(run, second_at, base, second)
+    (cond, _), plan = step(run, sigma, base, second)
+    assert plan == {1: REUSE}
+    torch.testing.assert_close(cond, second[0] + 0.5 * steps * (second[0] - first[0]))
+
+
+def loud_in(rows, columns, seed, size=(16, 20)):
+    """A prediction whose guidance is strong in one part of the latent and weak elsewhere."""
+    uncond = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(seed))
+    difference = torch.full((2, 4, *size), 0.01)
+    difference[:, :, slice(*rows), slice(*columns)] = 30.0
+    return uncond + difference, uncond
+
+
+LARGE = torch.zeros(2, 4, 16, 20)
+
+
+def corner_run(**settings):
+    """The expert is loud in rows 0-4 and columns 0-5, the base elsewhere; the run after its first prediction."""
+    run = technique(dict(crop=1, bias=-4.0, **settings), blur=1)
+    base, expert = loud_in((4, 16), (0, 20), 0), loud_in((0, 4), (0, 5), 1)
+    first, _ = step(run, 8.0, base, expert, x=LARGE)
+    return run, base, expert, first
+
+
+def test_crop_follows_the_last_mask_with_its_margin():
+    run, *_ = corner_run()
+    assert run.box(1) is None
+    owned = run.record.steps[0].weights == 1
+    rows, columns = (owned.any(0).any(axis).nonzero().flatten() for axis in (1, 0))
+    run.plan(6.0, LARGE, [True])
+    box = run.box(1)
+    # one position of margin, then out to the next multiple of four
+    assert (box.top, box.left) == (0, 0)
+    assert box.height == -(-(int(rows.max()) + 2) // 4) * 4 < 16
+    assert box.width == -(-(int(columns.max()) + 2) // 4) * 4
+    assert run.record.cost[1] == pytest.approx(1 + box.height * box.width / 320)
+
+
+def test_outside_the_box_the_base_paints_and_inside_the_expert_is_fresh():
+    run, base, expert, _ = corner_run()
+    run.plan(6.0, LARGE, [True])
+    box = run.box(1)
+    louder = tuple(torch.full_like(p, 7.0) for p in expert)  # zeros or anything else outside the box are not looked at
+    cropped = tuple(torch.zeros_like(p) for p in louder)
+    for whole, part in zip(louder, cropped, strict=True):
+        box.of(part).copy_(box.of(whole))
+    cond, _ = run.blend(torch.full((2,), 6.0), base, {1: cropped}, [])
+    owner = run.record.steps[-1].weights
+    outside = torch.ones(16, 20, dtype=torch.bool)
+    box.of(outside).fill_(False)
+    assert not owner[:, outside].any()
+    assert torch.equal(cond[:, :, outside], base[0][:, :, outside])
+    assert torch.equal(cond, torch.where((owner == 1).unsqueeze(1), 7.0, base[0]))
+
+
+def test_what_is_not_evaluated_stays_as_salient_as_it_was():
+    """Differences that shrink with sigma, as a model's do: the mask of the whole evaluation, at every step."""
+    masks = {}
+    for crop in (0, 1):
+        run = technique(dict(crop=crop, bias=-4.0), blur=1)
+        for sigma in SIGMAS[:-1]:
+            pairs = [loud_in((4, 16), (0, 20), 0), loud_in((0, 4), (0, 5), 1)]
+            base, expert = [(u + (c - u) * sigma / 8.0, u) for c, u in pairs]
+            run.plan(sigma, LARGE, [True])
+            if (box := run.box(1)) is not None:
+                whole, expert = expert, tuple(torch.zeros_like(p) for p in expert)
+                for part, all_of_it in zip(expert, whole, strict=True):
+                    box.of(part).copy_(box.of(all_of_it))
+            run.blend(torch.full((2,), sigma), base, {1: expert}, [])
+        masks[crop] = [s.weights for s in run.record.steps]
+        assert (run.record.cost[1] < 3) == bool(crop)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(masks[0], masks[1], strict=True))
+
+
+def test_a_box_that_is_most_of_the_picture_is_not_cut():
+    run = technique(dict(crop=1), blur=1)
+    step(run, 8.0, loud_in((0, 1), (0, 1), 0), loud_in((1, 16), (0, 20), 1), x=LARGE)
+    run.plan(6.0, LARGE, [True])
+    assert run.box(1) is None
+    assert run.record.cost[1] == 2.0
+
+
+@pytest.mark.parametrize(("mode", "first"), [("force", Box(4, 0, 8, 12)), ("compete", None)])
+def test_crop_around_a_region(mode, first):
+    """Who competes is asked once for the whole latent, because the softmax is over all of it."""
+    region = torch.zeros(1, 16, 20)
+    region[:, 5:9, 2:10] = 1.0
+    run = technique(dict(crop=1, region=region, region_mode=mode))
+    base, expert = loud_in((4, 16), (0, 20), 0), loud_in((0, 4), (0, 5), 1)
+    run.plan(8.0, LARGE, [True])
+    assert run.box(1) == first
+    run.blend(torch.full((2,), 8.0), base, {1: expert}, [])
+    run.plan(6.0, LARGE, [True])
+    assert run.box(1) == Box(4, 0, 8, 12)
+
+
+def test_an_expert_that_cannot_be_cropped_says_so():
+    run, base, expert, _ = corner_run(label="painter")
+    step(run, 6.0, base, expert, can_crop=[False], x=LARGE)
+    assert run.box(1) is None
+    run.finish(torch.zeros(1))
+    assert any("'painter' was not cropped" in note for note in run.record.notes)
+
+
+def test_reused_predictions_keep_to_the_box_of_the_last_evaluation():
+    run, base, expert, _ = corner_run(refresh=2)
+    step(run, 6.0, base, expert, x=LARGE)
+    step(run, 4.0, base, expert, x=LARGE)
+    box = run.box(1)
+    assert box is not None
+    everywhere = loud_in((0, 16), (0, 20), 1)
+    run._states[0]._offsets.add(4.0, everywhere, base)  # what it would paint if nothing kept it inside
+    _, plan = step(run, 2.0, base, expert, x=LARGE)
+    assert plan == {1: REUSE}
+    owner = run.record.steps[-1].weights.clone()
+    assert owner.any()
+    box.of(owner).zero_()
+    assert not owner.any()
+
+
+def quiet(run, sigma, *, share=None, x=LARGE):
+    """A call in which expert 1 gets nothing of the mask, or the top rows in sample 0."""
+    base = loud_in((0, 16), (0, 20), 0)
+    expert = tuple(p.clone() for p in loud_in((0, 0), (0, 0), 1))
+    if share:
+        base[0][0, :, :share], expert[0][0, :, :share] = base[1][0, :, :share], expert[1][0, :, :share] + 90.0
+    return step(run, sigma, base, expert, x=x)[1]
+
+
+LONG = (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0)
+
+
+def test_an_expert_under_skip_below_leaves_after_three_steps():
+    run = technique(dict(skip_below=0.1, label="idle"), sigmas=LONG, blur=1)
+    assert [quiet(run, s) for s in LONG[:-1]] == [{1: RUN}] * 3 + [{}] * 5
+    assert run.record.spent == [8, 3]
+    run.finish(torch.zeros(1))
+    assert any("'idle' left at sigma 5" in note for note in run.record.notes)
+
+
+def test_steps_count_not_calls():
+    run = technique(dict(skip_below=0.1), sigmas=LONG, blur=1)
+    assert all(quiet(run, s) == {1: RUN} for s in (8.0, 7.5, 7.0, 6.5, 6.0, 5.5))
+    assert quiet(run, 5.0) == {}
+
+
+def test_a_share_above_the_threshold_in_any_sample_starts_the_count_anew():
+    run = technique(dict(skip_below=0.1), sigmas=LONG, blur=1)
+    plans = [quiet(run, s, share=8 if s == 6.0 else None) for s in LONG[:-1]]
+    assert (
+        (run.record.steps[2].weights[0] == 1).float().mean()
+        > 0.1
+        > (run.record.steps[2].weights[1] == 1).float().mean()
+    )
+    assert plans == [{1: RUN}] * 6 + [{}] * 2
+
+
+def test_skip_below_0_never_leaves():
+    run = technique({}, sigmas=LONG, blur=1)
+    assert all(quiet(run, s) == {1: RUN} for s in LONG[:-1])
+
+
 def test_each_frame_of_a_video_is_a_picture():
     """[B, C, T, H, W] in one call equals its frames one by one."""
     shape = (2, 4, 3, 6, 5)
@@ -175,13 +364,13 @@ def test_ramp_runs_from_the_start_of_the_window_to_its_end(ramp):
     run.plan(8.0, X, [True])
     for sigma, done in ((8.0, 0.0), (6.5, 0.25), (5.0, 0.5), (2.0, 1.0)):
         expected = 2.0 * (done if ramp == "rising" else 1.0 - done)
-        assert run._bias(1, sigma) == pytest.approx(expected, abs=1e-4)
+        assert run._states[0].bias(sigma) == pytest.approx(expected, abs=1e-4)
 
 
 def test_ramp_over_the_whole_run_is_finite():
     run = technique(dict(bias=2.0, ramp="rising"))
     run.plan(8.0, X, [True])
-    assert run._bias(1, 8.0) == pytest.approx(0.4, abs=1e-4)
+    assert run._states[0].bias(8.0) == pytest.approx(0.4, abs=1e-4)
 
 
 @pytest.mark.parametrize("cfg", [None, 0.0])
