@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,38 @@ def processor() -> str:
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
+def load() -> float | None:
+    """Processes that wanted a core, on average over the last minute; None on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the L2 cache of a GPU, or of the largest cache that the first core sees; 32 MiB where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=32 << 20)
+
+
+def clocks() -> str | None:
+    """What nvidia-smi says of the clocks now, and the most they can be."""
+    query = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        return f"{query}: {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def triton_version() -> dict[str, str]:
+    try:
+        import triton
+    except Exception:  # absent, or broken, which is no business of a benchmark that does not use it
+        return {}
+    return {"triton": triton.__version__}
+
+
 def facts() -> dict:
     """Hardware and versions, as they belong beside every number."""
     import comfyui_version
@@ -29,6 +62,7 @@ def facts() -> dict:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "python": platform.python_version(),
         "torch": version("torch"),
+        **triton_version(),
         "comfyui": comfyui_version.__version__,
         "command": f"python run.py bench {Path(sys.argv[0]).stem.split('.')[-1]} {' '.join(sys.argv[1:])}".strip(),
     }

@@ -10,6 +10,7 @@ windows, since it was made for one sign at a time, and is asked:
 """
 
 import argparse
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -84,6 +85,11 @@ def encode(clip, texts: list[str]):
     return [[torch.cat([e[0] for e in encoded]), options]]
 
 
+def noises(channels: int, seeds: range) -> torch.Tensor:
+    """[B, channels, 16, 16], a seed for each picture."""
+    return torch.cat([torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
 def paint(model, positive, negative, noise, options) -> torch.Tensor:
     return comfy.sample.sample(
         model,
@@ -111,27 +117,45 @@ def likeliest(embeds: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, 
     return torch.softmax(16.0 * embeds @ texts.T, dim=-1).max(dim=1)
 
 
-def judge(
-    vision, pictures: torch.Tensor, animals: list[str], others: list[str], prompts: list[str]
-) -> dict[str, np.ndarray]:
+@dataclass
+class Seen:
+    """What the judge sees in B pictures: probabilities and windows of the signs, by name."""
+
+    plain: torch.Tensor  # [B, signs], the highest over all windows
+    styled: torch.Tensor  # [B, 2 x signs], in Twemoji style, then in Noto style
+    where: torch.Tensor  # [B, signs], the window of ``plain``
+
+
+def corners() -> list[tuple[int, int]]:
+    return [(i, j) for i in range(0, SIZE - WINDOW + 1, STRIDE) for j in range(0, SIZE - WINDOW + 1, STRIDE)]
+
+
+def look(vision, pictures: torch.Tensor) -> Seen:
     names = [s.name for s in load_signs()]
     x = pictures.movedim(3, 1)
-    corners = [(i, j) for i in range(0, SIZE - WINDOW + 1, STRIDE) for j in range(0, SIZE - WINDOW + 1, STRIDE)]
-    windows = torch.stack([x[..., i : i + WINDOW, j : j + WINDOW] for i, j in corners], 1)
+    windows = torch.stack([x[..., i : i + WINDOW, j : j + WINDOW] for i, j in corners()], 1)
     large = F.interpolate(windows.flatten(0, 1), size=SIZE, mode="bicubic", antialias=True).clamp(0, 1)
     embeds = F.normalize(vision.encode_image(large.movedim(1, 3))["image_embeds"].float().cpu(), dim=-1)
     embeds = embeds.unflatten(0, windows.shape[:2])
     plain, where = likeliest(embeds, vision.text_embeds([phrase(n) for n in names]))
     styles = [f"{phrase(n)} in {style} style" for style in ("twemoji", "noto") for n in names]
     styled, _ = likeliest(embeds, vision.text_embeds(styles))
+    return Seen(plain, styled, where)
 
-    animal = torch.tensor([names.index(a) for a in animals])[:, None]
-    other = torch.tensor([names.index(o) for o in others])[:, None]
-    subject = (styled.topk(2).indices == animal).any(1)  # the Twemoji names come first, so their index is the sign's
-    top = plain.topk(2).indices
+
+def indices(wanted: list[str]) -> torch.Tensor:
+    """[B, 1] places of names among the signs; also among the styled ones, where the Twemoji names come first."""
+    names = [s.name for s in load_signs()]
+    return torch.tensor([names.index(n) for n in wanted])[:, None]
+
+
+def judge(seen: Seen, animals: list[str], others: list[str], prompts: list[str]) -> dict[str, np.ndarray]:
+    animal, other = indices(animals), indices(others)
+    subject = (seen.styled.topk(2).indices == animal).any(1)
+    top = seen.plain.topk(2).indices
     scene = (top == animal).any(1) & (top == other).any(1)
-    place = torch.tensor(corners)
-    offset = place[where.gather(1, other)[:, 0]] - place[where.gather(1, animal)[:, 0]]  # (down, right) of the other
+    place = torch.tensor(corners())
+    offset = place[seen.where.gather(1, other)[:, 0]] - place[seen.where.gather(1, animal)[:, 0]]  # (down, right)
     wanted = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}
     axis, sign = zip(*(next(wanted[r] for r in RELATIONS if f" {r} " in p) for p in prompts), strict=True)
     placed = scene & (offset.gather(1, torch.tensor(axis)[:, None])[:, 0] * torch.tensor(sign) > 0)
@@ -156,7 +180,7 @@ def main() -> None:
     )
     parser.add_argument("--name", default="saliency_effect", help="of the result file")
     options = parser.parse_args()
-    inputs = {k: _value(v) for k, v in (item.split("=", 1) for item in options.blend)}
+    inputs = {k: value(v) for k, v in (item.split("=", 1) for item in options.blend)}
 
     tasks = compositions(options.prompts) * options.seeds
     groups = np.tile(np.arange(options.prompts), options.seeds)
@@ -170,24 +194,17 @@ def main() -> None:
         for start in range(0, len(tasks), options.batch):
             part = tasks[start : start + options.batch]
             animals, others, prompts = (list(column) for column in zip(*part, strict=True))
-            noise = torch.cat(
-                [
-                    torch.randn(
-                        1, latent.latent_channels, 16, 16, generator=torch.Generator().manual_seed(1000 + start + n)
-                    )
-                    for n in range(len(part))
-                ]
-            )
+            noise = noises(latent.latent_channels, range(1000 + start, 1000 + start + len(part)))
             positive, negative = encode(clip, prompts), encode(clip, [""] * len(part))
             own = positive if options.expert_prompt == "scene" else encode(clip, [phrase(a) for a in animals])
-            blended, trace = _blend(general, expert, own, negative, inputs)
+            blended, trace = blend(general, expert, own, negative, inputs)
             for name, model, prompt in (
                 ("general", general, positive),
                 ("expert", expert, positive),
                 ("fused", blended, positive),
             ):
                 pictures = vae.decode(paint(model, prompt, negative, noise, options))
-                for metric, hits in judge(vision, pictures, animals, others, prompts).items():
+                for metric, hits in judge(look(vision, pictures), animals, others, prompts).items():
                     scores[name][metric] += hits.tolist()
             shares += trace.record.mean_shares()[1].flatten(1).mean(1).tolist()
             print(f"{start + len(part)} of {len(tasks)} pairs", flush=True)
@@ -195,7 +212,9 @@ def main() -> None:
     with torch.inference_mode():
         distinct = compositions(options.prompts)
         animals, others, prompts = (list(column) for column in zip(*distinct, strict=True))
-        ceiling = {m: float(v.mean()) for m, v in judge(vision, ideal(distinct), animals, others, prompts).items()}
+        ceiling = {
+            m: float(v.mean()) for m, v in judge(look(vision, ideal(distinct)), animals, others, prompts).items()
+        }
 
     arrays = {name: {m: np.array(v) for m, v in found.items()} for name, found in scores.items()}
     table = {
@@ -222,7 +241,7 @@ def main() -> None:
     print(f"\n{facts()['device']}; kept in {path.name}")
 
 
-def _value(text: str):
+def value(text: str):
     try:
         return int(text)
     except ValueError:
@@ -232,7 +251,7 @@ def _value(text: str):
             return text
 
 
-def _blend(general, expert, positive, negative, inputs: dict):
+def blend(general, expert, positive, negative, inputs: dict):
     schema = {
         i.id: i.default for i in SaliencyNoiseBlend.define_schema().inputs if getattr(i, "default", None) is not None
     }

@@ -22,3 +22,11 @@ def paired_difference(
     rng = np.random.default_rng(0)
     samples = means[rng.integers(0, len(means), (draws, len(means)))].mean(1)
     return float(difference.mean()), *(float(v) for v in np.quantile(samples, [0.025, 0.975]))
+
+
+def ratio_of_means(a: np.ndarray, b: np.ndarray, groups: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+    """mean(a) / mean(b) of paired values and its 95 % bootstrap interval; whole ``groups`` are drawn together."""
+    means = np.array([[v[groups == g].mean() for v in (a, b)] for g in np.unique(groups)])
+    rng = np.random.default_rng(0)
+    top, bottom = means[rng.integers(0, len(means), (draws, len(means)))].mean(1).T
+    return float(a.mean() / b.mean()), *(float(v) for v in np.quantile(top / bottom, [0.025, 0.975]))
