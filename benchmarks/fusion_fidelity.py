@@ -3,7 +3,7 @@
 The demo checkpoints paint the compositions of saliency_effect.py. Every setting paints the same prompts from the same
 noise as the full fusion (the node at its defaults), and is compared with it:
   cost:      evaluations of both models, a cropped one by its share of the latent, over the base's alone
-  PSNR:      of its pictures to the full fusion's, decibels, median with quartiles
+  PSNR:      of its pictures to the full fusion's, decibels, median with quartiles (120: equal)
   retrieval: the judge's mean probability of the animal in the expert's style and of the other sign, over the full
              fusion's; 95 % interval by bootstrap over prompts
   both:      pictures with both signs and the animal in style, as in saliency_effect.py
