@@ -10,8 +10,8 @@ import psutil
 import torch
 
 from ..demo.modules import load_checkpoint
-from ..nodes.saliency_noise_blend import SaliencyNoiseBlend
 from .random_models import SD15_PARAMETERS, conditioning, sd15
+from .saliency_effect import blend
 
 KINDS = ("base", "expert", "fusion")
 CFG, SEED = 5.0, 1
@@ -91,10 +91,7 @@ def prepare(setting: Setting) -> Case:
         positive, negative = (
             clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a cat left of a tree on blue", "")
         )
-    given = {
-        i.id: i.default for i in SaliencyNoiseBlend.define_schema().inputs if getattr(i, "default", None) is not None
-    }
-    fusion, trace = SaliencyNoiseBlend.execute(base, expert, **given).args
+    fusion, trace = blend(base, expert, None, None, {})
     return Case(setting, base, expert, fusion, trace, positive, negative)
 
 

@@ -25,7 +25,7 @@ headless.start()
 from ..demo.modules import load_checkpoint, load_vision  # noqa: E402
 from ..demo.signs import RELATIONS  # noqa: E402
 from ..techniques.blend_offsets import Offsets  # noqa: E402
-from ..training.statistics import ratio_of_means, wilson  # noqa: E402
+from ..training.statistics import quartiles, ratio_of_means, wilson  # noqa: E402
 from .environment import facts, keep  # noqa: E402
 from .saliency_effect import blend, compositions, encode, indices, judge, look, noises, paint  # noqa: E402
 
@@ -148,7 +148,7 @@ def main() -> None:
 
 def summary(setting: Setting, full: Setting, groups: np.ndarray) -> dict:
     ratio = ratio_of_means(np.array(setting.scores), np.array(full.scores), groups)
-    psnr = None if setting is full else [float(v) for v in np.quantile(setting.psnr, [0.25, 0.5, 0.75])]
+    psnr = None if setting is full else quartiles(setting.psnr)
     hits = sum(setting.hits)
     return {
         "name": setting.name,

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels.saliency_blend import fused_torch, reference
+from ..training.statistics import quartiles
 from .environment import clocks, facts, keep, last_level_cache, load
 
 SHAPES = [(1, 4, 64, 64), (4, 4, 128, 128), (1, 16, 128, 128), (4, 16, 256, 256)]
@@ -196,11 +197,6 @@ def time_all(runs: dict[str, Callable], device: torch.device, count: int) -> dic
     return times
 
 
-def quartiles(values: list[float]) -> list[float] | None:
-    """First quartile, median, third quartile."""
-    return [float(q) for q in np.quantile(values, [0.25, 0.5, 0.75])] if values else None
-
-
 def measure(case: Case, device: torch.device, count: int) -> list[dict]:
     """One row per implementation, the copy last."""
     found = contenders(device)
@@ -209,7 +205,9 @@ def measure(case: Case, device: torch.device, count: int) -> list[dict]:
     runs = {name: partial(case.blend, function) for name, function in found.items()}
     counts = {name: launches(run, device) for name, run in runs.items()}
     runs[COPY] = case.copy
-    times = {n: {k: quartiles(v) for k, v in t.items()} for n, t in time_all(runs, device, count).items()}
+    times = {
+        n: {k: quartiles(v) if v else None for k, v in t.items()} for n, t in time_all(runs, device, count).items()
+    }
     clock = "graph" if times[COPY]["graph"] else "eager"
     rows = []
     for name, time_of in times.items():

@@ -252,6 +252,7 @@ def value(text: str):
 
 
 def blend(general, expert, positive, negative, inputs: dict):
+    """(MODEL, BLEND_TRACE) of SaliencyNoiseBlend at its defaults but for ``inputs``."""
     schema = {
         i.id: i.default for i in SaliencyNoiseBlend.define_schema().inputs if getattr(i, "default", None) is not None
     }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..training.statistics import quartiles
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -70,9 +72,9 @@ def median(values: list[float], draws: int = 4000) -> dict:
     array = np.array(values)
     drawn = np.median(array[np.random.default_rng(0).integers(0, len(array), (draws, len(array)))], axis=1)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    first, middle, third = np.quantile(array, [0.25, 0.5, 0.75])
+    first, middle, third = quartiles(array)
     return {
-        "median": float(middle),
-        "quartiles": [float(first), float(third)],
+        "median": middle,
+        "quartiles": [first, third],
         "interval": [float(low), float(high)],
     }

@@ -17,7 +17,7 @@ class Workers:
     def __init__(self):
         self._threads: dict[torch.device, ThreadPoolExecutor] = {}
 
-    def submit(self, device: torch.device, function: Callable, *args) -> Future:
+    def submit(self, device: torch.device, function: Callable) -> Future:
         """Start ``function`` on the thread of ``device``; inference and gradient mode belong to threads and go along."""
         if device not in self._threads:
             self._threads[device] = ThreadPoolExecutor(1, f"chorus {device}")
@@ -26,7 +26,7 @@ class Workers:
         def work():
             comfy.model_management.set_torch_device(device)
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
-                return function(*args)
+                return function()
 
         return self._threads[device].submit(work)
 

@@ -221,10 +221,10 @@ class ExpertRun:
 
         return answer
 
-    def predict(self, names: list[str | None], x: Tensor, sigma: Tensor, box=None) -> list[Tensor | None]:
+    def predict(self, names: list[str | None], x: Tensor, sigma: Tensor) -> list[Tensor | None]:
         """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
         wanted = [n for n in names if n is not None]
-        found = dict(zip(wanted, (o.to(x) for o in self.ask(wanted, x, sigma, box)()), strict=True))
+        found = dict(zip(wanted, (o.to(x) for o in self.ask(wanted, x, sigma)()), strict=True))
         return [found.get(n) for n in names]
 
     def close(self) -> None:

@@ -42,5 +42,14 @@ def same_draws():
 
 
 @pytest.fixture
+def one_thread():
+    """On layers as small as ours, threads that wait for each other on a busy machine cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -78,6 +78,12 @@ class Workflow:
             "SaveImage", column + 1, {"filename_prefix": name}, name, {"images": (large, "IMAGE")}, height=320
         )
 
+    def paint(self, blend: int, positive, negative, latent, seed: int, vae: int, title: str) -> int:
+        """Sample a blend and save the pictures under ``title``. Returns the sampler."""
+        sampler = self.sample((blend, "model"), positive, negative, latent, seed, title.capitalize())
+        self.save(sampler, vae, title)
+        return sampler
+
     def view(self, blend: int, sampler: int, column: int = 5) -> int:
         wires = {"trace": (blend, "trace"), "samples": (sampler, "LATENT")}
         return self.node("SaliencyBlendView", column, wires=wires, width=640, height=330, color=BLUE)
@@ -148,11 +154,9 @@ def region() -> Workflow:
     mask = w.node("MaskComposite", 2, {"x": 0, "y": 0, "operation": "add"}, "Region", wires)
     free = w.blend((general, "MODEL"), expert, animal, negative, 2, mask, label="animals", region_mode="compete")
     forced = w.blend((general, "MODEL"), expert, animal, negative, 2, mask, label="animals", region_mode="force")
-    samplers = []
-    for blend, title in ((free, "compete"), (forced, "force")):
-        samplers.append(w.sample((blend, "model"), positive, negative, latent, 5, title.capitalize()))
-        w.save(samplers[-1], general, title)
-    w.view(free, samplers[0], 6)
+    sampler = w.paint(free, positive, negative, latent, 5, general, "compete")
+    w.paint(forced, positive, negative, latent, 5, general, "force")
+    w.view(free, sampler, 6)
     return w
 
 
@@ -171,12 +175,10 @@ def cross_domain() -> Workflow:
     latent = w.latent()
     early = w.blend((general, "MODEL"), expert, own, negative, label="animals, early", end_percent=0.4)
     late = w.blend((general, "MODEL"), expert, own, negative, label="animals, late", start_percent=0.15)
-    samplers = []
-    for blend, title in ((early, "expert early"), (late, "expert late")):
-        samplers.append(w.sample((blend, "model"), positive, negative, latent, 11, title.capitalize()))
-        w.save(samplers[-1], general, title)
-    w.view(early, samplers[0], 6)
-    w.view(late, samplers[1], 6)
+    first = w.paint(early, positive, negative, latent, 11, general, "expert early")
+    second = w.paint(late, positive, negative, latent, 11, general, "expert late")
+    w.view(early, first, 6)
+    w.view(late, second, 6)
     return w
 
 
@@ -216,12 +218,9 @@ def faster_fusion() -> Workflow:
     positive, negative = w.text(prompt, general, "Prompt, general"), w.text("", general, "Negative")
     own = w.text(prompt, expert, "Prompt, expert")
     latent = w.latent()
-    samplers = []
     for refresh, title in ((1, "every step"), (3, "every third step")):
         blend = w.blend((general, "MODEL"), expert, own, negative, label="animals", refresh=refresh)
-        samplers.append(w.sample((blend, "model"), positive, negative, latent, 11, title.capitalize()))
-        w.save(samplers[-1], general, title)
-        w.view(blend, samplers[-1], 6)
+        w.view(blend, w.paint(blend, positive, negative, latent, 11, general, title), 6)
     return w
 
 

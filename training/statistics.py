@@ -5,6 +5,11 @@ import math
 import numpy as np
 
 
+def quartiles(values) -> list[float]:
+    """First quartile, median, third quartile."""
+    return [float(q) for q in np.quantile(values, [0.25, 0.5, 0.75])]
+
+
 def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share (Wilson's score interval)."""
     p = hits / trials

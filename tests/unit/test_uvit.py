@@ -1,12 +1,12 @@
 """aMUSEd's U-ViT against diffusers' UVit2DModel, and what our own split into conditioning and steps promises."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chorus.networks.uvit import UViT, UViTConfig, load_uvit
+from chorus.tests.casting import CASTING
 
 # config.json of amused-256 and amused-512, where they say more than diffusers' defaults
 PUBLISHED = {
@@ -33,13 +33,7 @@ HALVING = {"downsample": True, "upsample": True}
 WIDE = {"block_out_channels": 48, "block_num_heads": 4}  # blocks as wide as the layers have no kv_mapper
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On layers this small, threads that wait for each other on a busy machine cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def diffusers_uvit(**sizes):
@@ -190,23 +184,6 @@ def test_every_weight_gets_a_gradient():
     network(tokens, network.condition(*inputs)).square().mean().backward()
     idle = [name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not idle
-
-
-def casting(layer):
-    """The layer with its weights cast to what comes in, as the host's manual_cast does; whole numbers get them as they are."""
-
-    class Casting(layer):
-        def forward(self, x):
-            twin = copy.copy(self)
-            dtype = x.dtype if x.is_floating_point() else None
-            twin._parameters = {name: w if w is None else w.to(dtype) for name, w in self._parameters.items()}
-            return layer.forward(twin, x)
-
-    return Casting
-
-
-LAYERS = ["Linear", "Conv2d", "ConvTranspose2d", "LayerNorm", "RMSNorm", "Embedding"]
-CASTING = SimpleNamespace(**{name: casting(getattr(torch.nn, name)) for name in LAYERS})
 
 
 def test_all_weights_are_cast_by_the_operations():

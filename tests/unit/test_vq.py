@@ -1,12 +1,12 @@
 """aMUSEd's VQ-GAN against diffusers' VQModel."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chorus.networks.vq import VQGAN, VQConfig, load_vq
+from chorus.tests.casting import CASTING
 
 PUBLISHED = {
     "block_out_channels": (128, 256, 256, 512, 768),
@@ -24,13 +24,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On layers this small, threads that wait for each other on a busy machine cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def diffusers_vq(**sizes):
@@ -149,23 +143,6 @@ def test_the_nearest_code_is_found():
     codes = network.quantize.lookup(ids)
     assert codes.shape == (2, 6, 3, 4)
     assert torch.equal(network.quantize.nearest(codes + 0.01 * torch.randn_like(codes)), ids)
-
-
-def casting(layer):
-    """The layer with its weights cast to what comes in, as the host's manual_cast does; whole numbers get them as they are."""
-
-    class Casting(layer):
-        def forward(self, x):
-            twin = copy.copy(self)
-            dtype = x.dtype if x.is_floating_point() else None
-            twin._parameters = {name: w if w is None else w.to(dtype) for name, w in self._parameters.items()}
-            return layer.forward(twin, x)
-
-    return Casting
-
-
-LAYERS = ["Conv2d", "GroupNorm", "Embedding"]
-CASTING = SimpleNamespace(**{name: casting(getattr(torch.nn, name)) for name in LAYERS})
 
 
 def test_half_weights_are_computed_in_float32():
