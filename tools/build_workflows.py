@@ -69,10 +69,12 @@ def save_in_page(address: str, specs: list[dict]) -> dict[str, dict]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
         page = browser.new_page(viewport={"width": 1800, "height": 1000}, locale="en-US")
-        page.goto(f"http://{address}", wait_until="domcontentloaded")
-        page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=180_000)
-        page.wait_for_timeout(3000)
-        saved = {spec["title"]: json.loads(page.evaluate(BUILD, spec)) for spec in specs}
+        saved = {}
+        for spec in specs:  # a fresh page each: it gives a node the widget values of an earlier graph's node of that id
+            page.goto(f"http://{address}", wait_until="domcontentloaded")
+            page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=180_000)
+            page.wait_for_timeout(3000)
+            saved[spec["title"]] = json.loads(page.evaluate(BUILD, spec))
         browser.close()
     return saved
 
