@@ -29,7 +29,7 @@ SD15_PARAMETERS = 859_520_964
 POOL = 1 << 24
 
 
-def _fill(network, generator) -> None:
+def fill(network, generator) -> None:
     """Random weights that keep activations near 1.
 
     Drawn once and reused from other places: 860 million draws take half a minute in half precision. Gains are 1, else
@@ -53,7 +53,7 @@ def sd15(seed: int, dtype: torch.dtype):
     config.set_inference_dtype(dtype, None)
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model({}, device=offload)
-    _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
+    fill(model.diffusion_model, torch.Generator().manual_seed(seed))
     return comfy.model_patcher.CoreModelPatcher(
         model, load_device=comfy.model_management.get_torch_device(), offload_device=offload
     )
