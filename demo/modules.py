@@ -1,11 +1,15 @@
 """What nodes/ loads: the demo checkpoints as the host's own objects."""
 
-from . import weights
+from ..host.masked_token_files import read_networks
+from ..networks import amused
+from . import text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
 from .text import make_clip
 from .unet import make_model
 
 CHECKPOINTS = ("general", "expert-animals")
+MASKED_TOKENS = "masked_token"  # the folder in demo/weights
+MASKED_TOKENS_CFG = 4.0
 
 
 def load_pca():
@@ -34,6 +38,16 @@ def load_model(name, disable_dynamic=False, model_options=None):
 def load_checkpoint(name):
     """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
     return load_model(name), make_clip(weights.load("text")), make_vae(load_vae_module())
+
+
+def load_masked_tokens():
+    """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model, which reads prompts as the checkpoints do."""
+    folder = weights.FOLDER / MASKED_TOKENS
+    for part in ("transformer", "vqvae"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part} is missing: make it with `python run.py train-demo`.")
+    model = read_networks(folder, amused, text.KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG)
+    return model, make_clip(weights.load("text"))
 
 
 def load_vision():

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..host.masked_token_text import MarkedText
+
+KIND = "chorus-demo"  # of text, for a masked token model
 WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20
 PAD, START, UNKNOWN = 0, 1, 2
 VOCABULARY = json.loads((Path(__file__).resolve().parent / "data" / "vocabulary.json").read_text())
@@ -131,8 +134,10 @@ class Tokenizer:
         return {}
 
 
-class ClipModel(comfy.sd1_clip.SD1ClipModel):
+class ClipModel(MarkedText, comfy.sd1_clip.SD1ClipModel):
     """The host's wrapper of one text model, with ours in it; tokens come as {"chorus": chunks}."""
+
+    kind = KIND
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__(

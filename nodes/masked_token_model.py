@@ -1,0 +1,75 @@
+"""LoadMaskedTokenModel: aMUSEd (arXiv 2401.01808), which paints with tokens of a codebook."""
+
+from comfy_api.latest import io
+
+from ..demo import modules
+from ..host.masked_token_files import (
+    FROM_FOLDER,
+    model_folders,
+    pick,
+    read_model,
+    replacements,
+    text_files,
+    weight_files,
+)
+from ..networks import amused
+from .masked_token_types import MaskedTokenModel
+
+DEMO = "chorus-demo"
+
+
+class LoadMaskedTokenModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadMaskedTokenModel",
+            display_name="Load Masked Token Model",
+            category="chorus",
+            description=(
+                "Loads a model that paints by filling in tokens of a codebook (aMUSEd), with its text encoder. The"
+                " small chorus-demo comes with the pack."
+            ),
+            search_aliases=["aMUSEd", "Muse", "masked image model", "VQ-GAN", "U-ViT"],
+            inputs=[
+                io.Combo.Input(
+                    "model_folder",
+                    options=[DEMO, *model_folders()],
+                    default=DEMO,
+                    tooltip="chorus-demo, or a folder in models/masked_token with transformer, vqvae and text_encoder"
+                    " as published, such as amused-256.",
+                ),
+                *(
+                    io.Combo.Input(
+                        id,
+                        options=[FROM_FOLDER, *files],
+                        default=FROM_FOLDER,
+                        tooltip=f"Weights to read in place of the folder's {part}; its config.json stays.{more}",
+                        advanced=True,
+                    )
+                    for id, part, files, more in (
+                        ("transformer_file", "transformer", weight_files(), ""),
+                        ("vq_file", "vqvae", weight_files(), ""),
+                        ("text_encoder_file", "text_encoder", text_files(), " Without one, it is OpenAI's CLIP-L."),
+                    )
+                ),
+            ],
+            outputs=[
+                MaskedTokenModel.Output("model", display_name="model", tooltip="For Masked Token Sampler."),
+                io.Clip.Output("clip", display_name="clip", tooltip="For CLIP Text Encode; of no use to other models."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model_folder: str, transformer_file: str, vq_file: str, text_encoder_file: str) -> io.NodeOutput:
+        files = replacements(transformer_file, vq_file, text_encoder_file)
+        if model_folder != DEMO:
+            return io.NodeOutput(*read_model(pick(model_folder, model_folders()), amused, files))
+        if files:
+            raise ValueError(
+                f"{DEMO} takes no other weights, seen {', '.join(map(str, files.values()))}: set the files to"
+                f" {FROM_FOLDER!r}, or choose another model_folder"
+            )
+        return io.NodeOutput(*modules.load_masked_tokens())
+
+
+NODES: list[type[io.ComfyNode]] = [LoadMaskedTokenModel]
