@@ -1,0 +1,400 @@
+"""The nodes around masked token sampling (aMUSEd, arXiv 2401.01808): sample, encode, decode, edit, save, load."""
+
+import torch
+from comfy_api.latest import io
+
+from ..host.masked_token_model import MaskedTokenModel as Model
+from ..host.masked_token_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
+from ..host.token_files import find, fingerprint, list_files, load_ids, save_ids, workflow_metadata
+from ..techniques import token_preview
+from ..techniques.masked_tokens import (
+    ORDERS,
+    RAMPS,
+    SCHEDULES,
+    MaskedTokenSettings,
+    decode,
+    draw,
+    guidance_scales,
+    guided,
+)
+from ..techniques.token_batch import Batch, stack_texts
+from ..techniques.token_canvas import Given, check_sides, rgb
+from ..techniques.tokens import Tokens, edit
+from .masked_token_types import MaskedTokenModel
+from .masked_token_types import Tokens as TokensSocket
+
+
+def blank(model: Model) -> Tokens:
+    """One unknown token, with the sizes of the model's."""
+    return Tokens(torch.full((1, 1, 1), model.mask_id), model.codebook, model.mask_id, model.downscale)
+
+
+class MaskedTokenSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenSampler",
+            display_name="Masked Token Sampler",
+            category="chorus",
+            description=(
+                "Paints by filling in tokens: all unknown ones are predicted at once, the most confident stay, the rest"
+                " is asked again (aMUSEd). Text to image, image to image, in- and outpainting, drafts with fixed parts."
+            ),
+            search_aliases=["aMUSEd", "MaskGIT", "Muse", "masked image model", "inpaint tokens"],
+            inputs=[
+                MaskedTokenModel.Input("model", tooltip="From Load Masked Token Model."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt, encoded with the clip of the model's loader. Several prompts (Conditioning"
+                    " Combine) give one picture each.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What guidance leads away from; the authors use an empty prompt. Needed unless cfg is 1.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Sample i of a batch is the one of seed + i.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=12,
+                    min=1,
+                    max=1000,
+                    tooltip="Forward passes over the whole picture. The authors use 12. Useful: 8 to 20.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance scale. 0: the model's own (4 for amused-256, 10 for amused-512). 1: no guidance,"
+                    " half the cost.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=2.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Noise on the confidence, falling to 0: which tokens stay, never what they become. Only for"
+                    " the order confidence. Useful: 0 to 4.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=256,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="In pixels. Ignored when an image or tokens are wired: those have a size.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=256,
+                    min=16,
+                    max=4096,
+                    step=16,
+                    tooltip="In pixels. Ignored when an image or tokens are wired: those have a size.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=4096, tooltip="Pictures of each prompt, image or draft."
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps that run, and with it of the tokens that are masked at first: 0.5 masks"
+                    " 71 %. 1 masks all: nothing of the image is left where it is painted. 0 leaves an image as it is.",
+                ),
+                io.Combo.Input(
+                    "order",
+                    options=list(ORDERS),
+                    default="confidence",
+                    tooltip="Which tokens stay first. confidence: those that the model is surest of (the paper)."
+                    " halton: evenly spread over the picture. random: any.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=list(SCHEDULES),
+                    default="cosine",
+                    tooltip="How fast tokens are filled in. cosine: few at first (the paper). linear: equally many; the"
+                    " authors' code inpaints with it.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="A picture to repaint: with a mask only there, else all of it as far as denoise says. Its"
+                    " alpha is not read.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where to paint, as large as the image: every token that it touches with at least 0.5. The"
+                    " image's pixels where it is 0 come back bit for bit. With tokens alone: which of them to paint anew.",
+                ),
+                TokensSocket.Input(
+                    "tokens",
+                    optional=True,
+                    tooltip="Tokens that hold, whatever seed and denoise say; unknown ones are painted. With an image:"
+                    " they replace its tokens, under the mask if there is one.",
+                ),
+                io.Float.Input(
+                    "aesthetic_score",
+                    default=6.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="What the model was told of its training pictures, 6 as the authors have it. Useful: 4 to 7.",
+                ),
+                io.Combo.Input(
+                    "cfg_ramp",
+                    options=list(RAMPS),
+                    default="constant",
+                    advanced=True,
+                    tooltip="How cfg runs over the steps: as it is, rising from near 1 (Muse), which varies more, or"
+                    " falling to near 1.",
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=8,
+                    min=0,
+                    max=512,
+                    advanced=True,
+                    tooltip="Width in pixels of the soft seam, inside the mask. 0: a hard edge.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image"),
+                TokensSocket.Output("tokens", display_name="tokens", tooltip="To keep, edit or sample on with."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        seed,
+        steps,
+        cfg,
+        temperature,
+        width,
+        height,
+        batch_size,
+        denoise,
+        order,
+        schedule,
+        aesthetic_score,
+        cfg_ramp="constant",
+        feather=8,
+        negative=None,
+        image=None,
+        mask=None,
+        tokens=None,
+    ) -> io.NodeOutput:
+        own = blank(model)
+        settings = MaskedTokenSettings(model.codebook, model.mask_id, steps, denoise, temperature, order, schedule)
+        scales = guidance_scales(cfg or model.cfg, steps, cfg_ramp)
+        given = Given(
+            own,
+            (height, width),
+            picture=None if image is None else rgb(image),
+            mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
+            tokens=tokens,
+        )
+        texts = read_texts(model, positive, negative, scales[settings.first_step :])
+        counts = dict(zip(("prompts", "negative_prompts"), map(len, texts)))
+        batch = Batch.of(batch_size, **counts, **given.counts())
+        run = MaskedTokenRun(
+            model,
+            [tuple(map(batch.spread, text)) for text in stack_texts(*texts)],
+            micro(given.area, aesthetic_score).expand(len(batch), -1),
+            token_preview,
+        )
+        canvas = given.canvas(batch, lambda pictures: encode_pictures(model, pictures))
+        ids = decode(
+            canvas.ids.to(run.device),
+            guided(run.cond, run.both, scales),
+            settings,
+            draw(seed, *canvas.ids.shape, steps),
+            mask=canvas.free,
+            pinned=canvas.pinned,
+            progress=run.progress,
+        ).cpu()
+        pictures = canvas.finish(ids, lambda ids: decode_tokens(model, ids), feather)
+        return io.NodeOutput(pictures, own.with_ids(ids))
+
+
+def read_texts(model: Model, positive: list, negative: list | None, scales: list[float]) -> list[list]:
+    """The prompts, and the negative ones where any of the ``scales`` reads them; each as its states and pooled text."""
+    texts = [read_prompts(model, positive, "positive")]
+    if all(scale == 1.0 for scale in scales):
+        return texts
+    if negative is None:
+        raise ValueError(
+            f"guidance of {max(scales):g} leads away from a negative prompt, and none is wired: wire an empty CLIP Text"
+            " Encode into 'negative', or set cfg to 1"
+        )
+    return [*texts, read_prompts(model, negative, "negative")]
+
+
+def micro(area: tuple[int, int], aesthetic_score: float) -> torch.Tensor:
+    """The micro-conditioning [1, 5]: width, height, top and left of a crop, all in pixels; aesthetic score."""
+    height, width = area
+    return torch.tensor([[width, height, 0, 0, aesthetic_score]], dtype=torch.float32)
+
+
+class MaskedTokenEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenEncode",
+            display_name="Masked Token Encode",
+            category="chorus",
+            description="Reads an image as token ids, with the VQ-GAN of a masked token model.",
+            search_aliases=["VQ encode", "tokenize image"],
+            inputs=[
+                io.Image.Input("image", tooltip="Its sides are multiples of the token's, 16 pixels for aMUSEd."),
+                MaskedTokenModel.Input("model"),
+            ],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+        )
+
+    @classmethod
+    def execute(cls, image, model) -> io.NodeOutput:
+        picture = rgb(image)
+        check_sides("the image", picture.shape[1:3], model.downscale)
+        return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
+
+
+class MaskedTokenDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenDecode",
+            display_name="Masked Token Decode",
+            category="chorus",
+            description="Makes an image of token ids, with the VQ-GAN of a masked token model.",
+            search_aliases=["VQ decode", "detokenize"],
+            inputs=[
+                TokensSocket.Input("tokens", tooltip="All of them known: unknown ones have no picture."),
+                MaskedTokenModel.Input("model"),
+            ],
+            outputs=[io.Image.Output("image", display_name="image")],
+        )
+
+    @classmethod
+    def execute(cls, tokens, model) -> io.NodeOutput:
+        tokens.check("the tokens", model.codebook, model.mask_id, model.downscale)
+        tokens.check_known()
+        return io.NodeOutput(decode_tokens(model, tokens.ids))
+
+
+class MaskedTokenEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenEdit",
+            display_name="Masked Token Edit",
+            category="chorus",
+            description=(
+                "Forgets the tokens under a mask, or takes them from other tokens. What is left holds when it is wired"
+                " into Masked Token Sampler."
+            ),
+            search_aliases=["pin tokens", "compose tokens"],
+            inputs=[
+                TokensSocket.Input("tokens"),
+                io.Mask.Input(
+                    "mask", tooltip="As large as the tokens' picture. Every token that it touches with at least 0.5."
+                ),
+                TokensSocket.Input(
+                    "source", optional=True, tooltip="Tokens to put under the mask. Not wired: unknown ones."
+                ),
+            ],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+        )
+
+    @classmethod
+    def execute(cls, tokens, mask, source=None) -> io.NodeOutput:
+        return io.NodeOutput(edit(tokens, mask.reshape(-1, *mask.shape[-2:]), source))
+
+
+class SaveMaskedTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaveMaskedTokens",
+            display_name="Save Masked Tokens",
+            category="chorus",
+            description="Saves token ids to the output folder, under a new number each time.",
+            is_output_node=True,
+            inputs=[
+                TokensSocket.Input("tokens"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="tokens/ComfyUI",
+                    tooltip="Folder and name in the output folder; %year% and the like as in Save Image.",
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, tokens, filename_prefix) -> io.NodeOutput:
+        sizes = {"codebook": tokens.codebook, "mask_id": tokens.mask_id, "downscale": tokens.downscale}
+        saved = save_ids(tokens.ids, sizes, filename_prefix, workflow_metadata(cls.hidden))
+        return io.NodeOutput(ui={"tokens": [saved]})
+
+
+class LoadMaskedTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadMaskedTokens",
+            display_name="Load Masked Tokens",
+            category="chorus",
+            description="Loads token ids that Save Masked Tokens wrote.",
+            inputs=[
+                io.Combo.Input(
+                    "file", options=list_files(), tooltip="A .tokens.safetensors file of the input or output folder."
+                )
+            ],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file) -> bool | str:
+        try:
+            # None: wired, and known only when it runs
+            if file is not None:
+                find(file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file) -> str | float:
+        return float("nan") if file is None else fingerprint(file)
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        return io.NodeOutput(load_ids(file, Tokens))
+
+
+NODES: list[type[io.ComfyNode]] = [
+    MaskedTokenSampler,
+    MaskedTokenEncode,
+    MaskedTokenDecode,
+    MaskedTokenEdit,
+    SaveMaskedTokens,
+    LoadMaskedTokens,
+]
