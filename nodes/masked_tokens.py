@@ -229,6 +229,7 @@ class MaskedTokenSampler(io.ComfyNode):
             pinned=canvas.pinned,
             progress=run.progress,
         ).cpu()
+        del run  # and what it keeps for its steps, before the VQ-GAN needs the memory
         pictures = canvas.finish(ids, lambda ids: decode_tokens(model, ids), feather)
         return io.NodeOutput(pictures, own.with_ids(ids))
 

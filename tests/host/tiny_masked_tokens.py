@@ -55,7 +55,7 @@ def fill(network, seed):
             weight.data.mul_(0.2).add_(0.0 if name.endswith("bias") else 1.0)
         elif "embedding" not in name and not name.endswith(("gamma", "beta")):
             weight.data.mul_(weight[0].numel() ** -0.5)
-    if isinstance(network, UViT):
+    if hasattr(network, "mlm_layer"):
         network.mlm_layer.conv2.weight.data.mul_(0.4)  # many codes are likely
     else:  # pictures around grey, so that clamping leaves them different
         network.decoder.conv_out.weight.data.mul_(0.15)
