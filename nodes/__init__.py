@@ -2,9 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, saliency_noise_blend
+from . import demo, masked_token_lora, masked_token_model, masked_tokens, saliency_noise_blend
 
-NODES: list[type[io.ComfyNode]] = [*saliency_noise_blend.NODES, *demo.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    *saliency_noise_blend.NODES,
+    *masked_token_model.NODES,
+    *masked_tokens.NODES,
+    *masked_token_lora.NODES,
+    *demo.NODES,
+]
 
 
 class ChorusExtension(ComfyExtension):

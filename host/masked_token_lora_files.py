@@ -1,0 +1,47 @@
+"""LoRAs of masked token models on disk: read from the host's models/loras, written to its output folder."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+import safetensors.torch
+from torch import Tensor
+
+FOLDER, SUFFIX = "loras", ".safetensors"
+NONE = "none"  # a combo without any file must still have an entry
+
+
+def lora_files() -> list[str]:
+    """What a combo offers: NONE, then the files."""
+    return [NONE, *(name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(SUFFIX))]
+
+
+def read_lora(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file in models/loras."""
+    if not name.endswith(SUFFIX):
+        raise ValueError(f"'{name}' is not a {SUFFIX} file; convert it first")
+    path = folder_paths.get_full_path_or_raise(FOLDER, name)
+    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    return tensors, metadata or {}
+
+
+def write_lora(prefix: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """A new numbered file of the output folder: whole or not at all, and never in place of another."""
+    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    while (path := Path(folder, f"{name}_{number:05}_{SUFFIX}")).exists():
+        number += 1
+    # in the same folder, so that it can be renamed; the suffix keeps it out of the host's lists
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}", suffix=".part")
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    return path

@@ -1,0 +1,333 @@
+"""Styles for masked token models: train a LoRA on one picture or a few, save it, put it on a model.
+
+aMUSEd: An Open MUSE Reproduction (arXiv 2401.01808, section 4), after StyleDrop (arXiv 2306.00983).
+"""
+
+import logging
+
+import torch
+from comfy_api.latest import io
+
+from ..host.masked_token_lora_files import NONE, lora_files, read_lora, write_lora
+from ..host.masked_token_run import decode_tokens, encode_pictures, read_prompts
+from ..host.masked_token_training import (
+    TrainingProgress,
+    add_lora,
+    gradients,
+    make_room,
+    merged_weights,
+    release,
+    rescue,
+    training_place,
+)
+from ..techniques.masked_tokens import MaskedTokenSettings, decode, draw
+from ..training.lora import Lora, check_fits, from_file, to_file
+from ..training.masked_token_lora import (
+    LoraTrainer,
+    LoraTraining,
+    Pictures,
+    recompute_layers,
+    report,
+    trainable,
+    training_bytes,
+)
+from .masked_token_types import MaskedTokenLora, MaskedTokenModel
+
+PREFIX = "loras/masked_token_lora"
+PREVIEW_STEPS = 8
+
+
+class LoadMaskedTokenLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadMaskedTokenLora",
+            display_name="Load Masked Token LoRA",
+            category="chorus",
+            description="Puts a style on a masked token model: a LoRA file of aMUSEd, or one just trained. Chain several.",
+            search_aliases=["aMUSEd LoRA", "StyleDrop", "masked token style"],
+            inputs=[
+                MaskedTokenModel.Input("model", tooltip="The model, or one that already carries LoRAs."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=lora_files(),
+                    default=NONE,
+                    tooltip="A .safetensors file in models/loras or output/loras, of the transformer. A wired 'lora' wins.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much of the style. 0 leaves the model as it is. Useful: 0.5 to 1.5.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="The alpha that it was trained with: its weights count alpha / rank. 0: the file's own, else the"
+                    " rank. aMUSEd's published files lost it: of rank 16, their script trained at 32, its 512 style at 1.",
+                ),
+                MaskedTokenLora.Input("lora", optional=True, tooltip="From Train Masked Token LoRA, without a file."),
+            ],
+            outputs=[
+                MaskedTokenModel.Output("model", display_name="model"),
+                MaskedTokenLora.Output("lora", display_name="lora", tooltip="To train it on."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, alpha, lora=None) -> io.NodeOutput:
+        lora = (lora or _from_file(lora_name)).with_alpha(alpha)
+        check_fits(lora, {name: weight.shape for name, weight in model.transformer.model.state_dict().items()})
+        if strength != 0.0:
+            model = add_lora(model, lora.weights, strength)
+        return io.NodeOutput(model, lora)
+
+
+def _from_file(name: str) -> Lora:
+    if name == NONE:
+        raise ValueError("no LoRA: choose a file as 'lora_name', or wire 'lora' from Train Masked Token LoRA")
+    try:
+        lora, text = from_file(*read_lora(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if text:
+        logging.warning(
+            "LoadMaskedTokenLora: %d keys of %s are for the text encoder and are left out: load the file with Load LoRA"
+            " on the CLIP as well",
+            len(text),
+            name,
+        )
+    return lora
+
+
+class SaveMaskedTokenLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaveMaskedTokenLora",
+            display_name="Save Masked Token LoRA",
+            category="chorus/train",
+            description="Writes a LoRA in diffusers' layout, with its alpha, into the output folder.",
+            search_aliases=["aMUSEd LoRA", "export lora"],
+            is_output_node=True,
+            inputs=[
+                MaskedTokenLora.Input("lora", tooltip="From Train Masked Token LoRA."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=PREFIX,
+                    tooltip="Below the output folder. A number follows; no file is overwritten. Load Masked Token LoRA"
+                    " offers what is in loras/.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, lora, filename_prefix) -> io.NodeOutput:
+        path = write_lora(filename_prefix, *to_file(lora))
+        logging.info("SaveMaskedTokenLora: %s", path)
+        return io.NodeOutput()
+
+
+class TrainMaskedTokenLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TrainMaskedTokenLora",
+            display_name="Train Masked Token LoRA",
+            category="chorus/train",
+            description="Teaches a masked token model (aMUSEd) the style of one picture or a few, as a LoRA.",
+            search_aliases=["aMUSEd LoRA", "StyleDrop", "train lora", "style from one image"],
+            is_experimental=True,
+            inputs=[
+                MaskedTokenModel.Input("model", tooltip="The model. LoRAs that it carries are trained on top of."),
+                io.Image.Input(
+                    "images",
+                    tooltip="One picture or a batch, of any size: the short side is fitted to the resolution, and squares"
+                    " are cut out at random.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="What the pictures show, such as 'A mushroom in [V] style': one prompt for all, or one for"
+                    " each, joined with Conditioning (Combine).",
+                ),
+                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA. The papers use 16."),
+                io.Float.Input(
+                    "alpha",
+                    default=32.0,
+                    min=0.01,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="The change counts alpha / rank. aMUSEd's scripts use 32; for a style of one picture at 512"
+                    " pixels 1, with a learning rate of 1e-3. Programs that cannot read it from the file assume the rank.",
+                ),
+                io.Int.Input(
+                    "steps", default=1500, min=2, max=100000, tooltip="For one picture, 1500 to 2000 in the papers."
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Crops per step. 1 for one picture, 8 to 16 for many.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=4e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-7,
+                    tooltip="AdamW, constant. One picture: 4e-4 at 256 pixels, 1e-3 with alpha 1 at 512. Many: 8e-4 and 1e-4.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="Of the first weights, the crops, the masks.",
+                ),
+                MaskedTokenLora.Input(
+                    "lora",
+                    optional=True,
+                    tooltip="Train this one on, with the same rank and alpha; the optimizer starts afresh. Wire the model"
+                    " without it.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    advanced=True,
+                    tooltip="Side of the square crops in pixels. 0: the model's own.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    advanced=True,
+                    tooltip="Also write a file after every so many steps. 0: never. An interrupted run always writes one.",
+                ),
+                io.String.Input(
+                    "checkpoint_prefix",
+                    default=PREFIX,
+                    advanced=True,
+                    tooltip="Below the output folder, for checkpoints and for what an interrupted run has learned.",
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    advanced=True,
+                    tooltip="Show a picture of the first prompt on the node after every so many steps. 0: never.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=False,
+                    advanced=True,
+                    tooltip="Less memory for about a third more time; the same result to rounding.",
+                ),
+            ],
+            outputs=[
+                MaskedTokenLora.Output("lora", display_name="lora"),
+                io.LossMap.Output("loss_map", display_name="loss_map", tooltip="For Plot Loss Graph."),
+                io.String.Output("report", display_name="report", tooltip="The settings, and whether it learned."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        images,
+        positive,
+        rank,
+        alpha,
+        steps,
+        batch_size,
+        learning_rate,
+        seed,
+        resolution,
+        checkpoint_every,
+        checkpoint_prefix,
+        preview_every,
+        gradient_checkpointing,
+        lora=None,
+    ) -> io.NodeOutput:
+        settings = LoraTraining(steps, batch_size, learning_rate, rank, alpha, seed)
+        texts = read_prompts(model, positive, "positive")
+        resolution = resolution or model.transformer.model.config.sample_size * model.downscale
+        with gradients():
+            pictures = Pictures(images, texts, resolution, model.downscale, lambda crops: encode_pictures(model, crops))
+            trainer = _trainer(model, pictures, settings, lora, gradient_checkpointing)
+            save = _Checkpoints(trainer, model.name, checkpoint_prefix)
+            before = trainer.fixed_loss()
+            _train(model, trainer, save, checkpoint_every, preview_every)
+            result = save.lora(), {"loss": trainer.losses}, report(trainer, before, trainer.fixed_loss())
+        del trainer, save
+        release()
+        return io.NodeOutput(*result)
+
+
+def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
+    """On a copy of the transformer, with the LoRAs that it carries merged."""
+    config, (device, dtype) = model.transformer.model.config, training_place(model)
+    tokens = (pictures.resolution // model.downscale) ** 2
+    make_room(training_bytes(config, dtype, tokens, settings.batch_size), device)
+    network = trainable(config, merged_weights(model.transformer, device, dtype))
+    if checkpointing:
+        recompute_layers(network)
+    return LoraTrainer(network, pictures, settings, lora)
+
+
+class _Checkpoints:
+    """What a run has learned so far, as a value and as files."""
+
+    def __init__(self, trainer: LoraTrainer, base: str, prefix: str):
+        self.trainer, self.base, self.prefix = trainer, base, prefix
+
+    def lora(self) -> Lora:
+        return self.trainer.lora(base_model=self.base)
+
+    def step(self):
+        return write_lora(f"{self.prefix}_step{self.trainer.steps}", *to_file(self.lora()))
+
+    def ended(self, reason: str):
+        """None where not a step was done."""
+        if self.trainer.done == 0:
+            return None
+        return write_lora(f"{self.prefix}_{reason}_step{self.trainer.steps}", *to_file(self.lora()))
+
+
+def _train(model, trainer: LoraTrainer, save: _Checkpoints, checkpoint_every: int, preview_every: int) -> None:
+    steps = trainer.settings.steps
+    progress = TrainingProgress(steps)
+
+    def after_step(done: int, loss: float) -> None:
+        picture = _preview(model, trainer) if preview_every and done % preview_every == 0 else None
+        progress(done, picture)
+        # what the last step gives is the node's output
+        if checkpoint_every and done % checkpoint_every == 0 and done < steps:
+            logging.info("TrainMaskedTokenLora: step %d, loss %.4f: %s", done, loss, save.step())
+
+    with rescue(save.ended):
+        trainer.train(after_step)
+
+
+def _preview(model, trainer: LoraTrainer) -> torch.Tensor:
+    """A picture [H, W, 3] of the first prompt, without guidance, which would cost a second pass."""
+    side = trainer.pictures.resolution // model.downscale
+    settings = MaskedTokenSettings(codebook=model.codebook, mask_id=model.mask_id, steps=PREVIEW_STEPS)
+    unknown = torch.full((1, side, side), model.mask_id, device=model.transformer.load_device)
+    draws = draw(trainer.settings.seed, 1, side, side, PREVIEW_STEPS)
+    return decode_tokens(model, decode(unknown, trainer.tokens_to_logits(), settings, draws))[0]
+
+
+NODES: list[type[io.ComfyNode]] = [LoadMaskedTokenLora, TrainMaskedTokenLora, SaveMaskedTokenLora]
