@@ -74,3 +74,16 @@ def test_without_onednn_it_is_torchs(monkeypatch):
     monkeypatch.setattr(room, "_has_onednn", lambda: False)
     x, weight = torch.randn(3, 5), torch.randn(9, 5)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("operator", [None, lambda *a: torch.zeros(2, 4), lambda x, weight: x @ weight.t()], ids=str)
+def test_an_operator_that_changed_is_left_alone(monkeypatch, operator):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    room._has_onednn.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", operator)
+    try:
+        x, weight = torch.randn(3, 5), torch.randn(9, 5)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    finally:
+        room._has_onednn.cache_clear()
