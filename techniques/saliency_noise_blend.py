@@ -164,7 +164,7 @@ class SaliencyBlendRun:
             softness=self.joint.softness if self.joint.mask_mode == "soft" else None,
             backend=self.schedule.backend,
         )
-        self._check_finite(level, models, blend.partition)
+        self._check_finite(level, models, blend.partition.detach())
         self._remember(BlendStep(level, models, blend.weights))
         hard = blend.weights.dtype == torch.uint8
         for slot, state in enumerate(states):
