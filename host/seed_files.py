@@ -1,0 +1,159 @@
+"""A selected noise, as the host's NOISE and on disk: safetensors with the noise and how it was found."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+ENDING = ".seed.safetensors"
+NAME = "noise"  # of the tensor
+FORMAT = "chorus-seed-1"  # in the metadata, which has the seed too
+CHUNK = 2**24  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class SeedNoise:
+    """A noise [N, C, h, w] as SamplerCustomAdvanced takes it. ``seed`` is what else a sampler draws from."""
+
+    noise: Tensor
+    seed: int
+    details: Mapping[str, str] = field(default_factory=dict)  # how it was found: settings, score, model
+
+    def generate_noise(self, latent: Mapping) -> Tensor:
+        """The noise on the CPU for a LATENT of its very shape, in the latent's dtype; a ValueError for any other."""
+        samples = latent["samples"]
+        if samples.is_nested:
+            raise ValueError(f"the saved noise is of one picture {_size(self.noise)}, the latent holds video and sound")
+        if samples.shape != self.noise.shape:
+            raise ValueError(
+                f"the noise was made for a latent of {_describe(self.noise)}, this one is of {_describe(samples)}; {self._remedy(samples)}"
+            )
+        return self.noise.to(device="cpu", dtype=samples.dtype, copy=True)
+
+    def _remedy(self, samples: Tensor) -> str:
+        if samples.shape[1:] == self.noise.shape[1:]:
+            return f"set batch_size to {len(self.noise)}"
+        if samples.ndim == 4 and samples.shape[1] == self.noise.shape[1]:
+            return "set width and height as they were when it was selected"
+        return "use a model of the same latent space as it was selected for"
+
+
+def save_seed(noise: SeedNoise, prefix: str) -> dict[str, str]:
+    """Write ``noise`` with its seed and details under the next free number of ``prefix``, whole or not at all.
+
+    Returns where it is, as the host shows it: filename, subfolder, type. Errors: ValueError for a noise that is not
+    finite or not [N, C, h, w], or a prefix that names no file; outside of the output folder, the host's own.
+    """
+    if not os.path.basename(os.path.normpath(prefix)).strip("."):
+        raise ValueError(f"filename_prefix '{prefix}' names no file; give a name such as seeds/ComfyUI")
+    _check(noise.noise)
+    metadata = {**{k: str(v) for k, v in noise.details.items()}, "format": FORMAT, "seed": str(noise.seed)}
+    data = safetensors.torch.save({NAME: noise.noise.detach().float().cpu().contiguous()}, metadata)
+    output = folder_paths.get_output_directory()
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    target = Path(folder, f"{name}_{number:05}_{ENDING}")
+    part = target.with_name(target.name + ".part")
+    try:
+        part.write_bytes(data)
+        if target.exists():
+            raise FileExistsError(f"{target} was written meanwhile; nothing is overwritten, save again")
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return {"filename": target.name, "subfolder": subfolder, "type": "output"}
+
+
+def seed_files() -> list[str]:
+    """The files of the input folder, and those of the output folder with the host's mark for it."""
+    folders = (folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")
+    return [
+        name + mark
+        for folder, mark in folders
+        for name in sorted(folder_paths.recursive_search(folder)[0])
+        if name.endswith(ENDING)
+    ]
+
+
+def find_seed(name: str) -> Path:
+    """The file of a ``name`` as seed_files gives it; a ValueError where there is none or it is not one of ours."""
+    bare, folder = folder_paths.annotated_filepath(name)
+    bare, folder = bare.strip(), folder or folder_paths.get_input_directory()
+    path = Path(folder, bare)
+    if not bare.endswith(ENDING) or not folder_paths.is_within_directory(folder, str(path)):
+        raise ValueError(f"'{name}' is no seed file of the input or output folder; its name ends on {ENDING}")
+    if not path.is_file():
+        raise ValueError(f"there is no seed file '{name}'; save one with Save Seed, or refresh the list")
+    return path
+
+
+def load_seed(name: str) -> SeedNoise:
+    """The noise of a file, with its seed and details; a ValueError that names the file where that cannot be."""
+    path = find_seed(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, found = file.metadata() or {}, list(file.keys())
+            if metadata.get("format") != FORMAT or not metadata.get("seed", "").isdecimal():
+                raise ValueError(f"its metadata do not say format {FORMAT} and a seed")
+            if found != [NAME]:
+                raise ValueError(f"it holds {', '.join(found) or 'nothing'} instead of {NAME}")
+            noise = file.get_tensor(NAME).clone()  # a copy: the file does not stay open
+        _check(noise)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"'{name}' cannot be read as a seed file: {error}; save it anew with Save Seed") from error
+    details = {k: v for k, v in metadata.items() if k not in ("format", "seed")}
+    return SeedNoise(noise, int(metadata["seed"]), details)
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the file does."""
+    return hashlib.sha256(find_seed(name).read_bytes()).hexdigest()
+
+
+def model_details(model) -> dict[str, str]:
+    """What is known of a MODEL: its class, how many of its weights are patched, and its file with the sha256 of it."""
+    details = {"model": type(model.model).__name__, "patched_weights": str(len(model.patches))}
+    _, arguments, *_ = model.cached_patcher_init or (None, ())
+    known = next((a for a in arguments if isinstance(a, str)), None)
+    if known is not None:
+        details["model_file"] = os.path.basename(known)
+        if os.path.isfile(known):
+            state = os.stat(known)
+            details["model_sha256"] = _sha256(known, state.st_mtime_ns, state.st_size)
+    return details
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: str, changed: int, size: int) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            found.update(data)
+    return found.hexdigest()
+
+
+def _check(noise: Tensor) -> None:
+    if not noise.is_floating_point() or noise.ndim != 4 or not noise.numel():
+        raise ValueError(f"its noise is {noise.dtype} [{_size(noise)}], not numbers [batch, channels, height, width]")
+    if not torch.isfinite(noise).all():
+        bad = int((~torch.isfinite(noise)).sum())
+        raise ValueError(f"{bad} of the {noise.numel()} numbers of its noise are not finite (NaN or infinite)")
+
+
+def _size(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))
+
+
+def _describe(x: Tensor) -> str:
+    if x.ndim != 4:
+        return f"the shape {_size(x)}"
+    return f"{len(x)} x {x.shape[1]} channels, {x.shape[2]} high and {x.shape[3]} wide"

@@ -1,0 +1,345 @@
+"""From an integer seed to its noise, and from noise to a finished latent by the host's own sampling.
+
+What ``SeedRun.generate`` makes of ``SeedRun.noise_of(seed)`` is what KSampler makes of that seed at batch 1, bit for
+bit. Shapes: N noises, C channels, h and w latent positions.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import comfy.model_management
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from . import seed_pictures
+from .blend_hook import blend_chain
+from .experts import resolve_patchers
+from .parametrization import FLOW, family
+from .seed_batches import DETERMINISTIC, rows_are_independent
+from .seed_gradients import NormalWeights, Recorder, check_differentiable, gradients, make_room, own_tensors
+from .seed_session import SeedSession, SessionSampler, SessionSettings
+
+KEY = "chorus_seed"
+
+Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; as the host's samplers call it
+
+
+class SeedRun:
+    """KSampler's inputs as functions of the noise.
+
+    ``latent_image``: a LATENT of one picture, with its noise mask if it has one. ``seed``: what a sampler that draws
+    more than the first noise draws it from, for noises that ``noise_of`` has not given; those keep their own. Errors (ValueError): several latents,
+    video, sound or nested latents, several noise masks, denoise outside 0 to 1, an image-to-image model.
+    """
+
+    def __init__(
+        self,
+        model,
+        positive,
+        negative,
+        latent_image: Mapping,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float = 1.0,
+        seed: int = 0,
+    ):
+        self.model, self.positive, self.negative = model, positive, negative
+        self.steps, self.cfg, self.denoise = steps, cfg, denoise
+        self.sampler_name, self.scheduler = sampler_name, scheduler
+        self.latent_image, self.seed = latent_image, seed
+        self._seeds: dict[bytes, int] = {}  # of the noises that were given out
+        self.samples = self._checked(latent_image)  # [1, C, h, w]
+        if steps < 1 or not 0.0 < denoise <= 1.0:
+            raise ValueError(
+                f"{steps} steps at denoise {denoise:g} paint nothing; use at least 1 step and a denoise above 0, up to 1"
+            )
+        sampling = model.get_model_object("model_sampling")
+        try:
+            self.kind = family(sampling)  # of parametrization: VE or FLOW
+        except ValueError as error:
+            raise ValueError(
+                f"{type(model.model).__name__} ({type(sampling).__name__}) has no known way from noise to picture; use a"
+                " model of the SD or flow family"
+            ) from error
+        self.evaluations = 0  # rows of forward passes so far, through the model and the experts of its blend
+        self.backward_evaluations = 0  # of which were computed again for a gradient
+
+    def _checked(self, latent_image: Mapping) -> Tensor:
+        samples = latent_image["samples"]
+        if samples.is_nested:
+            raise ValueError("the latent holds several tensors (video with sound); SeedSelect works on pictures")
+        samples = comfy.sample.fix_empty_latent_channels(
+            self.model,
+            samples,
+            latent_image.get("downscale_ratio_spacial"),
+            latent_image.get("downscale_ratio_temporal"),
+        )
+        if samples.ndim != 4:
+            raise ValueError(
+                f"the latents of {type(self.model.model).__name__} have the shape {_size(samples)}, as of video or sound;"
+                " SeedSelect works on pictures [1, C, h, w]: use another model"
+            )
+        if len(samples) != 1:
+            raise ValueError(
+                f"latent_image holds {len(samples)} latents; SeedSelect looks for the noise of one: set batch_size to 1"
+                " or take one by LatentFromBatch"
+            )
+        if (mask := latent_image.get("noise_mask")) is not None and mask.ndim > 2 and len(mask) != 1:
+            raise ValueError(f"latent_image holds {len(mask)} noise masks for one latent; keep one of them")
+        return samples
+
+    @property
+    def flow(self) -> bool:
+        return self.kind == FLOW
+
+    def sigmas(self, steps: int | None = None) -> Tensor:
+        """[N + 1] of the run with ``steps`` (default: all), falling to 0."""
+        return self._ksampler(steps).sigmas.clone()
+
+    def _ksampler(self, steps: int | None, sampler: str | None = None) -> comfy.samplers.KSampler:
+        return comfy.samplers.KSampler(
+            self.model,
+            steps=self.steps if steps is None else steps,
+            device=self.model.load_device,
+            sampler=sampler or self.sampler_name,
+            scheduler=self.scheduler,
+            denoise=self.denoise,
+            model_options=self.model.model_options,
+        )
+
+    @torch.inference_mode(False)
+    def noise_of(self, seed: int) -> Tensor:
+        """The noise [1, C, h, w] that KSampler draws for ``seed`` at batch 1."""
+        noise = comfy.sample.prepare_noise(self.samples, seed, self.latent_image.get("batch_index"))
+        self._seeds[_digest(noise)] = seed
+        return noise
+
+    def to_model(self, latent: Tensor) -> Tensor:
+        """A latent [N, C, h, w] of the VAE, as ``generate`` gives it, in the scale in which the model sees it."""
+        return self.model.model.process_latent_in(latent)
+
+    def to_latent(self, x: Tensor) -> Tensor:
+        """The inverse of ``to_model``."""
+        return self.model.model.process_latent_out(x)
+
+    def generate(
+        self,
+        noise: Tensor,
+        steps: int | None = None,
+        seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Finished latents [N, C, h, w] of ``noise`` [N, C, h, w] in ``steps`` (default: all), as KSampler gives them.
+
+        ``seeds``: what else a sampler draws from for each noise; by default the seed that ``noise_of`` gave it for, else
+        the run's. Noises share batches only where that changes nothing but rounding. ``callback`` replaces the host's
+        progress and preview.
+        """
+        seeds = self._checked_seeds(noise, seeds)
+        size = self.batch_size(len(noise))
+        found = []
+        with self._counting(self.model):
+            for first in range(0, len(noise), size):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                chunk = slice(first, first + size)
+                found.append(self._sample(noise[chunk], steps, seeds[first], callback))
+        with torch.inference_mode(False):  # so that a gradient may start here
+            return torch.cat([f.clone() for f in found])
+
+    def _checked_seeds(self, noise: Tensor, seeds: Sequence[int] | None) -> Sequence[int]:
+        if noise.ndim != 4 or noise.shape[1:] != self.samples.shape[1:] or not len(noise):
+            raise ValueError(
+                f"the noise {_size(noise)} does not fit the latent {_size(self.samples)}; make it for this size"
+            )
+        if seeds is None:
+            return [self._seeds.get(_digest(row), self.seed) for row in noise.split(1)]
+        if len(seeds) != len(noise):
+            raise ValueError(f"{len(seeds)} seeds for {len(noise)} noises; give one for each")
+        return seeds
+
+    def _sample(self, noise: Tensor, steps: int | None, seed: int, callback: Callback | None) -> Tensor:
+        steps = self.steps if steps is None else steps
+        latent = self.samples if len(noise) == 1 else self.samples.repeat(len(noise), 1, 1, 1)
+        return comfy.sample.sample(
+            self.model,
+            noise,
+            steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
+            self.positive,
+            self.negative,
+            latent,
+            denoise=self.denoise,
+            noise_mask=self.latent_image.get("noise_mask"),
+            callback=callback or latent_preview.prepare_callback(self.model, steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the noise alone decides the latent."""
+        if self.sampler_name == "ddim" and self.latent_image.get("noise_mask") is not None:
+            return False  # what the mask keeps is filled with noise of the seed
+        return self.sampler_name in DETERMINISTIC
+
+    def batch_size(self, count: int) -> int:
+        """How many of ``count`` noises may share a batch: one where they would look at each other, else what fits."""
+        if count < 2 or not self.deterministic or not rows_are_independent(self.model, self.positive, self.negative):
+            return 1
+        free = comfy.model_management.get_free_memory(self.model.load_device)
+        shape = self.samples.shape[1:]
+        # guidance doubles the rows
+        return next((n for n in range(count, 1, -1) if self.model.memory_required([2 * n, *shape]) < free), 1)
+
+    @contextmanager
+    def _counting(self, model, recorder: Recorder | None = None):
+        """Counts the rows of every forward pass through the networks of ``model``, also of passes that fail."""
+        conds = {
+            "positive": comfy.sampler_helpers.convert_cond(self.positive),
+            "negative": comfy.sampler_helpers.convert_cond(self.negative),
+        }
+        patchers = [model, *resolve_patchers(model, blend_chain(model).experts, conds)]
+        if model.is_dynamic() and any("hooks" in c for cond in conds.values() for c in cond):
+            patchers.append(model.get_non_dynamic_delegate())  # where the guider goes then
+        networks = {id(n): n for n in (p.get_model_object("diffusion_model") for p in patchers)}
+
+        def count(module, inputs):
+            self.evaluations += len(inputs[0])
+            if recorder is not None and recorder.recomputing:
+                self.backward_evaluations += len(inputs[0])
+
+        with ExitStack() as stack:
+            for network in networks.values():
+                stack.callback(network.register_forward_pre_hook(count).remove)
+            yield
+
+    def session(self, work: Callable[[SeedSession], object], *, vae=None, clip_vision=None, **settings):
+        """What ``work(session)`` returns, called inside one open run of the host's guider.
+
+        ``settings`` as SessionSettings has them. ``vae`` and ``clip_vision`` are what session.decode and session.embed
+        use; all is loaded at once and stays loaded. With gradients everything runs out of inference mode, on copies of
+        weights that were loaded in it, as nodes load them; the copies are gone when ``work`` has returned.
+
+        Errors: ValueError for what has no gradient, MemoryError where a gradient does not fit, with its size.
+        """
+        settings = SessionSettings(**settings)
+        steps = len(self._ksampler(settings.steps, settings.sampler).sigmas) - 1
+        if settings.last_steps is not None and not 1 <= settings.last_steps <= steps:
+            raise ValueError(f"last_steps {settings.last_steps} is not in 1 to {steps}, the steps of this session")
+        if vae is not None:
+            seed_pictures.check_vae(vae)
+        if clip_vision is not None:
+            seed_pictures.check_clip_vision(clip_vision)
+        if settings.gradients:
+            check_differentiable(self.model, self.positive, self.negative)
+        with gradients() if settings.gradients else nullcontext():
+            try:
+                return self._open(work, settings, vae, clip_vision)
+            finally:
+                comfy.model_management.cleanup_models_gc()  # the copies
+
+    def _open(self, work, settings: SessionSettings, vae, clip_vision):
+        weights = NormalWeights() if settings.gradients else None
+        model = self.model.clone() if weights is None else weights.blended(self.model)
+        wired = {"vae": vae, "clip_vision": clip_vision}
+        wired = {
+            k: (v, weights(v.patcher) if weights else v.patcher.clone()) for k, v in wired.items() if v is not None
+        }
+        sigmas = self._ksampler(settings.steps, settings.sampler).sigmas.clone()
+        loaded = []
+        recorder = Recorder(
+            settings.checkpoint or not settings.gradients, self._room(model, loaded, wired, settings, len(sigmas) - 1)
+        )
+
+        def keep(patchers: list) -> None:
+            loaded.extend(patchers)
+            for patcher in patchers:
+                recorder.add_weights(patcher.model)
+
+        beside = [patcher for _, patcher in wired.values()]
+        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _loaded_with(beside, settings.gradients, keep))
+        modules = {name: (host_object, patcher.model) for name, (host_object, patcher) in wired.items()}
+        sampler = SessionSampler(work, settings, self.kind, recorder, **modules)
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(own_tensors(self.positive), own_tensors(self.negative))
+        guider.set_cfg(self.cfg if settings.cfg is None else settings.cfg)
+        noise, latent = self.noise_of(settings.seed), self.samples.clone()
+        mask = self.latent_image.get("noise_mask")
+        with self._counting(model, recorder), recorder.recording():
+            guider.sample(
+                noise,
+                latent,
+                sampler,
+                sigmas,
+                None if mask is None else mask.clone(),
+                disable_pbar=True,
+                seed=settings.seed,
+            )
+        return sampler.result
+
+    def _room(
+        self, model, loaded: list, wired: Mapping, settings: SessionSettings, steps: int
+    ) -> Callable[[str, int], None]:
+        """What a Recorder asks before a gradient is computed: MemoryError where it does not fit beside ``loaded``."""
+        guided = self.cfg if settings.cfg is None else settings.cfg
+
+        def check(what: str, size: int) -> None:
+            device, remedy = model.load_device, "use a smaller latent_image, or mode search, which needs none"
+            if what == "denoiser":
+                remedy = remedy if guided == 1.0 else f"set cfg to 1 (about half of it), {remedy}"
+                if not settings.checkpoint:
+                    size *= settings.last_steps or steps
+                    remedy = f"switch checkpoint on, lower last_steps, {remedy}"
+                size += model.memory_required([2, *self.samples.shape[1:]])
+            elif what == "VAE":
+                vae, device = wired["vae"][0], wired["vae"][1].load_device
+                size += vae.memory_used_decode(self.samples.shape, vae.vae_dtype)
+            else:
+                device = wired["clip_vision"][1].load_device
+            make_room(what, int(size), device, loaded, remedy)
+
+        return check
+
+
+def _loaded_with(patchers: list, whole: bool, keep: Callable[[list], None]):
+    """A PREPARE_SAMPLING wrapper that loads ``patchers`` in the model's own call and tells ``keep`` what is loaded.
+
+    ``whole``: no weight may stay behind.
+    """
+
+    def prepare(executor, model, noise_shape, conds, *args, **kwargs):
+        if whole:
+            kwargs["force_full_load"] = True
+        extra = [{"additional_models": [patcher]} for patcher in patchers]
+        inner, _, loaded = executor(model, noise_shape, {**conds, KEY: extra}, *args, **kwargs)
+        keep([model, *loaded])
+        for patcher in (model, *loaded):
+            # weights that are brought for a moment are not those that backward would find
+            if whole and getattr(patcher.model, "model_lowvram", False):
+                raise MemoryError(
+                    f"{type(patcher.model).__name__} does not fit on {patcher.load_device} as a whole, as a gradient"
+                    " needs it; use mode search, a smaller model, or start ComfyUI without --lowvram and --novram"
+                )
+        return inner, conds, loaded
+
+    return prepare
+
+
+def _digest(noise: Tensor) -> bytes:
+    return hashlib.sha256(noise.detach().float().cpu().contiguous().numpy().tobytes()).digest()
+
+
+def _size(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))

@@ -1,0 +1,35 @@
+"""One progress bar with previews for a node that samples many times."""
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+from comfy.cli_args import args
+from PIL import Image
+from torch import Tensor
+
+
+class SeedProgress:
+    """Counts in steps of samplers, over all that a node does. Every call ends the node if the user interrupts."""
+
+    def __init__(self, model, total: int):
+        self.bar, self.done = comfy.utils.ProgressBar(total), 0
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def callback(self, step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+        """For SeedRun.generate: one step is done; shows the estimate of x0 if the user wants previews."""
+        show = self._previewer and self._previewer.decode_latent_to_preview_image("JPEG", x0)
+        self._advance(1, show)
+
+    def show(self, picture: Tensor | None = None, steps: int = 0) -> None:
+        """``steps`` more are done; ``picture`` [H, W, 3] in 0..1, the best so far, shows on the node."""
+        image = None
+        if picture is not None:
+            pixels = picture.detach().clamp(0.0, 1.0).mul(255.0).round().to("cpu", torch.uint8)
+            image = "JPEG", Image.fromarray(pixels.numpy()), args.preview_size
+        self._advance(steps, image)
+
+    def _advance(self, steps: int, image) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.done += steps
+        self.bar.update_absolute(self.done, preview=image)
