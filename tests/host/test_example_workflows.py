@@ -29,13 +29,28 @@ def test_workflow_has_a_note_and_a_picture(file):
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.title)
-def test_blends_are_set_as_planned(workflow, comfy):
+def test_nodes_are_set_as_planned(workflow, comfy):
     """What the plan leaves alone is at its default: the page that built the files may remember other values."""
     file = ROOT / "example_workflows" / f"{workflow.title}.json"
     prompt = comfy.to_api(json.loads(file.read_text(encoding="utf-8")))
-    known = comfy.get_json("/object_info")["SaliencyNoiseBlend"]["input"]
-    widgets = {k: v[1]["default"] for part in known.values() for k, v in part.items() if "default" in v[1]}
-    planned = [{**widgets, **n["widgets"]} for n in workflow.nodes if n["type"] == "SaliencyNoiseBlend"]
-    found = [n["inputs"] for n in prompt.values() if n["class_type"] == "SaliencyNoiseBlend"]
-    key = str
-    assert sorted(planned, key=key) == sorted(({k: n[k] for k in widgets} for n in found), key=key)
+    info = comfy.get_json("/object_info")
+    ours = {kind for kind, known in info.items() if known["category"].split("/")[0] == "chorus"}
+    planned = [(n["type"], defaults(info[n["type"]]) | n["widgets"]) for n in workflow.nodes if n["type"] in ours]
+    for _, widgets in planned:
+        widgets.pop("control_after_generate", None)  # the page's own
+    found = [(n["class_type"], n["inputs"]) for n in prompt.values() if n["class_type"] in ours]
+    found = [(kind, {name: inputs[name] for name in defaults(info[kind])}) for kind, inputs in found]
+    assert sorted(planned, key=str) == sorted(found, key=str)
+
+
+def defaults(known: dict) -> dict:
+    """The widgets of a node and their defaults; a list without one starts with its first entry."""
+    found = {}
+    for part in ("required", "optional"):
+        for name, (kind, *options) in known["input"].get(part, {}).items():
+            options = options[0] if options else {}
+            if "default" in options:
+                found[name] = options["default"]
+            elif kind == "COMBO":
+                found[name] = options["options"][0]
+    return found
