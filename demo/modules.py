@@ -9,7 +9,7 @@ from .unet import make_model
 
 CHECKPOINTS = ("general", "expert-animals")
 MASKED_TOKENS = "masked_token"  # the folder in demo/weights
-MASKED_TOKENS_CFG = 4.0
+MASKED_TOKENS_CFG = 3.0
 
 
 def load_pca():

@@ -1,5 +1,6 @@
 """Weight files of demo/weights: fp16 safetensors, written whole or not at all."""
 
+import json
 import os
 from pathlib import Path
 
@@ -27,9 +28,22 @@ def metadata(name):
 
 def save(name, state_dict, **facts):
     """Writes fp16; facts go into the metadata as strings."""
-    FOLDER.mkdir(exist_ok=True)
+    path(name).parent.mkdir(parents=True, exist_ok=True)
     half = {k: v.detach().cpu().to(torch.float16).contiguous() for k, v in state_dict.items()}
     part = path(name).with_suffix(".part")
     safetensors.torch.save_file(half, part, metadata={k: str(v) for k, v in facts.items()})
     part.chmod(0o644)
     os.replace(part, path(name))
+
+
+NETWORK = "diffusion_pytorch_model"
+
+
+def load_network(folder):
+    """The fp32 state dict and the config of a network saved as diffusers does, in demo/weights/<folder>."""
+    return load(f"{folder}/{NETWORK}"), json.loads((FOLDER / folder / "config.json").read_text())
+
+
+def save_network(folder, state_dict, config, **facts):
+    save(f"{folder}/{NETWORK}", state_dict, **facts)
+    (FOLDER / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

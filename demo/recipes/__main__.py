@@ -1,24 +1,22 @@
-"""python run.py train-demo [pca general expert vision evaluate] [--minutes M]: makes the demo weights again, in this order."""
+"""python run.py train-demo [pca general masked_tokens evaluate ...] [--minutes M]: makes the demo weights again, in order."""
 
 import argparse
 import importlib
 import inspect
 import os
 
-ORDER = ("pca", "decoder", "vision", "general", "expert", "evaluate")
+ORDER = ("pca", "decoder", "vision", "general", "expert", "vq", "masked_tokens", "evaluate", "evaluate_masked_tokens")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="run.py train-demo", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="recipe", help=f"any of {', '.join(ORDER)}; all when none is named")
-    parser.add_argument(
-        "--minutes", type=float, help="end the training of each named denoiser or encoder after this time"
-    )
+    parser.add_argument("--minutes", type=float, help="end the training of each named network after this time")
     parser.add_argument(
         "--workers",
         type=int,
         default=1,
-        help="processes with one thread each, for general and expert; good on a busy CPU",
+        help="processes with one thread each, for general, expert, vq and masked_tokens; good on a busy CPU",
     )
     options = parser.parse_args(argv)
     unknown = [n for n in options.names if n not in ORDER]

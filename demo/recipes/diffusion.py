@@ -1,30 +1,24 @@
-"""Training of the demo denoisers: v-prediction, plain MSE, EMA, resumable, weights exported at every checkpoint.
+"""Training of the demo denoisers: v-prediction, plain MSE.
 
 The general checkpoint learns the UNet and the text encoder together; an expert starts from the general's averaged
 weights and learns the UNet only, so that all checkpoints share one text encoder.
 """
 
-import json
-import math
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
+import functools
 from dataclasses import dataclass
 
 import comfy.latent_formats  # noqa: F401  (after comfy's arguments were set by the recipes' __main__)
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import weights
 from ..canvas import Canvases
-from ..data_source import ROOT
 from ..latent import CHANNELS, PATCH, PatchPCA
 from ..text import TextModel, token_rows
 from ..unet import initialise, make_unet
-from .device import DEVICE, autocast, to_device
+from . import loop
+from .device import autocast
 
-STATES = ROOT / ".cache" / "train"
 DROP = 0.1  # share of captions replaced by the empty one, for guidance
 
 
@@ -104,112 +98,16 @@ class Data:
         return CHANNELS, x.shape[2] // PATCH, x.shape[3] // PATCH
 
 
-def rate(plan, step, progress):
-    """Warm-up, then a cosine to 2 % at progress 1."""
-    return plan.lr * min((step + 1) / plan.warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def train(plan, minutes=None, workers=1, save_minutes=5.0):
-    """Runs or resumes a plan. minutes: end after that time instead of after plan.steps."""
-    if workers > 1 and DEVICE.type != "cpu":
-        raise ValueError(f"{workers} workers share a CPU, and this machine has a GPU; leave --workers out")
-    if workers == 1:
-        return work(0, plan, minutes, 1, save_minutes)
-    STATES.mkdir(parents=True, exist_ok=True)
-    (STATES / "meeting").unlink(missing_ok=True)
-    fork = torch.multiprocessing.get_context("fork")
-    team = [fork.Process(target=work, args=(n, plan, minutes, workers, save_minutes)) for n in range(workers)]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join()
-    if any(process.exitcode for process in team):
-        raise RuntimeError(
-            f"{plan.name}: a worker failed, see above; run the recipe again to go on from the last checkpoint."
-        )
-
-
-def work(worker, plan, minutes, workers, save_minutes):
-    """One of the workers: each takes its part of every batch on one thread, and they meet once per step."""
-    if workers > 1:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{STATES / 'meeting'}", rank=worker, world_size=workers
-        )
-    torch.manual_seed(plan.seed)
+def job(plan, worker, workers):
     pca = PatchPCA()
     pca.load_state_dict(weights.load("pca"))
     student = Student(train_text=plan.start is None)
-    data = Data(plan, pca, worker, workers)
     begin(student, plan)
-    student.to(DEVICE)
-    params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    average = {k: v.detach().clone() for k, v in student.state_dict().items()}
-    step, spent, log = 0, 0.0, []
-    file = STATES / f"{plan.name}.pt"
-    if file.exists():
-        state = torch.load(file, weights_only=True, map_location=DEVICE)
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step, spent, log = state["average"], state["step"], state["spent"], state["log"]
-    elif worker == 0:
-        export(plan, average, step, spent, log)
-    started, saved, mean = time.time(), time.time(), None
-    # a resumed run goes on with the rate where it was
-    before = 0.0 if not minutes else spent / (spent + minutes * 60)
-    bar = tqdm(total=plan.steps, initial=step, desc=plan.name, mininterval=10, disable=worker > 0)
-    progress = 0.0
-    pool = ThreadPoolExecutor(1)  # draws the next batch while this one is learned
-    batch = pool.submit(data.batch, step)
-    while step < plan.steps and progress < 1:
-        now, batch = to_device(*batch.result()), pool.submit(data.batch, step + 1)
-        loss = student(*now)
-        loss.backward()
-        progress = before + (1 - before) * (time.time() - started) / (minutes * 60) if minutes else step / plan.steps
-        value, progress = meet(params, workers, loss.item(), progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(plan, step, progress)
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        decay = min(plan.decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            current = student.state_dict()
-            torch._foreach_lerp_([average[k] for k in current], [current[k] for k in current], 1 - decay)
-        mean = value if mean is None else 0.98 * mean + 0.02 * value
-        bar.update()
-        bar.set_postfix(loss=f"{mean:.4f}", lr=f"{group['lr']:.1e}", refresh=False)
-        if step % 50 == 0:
-            log.append([step, round(mean, 5)])
-        if worker == 0 and (time.time() - saved > save_minutes * 60 or step == plan.steps or progress >= 1):
-            spent += time.time() - saved
-            saved = time.time()
-            keep(
-                file,
-                student=student.state_dict(),
-                optimizer=optimizer.state_dict(),
-                average=average,
-                step=step,
-                spent=spent,
-                log=log,
-            )
-            export(plan, average, step, spent, log)
-    pool.shutdown(cancel_futures=True)
-    bar.close()
+    return student, Data(plan, pca, worker, workers), functools.partial(export, plan)
 
 
-def meet(params, workers, *values):
-    """Averages gradients and values over the workers."""
-    if workers == 1:
-        return values
-    flat = torch.cat([*(p.grad.flatten() for p in params), torch.tensor(values)])
-    torch.distributed.all_reduce(flat)
-    flat /= workers
-    for p, part in zip(params, flat.split([p.numel() for p in params] + [len(values)])):
-        p.grad.copy_(part.view_as(p))
-    return flat[-len(values) :].tolist()
+def train(plan, minutes=None, workers=1):
+    loop.train(plan, job, minutes, workers)
 
 
 def begin(student, plan):
@@ -239,12 +137,3 @@ def export(plan, average, step, spent, log):
     weights.save(plan.name, part("unet."), **facts)
     if plan.start is None:
         weights.save("text", part("text."), **facts)
-
-
-def keep(file, **state):
-    STATES.mkdir(parents=True, exist_ok=True)
-    torch.save(state, file.with_suffix(".part"))
-    os.replace(file.with_suffix(".part"), file)
-    file.with_suffix(".json").write_text(
-        json.dumps({"step": state["step"], "seconds": round(state["spent"]), "loss": state["log"]}) + "\n"
-    )

@@ -19,7 +19,7 @@ from ..signs import load_signs
 from ..text import token_rows
 from ..vision import ImageText
 from .device import DEVICE, autocast, to_device
-from .diffusion import STATES
+from .loop import STATES
 
 STYLES = ("noto", "twemoji")
 STEPS, BATCH, SEED = 4000, 128, 7
