@@ -63,13 +63,13 @@ def inpainting() -> Workflow:
         "Inpaint with masked tokens",
         "# Inpaint with masked tokens\n\nTokens under the mask are generated anew, all others stay. Every pixel outside the"
         " mask comes back exactly as it was, and `feather` mixes a soft seam inside it.\n\nA picture is painted first; then its"
-        " right half is painted again under other prompts' eyes. Below, the picture is padded: the same sampler paints what lies"
+        " right half is painted again with another prompt. Below, the picture is padded: the same sampler paints what lies"
         " beyond its edge.\n\n`denoise` under 1 keeps a part of the tokens under the mask.",
     )
-    scene = w.prompts("a cat left of a tree on blue", "Prompt of the scene")
+    scene = w.prompts("a cat left of an apple on blue", "Prompt of the scene")
     draft = w.tokens(scene, 2, "A picture", batch_size=1)
     picture = {"image": (draft, "IMAGE")}
-    other = w.prompts("a cat left of a rocket on blue", "Prompt of the right half")
+    other = w.prompts("a cat left of a tree on blue", "Prompt of the right half")
     mask = w.half(2, 32, 0, 32, 64, "The right half")
     half = w.tokens(other, 3, "The right half again", wires={**picture, "mask": (mask, "MASK")}, schedule="linear")
     pad = w.node(
@@ -87,26 +87,27 @@ def style() -> Workflow:
     w = TokenWorkflow(
         "Style from one picture",
         "# Style from one picture\n\nA masked token model learns a style from a single picture in minutes (StyleDrop's idea,"
-        " aMUSEd's recipe): a LoRA on its attention.\n\nHere the picture comes from the Twemoji expert, which draws animals in"
-        " another style than the masked token model knows. The LoRA then draws other animals in that style: compare with and"
-        " without, same prompt, same seed.\n\nFor aMUSEd: 1500 to 2000 steps at batch 1, learning rate 4e-4 (256) or 1e-3 with"
-        " alpha 1 (512). *Save Masked Token LoRA* keeps it.",
+        " aMUSEd's recipe): a LoRA on its attention.\n\nThe picture here is a cat in negative colours, which the model has never"
+        " seen. The LoRA then draws a dog that way: compare with and without, same prompt, same seeds. A model as small as"
+        " this one learns the colours, hardly more.\n\nFor aMUSEd: 1500 to 2000 steps at batch 1, learning rate 4e-4 (256) or"
+        " 1e-3 with alpha 1 (512). *Save Masked Token LoRA* keeps it.",
     )
     expert = w.checkpoint("expert-animals")
     say = w.text("a cat on white", expert, "Prompt of the picture")
     nothing = w.text("", expert, "Negative")
     sampler = w.sample((expert, "MODEL"), say, nothing, w.latent(1), 3, "The picture")
-    picture = w.node("VAEDecode", 3, wires={"samples": (sampler, "LATENT"), "vae": (expert, "VAE")})
+    pictures = w.node("VAEDecode", 3, wires={"samples": (sampler, "LATENT"), "vae": (expert, "VAE")})
+    picture = w.node("ImageInvert", 3, title="In negative colours", wires={"image": (pictures, "IMAGE")})
     told = w.prompts("a cat on white", "What the picture shows")
     wires = {
         "model": (w.model, "MASKED_TOKEN_MODEL"),
         "images": (picture, "IMAGE"),
         "positive": (told[0], "CONDITIONING"),
     }
-    widgets = {"rank": 8, "alpha": 8.0, "steps": 60, "batch_size": 4, "learning_rate": 0.002, "seed": 1}
+    widgets = {"rank": 8, "alpha": 8.0, "steps": 80, "batch_size": 4, "learning_rate": 0.0015, "seed": 1}
     training = w.node("TrainMaskedTokenLora", 4, widgets, wires=wires, color=BLUE)
     wires = {"model": (w.model, "MASKED_TOKEN_MODEL"), "lora": (training, "MASKED_TOKEN_LORA")}
-    styled = w.node("LoadMaskedTokenLora", 5, {"strength": 1.0}, wires=wires, color=BLUE)
+    styled = w.node("LoadMaskedTokenLora", 5, {"strength": 1.3}, wires=wires, color=BLUE)
     prompts = w.prompts("a dog on white", "Prompt of other pictures")
     w.grid((w.tokens(prompts, 6, "Without the style"), "IMAGE"), "without", 7)
     w.grid((w.tokens(prompts, 6, "With the style", model=styled), "IMAGE"), "with", 7)
@@ -119,17 +120,17 @@ def pinned_tokens() -> Workflow:
     w = TokenWorkflow(
         "Pinned tokens",
         "# Pinned tokens\n\nTokens that are wired into the sampler stay, whatever the seed: *Masked Token Edit* frees the ones"
-        " under a mask, the rest is pinned. So a draft you like stays, and only its lower half is drawn again, four times.\n\n"
+        " under a mask, the rest is pinned. So a draft you like stays, and only its right half is drawn again, four times.\n\n"
         "*Save Masked Tokens* keeps a draft; *Load Masked Tokens* brings it back.",
     )
-    prompts = w.prompts("a sun above a house on yellow")
+    prompts = w.prompts("a cat left of a tree on blue")
     draft = w.tokens(prompts, 2, "Draft", batch_size=1)
-    mask = w.half(2, 0, 32, 64, 32, "The lower half")
+    mask = w.half(2, 32, 0, 32, 64, "The right half")
     wires = {"tokens": (draft, "TOKENS"), "mask": (mask, "MASK")}
-    edit = w.node("MaskedTokenEdit", 3, {}, "Free the lower half", wires, color=BLUE)
-    again = w.tokens(prompts, 4, "Other lower halves", wires={"tokens": (edit, "TOKENS")}, seed=100)
+    edit = w.node("MaskedTokenEdit", 3, {}, "Free the right half", wires, color=BLUE)
+    again = w.tokens(prompts, 4, "Other right halves", wires={"tokens": (edit, "TOKENS")}, seed=100)
     w.grid((draft, "IMAGE"), "draft", 5, columns=1)
-    w.grid((again, "IMAGE"), "lower half again", 5)
+    w.grid((again, "IMAGE"), "right half again", 5)
     w.node("SaveMaskedTokens", 3, {}, wires={"tokens": (draft, "TOKENS")}, color=BLUE)
     return w
 
