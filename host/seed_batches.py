@@ -13,6 +13,14 @@ DETERMINISTIC = frozenset(
     " res_multistep res_multistep_cfg_pp gradient_estimation gradient_estimation_cfg_pp ddim uni_pc uni_pc_bh2".split()
 )
 
+# of the samplers that ask the model more than once in a step; the last step of most asks once less, and dpm_adaptive
+# asks as often as it likes
+CALLS_PER_STEP = dict.fromkeys(
+    "heun dpm_2 dpm_2_ancestral dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu exp_heun_2_x0"
+    " exp_heun_2_x0_sde seeds_2 sa_solver_pece".split(),
+    2,
+) | dict.fromkeys(("heunpp2", "seeds_3"), 3)
+
 
 def rows_are_independent(model, positive: Sequence, negative: Sequence) -> bool:
     """Whether what hangs on ``model`` and its conditionings treats every row of a batch as if it were alone."""

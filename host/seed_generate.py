@@ -22,11 +22,12 @@ from . import seed_pictures
 from .blend_hook import blend_chain
 from .experts import resolve_patchers
 from .parametrization import FLOW, family
-from .seed_batches import DETERMINISTIC, rows_are_independent
+from .seed_batches import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .seed_gradients import NormalWeights, Recorder, check_differentiable, gradients, make_room, own_tensors
 from .seed_session import SeedSession, SessionSampler, SessionSettings
 
 KEY = "chorus_seed"
+SAMPLERS, SCHEDULERS = comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES
 
 Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; as the host's samplers call it
 
@@ -193,6 +194,11 @@ class SeedRun:
             return False  # what the mask keeps is filled with noise of the seed
         return self.sampler_name in DETERMINISTIC
 
+    @property
+    def calls_per_step(self) -> int:
+        """How often the sampler asks the model in a step, most often."""
+        return CALLS_PER_STEP.get(self.sampler_name, 1)
+
     def batch_size(self, count: int) -> int:
         """How many of ``count`` noises may share a batch: one where they would look at each other, else what fits."""
         if count < 2 or not self.deterministic or not rows_are_independent(self.model, self.positive, self.negative):
@@ -233,6 +239,15 @@ class SeedRun:
 
         Errors: ValueError for what has no gradient, MemoryError where a gradient does not fit, with its size.
         """
+        settings = self.check_session(vae=vae, clip_vision=clip_vision, **settings)
+        with gradients() if settings.gradients else nullcontext():
+            try:
+                return self._open(work, settings, vae, clip_vision)
+            finally:
+                comfy.model_management.cleanup_models_gc()  # the copies
+
+    def check_session(self, *, vae=None, clip_vision=None, **settings) -> SessionSettings:
+        """The settings of a session that can be had; a ValueError, as ``session`` raises it, before anything is run."""
         settings = SessionSettings(**settings)
         steps = len(self._ksampler(settings.steps, settings.sampler).sigmas) - 1
         if settings.last_steps is not None and not 1 <= settings.last_steps <= steps:
@@ -243,11 +258,7 @@ class SeedRun:
             seed_pictures.check_clip_vision(clip_vision)
         if settings.gradients:
             check_differentiable(self.model, self.positive, self.negative)
-        with gradients() if settings.gradients else nullcontext():
-            try:
-                return self._open(work, settings, vae, clip_vision)
-            finally:
-                comfy.model_management.cleanup_models_gc()  # the copies
+        return settings
 
     def _open(self, work, settings: SessionSettings, vae, clip_vision):
         weights = NormalWeights() if settings.gradients else None

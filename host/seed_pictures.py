@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ENCODED_AT_ONCE = 16  # pictures; the host does not ask how many fit
+
 
 def check_vae(vae) -> None:
     """Refuse a VAE that decodes no pictures."""
@@ -27,6 +29,27 @@ def decode(vae, module, latent: Tensor) -> Tensor:
     out = module.decode(latent.to(device=vae.device, dtype=vae.vae_dtype))
     # a copy, since what follows works in place
     return vae.process_output(out.to(dtype=vae.vae_output_dtype(), copy=True)).movedim(1, -1).to(latent.device)
+
+
+def encode(vae, images: Tensor, latent: Tensor) -> Tensor:
+    """Latents [K, C, h, w] of pictures [K, H, W, 3], squashed (bicubic) to the picture of a ``latent`` [1, C, h, w].
+
+    By the host's VAE, which it loads, as ``embeddings`` does. A ValueError where the VAE's latents are others.
+    """
+    size = [n * vae.spacial_compression_encode() for n in latent.shape[-2:]]
+    pixels = F.interpolate(images[..., :3].movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
+    found = vae.encode(pixels.clamp(0.0, 1.0).movedim(1, -1))
+    if found.shape[1:] != latent.shape[1:]:
+        raise ValueError(
+            f"the VAE makes latents of {_size(found[:1])} and the model samples {_size(latent)}; use the VAE of this model"
+        )
+    return found
+
+
+def embeddings(clip_vision, images: Tensor) -> Tensor:
+    """Embeddings [B, D] of pictures [B, H, W, 3] without gradients, as ``embed`` has them."""
+    found = torch.cat([clip_vision.encode_image(rows)["image_embeds"] for rows in images.split(ENCODED_AT_ONCE)])
+    return (found.mean(1) if found.ndim == 3 else found).float()
 
 
 def check_clip_vision(clip_vision) -> None:
@@ -76,3 +99,7 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient, None
+
+
+def _size(x: Tensor) -> str:
+    return "x".join(map(str, x.shape))

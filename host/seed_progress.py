@@ -5,8 +5,11 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.cli_args import args
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
+
+InterruptProcessingException = comfy.model_management.InterruptProcessingException
 
 
 class SeedProgress:
@@ -21,13 +24,22 @@ class SeedProgress:
         show = self._previewer and self._previewer.decode_latent_to_preview_image("JPEG", x0)
         self._advance(1, show)
 
-    def show(self, picture: Tensor | None = None, steps: int = 0) -> None:
-        """``steps`` more are done; ``picture`` [H, W, 3] in 0..1, the best so far, shows on the node."""
+    def show(self, picture: Tensor | None = None, steps: int = 0, text: str = "") -> None:
+        """``steps`` more are done; ``picture`` [H, W, 3] in 0..1, the best so far, and ``text`` show on the node."""
+        if text:
+            self._tell(text)
         image = None
         if picture is not None:
             pixels = picture.detach().clamp(0.0, 1.0).mul(255.0).round().to("cpu", torch.uint8)
             image = "JPEG", Image.fromarray(pixels.numpy()), args.preview_size
         self._advance(steps, image)
+
+    @staticmethod
+    def _tell(text: str) -> None:
+        if (context := get_executing_context()) is not None:
+            from server import PromptServer  # only a node that runs has one; recipes and tests need not load it
+
+            PromptServer.instance.send_progress_text(text, context.node_id)
 
     def _advance(self, steps: int, image) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

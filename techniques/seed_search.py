@@ -147,6 +147,8 @@ class SeedSearch:
         """What the search found: the picked candidate in full when it is done, the best so far before, else None."""
         if not self.rounds:
             return None
+        if self._standing is not None and not self.done:
+            return self._found(self._standing[self.pick - 1])
         return self._found(self.rounds[-1].ranking[0])
 
     @property

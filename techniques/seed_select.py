@@ -154,6 +154,21 @@ class SeedSelect:
         self._draw(chosen, progress)
         return self.pictures
 
+    @torch.no_grad()
+    def settle(self) -> list[Found]:
+        """After an interrupt: the pictures so far, or else that of the best noise so far, from a run of all steps.
+
+        Needs a ``best``.
+        """
+        if not self.pictures:
+            best, optimized = self.best, any(o.best is not None for o in self.optimizations)
+            if not optimized and self.search.done:
+                self.pictures = [best]
+            else:
+                label = f"{best.label}, optimised" if optimized else best.label
+                self._picture(Candidate(label, lambda: best.noise, best.seed, best.sampler_seed))
+        return self.pictures
+
     def _pool(self) -> list[Candidate]:
         """The candidates by ``start``: as many as are searched, else as many as are needed; fewer if there are fewer."""
         s = self.settings
@@ -213,16 +228,20 @@ class SeedSelect:
     @torch.no_grad()
     def _draw(self, chosen: Sequence[Candidate], progress: Progress | None) -> None:
         """Make the pictures that are still missing."""
-        for c in self._stops(chosen)[len(self.pictures) :]:
-            noise = c.noise()
-            latent = self.sampling.generate(noise, self.settings.steps, [c.sampler_seed]).cpu()
-            score = float(self.sampling.score([latent]))
-            if not math.isfinite(score):
-                raise ValueError(f"the score of {c.label} is {score}; run the model and the VAE in a wider dtype")
-            self.pictures.append(Found(c.label, c.seed, noise, latent, score, c.sampler_seed))
-            self._spent_on_pictures += self._cost_of_picture
+        for candidate in self._stops(chosen)[len(self.pictures) :]:
+            found = self._picture(candidate)
             if progress is not None:
-                progress(self.evaluations, self.planned, self.pictures[0].score, lambda x=latent: x)
+                progress(self.evaluations, self.planned, self.pictures[0].score, lambda x=found.latent: x)
+
+    def _picture(self, c: Candidate) -> Found:
+        noise = c.noise()
+        latent = self.sampling.generate(noise, self.settings.steps, [c.sampler_seed]).cpu()
+        score = float(self.sampling.score([latent]))
+        if not math.isfinite(score):
+            raise ValueError(f"the score of {c.label} is {score}; run the model and the VAE in a wider dtype")
+        self.pictures.append(Found(c.label, c.seed, noise, latent, score, c.sampler_seed))
+        self._spent_on_pictures += self._cost_of_picture
+        return self.pictures[-1]
 
     def _stops(self, chosen: Sequence[Candidate]) -> list[Candidate]:
         """A noise for each picture: the best, those evenly on the way to the second, and the second itself."""
@@ -250,7 +269,8 @@ class SeedSelect:
         lines = self.search.series() if self.search else []
         before = self.search.evaluations if self.search else 0
         for optimization in self.optimizations:
-            lines.append(optimization.series(before))
+            if optimization.scores:  # an interrupted one may have none
+                lines.append(optimization.series(before))
             before += optimization.evaluations
         return lines
 
@@ -271,9 +291,16 @@ class SeedSelect:
                     f" best after {o.best_iteration}; norm {o.norms[0]:.2f} to {o.norms[o.best_iteration]:.2f}"
                 )
         lines += [f"picture {k}, {f.label}: score {f.score:.4f}" for k, f in enumerate(self.pictures, start=1)]
-        if self.optimizations:
-            lines.append("the seed is that of the start and does not reproduce the result; save the noise")
+        if self.pictures:
+            lines.append(self._reproduction(self.pictures[0]))
         return "\n".join(lines)
+
+    def _reproduction(self, found: Found) -> str:
+        if found.seed is None:
+            return "no seed gives this noise and none reproduces the result; save the noise"
+        if torch.equal(found.noise.cpu(), self.sampling.noise_of(found.seed).cpu()):
+            return f"seed {found.seed} reproduces the result in a plain sampler at batch 1"
+        return f"seed {found.seed} is that of the start and does not reproduce the result; save the noise"
 
 
 def centroid_candidates(seeds: Sequence[Tensor], number: int, sampler_seed: int = 0) -> list[Candidate]:
