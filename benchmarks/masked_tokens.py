@@ -12,6 +12,7 @@ import argparse
 import gc
 import statistics
 import time
+import timeit
 from dataclasses import asdict
 from functools import partial
 
@@ -137,7 +138,7 @@ def products(count: int = 15) -> list[dict]:
             weight = torch.randn(out, features, generator=generator)
             one = {"rows": rows, "in": features, "out": out}
             for name, multiply in (("torch", torch.nn.functional.linear), ("chorus", linear)):
-                times = [seconds(partial(multiply, x, weight), False) for _ in range(count)]
+                times = timeit.repeat(partial(multiply, x, weight), number=1, repeat=count)
                 one[name] = 2e-9 * rows * features * out / statistics.median(times)
             found.append(one)
     return found

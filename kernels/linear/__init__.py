@@ -1,7 +1,7 @@
 """x Wᵀ + b, on a CPU by the faster of torch's two libraries.
 
 torch's Linear asks MKL, which holds back on processors that are not Intel's; oneDNN, which torch's convolutions use
-anyway, knows them. On two cores of an AMD EPYC (Zen 4) it is 1.2 to 1.9 times as fast at the sizes of aMUSEd's
+anyway, knows them. On two cores of an AMD EPYC (Zen 4) it is 1.2 to 2.5 times as fast at the sizes of aMUSEd's
 U-ViT in float32: ``python run.py bench masked_tokens --linear``.
 """
 
