@@ -168,7 +168,8 @@ class MaskedTokenSampler(io.ComfyNode):
                     min=0,
                     max=512,
                     advanced=True,
-                    tooltip="Width in pixels of the soft seam, inside the mask. 0: a hard edge.",
+                    tooltip="Width in pixels of the soft seam, inside the mask. 0: a hard edge, as outpainting wants it: the seam mixes"
+                    " in what the image shows there.",
                 ),
             ],
             outputs=[

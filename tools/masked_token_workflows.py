@@ -76,7 +76,7 @@ def inpainting() -> Workflow:
         "ImagePadForOutpaint", 2, {"left": 0, "top": 0, "right": 32, "bottom": 0, "feathering": 0}, wires=picture
     )
     beyond = {"image": (pad, "IMAGE"), "mask": (pad, "MASK")}
-    wide = w.tokens(scene, 3, "Beyond the edge", wires=beyond, schedule="linear")
+    wide = w.tokens(scene, 3, "Beyond the edge", wires=beyond, schedule="linear", feather=0)
     w.grid((draft, "IMAGE"), "picture", 4, columns=1)
     w.grid((half, "IMAGE"), "right half", 4)
     w.grid((wide, "IMAGE"), "beyond the edge", 4, width=96)
