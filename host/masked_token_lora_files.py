@@ -1,15 +1,13 @@
 """LoRAs of masked token models on disk: read from the host's models/loras, written to its output folder."""
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.utils
 import folder_paths
-import safetensors.torch
 from torch import Tensor
+
+from .kept_files import write_whole
 
 FOLDER, SUFFIX = "loras", ".safetensors"
 NONE = "none"  # a combo without any file must still have an entry
@@ -34,14 +32,5 @@ def write_lora(prefix: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     while (path := Path(folder, f"{name}_{number:05}_{SUFFIX}")).exists():
         number += 1
-    # in the same folder, so that it can be renamed; the suffix keeps it out of the host's lists
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}", suffix=".part")
-    os.close(handle)
-    try:
-        safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
+    write_whole(path, tensors, metadata)
     return path

@@ -5,16 +5,15 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import comfy.model_management
-import folder_paths
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-ENDING = ".seed.safetensors"
+from .kept_files import KeptFiles
+
+FILES = KeptFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
 NAME = "noise"  # of the tensor
 FORMAT = "chorus-seed-1"  # in the metadata, which has the seed too
 CHUNK = 2**24  # bytes
@@ -48,56 +47,18 @@ class SeedNoise:
 
 
 def save_seed(noise: SeedNoise, prefix: str) -> dict[str, str]:
-    """Write ``noise`` with its seed and details under the next free number of ``prefix``, whole or not at all.
+    """Write ``noise`` with its seed and details, as KeptFiles.save does.
 
-    Returns where it is, as the host shows it: filename, subfolder, type. Errors: ValueError for a noise that is not
-    finite or not [N, C, h, w], or a prefix that names no file; outside of the output folder, the host's own.
+    A ValueError for a noise that is not finite or not [N, C, h, w].
     """
-    if not os.path.basename(os.path.normpath(prefix)).strip("."):
-        raise ValueError(f"filename_prefix '{prefix}' names no file; give a name such as seeds/ComfyUI")
     _check(noise.noise)
     metadata = {**{k: str(v) for k, v in noise.details.items()}, "format": FORMAT, "seed": str(noise.seed)}
-    data = safetensors.torch.save({NAME: noise.noise.detach().float().cpu().contiguous()}, metadata)
-    output = folder_paths.get_output_directory()
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
-    target = Path(folder, f"{name}_{number:05}_{ENDING}")
-    part = target.with_name(target.name + ".part")
-    try:
-        part.write_bytes(data)
-        if target.exists():
-            raise FileExistsError(f"{target} was written meanwhile; nothing is overwritten, save again")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return {"filename": target.name, "subfolder": subfolder, "type": "output"}
-
-
-def seed_files() -> list[str]:
-    """The files of the input folder, and those of the output folder with the host's mark for it."""
-    folders = (folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")
-    return [
-        name + mark
-        for folder, mark in folders
-        for name in sorted(folder_paths.recursive_search(folder)[0])
-        if name.endswith(ENDING)
-    ]
-
-
-def find_seed(name: str) -> Path:
-    """The file of a ``name`` as seed_files gives it; a ValueError where there is none or it is not one of ours."""
-    bare, folder = folder_paths.annotated_filepath(name)
-    bare, folder = bare.strip(), folder or folder_paths.get_input_directory()
-    path = Path(folder, bare)
-    if not bare.endswith(ENDING) or not folder_paths.is_within_directory(folder, str(path)):
-        raise ValueError(f"'{name}' is no seed file of the input or output folder; its name ends on {ENDING}")
-    if not path.is_file():
-        raise ValueError(f"there is no seed file '{name}'; save one with Save Seed, or refresh the list")
-    return path
+    return FILES.save(prefix, {NAME: noise.noise.detach().float().cpu().contiguous()}, metadata)
 
 
 def load_seed(name: str) -> SeedNoise:
     """The noise of a file, with its seed and details; a ValueError that names the file where that cannot be."""
-    path = find_seed(name)
+    path = FILES.find(name)
     try:
         with safe_open(path, framework="pt") as file:
             metadata, found = file.metadata() or {}, list(file.keys())
@@ -111,11 +72,6 @@ def load_seed(name: str) -> SeedNoise:
         raise ValueError(f"'{name}' cannot be read as a seed file: {error}; save it anew with Save Seed") from error
     details = {k: v for k, v in metadata.items() if k not in ("format", "seed")}
     return SeedNoise(noise, int(metadata["seed"]), details)
-
-
-def fingerprint(name: str) -> str:
-    """Changes when the file does."""
-    return hashlib.sha256(find_seed(name).read_bytes()).hexdigest()
 
 
 def model_details(model) -> dict[str, str]:

@@ -5,7 +5,8 @@ from comfy_api.latest import io
 
 from ..host.masked_token_model import MaskedTokenModel as Model
 from ..host.masked_token_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
-from ..host.token_files import find, fingerprint, list_files, load_ids, save_ids, workflow_metadata
+from ..host.token_files import FILES as TOKEN_FILES
+from ..host.token_files import load_ids, save_ids, workflow_metadata
 from ..techniques import token_preview
 from ..techniques.masked_tokens import (
     ORDERS,
@@ -367,7 +368,9 @@ class LoadMaskedTokens(io.ComfyNode):
             description="Loads token ids that Save Masked Tokens wrote.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=list_files(), tooltip="A .tokens.safetensors file of the input or output folder."
+                    "file",
+                    options=TOKEN_FILES.names(),
+                    tooltip="A .tokens.safetensors file of the input or output folder.",
                 )
             ],
             outputs=[TokensSocket.Output("tokens", display_name="tokens")],
@@ -375,17 +378,11 @@ class LoadMaskedTokens(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
-        try:
-            # None: wired, and known only when it runs
-            if file is not None:
-                find(file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return TOKEN_FILES.validate(file)
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str | float:
-        return float("nan") if file is None else fingerprint(file)
+        return TOKEN_FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

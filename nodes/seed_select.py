@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from comfy_api.latest import io
 
-from ..host.seed_files import SeedNoise, find_seed, fingerprint, load_seed, model_details, save_seed, seed_files
+from ..host.seed_files import FILES as SEED_FILES
+from ..host.seed_files import SeedNoise, load_seed, model_details, save_seed
 from ..host.seed_generate import SAMPLERS, SCHEDULERS, SeedRun
 from ..host.seed_pictures import check_vae, embeddings, encode
 from ..host.seed_progress import InterruptProcessingException, SeedProgress
@@ -495,7 +496,7 @@ class LoadSeed(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=seed_files(),
+                    options=SEED_FILES.names(),
                     tooltip="From the input or the output folder. The latent must have the size that it was found for.",
                 )
             ],
@@ -504,17 +505,11 @@ class LoadSeed(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
-        try:
-            # None: wired, and known only when it runs
-            if file is not None:
-                find_seed(file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return SEED_FILES.validate(file)
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str | float:
-        return float("nan") if file is None else fingerprint(file)
+        return SEED_FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

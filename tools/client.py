@@ -83,8 +83,12 @@ class Comfy:
         self.post("/interrupt")
 
     def free(self):
-        """Unload all models and forget all cached results; done by the server before its next run."""
+        """Unload all models and forget all cached results.
+
+        The server does it after a run or while it waits for one, so it is given a run: what is queued at once could come first.
+        """
         self.post("/free", {"unload_models": True, "free_memory": True})
+        self.run({"done": {"class_type": "PreviewAny", "inputs": {"source": uuid.uuid4().hex}}})
 
     def to_api(self, workflow: dict) -> dict:
         """The UI format as a person saves it -> the API format that can be queued."""

@@ -12,7 +12,7 @@ import torch
 
 from chorus.demo import modules
 from chorus.host import seed_files
-from chorus.host.seed_files import SeedNoise, find_seed, fingerprint, load_seed, model_details, save_seed
+from chorus.host.seed_files import FILES, SeedNoise, load_seed, model_details, save_seed
 from chorus.host.seed_generate import SeedRun
 from chorus.tests.host.test_seed_generate import WORDS
 from chorus.tests.host.tiny_models import in_inference_mode, ksample, latent, lora, unet
@@ -42,13 +42,13 @@ def test_what_is_loaded_is_what_was_saved(folders):
     noise = noise_of()
     name = saved(noise, **DETAILS)
     assert name == "seeds/test_00001_.seed.safetensors [output]"
-    assert seed_files.seed_files() == [name]
+    assert FILES.names() == [name]
     found = load_seed(name)
     assert torch.equal(found.noise, noise)
     assert found.seed == 2**64 - 1
     assert found.details == DETAILS
     (folders / "output/seeds/test_00001_.seed.safetensors").rename(folders / "input/mine.seed.safetensors")
-    assert seed_files.seed_files() == ["mine.seed.safetensors"]
+    assert FILES.names() == ["mine.seed.safetensors"]
     assert torch.equal(load_seed("mine.seed.safetensors").noise, noise)
 
 
@@ -57,7 +57,7 @@ def test_files_are_numbered_and_none_is_overwritten(folders):
     assert names == [f"seeds/test_{k:05}_.seed.safetensors [output]" for k in (1, 2, 3)]
     for k, name in enumerate(names):
         assert torch.equal(load_seed(name).noise, noise_of(seed=k))
-    assert fingerprint(names[0]) != fingerprint(names[1])
+    assert FILES.fingerprint(names[0]) != FILES.fingerprint(names[1])
 
 
 def test_a_file_that_appears_meanwhile_is_left_alone(folders, monkeypatch):
@@ -133,7 +133,7 @@ def test_other_files_are_refused_by_name(folders, case):
 )
 def test_names_outside_the_folders_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        find_seed(name)
+        FILES.find(name)
 
 
 @pytest.mark.parametrize("prefix", ["", "seeds/..", "."])

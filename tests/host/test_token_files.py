@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from comfy.cli_args import args
 
-from chorus.host import token_files
 from chorus.nodes.masked_tokens import LoadMaskedTokens, SaveMaskedTokens
 from chorus.tests.host.tiny_masked_tokens import CODES, MASK, SIDE, run, tokens
 from chorus.tools.client import Comfy
@@ -78,7 +77,7 @@ def test_a_full_disk_leaves_no_file(folders, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_files.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         save(tokens(), "a")
     assert not list(folders.output.iterdir())
