@@ -102,9 +102,16 @@ class SeedRun:
     def flow(self) -> bool:
         return self.kind == FLOW
 
-    def sigmas(self, steps: int | None = None) -> Tensor:
-        """[N + 1] of the run with ``steps`` (default: all), falling to 0."""
-        return self._ksampler(steps).sigmas.clone()
+    def sigmas(self, steps: int | None = None, sampler: str | None = None) -> Tensor:
+        """[N + 1] of the run with ``steps`` (default: all), falling to 0.
+
+        With a denoise below 1, fewer steps are some of the full run's, so that they begin where it does; KSampler's
+        would begin higher, in a single step often at pure noise.
+        """
+        if steps is None or steps >= self.steps or self.denoise == 1.0:
+            return self._ksampler(steps, sampler).sigmas.clone()
+        full = self._ksampler(None, sampler).sigmas
+        return full[torch.linspace(0, len(full) - 1, steps + 1).round().long()]
 
     def _ksampler(self, steps: int | None, sampler: str | None = None) -> comfy.samplers.KSampler:
         return comfy.samplers.KSampler(
@@ -184,6 +191,7 @@ class SeedRun:
             noise_mask=self.latent_image.get("noise_mask"),
             callback=callback or latent_preview.prepare_callback(self.model, steps),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            sigmas=self.sigmas(steps) if steps < self.steps else None,
             seed=seed,
         )
 
@@ -249,13 +257,18 @@ class SeedRun:
     def check_session(self, *, vae=None, clip_vision=None, **settings) -> SessionSettings:
         """The settings of a session that can be had; a ValueError, as ``session`` raises it, before anything is run."""
         settings = SessionSettings(**settings)
-        steps = len(self._ksampler(settings.steps, settings.sampler).sigmas) - 1
+        steps = len(self.sigmas(settings.steps, settings.sampler)) - 1
         if settings.last_steps is not None and not 1 <= settings.last_steps <= steps:
             raise ValueError(f"last_steps {settings.last_steps} is not in 1 to {steps}, the steps of this session")
         if vae is not None:
             seed_pictures.check_vae(vae)
         if clip_vision is not None:
             seed_pictures.check_clip_vision(clip_vision)
+        if settings.sampler == "ddim" and self.latent_image.get("noise_mask") is not None:
+            raise ValueError(
+                "with a noise mask ddim fills what is kept with noise of its own, which no optimisation knows; use euler,"
+                " its like otherwise"
+            )
         if settings.gradients:
             check_differentiable(self.model, self.positive, self.negative)
         return settings
@@ -267,7 +280,7 @@ class SeedRun:
         wired = {
             k: (v, weights(v.patcher) if weights else v.patcher.clone()) for k, v in wired.items() if v is not None
         }
-        sigmas = self._ksampler(settings.steps, settings.sampler).sigmas.clone()
+        sigmas = self.sigmas(settings.steps, settings.sampler)
         loaded = []
         recorder = Recorder(
             settings.checkpoint or not settings.gradients, self._room(model, loaded, wired, settings, len(sigmas) - 1)

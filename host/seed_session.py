@@ -157,19 +157,16 @@ class SeedSession:
         """The model of a run from ``noise``, inpainting as the host's samplers do."""
         inpaint = comfy.samplers.KSamplerX0Inpaint(self._run.guider, self.sigmas)
         inpaint.latent_image = self._run.latent_image
-        if self._settings.sampler == "ddim":  # it fills what is kept with a noise of its own
-            generator = torch.Generator().manual_seed(self._run.args["seed"] + 1)
-            filling = torch.randn(noise.shape, generator=generator).to(noise)
         steps = len(self.sigmas) - 1
         first = 0 if self._settings.last_steps is None else steps - self._settings.last_steps
 
         def denoise(i: int, x: Tensor) -> Tensor:
             def predict(x, noise=None):
-                inpaint.noise = filling if self._settings.sampler == "ddim" else noise
+                inpaint.noise = noise
                 return inpaint(x, self.sigmas[i] * x.new_ones([1]), **self._run.args)
 
             comfy.model_management.throw_exception_if_processing_interrupted()
-            inputs = (x,) if self._run.mask is None or self._settings.sampler == "ddim" else (x, noise)
+            inputs = (x,) if self._run.mask is None else (x, noise)
             if i < first:  # what these steps say counts as constant: the gradient passes them by
                 inputs = tuple(v.detach() for v in inputs)
             return self._recorder("denoiser", predict, *inputs)

@@ -1,28 +1,16 @@
-"""The nodes around the initial noise: find it by a few reference pictures (SeedSelect, arXiv 2304.14530), save, load."""
+"""SeedSelect (arXiv 2304.14530): find the initial noise for a rare concept by a few reference pictures."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 
-import torch
 from comfy_api.latest import io
 
-from ..host.seed_files import FILES as SEED_FILES
-from ..host.seed_files import SeedNoise, load_seed, model_details, save_seed
+from ..host.seed_files import model_details
 from ..host.seed_generate import SAMPLERS, SCHEDULERS, SeedRun
-from ..host.seed_pictures import check_vae, embeddings, encode
-from ..host.seed_progress import InterruptProcessingException, SeedProgress
-from ..pictures.seed_view import Tile, draw_grid, draw_preview
-from ..techniques import seed_select as technique
-from ..techniques.seed_inversion import invert
-from ..techniques.seed_losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
-from ..techniques.seed_optimize import GradientCost, OptimizeSettings, SeedGradients
-from ..techniques.seed_records import Found
-from ..techniques.seed_search import SeedSearch
-
-INVERSION_STEPS = 50  # of NAO's authors, without guidance
-LATE_STEPS = 3  # whose latents the authors' loss sees
+from ..techniques.seed_optimize import OptimizeSettings
+from ..techniques.seed_select import MODES, STARTS, SeedSelectSettings
+from .seed_run import Score, find, outputs
 
 
 class SeedSelect(io.ComfyNode):
@@ -58,16 +46,16 @@ class SeedSelect(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=list(technique.MODES),
-                    default=technique.MODES[0],
+                    options=list(MODES),
+                    default=MODES[0],
                     tooltip="search: many seeds with few steps, the best with more; works with every sampler. optimize: the"
                     " gradient on one noise through the whole sampling; euler, ddim, dpmpp_2m; needs memory for a backward"
                     " pass. search+optimize: the best candidates become starts.",
                 ),
                 io.Combo.Input(
                     "start",
-                    options=list(technique.STARTS),
-                    default=technique.STARTS[0],
+                    options=list(STARTS),
+                    default=STARTS[0],
                     tooltip="The candidates. noise: of seed, seed + 1, ... inversion: the noises of the references, 50 steps"
                     " each. centroid: between those, from their norm-aware centroid out; at least 2 references.",
                 ),
@@ -107,7 +95,7 @@ class SeedSelect(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="As KSampler's. Below 1, raise first_steps: a run of one step always starts at pure noise.",
+                    tooltip="As KSampler's. Below 1 a search's short runs begin at the noise level of the full one.",
                 ),
                 io.Int.Input(
                     "iterations",
@@ -271,11 +259,11 @@ class SeedSelect(io.ComfyNode):
         clip_vision=None,
     ) -> io.NodeOutput:
         optimize = OptimizeSettings(iterations, learning_rate, shell_width=norm_guard or math.inf, patience=patience)
-        settings = technique.SeedSelectSettings(
+        settings = SeedSelectSettings(
             mode, start, seed, candidates, pick, count, steps, first_steps, keep, optimized, optimize
         )
         run = SeedRun(model, positive, negative, latent_image, steps, cfg, sampler_name, scheduler, denoise, seed)
-        loss = _Loss(run, references, vae, clip_vision, semantic_weight, appearance_weight)
+        loss = Score(run, references, vae, clip_vision, semantic_weight, appearance_weight)
         path = dict(sampler=sampler_name, steps=optimize_steps or None, last_steps=last_steps or None, seed=seed)
         if settings.optimizes:
             run.check_session(vae=vae, clip_vision=loss.clip_vision, **path)
@@ -284,236 +272,8 @@ class SeedSelect(io.ComfyNode):
         others = dict(optimize_steps=optimize_steps, last_steps=last_steps)
         details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | others)}
         details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(scoring)}
-        select, interrupted = _select(run, loss, settings, path)
-        return io.NodeOutput(*_outputs(run, loss, select, interrupted, details, grid_size))
+        select, interrupted = find(run, loss, settings, path)
+        return io.NodeOutput(*outputs(run, loss, select, interrupted, details, grid_size))
 
 
-class _Loss:
-    """The score against the references, without gradients or in a session, and how their pictures are made."""
-
-    def __init__(self, run: SeedRun, references, vae, clip_vision, semantic_weight: float, appearance_weight: float):
-        check_references(references)
-        check_vae(vae)
-        self.run, self.vae = run, vae
-        self.clip_vision = clip_vision if semantic_weight > 0.0 else None
-        self._weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
-        self._embedding = None if self.clip_vision is None else embedding_centroid(embeddings(clip_vision, references))
-        self.latents = run.to_model(encode(vae, references, run.samples))  # [K, C, h, w]
-        self.score = self._with(lambda pictures: embeddings(clip_vision, pictures), self.decode, run.to_latent)
-
-    def in_session(self, session) -> ReferenceLoss:
-        return self._with(session.embed, session.decode, session.to_latent)
-
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(latent)
-
-    def _with(self, embed: Callable, decode: Callable, to_latent: Callable) -> ReferenceLoss:
-        centroid = latent_centroid(self.latents)
-        known = self._embedding, None if self._embedding is None else lambda x: embed(decode(to_latent(x)))
-        return ReferenceLoss(centroid, *known, **self._weights)
-
-
-class _Live:
-    """What the user sees meanwhile: how far it is, the best score so far and its picture."""
-
-    def __init__(self, run: SeedRun, loss: _Loss):
-        self.model, self.decode = run.model, loss.decode
-        self.progress = SeedProgress(run.model, 1)
-        self.select: technique.SeedSelect | None = None
-        self._shown: torch.Tensor | None = None
-
-    def begin(self, steps: int, text: str) -> None:
-        self.progress = SeedProgress(self.model, steps)
-        self.progress.show(text=text)
-
-    def step(self, *step) -> None:
-        """As a sampler calls it; the estimates of x0 show until there is a best picture."""
-        self.progress.bar.total = self.select.planned
-        if self._shown is None:
-            self.progress.callback(*step)
-        else:
-            self.progress.show(steps=1)
-
-    def __call__(self, done: int, total: int, score: float, latent: Callable[[], torch.Tensor]) -> None:
-        self.progress.bar.total = total
-        best, picture = latent(), None
-        if best is not self._shown:
-            with torch.no_grad():
-                self._shown, picture = best, self.decode(best)[0]
-        text = f"best score {score:.4f}, {done} of {total} model evaluations"
-        self.progress.show(picture, done - self.progress.done, text)
-
-
-def _select(run: SeedRun, loss: _Loss, settings: technique.SeedSelectSettings, path: dict):
-    """The finished run, and whether the user ended it early."""
-    live = _Live(run, loss)
-
-    def score(latents):
-        return loss.score([run.to_model(x) for x in latents])
-
-    def session(work):
-        def inside(s):
-            late = min(LATE_STEPS, len(s.sigmas) - 1)
-            live.decode = s.decode  # the host's own decode could unload what the session has loaded
-            work(SeedGradients(lambda noise: s.generate(noise, late), loss.in_session(s), s.to_latent))
-
-        try:
-            run.session(inside, vae=loss.vae, clip_vision=loss.clip_vision, **path)
-        finally:
-            live.decode = loss.decode
-
-    def inversions():
-        steps = INVERSION_STEPS * len(loss.latents)
-        live.begin(steps, f"inverting {len(loss.latents)} references")
-
-        def work(s):
-            def denoise(x, sigma):
-                live.progress.show(steps=1)
-                return s.denoise(x, sigma)
-
-            return [s.noise_of(invert(denoise, x, s.sigmas, flow=s.flow)).cpu() for x in loss.latents.split(1)]
-
-        found = run.session(work, gradients=False, cfg=1.0, steps=INVERSION_STEPS)
-        live.begin(1, "")
-        return found
-
-    steps = len(run.sigmas(path["steps"])) - 1
-    sampling = technique.SeedSampling(
-        run.noise_of,
-        lambda noises, steps, seeds: run.generate(noises, steps, seeds, live.step),
-        score,
-        session,
-        inversions,
-        batch=run.batch_size(settings.candidates),
-        calls_per_step=run.calls_per_step,
-        gradient_cost=GradientCost(steps, steps + min(path["last_steps"] or steps, steps)),
-    )
-    live.select = select = technique.SeedSelect(settings, sampling)
-    try:
-        select.run(live)
-    except InterruptProcessingException:
-        if select.best is None:
-            raise
-        select.settle()
-        return select, True
-    return select, False
-
-
-def _outputs(run: SeedRun, loss: _Loss, select: technique.SeedSelect, interrupted: bool, details: dict, grid_size: int):
-    """noise, seed, samples, grid, preview, report."""
-    best = select.pictures[0]
-    seed = best.sampler_seed if best.seed is None else best.seed
-    noise = SeedNoise(
-        torch.cat([f.noise.cpu() for f in select.pictures]),
-        best.sampler_seed,
-        {**details, "found": best.label, "score": f"{best.score:.6g}"},
-    )
-    results = [
-        _tile(loss, f.latent, f"picture {k}: {f.label}", f"score {f.score:.4f}")
-        for k, f in enumerate(select.pictures, start=1)
-    ]
-    tiles = _ranked_tiles(loss, select.search, grid_size) if select.search else []
-    if select.optimizations or len(results) > 1 or not tiles:
-        tiles += results
-    return (
-        noise,
-        seed,
-        _latent(run, select.pictures),
-        draw_grid(tiles)[None],
-        draw_preview(results[0], select.series())[None],
-        _report(run, select, interrupted),
-    )
-
-
-def _ranked_tiles(loss: _Loss, search: SeedSearch, most: int) -> list[Tile]:
-    tiles = []
-    for k, index in enumerate(search.ranking[:most], start=1):
-        (score, steps), label = search.last_score(index), search.candidates[index].label
-        tiles.append(_tile(loss, search.latents[index], f"{k}: {label}", f"score {score:.4f}, steps {steps}"))
-    return tiles
-
-
-def _tile(loss: _Loss, latent: torch.Tensor, *captions: str) -> Tile:
-    return Tile(loss.decode(latent)[0], captions)
-
-
-def _latent(run: SeedRun, pictures: list[Found]) -> dict:
-    """As KSampler gives it; a place in a batch is that of one picture."""
-    gone = {"downscale_ratio_spacial", "downscale_ratio_temporal", *(("batch_index",) if len(pictures) > 1 else ())}
-    kept = {k: v for k, v in run.latent_image.items() if k not in gone}
-    return {**kept, "samples": torch.cat([f.latent for f in pictures])}
-
-
-def _report(run: SeedRun, select: technique.SeedSelect, interrupted: bool) -> str:
-    lines = [select.report(), f"rows through the networks: {run.evaluations}"]
-    if run.backward_evaluations:
-        lines[-1] += f", {run.backward_evaluations} of them again for the gradient"
-    if interrupted:
-        lines.insert(0, "interrupted: this is the best so far; it stays until an input changes")
-    return "\n".join(lines)
-
-
-class SaveSeed(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="SaveSeed",
-            display_name="Save Seed",
-            category="chorus",
-            description="Writes a noise of Seed Select with its score, its settings and the model's hash.",
-            search_aliases=["save noise", "export seed"],
-            is_output_node=True,
-            inputs=[
-                io.Noise.Input("noise", tooltip="From Seed Select or Load Seed."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="seeds/ComfyUI",
-                    tooltip="Below the output folder. A number follows; no file is overwritten.",
-                ),
-            ],
-            outputs=[],
-        )
-
-    @classmethod
-    def execute(cls, noise, filename_prefix) -> io.NodeOutput:
-        if not isinstance(noise, SeedNoise):
-            raise ValueError(
-                f"this noise ({type(noise).__name__}) is drawn anew for each latent and holds nothing to save; wire that of"
-                " Seed Select or Load Seed, or keep its integer seed"
-            )
-        return io.NodeOutput(ui={"seeds": [save_seed(noise, filename_prefix)]})
-
-
-class LoadSeed(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LoadSeed",
-            display_name="Load Seed",
-            category="chorus",
-            description="Reads a noise that Save Seed wrote, for SamplerCustomAdvanced.",
-            search_aliases=["load noise", "saved seed"],
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=SEED_FILES.names(),
-                    tooltip="From the input or the output folder. The latent must have the size that it was found for.",
-                )
-            ],
-            outputs=[io.Noise.Output("noise", display_name="noise", tooltip="For SamplerCustomAdvanced.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, file) -> bool | str:
-        return SEED_FILES.validate(file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file) -> str | float:
-        return SEED_FILES.fingerprint(file)
-
-    @classmethod
-    def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(load_seed(file))
-
-
-NODES: list[type[io.ComfyNode]] = [SeedSelect, SaveSeed, LoadSeed]
+NODES: list[type[io.ComfyNode]] = [SeedSelect]

@@ -151,11 +151,6 @@ class SeedSearch:
             return self._found(self._standing[self.pick - 1])
         return self._found(self.rounds[-1].ranking[0])
 
-    @property
-    def found(self) -> list[Found]:
-        """All candidates with a score, in the order of the ranking, each with its latest latent and score."""
-        return [self._found(index) for index in self.ranking]
-
     def last_score(self, index: int) -> tuple[float, int]:
         """A candidate's score in its last round, and the steps of that round."""
         last = next(r for r in reversed(self.rounds) if index in r.scores)

@@ -77,6 +77,23 @@ def test_image_to_image_and_inpainting_too(model, sampler, mask):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_below_denoise_1_fewer_steps_begin_where_all_do(model, steps):
+    other, seen = model.clone(), []
+
+    def watch(apply, args):
+        seen.append(float(args["timestep"].max()))
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    other.set_model_unet_function_wrapper(watch)
+    run = run_of(other, content(), steps=8, denoise=0.55)
+    full, few = run.sigmas(), run.sigmas(steps)
+    run.generate(run.noise_of(1), steps)
+    assert seen == few[:-1].tolist()
+    assert len(few) == steps + 1 and few[0] == full[0] and few[-1] == 0
+    assert set(few.tolist()) <= set(full.tolist())
+
+
 def test_the_largest_seed_and_a_place_in_a_batch(model):
     place = {**latent(), "batch_index": [3]}
     for samples in (latent(), place):

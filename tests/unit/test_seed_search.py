@@ -118,7 +118,7 @@ def test_who_came_further_ranks_before_who_scored_lower():
     run = search(model, candidates=16, steps=20)
     run.run()
     assert run.ranking == tuple(range(16))
-    assert [f.score for f in run.found][:5] == [4000.0 + 16000, 4001.0, 4002.0, 4003.0, 1004.0]
+    assert [run.last_score(i)[0] for i in run.ranking][:5] == [4000.0 + 16000, 4001.0, 4002.0, 4003.0, 1004.0]
 
 
 def test_ties_go_to_the_earlier_candidate():

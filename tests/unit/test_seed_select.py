@@ -241,7 +241,7 @@ def test_an_interrupt_leaves_the_best_at_any_time():
     class Interrupt(Exception):
         pass
 
-    whole, _ = select(mode="search+optimize", candidates=16, count=2)
+    whole, toy = select(mode="search+optimize", candidates=16, count=2)
     marks = []
     whole.run(lambda done, total, score, picture: marks.append((done, score)))
     for done, score in marks:
@@ -260,8 +260,48 @@ def test_an_interrupt_leaves_the_best_at_any_time():
             assert run.best.score == score
         elif not run.pictures:
             assert run.best.score == min(o.best.score for o in run.optimizations)
-        assert isinstance(run.report(), str)
         assert run.series()
+        best, spent, made = run.best, run.evaluations, len(run.pictures)
+        settled = run.settle()
+        assert settled is run.pictures and len(settled) == max(made, 1)
+        assert torch.equal(settled[0].noise, best.noise)
+        latent, score = in_full(best.noise, toy)
+        assert torch.equal(settled[0].latent, latent) and settled[0].score == score
+        finished = made or (run.search.done and not run.optimizations)
+        assert run.evaluations == spent + 20 * (not finished)
+        reproduces = torch.equal(best.noise, noise_of(best.seed))
+        said = "reproduces the result in" if reproduces else "does not reproduce the result"
+        assert f"seed {best.seed} " in run.report() and said in run.report()
+
+
+def test_an_interrupt_in_the_last_round_keeps_the_picked_one():
+    class Stubborn(Toy):
+        def generate(self, noises, steps, seeds):
+            if steps == 20 and not self.stopped:
+                self.stopped = True
+                raise InterruptedError
+            return super().generate(noises, steps, seeds)
+
+    toy = Stubborn()
+    toy.stopped = False
+    run, _ = select(toy, candidates=16, pick=3)
+    with pytest.raises(InterruptedError):
+        run.run()
+    assert run.best.seed == run.search.ranking[2]
+    [picture] = run.settle()
+    assert picture.seed == run.search.ranking[2]
+    whole, _ = select(candidates=16, pick=3)
+    assert torch.equal(picture.latent, whole.run()[0].latent)
+
+
+def test_what_is_settled_after_a_whole_search_costs_nothing_more():
+    run, toy = select(candidates=4)
+    pool = run._pool()
+    run._plan(pool)
+    found = run.search.run()
+    spent = run.evaluations
+    assert run.settle()[0].latent is found.latent
+    assert run.evaluations == toy.evaluations == spent
 
 
 def test_series_go_on_where_the_last_one_ended():
