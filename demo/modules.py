@@ -2,14 +2,16 @@
 
 from ..host.masked_token_files import read_networks
 from ..networks import amused
-from . import text, weights
+from . import references, text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
+from .sign_classifier import SignClassifier
 from .text import make_clip
 from .unet import make_model
 
 CHECKPOINTS = ("general", "expert-animals")
 MASKED_TOKENS = "masked_token"  # the folder in demo/weights
 MASKED_TOKENS_CFG = 3.0
+SEEDS = weights.FOLDER.parent / "seeds"
 
 
 def load_pca():
@@ -55,3 +57,26 @@ def load_vision():
     from .vision import make_clip_vision
 
     return make_clip_vision(weights.load("vision"))
+
+
+def load_sign_classifier():
+    """The second judge: images [B, 3, 64, 64] in 0..1 to logits of the signs."""
+    classifier = SignClassifier()
+    classifier.load_state_dict(weights.load("sign_classifier"))
+    return classifier.eval().requires_grad_(False)
+
+
+def reference_names():
+    """All signs, those that training saw least first."""
+    return references.names()
+
+
+def load_references(sign):
+    """IMAGE [4, 64, 64, 3]: renderings of a sign that no training saw."""
+    return references.load_references(sign)
+
+
+def found_seeds():
+    """Files of SaveSeed that come with the pack, by the names under which LoadSeed shows them."""
+    ending = ".seed.safetensors"
+    return {f"chorus-demo {file.name.removesuffix(ending)}": file for file in sorted(SEEDS.glob(f"*{ending}"))}

@@ -5,7 +5,19 @@ import importlib
 import inspect
 import os
 
-ORDER = ("pca", "decoder", "vision", "general", "expert", "vq", "masked_tokens", "evaluate", "evaluate_masked_tokens")
+ORDER = (
+    "pca",
+    "decoder",
+    "vision",
+    "references",
+    "sign_classifier",
+    "general",
+    "expert",
+    "vq",
+    "masked_tokens",
+    "evaluate",
+    "evaluate_masked_tokens",
+)
 
 
 def main(argv=None):
@@ -16,7 +28,7 @@ def main(argv=None):
         "--workers",
         type=int,
         default=1,
-        help="processes with one thread each, for general, expert, vq and masked_tokens; good on a busy CPU",
+        help="processes with one thread each, for general, expert, vq, masked_tokens and sign_classifier; good on a busy CPU",
     )
     options = parser.parse_args(argv)
     unknown = [n for n in options.names if n not in ORDER]
