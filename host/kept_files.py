@@ -15,7 +15,7 @@ def write_whole(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write ``target`` at once, so that no half file is left whatever happens; a FileExistsError where there is one."""
     part = target.with_name(target.name + ".part")  # the ending keeps it out of the host's lists
     try:
-        safetensors.torch.save_file(dict(tensors), part, metadata=dict(metadata))
+        part.write_bytes(safetensors.torch.save(dict(tensors), dict(metadata)))  # save_file would make it private
         if target.exists():
             raise FileExistsError(f"{target} was written meanwhile; nothing is overwritten, save again")
         os.replace(part, target)

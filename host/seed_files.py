@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import comfy.model_management
 import torch
@@ -57,8 +58,12 @@ def save_seed(noise: SeedNoise, prefix: str) -> dict[str, str]:
 
 
 def load_seed(name: str) -> SeedNoise:
-    """The noise of a file, with its seed and details; a ValueError that names the file where that cannot be."""
-    path = FILES.find(name)
+    """The noise of a file as FILES.names gives it, with its seed and details."""
+    return read_seed(FILES.find(name), name)
+
+
+def read_seed(path: Path, name: str) -> SeedNoise:
+    """The noise of a file, which errors (ValueError) call ``name``."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata, found = file.metadata() or {}, list(file.keys())

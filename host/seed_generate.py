@@ -27,6 +27,7 @@ from .seed_gradients import NormalWeights, Recorder, check_differentiable, gradi
 from .seed_session import SeedSession, SessionSampler, SessionSettings
 
 KEY = "chorus_seed"
+SHORT_RUNS = "beta"  # scheduler
 SAMPLERS, SCHEDULERS = comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES
 
 Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; as the host's samplers call it
@@ -105,11 +106,14 @@ class SeedRun:
     def sigmas(self, steps: int | None = None, sampler: str | None = None) -> Tensor:
         """[N + 1] of the run with ``steps`` (default: all), falling to 0.
 
-        With a denoise below 1, fewer steps are some of the full run's, so that they begin where it does; KSampler's
-        would begin higher, in a single step often at pure noise.
+        Fewer steps than all stand for the whole run: they have the levels of the beta schedule (arXiv 2407.12173), after
+        which candidates rank most as they do in full, whatever the run's own scheduler (benchmarks/seed_ranking.py). With
+        a denoise below 1 they are some of the full run's levels, so that they begin where it does.
         """
-        if steps is None or steps >= self.steps or self.denoise == 1.0:
+        if steps is None or steps >= self.steps:
             return self._ksampler(steps, sampler).sigmas.clone()
+        if self.denoise == 1.0:
+            return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), SHORT_RUNS, steps)
         full = self._ksampler(None, sampler).sigmas
         return full[torch.linspace(0, len(full) - 1, steps + 1).round().long()]
 
@@ -325,7 +329,7 @@ class SeedRun:
                 remedy = remedy if guided == 1.0 else f"set cfg to 1 (about half of it), {remedy}"
                 if not settings.checkpoint:
                     size *= settings.last_steps or steps
-                    remedy = f"switch checkpoint on, lower last_steps, {remedy}"
+                    remedy = f"switch checkpointing on, lower last_steps, {remedy}"
                 size += model.memory_required([2, *self.samples.shape[1:]])
             elif what == "VAE":
                 vae, device = wired["vae"][0], wired["vae"][1].load_device

@@ -97,6 +97,11 @@ class SeedSession:
         self._run, self._settings, self._recorder = run, settings, recorder
         self._vae, self._clip_vision = vae, clip_vision
 
+    @property
+    def activations(self) -> dict[str, int]:
+        """Bytes that the gradient of one call keeps, by what was called so far."""
+        return dict(self._recorder.sizes)
+
     def start(self, noise: Tensor) -> Tensor:
         """x [B, C, h, w] at sigmas[0] of ``noise`` [B, C, h, w], as the host's samplers begin."""
         return self._scaled(noise.to(self.device, torch.float32), self._run.latent_image)

@@ -53,4 +53,28 @@ class ChorusDemoVision(io.ComfyNode):
         return io.NodeOutput(modules.load_vision())
 
 
-NODES: list[type[io.ComfyNode]] = [ChorusDemoCheckpoint, ChorusDemoVision]
+class ChorusDemoReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ChorusDemoReferences",
+            display_name="Chorus Demo References",
+            category="chorus/demo",
+            description="Four pictures of a sign that no demo checkpoint saw in training, as references for Seed Select.",
+            search_aliases=["chorus", "demo", "reference pictures", "emoji"],
+            inputs=[
+                io.Combo.Input(
+                    "sign",
+                    options=modules.reference_names(),
+                    tooltip="Those that the general checkpoint saw least come first; it paints them worst.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="64x64 pixels, 4 pictures.")],
+        )
+
+    @classmethod
+    def execute(cls, sign: str) -> io.NodeOutput:
+        return io.NodeOutput(modules.load_references(sign))
+
+
+NODES: list[type[io.ComfyNode]] = [ChorusDemoCheckpoint, ChorusDemoVision, ChorusDemoReferences]

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..host.seed_files import FILES, SeedNoise, load_seed, save_seed
+from ..demo.modules import found_seeds
+from ..host.seed_files import FILES, SeedNoise, load_seed, read_seed, save_seed
 
 
 class SaveSeed(io.ComfyNode):
@@ -48,8 +49,9 @@ class LoadSeed(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=FILES.names(),
-                    tooltip="From the input or the output folder. The latent must have the size that it was found for.",
+                    options=[*FILES.names(), *found_seeds()],
+                    tooltip="From the input or the output folder, or one that comes with the pack. The latent must have the"
+                    " size that it was found for.",
                 )
             ],
             outputs=[io.Noise.Output("noise", display_name="noise", tooltip="For SamplerCustomAdvanced.")],
@@ -57,15 +59,16 @@ class LoadSeed(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
-        return FILES.validate(file)
+        return file in found_seeds() or FILES.validate(file)
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str | float:
-        return FILES.fingerprint(file)
+        return file if file in found_seeds() else FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(load_seed(file))
+        ours = found_seeds().get(file)
+        return io.NodeOutput(load_seed(file) if ours is None else read_seed(ours, file))
 
 
 NODES: list[type[io.ComfyNode]] = [SaveSeed, LoadSeed]

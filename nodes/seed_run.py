@@ -110,6 +110,7 @@ def find(run: SeedRun, loss: Score, settings: technique.SeedSelectSettings, path
         return found
 
     steps = len(run.sigmas(path["steps"])) - 1
+    again = min(path["last_steps"] or steps, steps) if path["checkpoint"] else 0
     sampling = technique.SeedSampling(
         run.noise_of,
         lambda noises, steps, seeds: run.generate(noises, steps, seeds, live.step),
@@ -118,7 +119,7 @@ def find(run: SeedRun, loss: Score, settings: technique.SeedSelectSettings, path
         inversions,
         batch=run.batch_size(settings.candidates),
         calls_per_step=run.calls_per_step,
-        gradient_cost=GradientCost(steps, steps + min(path["last_steps"] or steps, steps)),
+        gradient_cost=GradientCost(steps, steps + again),
     )
     live.select = select = technique.SeedSelect(settings, sampling)
     try:

@@ -35,3 +35,8 @@ def ratio_of_means(a: np.ndarray, b: np.ndarray, groups: np.ndarray, draws: int 
     rng = np.random.default_rng(0)
     top, bottom = means[rng.integers(0, len(means), (draws, len(means)))].mean(1).T
     return float(a.mean() / b.mean()), *(float(v) for v in np.quantile(top / bottom, [0.025, 0.975]))
+
+
+def mean_of_groups(values: np.ndarray, groups: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval; whole ``groups`` (the pictures of one prompt) are drawn together."""
+    return paired_difference(values, np.zeros(len(values)), groups, draws)

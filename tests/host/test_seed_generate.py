@@ -94,6 +94,14 @@ def test_below_denoise_1_fewer_steps_begin_where_all_do(model, steps):
     assert set(few.tolist()) <= set(full.tolist())
 
 
+def test_fewer_steps_have_the_levels_of_the_beta_schedule_whatever_the_scheduler(model):
+    run = run_of(model, steps=6, scheduler="karras")
+    expected = ksample(model, *WORDS, latent(), scheduler="beta", steps=3, seed=7)
+    assert torch.equal(run.generate(run.noise_of(7), 3), expected)
+    assert torch.equal(run.sigmas(3), run_of(model, steps=3, scheduler="beta").sigmas())
+    assert torch.equal(run.sigmas(6), run.sigmas())
+
+
 def test_the_largest_seed_and_a_place_in_a_batch(model):
     place = {**latent(), "batch_index": [3]}
     for samples in (latent(), place):

@@ -680,7 +680,7 @@ def test_a_gradient_that_does_not_fit_is_refused_with_its_size(monkeypatch):
         match=r"gradient of the denoiser needs .* GiB on cpu \(measured\), 0.00 GiB are free; set cfg to 1 \(about half",
     ):
         gradient(run_of(unet(0)))
-    with pytest.raises(MemoryError, match="switch checkpoint on, lower last_steps, set cfg to 1"):
+    with pytest.raises(MemoryError, match="switch checkpointing on, lower last_steps, set cfg to 1"):
         gradient(run_of(unet(0)), checkpoint=False)
     with pytest.raises(MemoryError, match="free; use a smaller latent_image"):
         gradient(run_of(unet(0), cfg=1.0))

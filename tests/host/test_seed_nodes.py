@@ -26,6 +26,7 @@ from chorus.host.seed_files import SeedNoise
 from chorus.host.seed_generate import SeedRun
 from chorus.host.seed_progress import SeedProgress
 from chorus.nodes.seed_files import LoadSeed, SaveSeed
+from chorus.nodes.seed_run import Score
 from chorus.nodes.seed_select import SeedSelect
 from chorus.techniques.seed_inversion import invert
 from chorus.tests.host.test_blend_lifecycle import stop_at
@@ -44,7 +45,9 @@ from chorus.tests.host.tiny_models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 Interrupted = comfy.model_management.InterruptProcessingException
 WORDS = conditioning(10), conditioning(11)
-SETTINGS = dict(steps=4, cfg=3.0, candidates=6, iterations=2, seed=5)  # the search's rounds: 6 x 1, 2 x 2, 1 x 4
+SETTINGS = dict(
+    steps=4, cfg=3.0, candidates=6, first_steps=1, iterations=2, seed=5
+)  # the search's rounds: 6 x 1, 2 x 2, 1 x 4
 SIDE = 32  # pixels of 8 latents
 Result = namedtuple("Result", "noise seed samples grid preview report")
 
@@ -201,6 +204,12 @@ def test_the_best_picture_shows_in_the_preview_and_every_candidate_in_the_grid(v
     assert select(grid_size=1).grid.numel() < found.grid.numel() / 4
 
 
+def test_a_first_round_of_more_steps_than_all_has_all(model, select):
+    found = select(steps=2, first_steps=4)
+    assert "searched (candidates with steps): 6 with 2, 1 with 2;" in found.report
+    assert torch.equal(found.samples["samples"], plain(model, found.seed, steps=2))
+
+
 # optimisation
 
 
@@ -236,6 +245,14 @@ def test_the_appearance_alone_is_the_distance_of_the_samples(model, vae, vision,
             for x in (plain(model, 5), found.samples["samples"])
         ]
     assert scores_in(found.report) == pytest.approx(distances, abs=1e-3)
+
+
+def test_without_checkpointing_the_noise_is_the_same_and_nothing_is_computed_again(select):
+    kept, again = (select(mode="optimize", iterations=2, checkpointing=on) for on in (False, True))
+    assert (kept.noise.noise - again.noise.noise).norm() < 1e-4 * again.noise.noise.norm()
+    assert "again for the gradient" in again.report and "again for the gradient" not in kept.report
+    planned = [int(re.search(r"of (\d+) planned", found.report)[1]) for found in (kept, again)]
+    assert planned == [2 * 4 + 4 + 4, 2 * 8 + 4 + 4]  # gradients, the last iterate, the picture
 
 
 def test_shorter_gradients_and_proxies_cost_less(select):
@@ -371,7 +388,7 @@ def test_what_is_loaded_is_what_was_saved(model, select, folders):
     found = select(mode="optimize")
     (saved,) = SaveSeed.execute(found.noise, "seeds/cat").ui["seeds"]
     name = f"{saved['subfolder']}/{saved['filename']} [output]"
-    assert LoadSeed.define_schema().inputs[0].options == [name]
+    assert LoadSeed.define_schema().inputs[0].options == [name, *modules.found_seeds()]
     assert LoadSeed.validate_inputs(name) is True
     first = LoadSeed.fingerprint_inputs(name)
     loaded = LoadSeed.execute(name).args[0]
@@ -383,6 +400,22 @@ def test_what_is_loaded_is_what_was_saved(model, select, folders):
     assert loaded.details["model"] == "BaseModel"
     (folders / "output" / saved["subfolder"] / saved["filename"]).write_bytes(b"other")
     assert LoadSeed.fingerprint_inputs(name) != first
+
+
+@pytest.mark.parametrize("name", modules.found_seeds())
+def test_a_seed_that_comes_with_the_pack_gives_its_picture_again(name, vision):
+    """The score that its file names, with the settings that it names."""
+    assert LoadSeed.validate_inputs(name) is True and LoadSeed.fingerprint_inputs(name) == name
+    with torch.inference_mode():
+        noise = LoadSeed.execute(name).args[0]
+        model, clip, vae = modules.load_checkpoint(noise.details["model_file"])
+        sign, sampling = name.split()[-1], json.loads(noise.details["sampling"])
+        words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (f"a {sign}", "")]
+        size = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
+        run = SeedRun(model, *words, size, json.loads(noise.details["settings"])["steps"], **sampling)
+        score = Score(run, modules.load_references(sign), vae, vision, 10.0, 1.0)
+        found = float(score.score([run.to_model(run.generate(noise.noise))]))
+    assert found == pytest.approx(float(noise.details["score"]), rel=1e-3)
 
 
 def test_files_that_are_not_there_and_noises_without_numbers_are_refused(folders):
