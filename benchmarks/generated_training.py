@@ -10,7 +10,7 @@ from ..demo.canvas import Canvases
 from ..demo.sign_classifier import SignClassifier
 from ..demo.signs import load_signs
 
-STEPS, BATCH, RATE, REPEATS = 300, 64, 2e-3, 3
+STEPS, BATCH, RATE, REPEATS = 200, 64, 3e-3, 3
 
 
 def renderings(signs: list[str], each: int, unseen: bool, seed: int) -> torch.Tensor:

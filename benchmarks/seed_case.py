@@ -18,6 +18,7 @@ from ..techniques.seed_optimize import OptimizeSettings
 from ..techniques.seed_select import SeedSelectSettings
 from .random_models import conditioning, fill, sd15
 
+PLAIN, OPTIMIZE, KEPT = "one picture", "optimize", "optimize, activations of all steps kept"
 SIGN, SEED, CFG = "cherries", 1000, {"demo": 4.0, "sd15": 7.5}
 
 
@@ -32,6 +33,19 @@ class Setting:
     iterations: int
     proxy_steps: int
     last_steps: int
+
+
+def kinds_of(s: Setting) -> list[str]:
+    return [
+        PLAIN,
+        f"best of {s.candidates}, all in full",
+        f"search among {s.candidates}",
+        OPTIMIZE,
+        f"optimize, {s.proxy_steps}-step proxy",
+        f"optimize, gradient through the last {s.last_steps} steps",
+        "search+optimize",
+        KEPT,
+    ]
 
 
 def sd_vae() -> comfy.sd.VAE:
@@ -82,18 +96,17 @@ class Case:
     def kinds(self) -> dict[str, Callable]:
         """Each returns the model evaluations with guidance that it spent."""
         s = self.setting
-        return {
-            "one picture": lambda: self.plain(1),
-            f"best of {s.candidates}, all in full": lambda: self.plain(s.candidates),
-            f"search among {s.candidates}": lambda: self.select("search"),
-            "optimize": lambda: self.select("optimize"),
-            f"optimize, {s.proxy_steps}-step proxy": lambda: self.select("optimize", steps=s.proxy_steps),
-            f"optimize, gradient through the last {s.last_steps} steps": lambda: self.select(
-                "optimize", last_steps=s.last_steps
-            ),
-            "search+optimize": lambda: self.select("search+optimize"),
-            "optimize, activations of all steps kept": lambda: self.select("optimize", checkpoint=False),
-        }
+        runs = (
+            lambda: self.plain(1),
+            lambda: self.plain(s.candidates),
+            lambda: self.select("search"),
+            lambda: self.select("optimize"),
+            lambda: self.select("optimize", steps=s.proxy_steps),
+            lambda: self.select("optimize", last_steps=s.last_steps),
+            lambda: self.select("search+optimize"),
+            lambda: self.select("optimize", checkpoint=False),
+        )
+        return dict(zip(kinds_of(s), runs, strict=True))
 
     def plain(self, count: int) -> int:
         """The best of ``count`` seeds, each with all steps."""

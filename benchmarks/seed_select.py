@@ -21,11 +21,10 @@ import comfy.utils  # noqa: E402
 
 from .environment import facts, keep  # noqa: E402
 from .fresh_process import forget_peak, in_fresh_process, resident  # noqa: E402
-from .seed_case import Case, Setting  # noqa: E402
+from .seed_case import KEPT, OPTIMIZE, PLAIN, Case, Setting, kinds_of  # noqa: E402
 from .stopwatch import median  # noqa: E402
 
 MIB = 2**20
-PLAIN, OPTIMIZE, KEPT = "one picture", "optimize", "optimize, activations of all steps kept"
 TARGET = 1.5  # times plain sampling's peak, beside the activations of one step, one decode and one encoding
 
 
@@ -56,12 +55,10 @@ def activations_of(setting: dict) -> dict:
         return Case(Setting(**setting)).activations()
 
 
-def memory(setting: Setting) -> dict:
+def memory(setting: Setting, kinds: list[str]) -> dict:
     activations = in_fresh_process(activations_of, asdict(setting))
     found = {}
-    with torch.inference_mode():
-        names = list(Case(setting).kinds())
-    for kind in names:
+    for kind in kinds:
         found[kind] = in_fresh_process(peak_of, asdict(setting), kind)
         print(f"{setting.name}: memory of {kind}: {found[kind]}", flush=True)
     beside = found[OPTIMIZE]["peak"] - sum(activations.values())
@@ -74,10 +71,10 @@ def memory(setting: Setting) -> dict:
     }
 
 
-def times(setting: Setting, rounds: int) -> dict:
+def times(setting: Setting, names: list[str], rounds: int) -> dict:
     with torch.inference_mode():
         case = Case(setting)
-        kinds = case.kinds()
+        kinds = {kind: run for kind, run in case.kinds().items() if kind in names}
         case.plain(1)
         found = {kind: {"seconds": [], "evaluations": 0} for kind in kinds}
         for n in range(rounds):
@@ -127,6 +124,9 @@ def main() -> None:
     parser.add_argument("--last-steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="of the times; 0 measures none")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument(
+        "--least", action="store_true", help="one picture and optimize only, with and without checkpointing"
+    )
     parser.add_argument("--name", help="of the result file (seed_select_<models>)")
     options = parser.parse_args()
     comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -140,12 +140,13 @@ def main() -> None:
         min(options.proxy_steps, options.steps),
         min(options.last_steps, options.steps),
     )
+    kinds = [PLAIN, OPTIMIZE, KEPT] if options.least else kinds_of(setting)
     found = {"setting": asdict(setting)}
     if options.rounds:
-        found["times"] = times(setting, options.rounds)
+        found["times"] = times(setting, kinds, options.rounds)
         comfy.model_management.unload_all_models()
     if not options.no_memory:
-        found["memory"] = memory(setting)
+        found["memory"] = memory(setting, kinds)
     path = keep(options.name or f"seed_select_{options.models}", found)
     print(json.dumps(found["setting"]))
     print(markdown(setting, found))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .masked_token_model import MaskedTokenModel
 from .masked_token_text import read_text
+from .previews import as_preview
 
 Text = tuple[Tensor, Tensor]  # states [B, L, C] and pooled [B, C] of one prompt for each sample
 ENCODE_BYTES, DECODE_BYTES = 56, 34  # per pixel and channel at full size, as the host reckons for its VAEs in float32
@@ -161,8 +162,7 @@ class MaskedTokenRun:
         if self.method == LatentPreviewMethod.TAESD:
             with torch.inference_mode():
                 picture = self.model.vq.model.decode(predicted.to(self.model.vq.load_device))
-            picture = picture[0].movedim(0, -1).cpu()
+            picture = picture[0].movedim(0, -1)
         else:
             picture = self.preview.draw_tokens(ids[0].cpu(), self.model.mask_id, self.colors)
-        pixels = picture.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
-        return "JPEG", Image.fromarray(pixels.numpy()), args.preview_size
+        return as_preview(picture)

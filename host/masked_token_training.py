@@ -9,13 +9,12 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from PIL import Image
 from torch import Tensor
 
 from .masked_token_model import MaskedTokenModel
+from .previews import as_preview
 
 InterruptProcessingException = comfy.model_management.InterruptProcessingException
-PREVIEW_SIZE = 512  # pixels
 
 
 @contextmanager
@@ -81,12 +80,8 @@ class TrainingProgress:
 
     def __call__(self, done: int, picture: Tensor | None = None) -> None:
         """``picture`` [H, W, 3] in 0..1 shows on the node."""
-        self.bar.update_absolute(done, preview=None if picture is None else ("JPEG", _image(picture), PREVIEW_SIZE))
+        self.bar.update_absolute(done, preview=None if picture is None else as_preview(picture))
         comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def _image(picture: Tensor) -> Image.Image:
-    return Image.fromarray((picture * 255).round().byte().cpu().numpy())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .kept_files import KeptFiles
+from .seed_pictures import size_of
 
 FILES = KeptFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
 NAME = "noise"  # of the tensor
@@ -32,7 +33,9 @@ class SeedNoise:
         """The noise on the CPU for a LATENT of its very shape, in the latent's dtype; a ValueError for any other."""
         samples = latent["samples"]
         if samples.is_nested:
-            raise ValueError(f"the saved noise is of one picture {_size(self.noise)}, the latent holds video and sound")
+            raise ValueError(
+                f"the saved noise is of one picture {size_of(self.noise)}, the latent holds video and sound"
+            )
         if samples.shape != self.noise.shape:
             raise ValueError(
                 f"the noise was made for a latent of {_describe(self.noise)}, this one is of {_describe(samples)}; {self._remedy(samples)}"
@@ -104,17 +107,13 @@ def _sha256(path: str, changed: int, size: int) -> str:
 
 def _check(noise: Tensor) -> None:
     if not noise.is_floating_point() or noise.ndim != 4 or not noise.numel():
-        raise ValueError(f"its noise is {noise.dtype} [{_size(noise)}], not numbers [batch, channels, height, width]")
+        raise ValueError(f"its noise is {noise.dtype} [{size_of(noise)}], not numbers [batch, channels, height, width]")
     if not torch.isfinite(noise).all():
         bad = int((~torch.isfinite(noise)).sum())
         raise ValueError(f"{bad} of the {noise.numel()} numbers of its noise are not finite (NaN or infinite)")
 
 
-def _size(x: Tensor) -> str:
-    return "x".join(map(str, x.shape))
-
-
 def _describe(x: Tensor) -> str:
     if x.ndim != 4:
-        return f"the shape {_size(x)}"
+        return f"the shape {size_of(x)}"
     return f"{len(x)} x {x.shape[1]} channels, {x.shape[2]} high and {x.shape[3]} wide"

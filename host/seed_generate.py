@@ -24,6 +24,7 @@ from .experts import resolve_patchers
 from .parametrization import FLOW, family
 from .seed_batches import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .seed_gradients import NormalWeights, Recorder, check_differentiable, gradients, make_room, own_tensors
+from .seed_pictures import size_of
 from .seed_session import SeedSession, SessionSampler, SessionSettings
 
 KEY = "chorus_seed"
@@ -87,7 +88,7 @@ class SeedRun:
         )
         if samples.ndim != 4:
             raise ValueError(
-                f"the latents of {type(self.model.model).__name__} have the shape {_size(samples)}, as of video or sound;"
+                f"the latents of {type(self.model.model).__name__} have the shape {size_of(samples)}, as of video or sound;"
                 " SeedSelect works on pictures [1, C, h, w]: use another model"
             )
         if len(samples) != 1:
@@ -170,7 +171,7 @@ class SeedRun:
     def _checked_seeds(self, noise: Tensor, seeds: Sequence[int] | None) -> Sequence[int]:
         if noise.ndim != 4 or noise.shape[1:] != self.samples.shape[1:] or not len(noise):
             raise ValueError(
-                f"the noise {_size(noise)} does not fit the latent {_size(self.samples)}; make it for this size"
+                f"the noise {size_of(noise)} does not fit the latent {size_of(self.samples)}; make it for this size"
             )
         if seeds is None:
             return [self._seeds.get(_digest(row), self.seed) for row in noise.split(1)]
@@ -367,7 +368,3 @@ def _loaded_with(patchers: list, whole: bool, keep: Callable[[list], None]):
 
 def _digest(noise: Tensor) -> bytes:
     return hashlib.sha256(noise.detach().float().cpu().contiguous().numpy().tobytes()).digest()
-
-
-def _size(x: Tensor) -> str:
-    return "x".join(map(str, x.shape))

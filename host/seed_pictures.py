@@ -41,7 +41,7 @@ def encode(vae, images: Tensor, latent: Tensor) -> Tensor:
     found = vae.encode(pixels.clamp(0.0, 1.0).movedim(1, -1))
     if found.shape[1:] != latent.shape[1:]:
         raise ValueError(
-            f"the VAE makes latents of {_size(found[:1])} and the model samples {_size(latent)}; use the VAE of this model"
+            f"the VAE makes latents of {size_of(found[:1])} and the model samples {size_of(latent)}; use the VAE of this model"
         )
     return found
 
@@ -101,5 +101,6 @@ class _Straight(torch.autograd.Function):
         return gradient, None
 
 
-def _size(x: Tensor) -> str:
+def size_of(x: Tensor) -> str:
+    """As errors say it."""
     return "x".join(map(str, x.shape))

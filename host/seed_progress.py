@@ -3,11 +3,10 @@
 import comfy.model_management
 import comfy.utils
 import latent_preview
-import torch
-from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
-from PIL import Image
 from torch import Tensor
+
+from .previews import as_preview
 
 InterruptProcessingException = comfy.model_management.InterruptProcessingException
 
@@ -28,11 +27,7 @@ class SeedProgress:
         """``steps`` more are done; ``picture`` [H, W, 3] in 0..1, the best so far, and ``text`` show on the node."""
         if text:
             self._tell(text)
-        image = None
-        if picture is not None:
-            pixels = picture.detach().clamp(0.0, 1.0).mul(255.0).round().to("cpu", torch.uint8)
-            image = "JPEG", Image.fromarray(pixels.numpy()), args.preview_size
-        self._advance(steps, image)
+        self._advance(steps, None if picture is None else as_preview(picture))
 
     @staticmethod
     def _tell(text: str) -> None:

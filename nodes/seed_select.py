@@ -178,7 +178,7 @@ class SeedSelect(io.ComfyNode):
                     default=True,
                     advanced=True,
                     tooltip="Computes activations again instead of keeping them: the memory of one step, whatever steps are."
-                    " Off: a quarter faster or so, and the memory of all steps; refused with its size if that is too much.",
+                    " Off: a little faster, and the memory of all steps; refused with its size if that is too much.",
                 ),
                 io.Float.Input(
                     "norm_guard",
