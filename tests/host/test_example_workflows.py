@@ -37,7 +37,11 @@ def test_nodes_are_set_as_planned(workflow, comfy):
     ours = {kind for kind, known in info.items() if known["category"].split("/")[0] == "chorus"}
     planned = [(n["type"], defaults(info[n["type"]]) | n["widgets"]) for n in workflow.nodes if n["type"] in ours]
     for _, widgets in planned:
-        widgets.pop("control_after_generate", None)  # the page's own
+        for control in (
+            "control_after_generate",
+            "fixed",
+        ):  # the page's own; it names them by their default if there is one
+            widgets.pop(control, None)
     found = [(n["class_type"], n["inputs"]) for n in prompt.values() if n["class_type"] in ours]
     found = [(kind, {name: inputs[name] for name in defaults(info[kind])}) for kind, inputs in found]
     assert sorted(planned, key=str) == sorted(found, key=str)
