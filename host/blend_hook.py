@@ -16,6 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .cas_dm_hook import heads_on
 from .devices import Workers
 from .experts import Expert, ExpertRun, check_latent_space, resolve_patchers
 from .kernel_backend import kernel_backend
@@ -48,6 +49,11 @@ def add_expert(model, expert_model, positive, negative, label: str, settings, be
         raise ValueError(
             f"the model wired in as '{label}' is itself a blend; chain instead: wire the blended MODEL into 'model'"
             " and each single checkpoint into 'expert'"
+        )
+    if heads_on(expert_model):
+        raise ValueError(
+            f"the model wired in as '{label}' carries a Cas-DM head, which a blend does not ask; put CasDMHead after"
+            " SaliencyNoiseBlend, where it refines what both have painted"
         )
     check_latent_space(model, expert_model, label)
     chain = blend_chain(model)

@@ -13,6 +13,7 @@ ORDER = (
     "sign_classifier",
     "general",
     "expert",
+    "cas_dm",
     "vq",
     "masked_tokens",
     "evaluate",

@@ -1,0 +1,93 @@
+"""Cas-DM heads on disk: safetensors, read from models/cas_dm and the host's output folder, written to the latter."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .kept_files import KeptFiles
+from .masked_token_files import diagnosis
+
+FOLDER, SUFFIX = "cas_dm", ".safetensors"
+FILES = KeptFiles(".cas_dm.safetensors", "Cas-DM head", "Save Cas-DM Head", "cas_dm/head")  # those that were saved
+OUTPUT = " [output]"  # the host's mark for its output folder
+SHIPPED = Path(__file__).parents[1] / "demo" / "weights" / FOLDER  # heads that come with the pack
+
+T = TypeVar("T")
+
+
+def register() -> None:
+    """Make models/cas_dm a model folder of the host, beside those that extra_model_paths.yaml names."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+    if SHIPPED.is_dir():
+        folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
+    # the host registers for files of any kind
+    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.get_folder_paths(FOLDER), {SUFFIX})
+
+
+register()
+
+
+def head_files() -> list[str]:
+    """What a combo offers: the files of the model folder, then the saved ones of the output folder."""
+    kept = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(SUFFIX)]
+    return kept + [name for name in FILES.names() if name.endswith(OUTPUT)]
+
+
+def find_head(name: str) -> Path:
+    """The file of one of ``head_files``; a ValueError where there is none."""
+    if name.endswith(OUTPUT):
+        return FILES.find(name)
+    if not name.endswith(SUFFIX):
+        raise ValueError(f"'{name}' is not a {SUFFIX} file; only those are read, which cannot run code")
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise ValueError(
+            f"there is no head '{name}' in {' or '.join(folder_paths.get_folder_paths(FOLDER))}; save one with Save"
+            " Cas-DM Head, or refresh the list"
+        )
+    return Path(path)
+
+
+def validate_head(name: str | None) -> bool | str:
+    """What validate_inputs gives; None is a wired name, known only when the node runs."""
+    try:
+        if name is not None:
+            find_head(name)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def fingerprint_head(name: str | None) -> str | float:
+    """What fingerprint_inputs gives: another value when the file changes, or always where the name is wired."""
+    return float("nan") if name is None else hashlib.sha256(find_head(name).read_bytes()).hexdigest()
+
+
+@torch.inference_mode(False)  # training needs weights of which autograd may know
+def read_head(name: str, make: Callable[[dict[str, Tensor], dict[str, str]], T]) -> T:
+    """``make(tensors, metadata)`` of a file; a ValueError that names it where that cannot be."""
+    path = find_head(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            # copies: the file does not stay open
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{name}' cannot be read: {diagnosis(path)} ({error})") from error
+    try:
+        return make(tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"'{name}' cannot be read as a Cas-DM head: {error}") from error
+
+
+def save_head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], prefix: str) -> Path:
+    """A new numbered file of the output folder: whole or not at all, and never in place of another."""
+    place = FILES.save(prefix, tensors, metadata)
+    return Path(folder_paths.get_output_directory(), place["subfolder"], place["filename"])
