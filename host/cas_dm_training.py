@@ -1,10 +1,9 @@
 """What training a Cas-DM head asks of the host: guided predictions of a MODEL without gradients, decoded crops and their
-features with them, progress, and what is kept when a run ends early.
+features with them.
 
 Shapes: B samples, C channels, h and w positions; H and W pixels.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,17 +11,12 @@ import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
-from comfy.cli_args import args
-from PIL import Image
 from torch import Tensor
 
 from . import seed_pictures
 from .blend_hook import blend_chain
 from .parametrization import FLOW, family
 from .seed_gradients import NormalWeights, Recorder, gradients, make_room
-
-InterruptProcessingException = comfy.model_management.InterruptProcessingException
-log = logging.getLogger("comfyui-chorus")
 
 # what an entry of a CONDITIONING may hold that acts by the noise level, by the place, or by memory
 BY_LEVEL = frozenset("control hooks gligen start_percent end_percent area mask timestep_start timestep_end".split())
@@ -272,23 +266,6 @@ class LatentPictures:
         return self.recorder("image encoder", joined, pictures)
 
 
-class CasDMProgress:
-    """The node's progress bar, over questions asked beforehand and steps; every call asks whether the user wants to stop."""
-
-    def __init__(self, total: int):
-        self.bar, self.done = comfy.utils.ProgressBar(total), 0
-
-    def __call__(self, picture: Tensor | None = None) -> None:
-        """One more is done; ``picture`` [H, W, 3] in 0..1 shows on the node."""
-        self.done += 1
-        preview = None
-        if picture is not None:
-            pixels = (picture.clamp(0.0, 1.0) * 255).round().to("cpu", torch.uint8)
-            preview = "JPEG", Image.fromarray(pixels.numpy()), args.preview_size
-        self.bar.update_absolute(self.done, preview=preview)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-
 def rough_pictures(model, latents: Tensor) -> Tensor | None:
     """[B, h, w, 3] in 0..1 of latents [B, C, h, w] without a VAE, as the host's previews are; None where it has none."""
     latent_format = model.get_model_object("latent_format")
@@ -297,26 +274,3 @@ def rough_pictures(model, latents: Tensor) -> Tensor | None:
     factors, bias = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
     pictures = latents.float().cpu().movedim(1, -1) @ torch.tensor(factors)
     return ((pictures + (0.0 if bias is None else torch.tensor(bias)) + 1.0) / 2.0).clamp(0.0, 1.0)
-
-
-@contextmanager
-def keeping(save: Callable[[str], object], node: str) -> Iterator[None]:
-    """What ends the work inside is raised on, after ``save("interrupted" or "failed")`` has put its result on disk.
-
-    ``save`` returns where, for the log and for the error, or None where there is nothing to keep.
-    """
-    try:
-        yield
-    except BaseException as error:
-        reason = "interrupted" if isinstance(error, InterruptProcessingException) else "failed"
-        try:
-            path = save(reason)
-        except Exception:
-            # the error that is on its way says more
-            log.exception("%s: what was learned could not be saved", node)
-            path = None
-        if path is not None:
-            log.warning("%s: what was learned until here is in %s", node, path)
-            if isinstance(error, ValueError):
-                error.args = (f"{error}; what was learned before is in {path}",)
-        raise

@@ -1,7 +1,6 @@
-"""What training on a masked token model asks of the host: its weights as they are patched, room, progress, a LoRA put on."""
+"""What training on a masked token model asks of the host: its weights as they are patched, room, a LoRA put on."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import comfy.lora
@@ -12,9 +11,6 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .masked_token_model import MaskedTokenModel
-from .previews import as_preview
-
-InterruptProcessingException = comfy.model_management.InterruptProcessingException
 
 
 @contextmanager
@@ -70,40 +66,3 @@ def add_lora(
     if len(added) != len(changes):
         raise RuntimeError(f"the host patched {len(added)} of {len(changes)} modules; this ComfyUI is not supported")
     return model.with_transformer(transformer)
-
-
-class TrainingProgress:
-    """The node's progress bar; every step asks the host whether the user wants to stop."""
-
-    def __init__(self, steps: int):
-        self.bar = comfy.utils.ProgressBar(steps)
-
-    def __call__(self, done: int, picture: Tensor | None = None) -> None:
-        """``picture`` [H, W, 3] in 0..1 shows on the node."""
-        self.bar.update_absolute(done, preview=None if picture is None else as_preview(picture))
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-@contextmanager
-def rescue(save: Callable[[str], object]) -> Iterator[None]:
-    """What ends the work inside is raised on, after ``save("interrupted" or "failed")`` has put its result on disk.
-
-    ``save`` returns where, for the log and for the error, or None where there is nothing to keep.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if path := _saved(save, "interrupted" if isinstance(error, InterruptProcessingException) else "failed"):
-            logging.warning("TrainMaskedTokenLora: what was learned until here is in %s", path)
-            if isinstance(error, ValueError):
-                error.args = (f"{error}; what was learned before is in {path}",)
-        raise
-
-
-def _saved(save: Callable[[str], object], reason: str) -> object:
-    try:
-        return save(reason)
-    except Exception:
-        # the error that is on its way says more
-        logging.exception("TrainMaskedTokenLora: what was learned could not be saved")
-        return None

@@ -12,16 +12,15 @@ from comfy_api.latest import io, ui
 from ..host.cas_dm_files import save_head
 from ..host.cas_dm_hook import check_fits, made_for
 from ..host.cas_dm_training import (
-    CasDMProgress,
     Guided,
     LatentPictures,
-    keeping,
     process_of,
     read_latents,
     rough_pictures,
     training_gradients,
     training_place,
 )
+from ..host.training_run import TrainingProgress, keeping
 from ..networks.cas_dm_head import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ..pictures.cas_dm_view import draw_examples
 from ..training.cas_dm import GATE_WEIGHTS, CasDMTrainer, CasDMTraining, report
@@ -339,7 +338,7 @@ class _Run:
 
     def train(self, theta: Guided, checkpoint_every: int, preview_every: int) -> tuple[Head, dict, str]:
         trainer, settings = self.trainer, self.trainer.settings
-        progress = CasDMProgress(settings.steps + min(settings.cached_steps, settings.steps))
+        progress = TrainingProgress(settings.steps + min(settings.cached_steps, settings.steps))
 
         def after_step(done: int, loss: float) -> None:
             show = preview_every and done % preview_every == 0

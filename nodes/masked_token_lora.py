@@ -11,15 +11,14 @@ from comfy_api.latest import io
 from ..host.masked_token_lora_files import NONE, lora_files, read_lora, write_lora
 from ..host.masked_token_run import decode_tokens, encode_pictures, read_prompts
 from ..host.masked_token_training import (
-    TrainingProgress,
     add_lora,
     gradients,
     make_room,
     merged_weights,
     release,
-    rescue,
     training_place,
 )
+from ..host.training_run import TrainingProgress, keeping
 from ..techniques.masked_tokens import MaskedTokenSettings, decode, draw
 from ..training.lora import Lora, check_fits, from_file, to_file
 from ..training.masked_token_lora import (
@@ -312,12 +311,12 @@ def _train(model, trainer: LoraTrainer, save: _Checkpoints, checkpoint_every: in
 
     def after_step(done: int, loss: float) -> None:
         picture = _preview(model, trainer) if preview_every and done % preview_every == 0 else None
-        progress(done, picture)
+        progress(picture)
         # what the last step gives is the node's output
         if checkpoint_every and done % checkpoint_every == 0 and done < steps:
             logging.info("TrainMaskedTokenLora: step %d, loss %.4f: %s", done, loss, save.step())
 
-    with rescue(save.ended):
+    with keeping(save.ended, "TrainMaskedTokenLora"):
         trainer.train(after_step)
 
 
