@@ -96,8 +96,8 @@ def save_refiner(model: FaceRefinerModel, prefix: str, metadata: Mapping[str, st
         raise ValueError(
             f"the weights {', '.join(broken[:8])} are not finite in float16, so nothing is saved; train anew"
         )
-    known = {**model.details, "format": FORMAT, "size": str(model.size), "network": str(model.patcher.model.config)}
-    return FILES.save(prefix, weights, {**metadata, **known})
+    known = {"format": FORMAT, "size": str(model.size), "network": str(model.patcher.model.config)}
+    return FILES.save(prefix, weights, {**model.details, **metadata, **known})
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

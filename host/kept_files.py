@@ -19,6 +19,11 @@ def write_whole(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if target.exists():
             raise FileExistsError(f"{target} was written meanwhile; nothing is overwritten, save again")
         os.replace(part, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        why = f"{error.strerror or error}: {target} could not be written, and nothing of it is left; make room and save again"
+        raise OSError(error.errno, why) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -20,13 +20,6 @@ def gradients() -> Iterator[None]:
         yield
 
 
-def training_place(model: MaskedTokenModel) -> tuple[torch.device, torch.dtype]:
-    """Where to train, and in which dtype: never float16, whose gradients vanish."""
-    device = model.transformer.load_device
-    wide = comfy.model_management.is_device_cpu(device) or not comfy.model_management.should_use_bf16(device)
-    return device, torch.float32 if wide else torch.bfloat16
-
-
 def merged_weights(patcher: ModelPatcher, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies of the weights with the patches of ``patcher`` merged into them, whatever is loaded where."""
     weights = {}

@@ -3,36 +3,23 @@
 Cas-DM (arXiv 2401.02414), a reconstruction: the paper has no public code.
 """
 
-import logging
-from functools import partial
-
-import torch
 from comfy_api.latest import io, ui
 
-from ..host.cas_dm_files import save_head
 from ..host.cas_dm_hook import check_fits, made_for
-from ..host.cas_dm_training import (
-    Guided,
-    LatentPictures,
-    process_of,
-    read_latents,
-    rough_pictures,
-    training_gradients,
-    training_place,
-)
-from ..host.training_run import TrainingProgress, keeping
-from ..networks.cas_dm_head import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
-from ..pictures.cas_dm_view import draw_examples
-from ..training.cas_dm import GATE_WEIGHTS, CasDMTrainer, CasDMTraining, report
+from ..host.cas_dm_training import Guided, process_of, read_latents
+from ..host.training_pictures import TrainingPictures, training_gradients
+from ..host.training_run import training_place
+from ..networks.cas_dm_head import CasDMHeadConfig, Head, HeadFacts, new_head
+from ..training.cas_dm import GATE_WEIGHTS, CasDMTrainer, CasDMTraining
 from ..training.cas_dm_data import FIRST_WEIGHTS, Latents, Process
-from ..training.masked_token_lora import stream
-from ..training.metrics import BACKBONES, CropMetric, feature_distance, huber, join_features, l1, lpips_distance
+from ..training.streams import stream
+from . import training_widgets as widgets
 from .cas_dm import PREFIX, CasDMHeadSocket
 from .cas_dm import made_for as of_head
+from .cas_dm_run import HeadRun, latent_metric
+from .training_metrics import FEATURES, METRICS, NONE
+from .training_widgets import single
 
-FEATURES, LPIPS, NONE = "clip_vision", "lpips ", "none"
-OF_NUMBERS = {"l1": l1, "huber": huber}
-METRICS = [FEATURES, *(LPIPS + network for network in BACKBONES), *OF_NUMBERS, NONE]
 SIZES = {"small": (32, 32, 48), "normal": (64, 64, 96), "large": (96, 128, 192)}
 
 
@@ -84,30 +71,19 @@ class TrainCasDMHead(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "metric_weight",
-                    default=0.1,
+                    default=1.0,
                     min=0.0,
                     max=100.0,
                     step=0.01,
                     tooltip="Beside the squares, which count 1. The paper's is not known. 0: no metric.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=1000,
-                    min=2,
-                    max=1000000,
-                    tooltip="A thousand shows whether it learns; good heads take ten thousand and more.",
+                widgets.steps(
+                    1000,
+                    "A thousand shows whether it learns. The head that comes with the pack took 1,200 steps of 32.",
                 ),
-                io.Int.Input("batch_size", default=8, min=1, max=1024, tooltip="Pictures at once, all of one size."),
-                io.Float.Input(
-                    "learning_rate", default=3e-4, min=1e-7, max=1.0, step=1e-7, tooltip="AdamW, after a short warm-up."
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Of the first weights, the noise, the levels, the crops.",
-                ),
+                widgets.batch_size(8, "Pictures at once, all of one size."),
+                widgets.learning_rate(3e-4, "AdamW, after a short warm-up."),
+                widgets.seed("Of the first weights, the noise, the levels, the crops."),
                 io.Int.Input(
                     "accumulation",
                     default=1,
@@ -132,9 +108,9 @@ class TrainCasDMHead(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "sees_x",
-                    default=False,
+                    default=True,
                     advanced=True,
-                    tooltip="A new head sees the noisy picture beside the model's x0.",
+                    tooltip="A new head sees the noisy picture beside the model's x0, and learns more from both.",
                 ),
                 io.Combo.Input(
                     "gate_weights",
@@ -168,7 +144,8 @@ class TrainCasDMHead(io.ComfyNode):
                     max=0.9,
                     step=0.01,
                     advanced=True,
-                    tooltip="Share of the pictures that is only looked at before and after; 32 at most.",
+                    tooltip="Share of the pictures that is only looked at: before, after, with every preview and checkpoint. 32 at"
+                    " most. The weights that do best on them are what you get.",
                 ),
                 io.Int.Input(
                     "cached_steps",
@@ -179,42 +156,18 @@ class TrainCasDMHead(io.ComfyNode):
                     tooltip="Ask the model for that many steps first, unload it, then train on them in turn: for little"
                     " memory, or a slow model. 0: ask at every step.",
                 ),
-                io.Int.Input(
-                    "checkpoint_every",
-                    default=0,
-                    min=0,
-                    max=1000000,
-                    advanced=True,
-                    tooltip="Also write a file after every so many steps. 0: never. An interrupted run always writes one.",
+                *widgets.checkpoints(PREFIX),
+                widgets.preview_every(
+                    "Show held-out pictures on the node after every so many steps. 0: at the end only."
                 ),
-                io.String.Input(
-                    "checkpoint_prefix",
-                    default=PREFIX,
-                    advanced=True,
-                    tooltip="Below the output folder, for checkpoints and for what an interrupted run has learned.",
-                ),
-                io.Int.Input(
-                    "preview_every",
-                    default=0,
-                    min=0,
-                    max=1000000,
-                    advanced=True,
-                    tooltip="Show held-out pictures on the node after every so many steps. 0: at the end only.",
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=True,
-                    advanced=True,
-                    tooltip="The metric's encoders compute again what they would else keep: less memory, more time.",
+                widgets.gradient_checkpointing(
+                    True, "The metric's encoders compute again what they would else keep: less memory, more time."
                 ),
             ],
-            outputs=[
+            outputs=widgets.results(
                 CasDMHeadSocket.Output("head", display_name="head", tooltip="For Cas-DM Head and Save Cas-DM Head."),
-                io.LossMap.Output("loss_map", display_name="loss_map", tooltip="For Plot Loss Graph."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Whether it learned, and what the mix is worth."
-                ),
-            ],
+                "Whether it learned, and what the mix is worth.",
+            ),
         )
 
     @classmethod
@@ -248,8 +201,8 @@ class TrainCasDMHead(io.ComfyNode):
         clip_vision=None,
         head=None,
     ) -> io.NodeOutput:
-        model, cfg, negative = model[0], cfg[0], _single("negative", negative)
-        vae, clip_vision, head = (_single(n, v) for n, v in dict(vae=vae, clip_vision=clip_vision, head=head).items())
+        model, cfg, negative = model[0], cfg[0], single("negative", negative)
+        vae, clip_vision, head = (single(n, v) for n, v in dict(vae=vae, clip_vision=clip_vision, head=head).items())
         settings = CasDMTraining(
             steps=steps[0],
             batch_size=batch_size[0],
@@ -271,25 +224,16 @@ class TrainCasDMHead(io.ComfyNode):
         with training_gradients():
             kind = metric[0] if settings.metric_weight else NONE
             encoder = clip_vision if kind == FEATURES else None
-            pictures = LatentPictures(model, vae, encoder, gradient_checkpointing[0])
-            judge = _metric(kind, pictures, crop[0])
+            pictures = TrainingPictures(model, vae, encoder, gradient_checkpointing[0])
+            judge = latent_metric(kind, pictures, crop[0])
             data = Latents(latents, Process(*process_of(model)), held_out[0])
             place = training_place(model)
             trainer = CasDMTrainer(head, data, theta, settings, judge, *place, pictures.recording)
-            run = _Run(trainer, pictures, metric[0], checkpoint_prefix[0])
-            result = run.train(theta, checkpoint_every[0], preview_every[0])
+            run = HeadRun(trainer, pictures, metric[0], checkpoint_prefix[0], checkpoint_every[0], preview_every[0])
+            result = run.train()
             sheet = run.sheet()
         shown = {} if sheet is None else {"ui": ui.PreviewImage(sheet[None], cls=cls)}
         return io.NodeOutput(*result, **shown)
-
-
-def _single(name: str, values: list | None):
-    """The one value of an optional input of a node that gets lists."""
-    if not values:
-        return None
-    if len(values) > 1:
-        raise ValueError(f"{name} holds a list of {len(values)}; wire a single one, for all pictures")
-    return values[0]
 
 
 def _new(model, cfg: float, data: str, seed: int, **config) -> Head:
@@ -307,80 +251,6 @@ def _check_resumed(model, head: Head, cfg: float) -> None:
             f"the head was trained on predictions at cfg {head.facts.cfg:g}, and cfg is {cfg:g}; set cfg to"
             f" {head.facts.cfg:g} to train it on, or unwire head to begin a new one"
         )
-
-
-def _metric(kind: str, pictures: LatentPictures, crop: int):
-    """The metric by its name, of latents; None for none. A ValueError where something for it is not wired."""
-    if kind == NONE:
-        return None
-    if kind in OF_NUMBERS and pictures.vae is None:
-        return lambda a, b, places: OF_NUMBERS[kind](a, b)
-    wanted = {"vae": pictures.vae} | ({"clip_vision": pictures.clip_vision} if kind == FEATURES else {})
-    if missing := [name for name, value in wanted.items() if value is None]:
-        raise ValueError(
-            f"the metric {kind} compares pictures and needs {' and '.join(missing)}; wire it, or set metric to none, l1"
-            " or huber"
-        )
-    if kind in OF_NUMBERS:
-        distance = OF_NUMBERS[kind]
-    elif kind == FEATURES:
-        distance = feature_distance(partial(pictures.features, join=join_features))
-    else:
-        distance = lpips_distance(kind.removeprefix(LPIPS), pictures.vae.device)
-    return CropMetric(pictures.decode, distance, max(1, crop // pictures.vae.spacial_compression_decode()))
-
-
-class _Run:
-    """A training with what a user sees and keeps of it."""
-
-    def __init__(self, trainer: CasDMTrainer, pictures: LatentPictures, metric: str, prefix: str):
-        self.trainer, self.pictures, self.metric, self.prefix = trainer, pictures, metric, prefix
-
-    def train(self, theta: Guided, checkpoint_every: int, preview_every: int) -> tuple[Head, dict, str]:
-        trainer, settings = self.trainer, self.trainer.settings
-        progress = TrainingProgress(settings.steps + min(settings.cached_steps, settings.steps))
-
-        def after_step(done: int, loss: float) -> None:
-            show = preview_every and done % preview_every == 0
-            progress(self.sheet() if show else None)
-            # what the last step gives is the node's output
-            if checkpoint_every and done % checkpoint_every == 0 and done < settings.steps:
-                logging.info("TrainCasDMHead: step %d, loss %.5f: %s", done, loss, self.save(f"step{trainer.steps}"))
-
-        with keeping(self.ended, "TrainCasDMHead"):
-            trainer.ask_beforehand(lambda done, count: progress())
-            if settings.cached_steps:
-                theta.unload()
-            before = trainer.examine()
-            trainer.train(after_step)
-            after = trainer.examine()
-        return self.head(after), trainer.losses, report(trainer, before, after, self.metric)
-
-    def head(self, *examined) -> Head:
-        return self.trainer.head(*examined, metric=self.metric)
-
-    def save(self, name: str):
-        return save_head(*to_file(self.head()), f"{self.prefix}_{name}")
-
-    def ended(self, reason: str):
-        """None where not a step was done."""
-        return self.save(f"{reason}_step{self.trainer.steps}") if self.trainer.done else None
-
-    def sheet(self) -> torch.Tensor | None:
-        """Held-out pictures as the model, the head and the mix have them; None where they cannot be shown."""
-        rows = []
-        for example in self.trainer.examples():
-            shown = self._shown(torch.stack([example.x_theta, example.x_phi, example.mixed, example.x0]))
-            if shown is None:
-                return None
-            rows.append((f"{example.percent:.0%} done", f"r {example.r:.2f}", shown.unbind(0)))
-        return draw_examples(rows) if rows else None
-
-    @torch.no_grad()
-    def _shown(self, latents: torch.Tensor) -> torch.Tensor | None:
-        if self.pictures.vae is None:
-            return rough_pictures(self.pictures.model, latents)
-        return self.pictures.decode(latents.to(self.trainer.device)).cpu()
 
 
 NODES: list[type[io.ComfyNode]] = [TrainCasDMHead]

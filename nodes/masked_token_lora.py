@@ -4,21 +4,15 @@ aMUSEd: An Open MUSE Reproduction (arXiv 2401.01808, section 4), after StyleDrop
 """
 
 import logging
+from functools import partial
 
 import torch
 from comfy_api.latest import io
 
 from ..host.masked_token_lora_files import NONE, lora_files, read_lora, write_lora
 from ..host.masked_token_run import decode_tokens, encode_pictures, read_prompts
-from ..host.masked_token_training import (
-    add_lora,
-    gradients,
-    make_room,
-    merged_weights,
-    release,
-    training_place,
-)
-from ..host.training_run import TrainingProgress, keeping
+from ..host.masked_token_training import add_lora, gradients, make_room, merged_weights, release
+from ..host.training_run import TrainingRun, training_place
 from ..techniques.masked_tokens import MaskedTokenSettings, decode, draw
 from ..training.lora import Lora, check_fits, from_file, to_file
 from ..training.masked_token_lora import (
@@ -30,6 +24,7 @@ from ..training.masked_token_lora import (
     trainable,
     training_bytes,
 )
+from . import training_widgets as widgets
 from .masked_token_types import MaskedTokenLora, MaskedTokenModel
 
 PREFIX = "loras/masked_token_lora"
@@ -165,31 +160,13 @@ class TrainMaskedTokenLora(io.ComfyNode):
                     tooltip="The change counts alpha / rank. aMUSEd's scripts use 32; for a style of one picture at 512"
                     " pixels 1, with a learning rate of 1e-3. Programs that cannot read it from the file assume the rank.",
                 ),
-                io.Int.Input(
-                    "steps", default=1500, min=2, max=100000, tooltip="For one picture, 1500 to 2000 in the papers."
+                widgets.steps(1500, "For one picture, 1500 to 2000 in the papers."),
+                widgets.batch_size(1, "Crops per step. 1 for one picture, 8 to 16 for many."),
+                widgets.learning_rate(
+                    4e-4,
+                    "AdamW, constant. One picture: 4e-4 at 256 pixels, 1e-3 with alpha 1 at 512. Many: 8e-4 and 1e-4.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    tooltip="Crops per step. 1 for one picture, 8 to 16 for many.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=4e-4,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-7,
-                    tooltip="AdamW, constant. One picture: 4e-4 at 256 pixels, 1e-3 with alpha 1 at 512. Many: 8e-4 and 1e-4.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Of the first weights, the crops, the masks.",
-                ),
+                widgets.seed("Of the first weights, the crops, the masks."),
                 MaskedTokenLora.Input(
                     "lora",
                     optional=True,
@@ -205,40 +182,17 @@ class TrainMaskedTokenLora(io.ComfyNode):
                     advanced=True,
                     tooltip="Side of the square crops in pixels. 0: the model's own.",
                 ),
-                io.Int.Input(
-                    "checkpoint_every",
-                    default=0,
-                    min=0,
-                    max=100000,
-                    advanced=True,
-                    tooltip="Also write a file after every so many steps. 0: never. An interrupted run always writes one.",
+                *widgets.checkpoints(PREFIX),
+                widgets.preview_every(
+                    "Show a picture of the first prompt on the node after every so many steps. 0: never."
                 ),
-                io.String.Input(
-                    "checkpoint_prefix",
-                    default=PREFIX,
-                    advanced=True,
-                    tooltip="Below the output folder, for checkpoints and for what an interrupted run has learned.",
-                ),
-                io.Int.Input(
-                    "preview_every",
-                    default=0,
-                    min=0,
-                    max=100000,
-                    advanced=True,
-                    tooltip="Show a picture of the first prompt on the node after every so many steps. 0: never.",
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=False,
-                    advanced=True,
-                    tooltip="Less memory for about a third more time; the same result to rounding.",
+                widgets.gradient_checkpointing(
+                    False, "Less memory for about a third more time; the same result to rounding."
                 ),
             ],
-            outputs=[
-                MaskedTokenLora.Output("lora", display_name="lora"),
-                io.LossMap.Output("loss_map", display_name="loss_map", tooltip="For Plot Loss Graph."),
-                io.String.Output("report", display_name="report", tooltip="The settings, and whether it learned."),
-            ],
+            outputs=widgets.results(
+                MaskedTokenLora.Output("lora", display_name="lora"), "The settings, and whether it learned."
+            ),
         )
 
     @classmethod
@@ -266,18 +220,27 @@ class TrainMaskedTokenLora(io.ComfyNode):
         with gradients():
             pictures = Pictures(images, texts, resolution, model.downscale, lambda crops: encode_pictures(model, crops))
             trainer = _trainer(model, pictures, settings, lora, gradient_checkpointing)
-            save = _Checkpoints(trainer, model.name, checkpoint_prefix)
             before = trainer.fixed_loss()
-            _train(model, trainer, save, checkpoint_every, preview_every)
-            result = save.lora(), {"loss": trainer.losses}, report(trainer, before, trainer.fixed_loss())
-        del trainer, save
+            run = TrainingRun(
+                "TrainMaskedTokenLora",
+                steps,
+                partial(_save, trainer, model.name, checkpoint_prefix),
+                partial(_preview, model, trainer),
+                checkpoint_every,
+                preview_every,
+            )
+            with run.keeping():
+                trainer.train(run.after_step)
+            lines = [report(trainer, before, trainer.fixed_loss()), *run.remarks]
+            result = trainer.lora(base_model=model.name), trainer.losses, "\n".join(lines)
+        del trainer, run
         release()
         return io.NodeOutput(*result)
 
 
 def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
     """On a copy of the transformer, with the LoRAs that it carries merged."""
-    config, (device, dtype) = model.transformer.model.config, training_place(model)
+    config, (device, dtype) = model.transformer.model.config, training_place(model.transformer)
     tokens = (pictures.resolution // model.downscale) ** 2
     make_room(training_bytes(config, dtype, tokens, settings.batch_size), device)
     network = trainable(config, merged_weights(model.transformer, device, dtype))
@@ -286,38 +249,11 @@ def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
     return LoraTrainer(network, pictures, settings, lora)
 
 
-class _Checkpoints:
-    """What a run has learned so far, as a value and as files."""
-
-    def __init__(self, trainer: LoraTrainer, base: str, prefix: str):
-        self.trainer, self.base, self.prefix = trainer, base, prefix
-
-    def lora(self) -> Lora:
-        return self.trainer.lora(base_model=self.base)
-
-    def step(self):
-        return write_lora(f"{self.prefix}_step{self.trainer.steps}", *to_file(self.lora()))
-
-    def ended(self, reason: str):
-        """None where not a step was done."""
-        if self.trainer.done == 0:
-            return None
-        return write_lora(f"{self.prefix}_{reason}_step{self.trainer.steps}", *to_file(self.lora()))
-
-
-def _train(model, trainer: LoraTrainer, save: _Checkpoints, checkpoint_every: int, preview_every: int) -> None:
-    steps = trainer.settings.steps
-    progress = TrainingProgress(steps)
-
-    def after_step(done: int, loss: float) -> None:
-        picture = _preview(model, trainer) if preview_every and done % preview_every == 0 else None
-        progress(picture)
-        # what the last step gives is the node's output
-        if checkpoint_every and done % checkpoint_every == 0 and done < steps:
-            logging.info("TrainMaskedTokenLora: step %d, loss %.4f: %s", done, loss, save.step())
-
-    with keeping(save.ended, "TrainMaskedTokenLora"):
-        trainer.train(after_step)
+def _save(trainer: LoraTrainer, base: str, prefix: str, mark: str):
+    """None where not a step was done."""
+    if trainer.done == 0:
+        return None
+    return write_lora(f"{prefix}_{mark}step{trainer.steps}", *to_file(trainer.lora(base_model=base)))
 
 
 def _preview(model, trainer: LoraTrainer) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..techniques.cas_dm import alpha_bar, amplitudes, posterior_weight
-from .masked_token_lora import stream
+from .streams import stream
 
 FIRST_WEIGHTS, DRAWS, HELD_OUT = 10, 11, 12  # what a stream of random numbers is for
 MOST_HELD_OUT = 32  # pictures

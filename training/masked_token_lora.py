@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..networks.uvit import UViT
 from .lora import Lora, attach, check_resume, fresh, learned
+from .pictures import fit_short_side
+from .report_lines import verdict
+from .streams import stream
+from .trainer import Trainer
 
 AESTHETIC = 6.0  # the score with which aMUSEd is trained and sampled
 FIXED_MASKS = 8  # per picture, to compare before and after
@@ -32,11 +35,6 @@ INIT, ORDER, MASKS, FIXED = 1, 2, 3, 4  # what a stream of random numbers is for
 
 Encode = Callable[[Tensor], Tensor]  # pictures [B, H, W, 3] in 0..1 -> token ids [B, h, w]
 Text = tuple[Tensor, Tensor]  # states [1, L, C], pooled [1, C]
-AfterStep = Callable[[int, float], None]  # steps done, loss
-
-
-class NotFiniteError(ValueError):
-    """The loss became NaN or infinite; the trainer holds the weights of the last loss that was a number."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,9 @@ class LoraTraining:
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name):g} is not a positive number; aMUSEd uses 4e-4 and 32")
 
+    def rate(self, step: int) -> float:
+        return self.learning_rate
+
 
 class Batch(NamedTuple):
     """What one step looks at."""
@@ -67,13 +68,6 @@ class Batch(NamedTuple):
     text: Tensor  # [B, L, C]
     pooled: Tensor  # [B, C]
     micro: Tensor  # [B, 5]
-
-
-def stream(*key: int) -> torch.Generator:
-    """Random numbers that depend on every part of ``key``, each below 2**64; keys of one use have as many parts."""
-    # torch reads 32 bits of its seed; NumPy would read parts of one word and of two as one list of words
-    words = [word for part in key for word in (part & 0xFFFFFFFF, part >> 32)]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
 def trainable(config, weights: dict[str, Tensor]) -> UViT:
@@ -148,17 +142,6 @@ class Pictures:
         return int(torch.randperm(len(self), generator=stream(seed, ORDER, epoch))[place])
 
 
-def fit_short_side(images: Tensor, size: int) -> Tensor:
-    """``images`` [B, H, W, C] with the shorter side of ``size``, bilinear; as they are where it is already."""
-    height, width = images.shape[1:3]
-    if min(height, width) == size:
-        return images
-    scale = size / min(height, width)
-    shape = max(size, round(height * scale)), max(size, round(width * scale))
-    resized = F.interpolate(images.movedim(-1, 1), shape, mode="bilinear", antialias=True, align_corners=False)
-    return resized.clamp(0.0, 1.0).movedim(1, -1)
-
-
 def mask_of(share: float, tokens: Tensor, generator: torch.Generator) -> Tensor:
     """Bool [1, h, w]: that share of the tokens of one sample, at least one, at random."""
     count = max(1, round(share * tokens.numel()))
@@ -179,8 +162,10 @@ def masked_loss(network: UViT, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.movedim(1, -1)[mask].float(), tokens[mask])
 
 
-class LoraTrainer:
-    """One run. ``losses`` and ``lora()`` are what there is so far, also after ``train`` was ended by an exception."""
+class LoraTrainer(Trainer):
+    """One run; ``lora()`` is what it has learned so far."""
+
+    settings: LoraTraining
 
     def __init__(self, network: UViT, pictures: Pictures, settings: LoraTraining, resume: Lora | None = None):
         """``network`` is changed: give it a copy. ``resume``: go on with these weights, with a fresh optimizer."""
@@ -188,48 +173,16 @@ class LoraTrainer:
         if resume is not None:
             check_resume(resume, network, settings.rank, settings.alpha)
         start = resume or fresh(network, settings.rank, settings.alpha, stream(settings.seed, INIT))
-        self.network, self.pictures, self.settings = network, pictures, settings
-        self.first_step = start.steps
-        self.losses: list[float] = []
-        self.done = 0  # steps of this run that the weights have seen
-        self.layers = attach(network, start)
-        self.parameters = [p for layer in self.layers.values() for p in (layer.down, layer.up)]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-        )
-        self.good = 0, [p.detach().clone() for p in self.parameters]
+        self.network, self.pictures, self.layers = network, pictures, attach(network, start)
+        parameters = [p for layer in self.layers.values() for p in (layer.down, layer.up)]
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        super().__init__(settings, parameters, optimizer, start.steps)
 
-    @property
-    def steps(self) -> int:
-        """Steps behind the weights, with those of the run that was resumed."""
-        return self.first_step + self.done
-
-    def train(self, after_step: AfterStep) -> None:
-        """Run the steps. ``after_step(done, loss)`` follows each; what it raises ends the run."""
-        for step in range(self.settings.steps):
-            loss = masked_loss(self.network, self.draw(self.first_step + step))
-            self.optimizer.zero_grad()
-            loss.backward()
-            self._check(step, "the loss or its gradient", [loss, *(p.grad for p in self.parameters)])
-            self.good = self.done, [p.detach().clone() for p in self.parameters]
-            self.optimizer.step()
-            self.done = step + 1
-            self._check(step, "a weight", self.parameters)
-            self.losses.append(float(loss.detach()))
-            after_step(self.done, self.losses[-1])
-
-    @torch.no_grad()
-    def _check(self, step: int, what: str, values: Sequence[Tensor]) -> None:
-        """Raise where a value is not finite, back at the last weights whose loss was."""
-        if bool(torch.stack([value.abs().amax() for value in values]).isfinite().all()):
-            return
-        self.done, good = self.good
-        for parameter, value in zip(self.parameters, good):
-            parameter.copy_(value)
-        raise NotFiniteError(
-            f"{what} is NaN or infinite at step {step + 1} of {self.settings.steps};"
-            f" lower the learning rate, {self.settings.learning_rate:g}"
-        )
+    def _gradient(self, step: int) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()
+        loss = masked_loss(self.network, self.draw(self.first_step + step))
+        loss.backward()
+        return {"loss": loss.detach()}
 
     def draw(self, step: int) -> Batch:
         """The batch of a step."""
@@ -272,12 +225,11 @@ class LoraTrainer:
 
 def report(trainer: LoraTrainer, before: float, after: float) -> str:
     """What a run did, in a few lines for people."""
-    settings, pictures, losses = trainer.settings, trainer.pictures, trainer.losses
+    settings, pictures, losses = trainer.settings, trainer.pictures, trainer.losses["loss"]
     weights = sum(p.numel() for p in trainer.parameters)
     window = max(1, min(50, len(losses) // 5))
     first, last = (math.fsum(part) / len(part) for part in (losses[:window], losses[-window:]))
     resumed = f", resumed at step {trainer.first_step}" if trainer.first_step else ""
-    verdict = "it learned" if after < before else "it did NOT learn: use more steps or another learning rate"
     return "\n".join(
         [
             f"{settings.steps} steps of batch {settings.batch_size} at learning rate {settings.learning_rate:g},"
@@ -286,7 +238,7 @@ def report(trainer: LoraTrainer, before: float, after: float) -> str:
             f"{len(pictures)} picture(s) of {pictures.width}x{pictures.height}, crops of {pictures.resolution}",
             f"loss of the first {window} steps {first:.4f}, of the last {window} {last:.4f} (nats per masked token;"
             f" guessing: {math.log(trainer.network.config.codebook_size):.4f})",
-            f"loss on fixed masks of the training pictures: {before:.4f} before, {after:.4f} after: {verdict}",
+            f"loss on fixed masks of the training pictures: {before:.4f} before, {after:.4f} after: {verdict(before, after)}",
             "It says how well these pictures are known by heart, not how well the style carries over: look at samples.",
         ]
     )

@@ -1,7 +1,9 @@
 """Training a head through its node, on tiny random models, with the demo's VAE and image encoder."""
 
+import errno
 import inspect
 import logging
+import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from comfy_extras.nodes_train import LossGraphNode
 from chorus.demo import modules
 from chorus.demo.latent import ChorusDemoLatent
 from chorus.host.cas_dm_files import head_files, read_head
-from chorus.host.cas_dm_training import Guided, LatentPictures, process_of, read_latents, training_gradients
+from chorus.host.cas_dm_training import Guided, process_of, read_latents
+from chorus.host.training_pictures import TrainingPictures, training_gradients
+from chorus.host.training_run import training_place
 from chorus.networks.cas_dm_head import from_file
-from chorus.nodes import cas_dm_train
+from chorus.nodes import cas_dm, cas_dm_run, cas_dm_train, training_metrics
 from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.tests.host.test_blend_lifecycle import stop_at
 from chorus.tests.host.test_cas_dm import MODELS, WORDS, channels_of, head_for, put, sample
@@ -33,8 +37,9 @@ from chorus.tests.host.tiny_models import (
     recording,
     unet,
 )
+from chorus.training.cas_dm import CasDMTrainer
 from chorus.training.cas_dm_data import Process
-from chorus.training.metrics import join_features
+from chorus.training.metrics import join_features, l1
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders")
 Result = namedtuple("Result", "head loss_map report ui")
@@ -174,7 +179,7 @@ def test_it_learns_is_used_and_leaves_the_model_alone(kind):
 def test_a_saved_head_trains_on():
     model = unet(0)
     first = train(model).head
-    cas_dm_train.save_head(*cas_dm_train.to_file(first), "cas_dm/head")
+    cas_dm_run.save_head(*cas_dm_run.to_file(first), "cas_dm/head")
     (name,) = head_files()
     with torch.inference_mode():
         read = read_head(name, from_file)
@@ -231,7 +236,7 @@ def test_features_and_pictures_are_the_hosts(vae, encoder):
     gradients = []
     for checkpoint in (True, False):
         with training_gradients():
-            seen = LatentPictures(model, vae, encoder, checkpoint)
+            seen = TrainingPictures(model, vae, encoder, checkpoint)
             with seen.recording():
                 x = z.clone().requires_grad_(True)
                 pictures = seen.decode(x)
@@ -285,10 +290,10 @@ def test_a_loss_that_is_no_number_ends_it_and_the_error_says_where_the_good_one_
 
     def spoiled(a, b):
         calls.append(1)
-        found = cas_dm_train.l1(a, b)
+        found = l1(a, b)
         return found * torch.nan if len(calls) == 69 else found
 
-    monkeypatch.setitem(cas_dm_train.OF_NUMBERS, "l1", spoiled)
+    monkeypatch.setitem(training_metrics.OF_NUMBERS, "l1", spoiled)
     with pytest.raises(
         ValueError, match=r"NaN or infinite.*lower the learning rate.*learned before is in .*_failed_step"
     ):
@@ -305,11 +310,122 @@ def test_checkpoints():
     assert result.head.facts.steps == 5
 
 
+@pytest.fixture
+def worse_after(monkeypatch):
+    """``worse_after(done)``: from then on the head is spoiled by every step, as one that overfits."""
+
+    def of(done):
+        follow = CasDMTrainer._follow
+
+        def spoiled(self):
+            if self.done > done:
+                with torch.no_grad():
+                    self.parameters[-1].add_(1.0)
+            follow(self)
+
+        monkeypatch.setattr(CasDMTrainer, "_follow", spoiled)
+
+    return of
+
+
+def test_the_best_that_was_looked_at_is_handed_out(worse_after):
+    plain = train(unet(0), steps=4, average=0.0)
+    worse_after(4)
+    result = train(unet(0), steps=8, average=0.0, preview_every=4)
+    assert same(result.head, plain.head) and result.head.facts.steps == 4
+    assert result.head.facts.details["held_out_loss"] == plain.head.facts.details["held_out_loss"]
+    assert len(result.loss_map["loss"]) == 8
+    assert "8 steps of" in result.report and "after 4 steps of this run, where it was lowest" in result.report
+    # where nothing was looked at on the way, the last weights are the only ones
+    assert train(unet(0), steps=8, average=0.0).head.facts.steps == 8
+
+
+def test_checkpoints_say_how_good_they_are(worse_after):
+    worse_after(2)
+    result = train(unet(0), steps=6, average=0.0, checkpoint_every=2)
+    losses = [float(read_head(name, from_file).facts.details["held_out_loss"]) for name in head_files()]
+    assert len(losses) == 2 and losses[1] > losses[0]
+    assert result.head.facts.steps == 2 and float(result.head.facts.details["held_out_loss"]) == losses[0]
+
+
+def test_an_interrupt_keeps_the_best_that_was_looked_at(worse_after):
+    # asked in the same way, and never stopped
+    plain = train(stop_at(unet(0), 1000), latents(3), steps=2, average=0.0, held_out=0.0)
+    worse_after(2)
+    asked = 3 * 8  # before the first step, the held-out pictures at every level
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stopped = stop_at(unet(0), asked + 4 * 2 + 1)
+        train(stopped, latents(3), steps=9, average=0.0, held_out=0.0, preview_every=2)
+    (name,) = head_files()
+    assert name.startswith("cas_dm/head_interrupted_step2_")
+    kept = read_head(name, from_file)
+    for key, weight in plain.head.weights.items():
+        assert torch.equal(kept.weights[key], weight.half())
+
+
+def test_where_the_last_cannot_be_examined_they_are_kept(monkeypatch, caplog):
+    settle = []
+
+    def no_room(self):
+        settle.append(1)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(CasDMTrainer, "settle", no_room)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), steps=9, held_out=0.0, preview_every=2)
+    (name,) = head_files()
+    assert settle == [1] and "_interrupted_step3_" in name and "could not be examined; they are kept" in caplog.text
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every file is half written, then there is no room."""
+
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+
+
+def files(folder):
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_ends_no_training(folders, full_disk, caplog):
+    result = train(unet(0), steps=5, checkpoint_every=2)
+    assert result.head.facts.steps == 5 and same(result.head, train(unet(0), steps=5).head)
+    for done in (2, 4):
+        assert f"NOT written: the checkpoint after {done} steps: [Errno 28] No space left on device" in result.report
+    assert caplog.text.count("a checkpoint could not be written; the training goes on") == 2
+    assert files(folders / "output") == []
+    with torch.inference_mode(), pytest.raises(OSError, match="No space left on device"):
+        cas_dm.SaveCasDMHead.execute(result.head, "cas_dm/head")
+    assert files(folders / "output") == []
+
+
+def test_on_a_full_disk_an_interrupt_is_still_one(folders, full_disk, caplog):
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), held_out=0.0)
+    assert "what was learned could not be saved" in caplog.text and "No space left on device" in caplog.text
+    assert files(folders / "output") == []
+
+
+def test_bfloat16_is_for_devices_that_have_it(monkeypatch):
+    model = unet(0)
+    assert training_place(model) == (torch.device("cpu"), torch.float32)
+    model.load_device = torch.device("meta")  # stands for a GPU
+    for has in (True, False):
+        monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda device, has=has: has)
+        assert training_place(model) == (model.load_device, torch.bfloat16 if has else torch.float32)
+
+
 @pytest.mark.parametrize("with_vae", [True, False])
 def test_held_out_pictures_are_shown(vae, with_vae, monkeypatch):
     sheets = []
-    draw = cas_dm_train.draw_examples
-    monkeypatch.setattr(cas_dm_train, "draw_examples", lambda rows: sheets.append((rows, draw(rows))) or sheets[-1][1])
+    draw = cas_dm_run.draw_examples
+    monkeypatch.setattr(cas_dm_run, "draw_examples", lambda rows: sheets.append((rows, draw(rows))) or sheets[-1][1])
     model = unet(0, latent_format=Scaled) if with_vae else unet(0)
     result = train(model, steps=4, preview_every=2, **({"vae": vae} if with_vae else {}))
     assert len(result.ui.as_dict()["images"]) == 1
@@ -327,6 +443,7 @@ def nested():
 
 REFUSED = {
     "no latents": (dict(samples={"samples": torch.zeros(0, 4, 8, 8)}), "samples hold no latents; load pictures"),
+    "an empty list": (dict(samples=[]), "samples hold no latents; load pictures and encode them"),
     "other channels": (dict(samples=latents(channels=16)), r"samples are \(4, 16, 8, 8\).* works on latents of 4 channels"),
     "nested latents": (lambda: dict(samples=nested()), "nested latents"),
     "not finite": (lambda: dict(samples={"samples": torch.full((1, 4, 8, 8), torch.nan)}), "NaN or infinite; encode"),

@@ -1,6 +1,7 @@
 """The nodes around face refiners inside ComfyUI: files, memory, boxes of its own nodes, reports."""
 
 import inspect
+import json
 import math
 import pickle
 from types import SimpleNamespace
@@ -57,8 +58,8 @@ def load(file):
     return model
 
 
-def save(refiner, prefix="face_refiner/ComfyUI"):
-    node = type("Node", (SaveFaceRefiner,), {"hidden": None})
+def save(refiner, prefix="face_refiner/ComfyUI", hidden=None):
+    node = type("Node", (SaveFaceRefiner,), {"hidden": hidden})
     [saved] = node.execute(refiner=refiner, filename_prefix=prefix).ui["face_refiner"]
     return saved
 
@@ -132,6 +133,21 @@ def test_what_was_saved_is_loaded(folders):
         assert torch.equal(model.patcher.model.state_dict()[key].float().cpu(), expected)
     with safetensors.safe_open(folders.output / "face_refiner" / saved["filename"], "pt") as file:
         assert file.metadata()["format"] == "chorus-face-refiner-1" and file.metadata()["size"] == "32"
+
+
+def test_a_file_holds_the_workflow_that_saved_it_not_that_of_the_file_it_was_loaded_from(folders):
+    def hidden(mark):
+        return SimpleNamespace(prompt={"1": mark}, extra_pnginfo={"workflow": {"mark": mark}})
+
+    save(refiner(OWN, pairing="paired"), hidden=hidden("first"))
+    read = load("face_refiner/ComfyUI_00001_.refiner.safetensors [output]")
+    assert json.loads(read.details["prompt"]) == {"1": "first"}
+    # nor does it say of the network what another file did
+    saved = save(held.wrap("x", read.patcher.model, {**read.details, "network": "another"}), hidden=hidden("second"))
+    with safetensors.safe_open(folders.output / "face_refiner" / saved["filename"], "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["prompt"]) == {"1": "second"} and json.loads(metadata["workflow"]) == {"mark": "second"}
+    assert metadata["pairing"] == "paired" and metadata["network"] == str(OWN)
 
 
 def test_weights_that_float16_cannot_hold_are_not_saved(folders):

@@ -10,9 +10,10 @@ from torch import nn
 
 from chorus.networks.cas_dm_head import CasDMHeadConfig, HeadFacts, from_file, new_head, to_file
 from chorus.techniques.cas_dm import alpha_bar, amplitudes, mix, posterior_weight, refine
-from chorus.training.cas_dm import CasDMTrainer, CasDMTraining, report
+from chorus.training.cas_dm import CasDMTrainer, CasDMTraining
 from chorus.training.cas_dm_data import Latents, Process
-from chorus.training.masked_token_lora import NotFiniteError
+from chorus.training.cas_dm_report import report
+from chorus.training.finite import NotFiniteError
 from chorus.training.metrics import (
     BACKBONES,
     CropMetric,
@@ -329,6 +330,86 @@ def test_an_interrupt_keeps_what_was_learned():
         made.train(after_step)
     assert made.done == made.head().facts.steps == len(made.losses["loss"]) == 7
     assert made.examine().loss < before.loss
+
+
+def test_the_best_by_the_held_out_pictures_is_what_one_gets():
+    made, found = trainer(steps=8, average=0.0), []
+
+    def after_step(done, loss):
+        found.append(made.examine().loss)
+        if done == 4:  # from here on it gets worse
+            made.optimizer.step = lambda: made.parameters[-1].data.add_(0.5)
+
+    start = made.examine()
+    made.train(after_step)
+    lowest, last = min(found), weights(made)
+    done = found.index(lowest) + 1
+    assert done <= 4 and found[-1] > 1.5 * lowest
+    after = made.settle()
+    assert after.loss == lowest and made.done == made.head().facts.steps == done
+    assert not all(torch.equal(a, b) for a, b in zip(weights(made), last))
+    # as a run that ended there
+    short = trainer(steps=done, average=0.0)
+    short.train(nothing)
+    assert all(torch.equal(a, b) for a, b in zip(weights(made), weights(short)))
+    assert made.examine() == after and short.examine().loss == pytest.approx(lowest, rel=1e-6)
+    text = report(made, start, after)
+    assert f"that is after {done} steps of this run, where it was lowest; these weights are handed out" in text
+    assert "8 steps of 8 x 1" in text
+
+
+def test_the_last_weights_are_kept_where_none_did_better():
+    made = trainer(steps=30)
+    seen = []
+    made.train(lambda done, loss: seen.append(made.examine().loss) if done % 10 == 0 else None)
+    assert seen == sorted(seen, reverse=True) and len(seen) == 3
+    last = weights(made)
+    assert made.settle().loss == seen[-1] and made.done == 30
+    assert all(torch.equal(a, b) for a, b in zip(weights(made), last))
+    assert "where it was lowest" not in report(made, trainer().examine(), made.examine())
+
+
+def test_where_a_run_began_is_not_what_it_gives():
+    made = trainer(steps=3, average=0.0, theta=lambda x, sigma, indices: x * 0 + 0.1, learning_rate=1.0)
+    before = made.examine()
+    made.train(lambda done, loss: made.parameters[-1].data.add_(5.0 * done))
+    made._follow()
+    after = made.settle()
+    assert after.loss > before.loss and made.done == 3
+    assert "did NOT learn" in report(made, before, after)
+
+
+def test_weights_whose_held_out_loss_is_no_number_are_not_the_best():
+    spoiled = []
+
+    def metric(a, b, places):
+        return l1(a, b) * (torch.nan if spoiled else 1.0)
+
+    made = trainer(steps=4, metric=metric)
+
+    def after_step(done, loss):
+        if done == 2:
+            made.examine()
+        spoiled[:] = [1] if done == 4 else []
+
+    made.train(after_step)
+    assert made.settle().loss == made.best.examined.loss and made.done == 2
+
+
+def test_looking_twice_costs_once():
+    calls = []
+
+    def metric(a, b, places):
+        calls.append(len(a))
+        return l1(a, b)
+
+    made = trainer(steps=2, metric=metric)
+    first = made.examine()
+    once = len(calls)
+    assert made.examine() is first and len(calls) == once > 0
+    made.train(nothing)
+    calls.clear()
+    assert made.examine() is not first and len(calls) == once
 
 
 def test_sizes_are_not_mixed_and_all_are_used():

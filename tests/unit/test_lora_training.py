@@ -8,19 +8,19 @@ import torch.nn.functional as F
 
 from chorus.networks.uvit import UViT, UViTConfig
 from chorus.techniques.masked_tokens import MaskedTokenSettings, decode, draw
+from chorus.training.finite import NotFiniteError
 from chorus.training.masked_token_lora import (
     LoraTrainer,
     LoraTraining,
-    NotFiniteError,
     Pictures,
-    fit_short_side,
     mask_of,
     masked_loss,
     recompute_layers,
     report,
-    stream,
     trainable,
 )
+from chorus.training.pictures import fit_short_side
+from chorus.training.streams import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +95,8 @@ def test_it_learns_a_picture():
     made.train(lambda done, loss: None)
     after = made.fixed_loss()
     assert after < 0.6 * before
-    assert sum(made.losses[-10:]) < 0.7 * sum(made.losses[:10])
+    losses = made.losses["loss"]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert "it learned" in report(made, before, after)
     assert "did NOT learn" in report(made, after, before)
 
@@ -148,7 +149,7 @@ def test_losses_are_those_of_the_batches():
     made = trainer(steps=1)
     expected = float(masked_loss(made.network, made.draw(0)).detach())
     made.train(lambda done, loss: None)
-    assert made.losses == [expected]
+    assert made.losses == {"loss": [expected]}
 
 
 def test_one_seed_gives_the_same_bits_and_another_gives_others():
@@ -169,7 +170,7 @@ def test_a_resumed_run_goes_on_where_the_first_ended():
     assert second.fixed_loss() == pytest.approx(first.fixed_loss(), rel=1e-6)
     second.train(lambda done, loss: None)
     # the same draws and weights; only the optimizer starts afresh
-    assert second.losses[0] == pytest.approx(whole.losses[12], rel=1e-6)
+    assert second.losses["loss"][0] == pytest.approx(whole.losses["loss"][12], rel=1e-6)
     assert second.steps == second.lora().steps == 20
     assert "resumed at step 12" in report(second, 1.0, 0.5)
 
@@ -265,7 +266,7 @@ def test_an_exception_keeps_what_was_learned():
     made = trainer(steps=9)
     with pytest.raises(KeyboardInterrupt):
         made.train(stop)
-    assert made.lora().steps == made.done == len(made.losses) == 3
+    assert made.lora().steps == made.done == len(made.losses["loss"]) == 3
     assert all(torch.equal(a, b) for a, b in zip(bits(made.lora()), bits(run(steps=3).lora())))
 
 
