@@ -121,3 +121,12 @@ def crops(x: Tensor, places: Tensor, size: int) -> Tensor:
         top, left = (min(int(p * (n - side + 1)), n - side) for p, n, side in zip(place, x.shape[-2:], sides))
         cut.append(row[..., top : top + sides[0], left : left + sides[1]])
     return torch.stack(cut)
+
+
+def grad(a: Tensor, b: Tensor) -> Tensor:
+    """GRAD (arXiv 2505.02255): mean |∇_h a − ∇_h b| + mean |∇_v a − ∇_v b| of pictures [B, H, W, C] in any scale.
+
+    The paper does not publish its ∇; forward differences of each channel are ours.
+    """
+    apart = a - b
+    return sum(apart.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2))
