@@ -20,6 +20,7 @@ OUTPUT = " [output]"  # the host's mark for its output folder
 SHIPPED = Path(__file__).parents[1] / "demo" / "weights" / FOLDER  # heads that come with the pack
 
 T = TypeVar("T")
+Make = Callable[[dict[str, Tensor], dict[str, str]], T]
 
 
 def register() -> None:
@@ -70,10 +71,15 @@ def fingerprint_head(name: str | None) -> str | float:
     return float("nan") if name is None else hashlib.sha256(find_head(name).read_bytes()).hexdigest()
 
 
+def read_head(name: str, make: Make) -> T:
+    """``make(tensors, metadata)`` of one of ``head_files``; a ValueError that names it where that cannot be."""
+    return read_head_file(find_head(name), make, name)
+
+
 @torch.inference_mode(False)  # training needs weights of which autograd may know
-def read_head(name: str, make: Callable[[dict[str, Tensor], dict[str, str]], T]) -> T:
-    """``make(tensors, metadata)`` of a file; a ValueError that names it where that cannot be."""
-    path = find_head(name)
+def read_head_file(path: Path, make: Make, name: str = "") -> T:
+    """``make(tensors, metadata)`` of any file, which errors call ``name``."""
+    name = name or str(path)
     try:
         with safe_open(path, framework="pt") as file:
             # copies: the file does not stay open

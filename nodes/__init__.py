@@ -2,12 +2,24 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, masked_token_lora, masked_token_model, masked_tokens, saliency_noise_blend, seed_files, seed_select
+from . import (
+    cas_dm,
+    cas_dm_train,
+    demo,
+    masked_token_lora,
+    masked_token_model,
+    masked_tokens,
+    saliency_noise_blend,
+    seed_files,
+    seed_select,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     *saliency_noise_blend.NODES,
     *seed_select.NODES,
     *seed_files.NODES,
+    *cas_dm.NODES,
+    *cas_dm_train.NODES,
     *masked_token_model.NODES,
     *masked_tokens.NODES,
     *masked_token_lora.NODES,

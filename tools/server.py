@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .progress import Line, Problem
-from .setup import BASE, ROOT, Host, environment, runs
+from .setup import BASE, ROOT, Host, environment, module, runs
+
+SIGNS = "chorus-signs"  # the folder of input/ that an example workflow trains on
 
 # a proxy of the environment is not asked for our own server
 open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -40,6 +42,17 @@ def make_base(base: Path) -> Path:
         else:
             link.symlink_to(ROOT, target_is_directory=True)
     return base
+
+
+def fill_input(host: Host, base: Path) -> None:
+    """Make input/chorus-signs where it is missing; what is there stays as it is."""
+    folder = base / "input" / SIGNS
+    if folder.exists():
+        return
+    command = module(host, "chorus.tools.sign_pictures", str(folder))  # the host's Python: ours may know no pictures
+    done = subprocess.run(command, cwd=ROOT, env=environment(host), capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise Problem(f"cannot make {folder}: {''.join(done.stderr.strip().splitlines()[-1:])}")
 
 
 def free_port() -> int:
@@ -80,6 +93,7 @@ def server(host: Host, base: Path = BASE, port: int | None = None, args: tuple =
     port, address = port or free_port(), own_address(args)
     need_port(port, address)
     make_base(base)
+    fill_input(host, base)
     command = [host.python, "main.py", "--port", port, "--base-directory", base, "--disable-auto-launch"]
     command += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes", *args]
     if not {"--cpu", "--directml"} & set(args) and not has_accelerator(host):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from . import fusion_workflows, masked_token_workflows, seed_workflows
+from . import cas_dm_workflows, fusion_workflows, masked_token_workflows, seed_workflows
 
-WORKFLOWS = [*fusion_workflows.WORKFLOWS, *masked_token_workflows.WORKFLOWS, *seed_workflows.WORKFLOWS]
+WORKFLOWS = [
+    *fusion_workflows.WORKFLOWS,
+    *masked_token_workflows.WORKFLOWS,
+    *seed_workflows.WORKFLOWS,
+    *cas_dm_workflows.WORKFLOWS,
+]

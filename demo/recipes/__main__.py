@@ -19,11 +19,16 @@ ORDER = (
     "evaluate",
     "evaluate_masked_tokens",
 )
+# what does not ship and is made only when it is named
+COMPARED = ("cas_dm_ablations",)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="run.py train-demo", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="recipe", help=f"any of {', '.join(ORDER)}; all when none is named")
+    known = ", ".join(ORDER)
+    parser.add_argument(
+        "names", nargs="*", metavar="recipe", help=f"any of {known} (all when none is named), or {', '.join(COMPARED)}"
+    )
     parser.add_argument("--minutes", type=float, help="end the training of each named network after this time")
     parser.add_argument(
         "--workers",
@@ -32,16 +37,15 @@ def main(argv=None):
         help="processes with one thread each, for general, expert, vq, masked_tokens and sign_classifier; good on a busy CPU",
     )
     options = parser.parse_args(argv)
-    unknown = [n for n in options.names if n not in ORDER]
+    unknown = [n for n in options.names if n not in ORDER + COMPARED]
     if unknown:
-        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(ORDER)}")
+        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(ORDER + COMPARED)}")
     _start_host()
-    for name in ORDER:
-        if name in options.names or not options.names:
-            recipe = importlib.import_module(f".{name}", __package__)
-            wanted = {"minutes": options.minutes, "workers": options.workers}
-            takes = inspect.signature(recipe.main).parameters
-            recipe.main(**{k: v for k, v in wanted.items() if k in takes})
+    for name in [n for n in ORDER + COMPARED if n in options.names] or ORDER:
+        recipe = importlib.import_module(f".{name}", __package__)
+        wanted = {"minutes": options.minutes, "workers": options.workers}
+        takes = inspect.signature(recipe.main).parameters
+        recipe.main(**{k: v for k, v in wanted.items() if k in takes})
 
 
 def _start_host():

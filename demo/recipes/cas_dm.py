@@ -3,12 +3,15 @@ features of the demo's image encoder.
 
 θ is the checkpoint as the examples sample it, at cfg 4; the losses are those of ``training/``, the loop that of the other
 recipes (AdamW, warm-up and cosine, moving average, resumable). ``python run.py train-demo cas_dm`` writes
-demo/weights/cas_dm/general.safetensors, under 2 MB in float16, which Load Cas-DM Head offers.
+demo/weights/cas_dm/chorus-demo-general.safetensors, under 2 MB in float16, which Load Cas-DM Head offers.
+
+Chosen in trials of 400 steps: sees_x (the metric of held-out canvases, 0.331 for θ, fell to 0.207 with x_t and to 0.264
+without), and the metric's weight (of 0, 1 and 4 the highest gave the best pictures in 4 steps, the lowest the worst).
 """
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -32,20 +35,25 @@ PASS = 64  # pictures in one pass of the checkpoint
 @dataclass(frozen=True)
 class Plan:
     name: str = "cas_dm-general"
-    file: str = "cas_dm/general"
+    file: str = "cas_dm/chorus-demo-general"
     cfg: float = 4.0
-    steps: int = 6000
-    batch: int = 64
-    lr: float = 1e-3
-    warmup: int = 100
+    steps: int = 1200
+    batch: int = 32
+    lr: float = 1.5e-3
+    warmup: int = 50
     decay: float = 0.999
     seed: int = 21
-    metric_weight: float = 0.1  # of the encoder's features; 0: none
+    metric_weight: float = 2.0  # of the encoder's features; 0: none
     gate: str = "pixel"
-    sees_x: bool = False
+    sees_x: bool = True
 
 
 PLAN = Plan()
+# what it is compared with; for benchmarks/cas_dm_quality.py, not shipped
+ABLATIONS = {
+    "without metric": replace(PLAN, name="cas_dm-no_metric", file=f"{loop.STATES}/cas_dm-no_metric", metric_weight=0.0),
+    "unguided": replace(PLAN, name="cas_dm-unguided", file=f"{loop.STATES}/cas_dm-unguided", cfg=1.0),
+}
 
 
 class Guided:
@@ -74,10 +82,11 @@ class Guided:
         """x_t = x0 + sigma noise [B, 12, h, w] -> x0 [B, 12, h, w]"""
         sigma = self.sigmas(t.cpu()).to(x).view(-1, 1, 1, 1)
         scale = (1 + sigma**2).rsqrt()
-        states, pooled = self._read(tokens)
-        none = (part.expand(len(x), *part.shape[1:]) for part in self.empty)
-        v, v_none = (self._passes(scale * x, t, *text) for text in ((states, pooled), none))
-        v = v_none + self.cfg * (v - v_none)
+        v = self._passes(scale * x, t, *self._read(tokens))
+        if self.cfg != 1:
+            none = (part.expand(len(x), *part.shape[1:]) for part in self.empty)
+            v_none = self._passes(scale * x, t, *none)
+            v = v_none + self.cfg * (v - v_none)
         return scale**2 * x - sigma * scale * v
 
     def _passes(self, x, t, states, pooled):

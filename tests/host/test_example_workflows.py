@@ -19,6 +19,11 @@ def test_workflow_fits_the_nodes(file, comfy):
         known = info[node["class_type"]]["input"]
         missing = set(known.get("required", {})) - set(node["inputs"])
         assert not missing, f"{node['class_type']} lacks {missing}"
+        for name, value in node["inputs"].items():
+            kind, *rest = (known.get("required", {}) | known.get("optional", {})).get(name, ("",))
+            offered = kind if isinstance(kind, list) else rest[0]["options"] if kind == "COMBO" else None
+            if offered is not None and not isinstance(value, list):  # a list is a wire
+                assert value in offered, f"{node['class_type']} has no {name} {value!r}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
