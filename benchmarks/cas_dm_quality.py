@@ -272,7 +272,7 @@ def main() -> None:
         table = measure(judges, chosen)
         sheet(judges, chosen, RESULTS / f"{options.name}.png")
     settings = vars(options) | {"pictures": parts * PASS, "sampler": SAMPLER, "scheduler": SCHEDULER}
-    heads = {way.head: weights.metadata(way.head) for way in chosen if way.head}
+    heads = {Path(way.head).name: weights.metadata(way.head) for way in chosen if way.head}
     path = keep(options.name, {"settings": settings, "heads": heads, "table": table})
     print(f"\n{facts()['device']}; kept in {path.name} and {options.name}.png")
 
