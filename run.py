@@ -6,6 +6,7 @@ python run.py serve        start ComfyUI with this pack and leave it up (--liste
 python run.py test         ruff, the unit tests, the host tests (other arguments go to pytest)
 python run.py train-demo   make the checkpoints of demo/ again (arguments go to demo/recipes)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it)
+python run.py locales      make the nodes' English texts again, say what the translations lack (accept LANG [KEY ...])
 
 Needs Python 3.10 and, the first time, the package index. Writes nothing outside this folder.
 """
@@ -91,7 +92,19 @@ def bench(options, rest: list[str]) -> int:
     return call(host, module(host, f"chorus.benchmarks.{rest[0]}", *rest[1:]))
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "train-demo": train_demo, "bench": bench}
+def locales(options, rest: list[str]) -> int:
+    host = host_for(options)
+    return call(host, module(host, "chorus.tools.locales", *rest))
+
+
+COMMANDS = {
+    "demo": demo,
+    "serve": serve,
+    "test": test,
+    "train-demo": train_demo,
+    "bench": bench,
+    "locales": locales,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -5,9 +5,10 @@ unguided (cfg 1), where the model makes one prediction a step and the head weigh
 model's step is the time inside its forwards with the head off; what the head adds is, of the two runs of one round,
 
   on - off, per step: everything that a user waits for. It holds the jitter of the model's own forwards, which on a CPU is
-    larger than the head's work. This is the number that the target is for.
+    larger than the head's work.
   between the forwards, on - off, per step: without that jitter, but also without what the head may do to the model's
-    forwards by taking turns with them in the caches.
+    forwards by taking turns with them in the caches. The head computes nowhere else, so this is held against the target
+    too.
   the head alone: its hook's computation, called by itself.
 
 FLOPs are counted by torch on the shapes of a step (2 per multiplication and addition), of the SD 1.5-sized model.
@@ -46,6 +47,7 @@ from .random_models import SD15, SD15_PARAMETERS, conditioning, sd15  # noqa: E4
 from .stopwatch import Stopwatch, Timing, median  # noqa: E402
 
 TIME_TARGET, MEMORY_TARGET = 0.05, 0.02
+HELD = {"whole_share": "on - off", "between_share": "between the forwards"}  # against the former
 GUIDANCE = {"unguided": 1.0, "guided": 5.0}
 OFF, ON = "off", "on"
 SEED, ALONE = 1, 20  # calls of the head by itself
@@ -86,7 +88,7 @@ class Case:
         """As if trained: no weight is zero."""
         made, draws = made_for(self.model, cfg), torch.Generator().manual_seed(2)
         known = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg)
-        head = new_head(CasDMHeadConfig(channels=made.channels), known, draws)
+        head = new_head(CasDMHeadConfig(channels=made.channels, sees_x=True), known, draws)
         weights = {k: w if w.any() else 0.02 * torch.randn(w.shape, generator=draws) for k, w in head.weights.items()}
         return Head(head.config, weights, known)
 
@@ -149,11 +151,11 @@ def flops(size: int) -> dict[str, int]:
     try:
         with torch.device("meta"):
             x, t, words = torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, 77, SD15["context_dim"])
-            head = CasDMHeadNet(CasDMHeadConfig(channels=4))
+            head = CasDMHeadNet(CasDMHeadConfig(channels=4, sees_x=True))
             with FlopCounterMode(display=False) as of_theta:
                 theta(x, t, context=words)
             with FlopCounterMode(display=False) as of_head:
-                head(x, t)
+                head(x, t, x)
     finally:
         attention.optimized_attention = before
     return {"model": of_theta.get_total_flops(), "head": of_head.get_total_flops()}
@@ -215,7 +217,7 @@ def measure(setting: Setting, options, device: torch.device) -> dict:
         values = costs(rows, found["alone"]["median"], setting.steps)
         found[name] = {
             "time": values,
-            "verdict": verdict(values["whole_share"], TIME_TARGET),
+            "verdict": {name: verdict(values[key], TIME_TARGET) for key, name in HELD.items()},
             "rounds": [{k: {"seconds": t.seconds, "forwards": t.forwards} for k, t in row.items()} for row in rows],
         }
     return found
@@ -250,7 +252,8 @@ def markdown(found: dict) -> str:
     if found["setting"]["name"] == "demo":
         lines.append("The targets are for models of SD 1.5's size; this one is small beside the head.")
     for name in GUIDANCE:
-        lines.append(f"Time, {name}: at most {100 * TIME_TARGET:g} % wanted: **{found[name]['verdict']}**.")
+        verdicts = "; ".join(f"{what}: **{said}**" for what, said in found[name]["verdict"].items())
+        lines.append(f"Time, {name}, at most {100 * TIME_TARGET:g} % wanted: {verdicts}.")
     if "memory" in found:
         m = found["memory"]
         peaks = {kind: median(values)["median"] / 2**20 for kind, values in m["peaks"].items()}
