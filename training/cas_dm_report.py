@@ -3,6 +3,8 @@
 from .cas_dm import CasDMTrainer, Examined
 from .report_lines import TRAINED_ON, settled, started, verdict
 
+UNUSED = 0.1  # below this r everywhere a head does next to nothing
+
 
 def report(trainer: CasDMTrainer, before: Examined, after: Examined, metric: str = "metric") -> str:
     """``after``: how the weights that are handed out do, which may be earlier ones than the last."""
@@ -20,7 +22,12 @@ def report(trainer: CasDMTrainer, before: Examined, after: Examined, metric: str
         lines.append(_line(metric, after.metric))
     gates = ", ".join(f"{percent:.0%}: {r:.2f}" for percent, r in after.gate)
     lines.append(f"r, the share of the head, over the sampling: {gates}")
-    if after.l2["mix"] >= after.l2["theta"]:
+    if after.gate and max(r for _, r in after.gate) < UNUSED:
+        lines.append(
+            "r is small everywhere, since the model alone is nearer by squares; to use what the head has learned of the"
+            " metric, train one with gate fixed"
+        )
+    elif after.l2["mix"] >= after.l2["theta"]:
         lines.append("the mix is no nearer to the truth than the model alone: train longer before using it")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """Training a head on a toy θ whose error can be learned: what falls, what stays as it is, what ends a run and what is kept."""
 
+import dataclasses
 import math
 import sys
 from types import SimpleNamespace
@@ -106,6 +107,8 @@ def test_it_learns(gate):
     assert "it learned" in text and "2 held-out pictures" in text and "L1: model" in text
     assert "no nearer" not in text
     assert "did NOT learn" in report(made, after, before) and "no nearer" in report(made, after, before)
+    unused = dataclasses.replace(after, gate=((0.25, 0.04), (0.75, 0.09)))
+    assert "r is small everywhere" in report(made, before, unused) and "r is small everywhere" not in text
 
 
 def test_the_gate_learns_whom_to_trust():
