@@ -18,6 +18,7 @@ not painted again.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -135,13 +136,18 @@ def joined(conditionings: list) -> list:
     return [[torch.cat([tensor for tensor, _ in rows]), rows[0][1] | {"pooled_output": pooled}]]
 
 
-def place(way: Way, steps: int, part: int) -> Path:
-    """Another head is another file."""
+@functools.cache
+def made_by(head: str) -> str:
+    """Of other weights another: the model's and those of ``head``, if any."""
     made = hashlib.sha256(weights.path("general").read_bytes())
-    if way.head:
-        made.update(weights.path(way.head).read_bytes())
+    if head:
+        made.update(weights.path(head).read_bytes())
+    return made.hexdigest()[:16]
+
+
+def place(way: Way, steps: int, part: int) -> Path:
     r = "" if way.r is None else f"-r{way.r:g}"
-    return PAINTED / f"{made.hexdigest()[:16]}-cfg{way.cfg:g}{r}-{steps}-{part}.pt"
+    return PAINTED / f"{made_by(way.head)}-cfg{way.cfg:g}{r}-{steps}-{part}.pt"
 
 
 def write(values: torch.Tensor, file: Path) -> None:

@@ -84,14 +84,7 @@ class TrainCasDMHead(io.ComfyNode):
                 widgets.batch_size(8, "Pictures at once, all of one size."),
                 widgets.learning_rate(3e-4, "AdamW, after a short warm-up."),
                 widgets.seed("Of the first weights, the noise, the levels, the crops."),
-                io.Int.Input(
-                    "accumulation",
-                    default=1,
-                    min=1,
-                    max=1024,
-                    advanced=True,
-                    tooltip="Batches per step: the gradient of larger ones in the memory of one.",
-                ),
+                widgets.accumulation(),
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
@@ -119,15 +112,7 @@ class TrainCasDMHead(io.ComfyNode):
                     advanced=True,
                     tooltip="paper: as in its loss, next to nothing where there is much noise. even: the same everywhere.",
                 ),
-                io.Float.Input(
-                    "average",
-                    default=0.999,
-                    min=0.0,
-                    max=0.99999,
-                    step=0.00001,
-                    advanced=True,
-                    tooltip="How much of the moving average of the weights stays at a step. 0: none, the last weights.",
-                ),
+                widgets.average(),
                 io.Int.Input(
                     "crop",
                     default=256,
@@ -151,7 +136,7 @@ class TrainCasDMHead(io.ComfyNode):
                     "cached_steps",
                     default=0,
                     min=0,
-                    max=1000000,
+                    max=widgets.MOST_STEPS,
                     advanced=True,
                     tooltip="Ask the model for that many steps first, unload it, then train on them in turn: for little"
                     " memory, or a slow model. 0: ask at every step.",

@@ -90,14 +90,7 @@ class TrainFaceRefiner(io.ComfyNode):
                 widgets.batch_size(4, "Crops at once."),
                 widgets.learning_rate(2e-4, "Adam; falls to 0 in the second half of the steps."),
                 widgets.seed("Of the first weights, the order, the crops, the dropout."),
-                io.Int.Input(
-                    "accumulation",
-                    default=1,
-                    min=1,
-                    max=1024,
-                    advanced=True,
-                    tooltip="Batches per step: the gradient of larger ones in the memory of one.",
-                ),
+                widgets.accumulation(),
                 io.Int.Input(
                     "crop",
                     default=256,
@@ -169,15 +162,7 @@ class TrainFaceRefiner(io.ComfyNode):
                     advanced=True,
                     tooltip="unpaired: older results that the judges are shown again.",
                 ),
-                io.Float.Input(
-                    "average",
-                    default=0.999,
-                    min=0.0,
-                    max=0.99999,
-                    step=0.00001,
-                    advanced=True,
-                    tooltip="How much of the moving average of the weights stays at a step. 0: none, the last weights.",
-                ),
+                widgets.average(),
                 io.Float.Input(
                     "held_out",
                     default=0.1,

@@ -19,6 +19,29 @@ def learning_rate(default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input("learning_rate", default=default, min=1e-7, max=1.0, step=1e-7, tooltip=tooltip)
 
 
+def accumulation() -> io.Int.Input:
+    return io.Int.Input(
+        "accumulation",
+        default=1,
+        min=1,
+        max=1024,
+        advanced=True,
+        tooltip="Batches per step: the gradient of larger ones in the memory of one.",
+    )
+
+
+def average() -> io.Float.Input:
+    return io.Float.Input(
+        "average",
+        default=0.999,
+        min=0.0,
+        max=0.99999,
+        step=0.00001,
+        advanced=True,
+        tooltip="How much of the moving average of the weights stays at a step. 0: none, the last weights.",
+    )
+
+
 def seed(tooltip: str) -> io.Int.Input:
     """Kept as it is from run to run: another would train anew."""
     control = io.ControlAfterGenerate.fixed

@@ -46,14 +46,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, _distance(a, b, _root(a.covariance)))
 
 
-def frechet_interval(
-    a: Tensor, b: Tensor, generator: torch.Generator, draws: int = BLOCKS, paired: bool = False
-) -> tuple[float, float]:
-    """95 % interval of FD of ``a`` [N, D] and ``b`` [M, D]; as ``frechet``, which says more."""
-    found = frechet(a, b, generator, draws, paired)
-    return found.low, found.high
-
-
 def frechet(a: Tensor, b: Tensor, generator: torch.Generator, draws: int = BLOCKS, paired: bool = False) -> Frechet:
     """FD of ``a`` [N, D] and ``b`` [M, D] with its interval and without its bias.
 
