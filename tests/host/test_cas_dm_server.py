@@ -153,7 +153,8 @@ def test_a_head_is_trained_from_a_folder_used_at_once_and_used_again_from_its_fi
     prompt = {**base(), **training(preview_every=2), **painted("plain", ["load", 0]), **worn("unsaved", ["train", 0])}
     result = run(prompt)
     told = [data["value"] for kind, data in result.events if kind == "progress" and data["node"] == "train"]
-    assert told == sorted(told) and told[-1] == 6 and len(set(told)) >= 5
+    # the host leaves out what follows within a tenth of a second, unless it has a preview
+    assert told == sorted(told) and {2, 4, 6} <= set(told) and told[-1] == 6
     report = "".join(result.outputs["report"]["text"])
     assert "6 steps of 2 x 1" in report and "clip_vision: model" in report
     shown = {node: data for node, _, data in comfy.images(result, "temp")}
