@@ -40,7 +40,7 @@ from ..demo import weights  # noqa: E402
 from ..demo.canvas import Canvases  # noqa: E402
 from ..demo.modules import load_checkpoint, load_sign_classifier, load_vision  # noqa: E402
 from ..demo.recipes.cas_dm import ABLATIONS, PLAN  # noqa: E402
-from ..demo.recipes.evaluate import encode, ranks_of  # noqa: E402
+from ..demo.recipes.evaluate import encode, joined, ranks_of  # noqa: E402
 from ..host.cas_dm_files import read_head_file  # noqa: E402
 from ..networks.cas_dm_head import Head, from_file  # noqa: E402
 from ..nodes.cas_dm import CasDMHead  # noqa: E402
@@ -127,13 +127,6 @@ def latents(way: Way, steps: int, part: int, model, clip, canvases) -> torch.Ten
         seed=part,
         disable_pbar=True,
     )
-
-
-def joined(conditionings: list) -> list:
-    """One CONDITIONING with a row for each of those of a single prompt."""
-    rows = [c[0] for c in conditionings]
-    pooled = torch.cat([options["pooled_output"] for _, options in rows])
-    return [[torch.cat([tensor for tensor, _ in rows]), rows[0][1] | {"pooled_output": pooled}]]
 
 
 @functools.cache

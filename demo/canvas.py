@@ -44,14 +44,17 @@ def phrase(words):
 class Canvases:
     """scene(index) -> Scene, caption(scene) -> str, draw(scene) -> uint8 [64, 64, 3].
 
-    domain: draw only signs of that domain; balanced: all signs equally often; unseen: scenes from the held-out
-    sizes, angles, places and backgrounds only; one: share of canvases with a single sign.
+    domain: draw only signs of that domain; names: only these; balanced: all signs equally often; unseen: scenes from the
+    held-out sizes, angles, places and backgrounds only; one: share of canvases with a single sign.
     """
 
-    def __init__(self, style, seed=1, domain=None, balanced=False, unseen=False, one=0.5, draw=True):
+    def __init__(self, style, seed=1, domain=None, names=None, balanced=False, unseen=False, one=0.5, draw=True):
         self.signs, self.held, self.seed, self.unseen, self.one = load_signs(), load_heldout(), seed, unseen, one
         self.style = style
-        self.members = np.array([i for i, s in enumerate(self.signs) if domain in (None, s.domain)])
+        allowed = {s.name for s in self.signs} if names is None else set(names)
+        self.members = np.array(
+            [i for i, s in enumerate(self.signs) if domain in (None, s.domain) and s.name in allowed]
+        )
         ranks = load_bins()["rank"]
         p = zipf([ranks[self.signs[i].name] for i in self.members])
         self.p = np.full(len(p), 1 / len(p)) if balanced else p

@@ -9,6 +9,9 @@ from .text import make_clip
 from .unet import make_model
 
 CHECKPOINTS = ("general", "expert-animals")
+STUDENTS = {
+    "general-4-steps": ("general", "student/general")
+}  # a checkpoint, and the LoRA that makes it one of few steps
 MASKED_TOKENS = "masked_token"  # the folder in demo/weights
 MASKED_TOKENS_CFG = 3.0
 SEEDS = weights.FOLDER.parent / "seeds"
@@ -30,11 +33,16 @@ def load_vae_module():
 
 def load_model(name, disable_dynamic=False, model_options=None):
     """The MODEL `name`; the host calls this again when it wants a copy with weights of its own."""
-    if name not in CHECKPOINTS:
-        raise ValueError(f"There is no demo checkpoint {name!r}; there are {', '.join(CHECKPOINTS)}.")
-    patcher = make_model(weights.load(name), load_pca(), disable_dynamic)
+    if name not in (*CHECKPOINTS, *STUDENTS):
+        raise ValueError(f"There is no demo checkpoint {name!r}; there are {', '.join((*CHECKPOINTS, *STUDENTS))}.")
+    patcher = make_model(_denoiser(name), load_pca(), disable_dynamic)
     patcher.cached_patcher_init = (load_model, (name,))
     return patcher
+
+
+def _denoiser(name):
+    base, lora = STUDENTS.get(name, (name, None))
+    return weights.load(base) if lora is None else weights.with_lora(weights.load(base), weights.load(lora))
 
 
 def load_checkpoint(name):

@@ -23,6 +23,8 @@ COLORS = {
     "teal": (62, 160, 160),
     "lavender": (196, 184, 240),
 }
+# signs with a human or humanlike face, the first six in skin tones
+FACES = tuple("baby girl man woman grandpa santa clown robot ghost alien skull smiley devil".split())
 RELATIONS = ("left of", "right of", "above", "below")
 
 

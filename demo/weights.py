@@ -36,6 +36,17 @@ def save(name, state_dict, **facts):
     os.replace(part, path(name))
 
 
+def with_lora(state_dict, lora):
+    """The weights with a LoRA of their model in them; its files are as the host's LoRA loaders read them, without alpha."""
+    found = dict(state_dict)
+    up, down = ".lora_up.weight", ".lora_down.weight"
+    for key in (key for key in lora if key.endswith(up)):
+        name = key.removeprefix("diffusion_model.").removesuffix(up)
+        low, weight = lora[key.removesuffix(up) + down], found[f"{name}.weight"]
+        found[f"{name}.weight"] = weight + (lora[key].flatten(1) @ low.flatten(1)).view_as(weight)
+    return found
+
+
 NETWORK = "diffusion_pytorch_model"
 
 

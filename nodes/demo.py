@@ -17,10 +17,11 @@ class ChorusDemoCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=list(modules.CHECKPOINTS),
+                    options=[*modules.CHECKPOINTS, *modules.STUDENTS],
                     default=modules.CHECKPOINTS[0],
-                    tooltip="general: every sign, in Noto style. expert-animals: animals only, in Twemoji style. Both share "
-                    "text encoder and latent space. Prompts like 'a cat left of a tree on blue', 64x64 pixels.",
+                    tooltip="general: every sign, in Noto style. expert-animals: animals only, in Twemoji style. general-4-steps: "
+                    "distilled from general; euler, simple, 4 steps, cfg 1. All share text encoder and latent space. Prompts "
+                    "like 'a cat left of a tree on blue', 64x64 pixels.",
                 ),
             ],
             outputs=[

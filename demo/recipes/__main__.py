@@ -14,6 +14,9 @@ ORDER = (
     "general",
     "expert",
     "cas_dm",
+    "student",
+    "face_pairs",
+    "face_refiner",
     "vq",
     "masked_tokens",
     "evaluate",
@@ -34,7 +37,8 @@ def main(argv=None):
         "--workers",
         type=int,
         default=1,
-        help="processes with one thread each, for general, expert, vq, masked_tokens and sign_classifier; good on a busy CPU",
+        help="processes with one thread each, for general, expert, student, face_pairs, vq, masked_tokens and"
+        " sign_classifier; good on a busy CPU",
     )
     options = parser.parse_args(argv)
     unknown = [n for n in options.names if n not in ORDER + COMPARED]

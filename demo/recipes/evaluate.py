@@ -29,6 +29,13 @@ def encode(clip, text):
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+def joined(conditionings):
+    """One CONDITIONING with a row for each of those of a single prompt."""
+    rows = [c[0] for c in conditionings]
+    pooled = torch.cat([options["pooled_output"] for _, options in rows])
+    return [[torch.cat([tensor for tensor, _ in rows]), rows[0][1] | {"pooled_output": pooled}]]
+
+
 def paint(model, clip, vae, text, seed, count=1):
     """IMAGE [count, 64, 64, 3] of a prompt with the settings above."""
     latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(count, 4, 8, 8), 8)

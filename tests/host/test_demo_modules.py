@@ -13,7 +13,7 @@ from chorus.demo.latent import PatchPCA
 from chorus.nodes.demo import ChorusDemoCheckpoint, ChorusDemoVision
 
 
-@pytest.fixture(scope="module", params=modules.CHECKPOINTS)
+@pytest.fixture(scope="module", params=[*modules.CHECKPOINTS, *modules.STUDENTS])
 def checkpoint(request):
     with torch.inference_mode():
         yield ChorusDemoCheckpoint.execute(request.param).args

@@ -1,5 +1,7 @@
 """The parts of the student's recipe that must agree with the host: its levels, the teacher's solver, and the LoRA's layout."""
 
+from dataclasses import replace
+
 import comfy.k_diffusion.sampling
 import comfy.samplers
 import comfy.sd
@@ -7,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from chorus.demo import modules
+from chorus.demo import modules, weights
 from chorus.demo.recipes.cas_dm import Guided
+from chorus.demo.recipes.face_pairs import STUDENT, TEACHER, Painter
 from chorus.demo.recipes.student import SOLVED, STEPS, LowRank, Plan, Student, levels, second_order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,12 +67,45 @@ def test_the_host_reads_the_lora_as_the_student_has_it(model):
         state[name] = torch.randn(state[name].shape, generator=generator) * 0.05
     student.load_state_dict(state)
     patched, _ = comfy.sd.load_lora_for_models(model, None, student.lora(state), 1.0, 0.0)
-    weights = {name: patched.patch_weight_to_device(name, return_weight=True) for name in patched.patches}
-    assert len(weights) == len(student.names) > 50
+    found = {name: patched.patch_weight_to_device(name, return_weight=True) for name in patched.patches}
+    assert len(found) == len(student.names) > 50
     unet = student.held[0].unet
     for name in student.names:
         expected = unet.get_submodule(name).weight
-        torch.testing.assert_close(weights[f"diffusion_model.{name}.weight"], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[f"diffusion_model.{name}.weight"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_students_checkpoint_is_what_the_host_makes_of_its_lora(model):
+    base, file = modules.STUDENTS["general-4-steps"]
+    assert base == "general"
+    patched, _ = comfy.sd.load_lora_for_models(model, None, weights.load(file), 1.0, 0.0)
+    student = modules.load_model("general-4-steps").model.state_dict()
+    plain = model.model.state_dict()
+    assert len(patched.patches) > 50
+    for name, weight in plain.items():
+        if name not in patched.patches:
+            assert torch.equal(student[name], weight), name
+            continue
+        expected = patched.patch_weight_to_device(name, return_weight=True)
+        torch.testing.assert_close(student[name], expected, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(student[name], weight), name
+
+
+@torch.inference_mode()
+def test_in_four_steps_the_student_is_nearer_to_the_teachers_picture(model):
+    """Than the teacher itself is in as many, with as many evaluations and with twice as many."""
+    words = ["a man on blue", "a clown", "a dark girl on pink", "a cat on red fading to white"]
+    target = Painter(TEACHER).paint(words, 5)
+    four = {
+        name: Painter(sampling).paint(words, 5)
+        for name, sampling in {
+            "student": STUDENT,
+            "unguided": replace(STUDENT, checkpoint="general"),
+            "guided": replace(STUDENT, checkpoint="general", cfg=4.0),
+        }.items()
+    }
+    apart = {name: float((pictures - target).square().mean().sqrt()) for name, pictures in four.items()}
+    assert apart["student"] < apart["unguided"] and apart["student"] < apart["guided"], apart
 
 
 def test_landing_exactly_is_no_loss():
