@@ -1,4 +1,7 @@
-"""What an installer reads: pyproject.toml, requirements.txt (ComfyUI-Manager reads nothing else), CHANGELOG.md."""
+"""What an installer reads: pyproject.toml (the Comfy registry), requirements.txt (ComfyUI-Manager), CHANGELOG.md.
+
+tests/host/test_install.py asks comfy-cli and ComfyUI themselves; what is here holds without either.
+"""
 
 import ast
 import re
@@ -7,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from chorus.host import needed_host
+from chorus.tools import setup
+
 ROOT = Path(__file__).parents[2]
+SHIPPED = ("nodes", "host", "techniques", "training", "networks", "kernels", "pictures", "demo")
+# what is there before any package is asked for: torch is the host's choice, Triton its gift
+HOST_BRINGS = {"torch", "triton", "comfy", "comfy_api", "comfy_execution", "comfyui_version"}
+HOST_BRINGS |= {"folder_paths", "latent_preview", "node_helpers", "server"}
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +28,34 @@ def pyproject() -> dict:
 
 def test_requirements_are_the_dependencies(pyproject):
     assert (ROOT / "requirements.txt").read_text().split() == pyproject["project"]["dependencies"]
+
+
+def test_the_registry_can_read_it(pyproject):
+    """The rules of docs.comfy.org/registry/specifications: what breaks one is dropped or refused when it is published."""
+    project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
+    assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_.][A-Za-z0-9]+)*", project["name"]) and len(project["name"]) < 100
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["description"].strip() and "\n" not in project["description"]
+    assert (ROOT / project["license"]["file"]).is_file() and (ROOT / project["readme"]).is_file()
+    assert "Operating System :: OS Independent" in project["classifiers"]
+    assert project["urls"]["Repository"].startswith("https://github.com/")
+    assert all(url.startswith(project["urls"]["Repository"]) for url in project["urls"].values())
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", comfy["PublisherId"]) and comfy["DisplayName"] == "ComfyUI-Chorus"
+    # the archive holds what git tracks; nothing that git ignores is asked for besides
+    assert not comfy.get("includes")
+
+
+def test_the_host_that_is_asked_for_is_the_one_tested(pyproject):
+    assert pyproject["tool"]["comfy"]["requires-comfyui"] == f">={needed_host.TESTED}"
+    assert needed_host.TESTED == setup.HOST_VERSION
+
+
+def test_every_package_that_is_imported_is_a_dependency(pyproject):
+    packages = {"PIL": "Pillow"}
+    files = [path for room in SHIPPED for path in (ROOT / room).rglob("*.py") if "recipes" not in path.parts]
+    names = {name.split(".")[0] for path in files for name in imported(path)}
+    names -= sys.stdlib_module_names | HOST_BRINGS
+    assert {packages.get(name, name) for name in names} == set(pyproject["project"]["dependencies"])
 
 
 def test_torch_is_left_to_the_host():
@@ -42,7 +80,12 @@ def test_web_directory_is_there_and_not_claimed_twice(pyproject):
 
 @pytest.mark.parametrize("file", ["run.py", "tools/setup.py", "tools/server.py", "tools/progress.py"])
 def test_set_up_needs_the_standard_library_only(file):
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    names = {name.split(".")[0] for name in imported(ROOT / file)}
+    assert names <= sys.stdlib_module_names | {"_winapi", "chorus"}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports by their full names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
-    assert {n.split(".")[0] for n in names} <= sys.stdlib_module_names | {"_winapi", "chorus"}
+    return names | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
