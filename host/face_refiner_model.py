@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 LAYERS = 8  # features at full size that are in memory at once, norms and skips included
 SEEDS = 2**64
+BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors' products of bfloat16, as torch.cpu.get_capabilities names them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,12 +56,27 @@ def wrap(name: str, network: nn.Module, details: Mapping[str, str] | None = None
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float16 where the device is fast in it, which has three bits more for a picture than bfloat16; on a CPU float32."""
+    """What a refiner's layers compute in on ``device``.
+
+    float16 where the device is fast in it, which has three bits more for a picture than bfloat16. On a CPU bfloat16 where
+    the processor multiplies it itself, which the host does not ask for; ``--force-fp32`` holds there too.
+    """
     if comfy.model_management.is_device_cpu(device):
-        return torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() and not comfy.model_management.FORCE_FP32 else torch.float32
     if comfy.model_management.should_use_fp16(device):
         return torch.float16
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16 that oneDNN uses, which computes torch's convolutions.
+
+    With AVX-512 alone oneDNN takes bfloat16 too, but emulates its products. ARM's are not counted: not measured.
+    """
+    tell = getattr(torch.cpu, "get_capabilities", None)  # an older torch cannot tell
+    if tell is None or not torch.backends.mkldnn.is_available():
+        return False
+    return any(tell().get(name, False) for name in BFLOAT16)
 
 
 class Refining:

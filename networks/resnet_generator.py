@@ -14,6 +14,7 @@ from .generator_layers import Block, Blur, BlurUp, Chain, Draws, Dropout, ImageG
 from .state_dict import shape_of
 
 NETWORK = "a ResNet generator"
+FIRST = 4  # layers, to the first ReLU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,4 +95,6 @@ class ResnetGenerator(ImageGenerator):
         self.model = model
 
     def forward(self, x: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.tanh(self.model(features(x, dtype), draws).to(x.dtype))
+        # the first layers in the picture's own dtype: where it is nearly flat, their norm would enlarge what bfloat16 rounds
+        y = self.model[:FIRST](features(x, x.dtype), draws)
+        return torch.tanh(self.model[FIRST:](features(y, dtype), draws).to(x.dtype))

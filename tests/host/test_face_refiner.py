@@ -1,5 +1,6 @@
 """The nodes around face refiners inside ComfyUI: files, memory, boxes of its own nodes, reports."""
 
+import dataclasses
 import inspect
 import json
 import math
@@ -69,9 +70,13 @@ def refiner(config=RESNET, **details):
     return held.wrap("tiny", network, {"size": "32", **details})
 
 
+def exact(model):
+    """The same, computing in float32 on any device."""
+    return dataclasses.replace(model, dtype=torch.float32)
+
+
 def refine(image, model, **inputs):
-    # the host's class gives every box a default, which is nothing that an empty socket sends
-    given = {**defaults(FaceRefiner), "bboxes": None, "image": image, "refiner": model, **inputs}
+    given = {**defaults(FaceRefiner), "image": image, "refiner": model, **inputs}
     with torch.inference_mode():
         return FaceRefiner.execute(**given).args
 
@@ -113,11 +118,10 @@ def test_files_are_loaded(folders, config, kind):
     assert not next(model.patcher.model.parameters()).is_inference()
     pictures = torch.rand(2, 3, 32, 32)
     expected = load_generator(weights).refine(pictures)
-    found = held.Refining(model)(pictures)
-    if model.dtype is torch.float32:
-        assert (found - expected).abs().max() < 1e-5
-    else:
-        assert (found - expected).abs().mean() < 0.02
+    found = held.Refining(exact(model))(pictures)
+    # a GPU multiplies in TF32
+    assert (found - expected).abs().max() < (1e-5 if model.patcher.load_device.type == "cpu" else 0.02)
+    assert (held.Refining(model)(pictures) - expected).abs().mean() < 0.02
 
 
 def test_what_was_saved_is_loaded(folders):
@@ -254,7 +258,7 @@ def test_the_list_is_never_empty_and_the_fingerprint_follows(folders):
 
 
 def test_few_pictures_at_a_time_where_memory_is_short(monkeypatch):
-    model, pictures = refiner(), torch.rand(5, 3, 32, 32)
+    model, pictures = exact(refiner()), torch.rand(5, 3, 32, 32)
     expected = held.Refining(model)(pictures)
     sizes = []
     network = model.patcher.model
@@ -269,7 +273,7 @@ def test_few_pictures_at_a_time_where_memory_is_short(monkeypatch):
 
 
 def test_train_mode_is_the_same_whatever_is_computed_together(monkeypatch):
-    model = refiner(ResnetConfig(ngf=4, blocks=2, dropout=True))
+    model = exact(refiner(ResnetConfig(ngf=4, blocks=2, dropout=True)))
     pictures = torch.rand(3, 3, 16, 16)
     first = held.Refining(model, 5)(pictures)
     assert torch.equal(held.Refining(model, 5)(pictures), first)
@@ -278,6 +282,44 @@ def test_train_mode_is_the_same_whatever_is_computed_together(monkeypatch):
     assert (held.Refining(model, 6)(pictures) - first).abs().max() > 0.01
     assert (held.Refining(model)(pictures) - first).abs().max() > 0.01
     held.Refining(model, 2**64 - 1)(pictures)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "forced", "dtype"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, False, torch.bfloat16),
+        ({"avx512_f": True, "amx_bf16": True}, False, torch.bfloat16),
+        ({"avx512_bf16": True}, True, torch.float32),
+        ({"avx512_bf16": False, "avx512_f": True}, False, torch.float32),
+        ({"neon": True, "bf16": True}, False, torch.float32),
+        (None, False, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_cpu_computes_in_bfloat16_only_where_it_multiplies_it(monkeypatch, capabilities, forced, dtype):
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(comfy.model_management, "FORCE_FP32", forced)
+    assert held.compute_dtype(torch.device("cpu")) is dtype
+
+
+def test_a_cpu_without_onednn_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert held.compute_dtype(torch.device("cpu")) is torch.float32
+
+
+@pytest.mark.parametrize("config", [RESNET, OWN], ids=str)
+def test_pictures_in_bfloat16_are_those_of_float32_to_a_few_levels(config):
+    model, pictures = refiner(config), torch.rand(2, 3, 32, 32)
+    expected = held.Refining(exact(model))(pictures)
+    found = held.Refining(dataclasses.replace(model, dtype=torch.bfloat16))(pictures)
+    levels = 255.0 * (found - expected).abs()
+    assert 0.0 < levels.mean() < 3.0 and levels.max() < 24.0 and found.dtype is torch.float32
+    # weights and statistics stay as they were, for whoever saves or goes on training
+    assert all(weight.dtype is torch.float32 for weight in model.patcher.model.state_dict().values())
 
 
 def test_an_interrupt_ends_it():
@@ -349,9 +391,11 @@ def test_an_untrained_refiner_is_exact(image):
 
 
 def test_the_whole_image(image):
-    found, mask, crops, report = refine(image, refiner(), color_lock=False)
+    model = exact(refiner())
+    found, mask, crops, report = refine(image, model, color_lock=False)
     expected = load_generator(weights_of(RESNET)).refine(image.movedim(-1, 1)).movedim(1, -1)
-    assert (found - expected.clamp(0, 1)).abs().mean() < (1e-6 if refiner().dtype is torch.float32 else 0.02)
+    limit = 1e-6 if model.patcher.load_device.type == "cpu" else 0.02
+    assert (found - expected.clamp(0, 1)).abs().mean() < limit
     assert torch.equal(mask, torch.ones(2, 48, 64)) and torch.equal(crops, found)
     assert report.count("whole picture: strength 1") == 2
 

@@ -366,6 +366,37 @@ def test_weights_are_cast_to_what_the_layers_compute_in(config):
     assert 1e-5 < relative(found, same(x)) < 0.2
 
 
+def photo(size):
+    """Shading, edges and grain."""
+    shade = F.interpolate(torch.rand(1, 3, 4, 4), (size, size), mode="bicubic").clamp(0, 1)
+    shade[..., size // 3 : size // 2, size // 4 :] *= 0.3
+    return rounded(shade + 0.03 * torch.randn(shade.shape))
+
+
+def flat(size):
+    """Nearly one colour: what a norm enlarges."""
+    return rounded(0.85 + 0.02 * torch.randn(1, 3, size, size))
+
+
+def rounded(pictures):
+    return (255 * pictures.clamp(0, 1)).round() / 255
+
+
+@pytest.mark.parametrize("picture", [photo, flat])
+@pytest.mark.parametrize(
+    "config", [ResnetConfig(), UnetConfig(ngf=32, downs=7), RefinerConfig()], ids=["resnet", "unet", "own"]
+)
+def test_bfloat16_moves_a_picture_by_a_few_levels(config, picture):
+    """Random weights, which change every picture wholly: what is trained changes it less, and moves less."""
+    weights = state_of(config)
+    network = load_generator(weights, CASTING)
+    pictures = picture(128)
+    expected = network.refine(pictures)
+    assert 255 * (expected - pictures).abs().mean() > 20
+    levels = 255 * (network.refine(pictures, dtype=torch.bfloat16) - expected).abs().flatten()
+    assert 0 < levels.mean() < 2.5 and levels.quantile(0.999) < 16
+
+
 @pytest.mark.parametrize(
     "config", [ResnetConfig(ngf=8, blocks=2, norm="batch", dropout=True), UnetConfig(ngf=4, downs=5), TINY], ids=str
 )
