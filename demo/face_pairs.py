@@ -1,4 +1,4 @@
-"""The pairs of face signs that come with the pack: what the 4-step student painted and what its teacher did, by the same
+"""The pairs of face signs that come with the pack: what the student of one step painted and what its teacher did, by the same
 prompts and noise. For Train Face Refiner to be tried on; the pack's own refiner learned from others."""
 
 import json

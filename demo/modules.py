@@ -9,9 +9,10 @@ from .text import make_clip
 from .unet import make_model
 
 CHECKPOINTS = ("general", "expert-animals")
-STUDENTS = {
-    "general-4-steps": ("general", "student/general")
-}  # a checkpoint, and the LoRA that makes it one of few steps
+STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
+    "general-4-steps": ("general", "student/general-4-steps"),
+    "general-1-step": ("general", "student/general-1-step"),
+}
 MASKED_TOKENS = "masked_token"  # the folder in demo/weights
 MASKED_TOKENS_CFG = 3.0
 SEEDS = weights.FOLDER.parent / "seeds"

@@ -1,7 +1,6 @@
 """Cas-DM heads on disk: safetensors, read from models/cas_dm and the host's output folder, written to the latter."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .kept_files import KeptFiles
 from .masked_token_files import diagnosis
+from .model_folders import register_folder
 
 FOLDER, SUFFIX = "cas_dm", ".safetensors"
 FILES = KeptFiles(".cas_dm.safetensors", "Cas-DM head", "Save Cas-DM Head", "cas_dm/head")  # those that were saved
@@ -23,16 +23,7 @@ T = TypeVar("T")
 Make = Callable[[dict[str, Tensor], dict[str, str]], T]
 
 
-def register() -> None:
-    """Make models/cas_dm a model folder of the host, beside those that extra_model_paths.yaml names."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-    if SHIPPED.is_dir():
-        folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
-    # the host registers for files of any kind
-    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.get_folder_paths(FOLDER), {SUFFIX})
-
-
-register()
+register_folder(FOLDER, {SUFFIX}, SHIPPED)
 
 
 def head_files() -> list[str]:

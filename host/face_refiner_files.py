@@ -3,7 +3,6 @@
 The published generators are .pth files. Those are read by torch's weights-only loading, which runs no code.
 """
 
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,28 +15,23 @@ from torch import Tensor, nn
 
 from .face_refiner_model import FaceRefinerModel, wrap
 from .kept_files import KeptFiles
+from .model_folders import register_folder
 
 MODELS = "face_refiner"
 SUFFIXES = {".safetensors", ".pth"}
 FILES = KeptFiles(".refiner.safetensors", "face refiner", "Save Face Refiner", "face_refiner/ComfyUI")
 FORMAT = "chorus-face-refiner-1"  # in the metadata
+SHIPPED = Path(__file__).parents[1] / "demo" / "weights" / MODELS  # refiners that come with the pack
 NONE = "none"  # a combo without any file must still have an entry
 
 Load = Callable[..., nn.Module]  # load(state_dict, operations), as networks.image_generators.load_generator
 
 
-def register() -> None:
-    """Make models/face_refiner a model folder of the host, beside those that extra_model_paths.yaml names."""
-    folder_paths.add_model_folder_path(MODELS, os.path.join(folder_paths.models_dir, MODELS))
-    # the host registers for files of any kind
-    folder_paths.folder_names_and_paths[MODELS] = (folder_paths.get_folder_paths(MODELS), set(SUFFIXES))
-
-
-register()
+register_folder(MODELS, SUFFIXES, SHIPPED)
 
 
 def refiner_files() -> list[str]:
-    """What a combo offers: the model folder, then what was saved; NONE where there is nothing."""
+    """What a combo offers: the model folders, then what was saved; NONE where there is nothing."""
     models = [name for name in folder_paths.get_filename_list(MODELS) if Path(name).suffix in SUFFIXES]
     return [*models, *FILES.names()] or [NONE]
 

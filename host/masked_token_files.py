@@ -9,7 +9,6 @@ Files of half precision, ``*.fp16.safetensors``, are read where there are no oth
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from .masked_token_model import MaskedTokenModel, wrap
 from .masked_token_text import CLIP_L, load_clip, openai_clip_l
+from .model_folders import register_folder
 from .operations import casting_operations
 
 MODELS = "masked_token"
@@ -36,9 +36,7 @@ PUBLISHED = "huggingface.co/amused/amused-256 and huggingface.co/amused/amused-5
 
 def register() -> None:
     """Make models/masked_token a model folder of the host, beside those that extra_model_paths.yaml names."""
-    folder_paths.add_model_folder_path(MODELS, os.path.join(folder_paths.models_dir, MODELS))
-    # the host registers for files of any kind
-    folder_paths.folder_names_and_paths[MODELS] = (folder_paths.get_folder_paths(MODELS), {".safetensors"})
+    register_folder(MODELS, {".safetensors"})
 
 
 register()

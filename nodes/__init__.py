@@ -6,12 +6,17 @@ from . import (
     cas_dm,
     cas_dm_train,
     demo,
+    face_realism_score,
+    face_refiner,
+    face_refiner_train,
     masked_token_lora,
     masked_token_model,
     masked_tokens,
+    prompt_combinations,
     saliency_noise_blend,
     seed_files,
     seed_select,
+    training_pairs,
 )
 
 NODES: list[type[io.ComfyNode]] = [
@@ -23,6 +28,11 @@ NODES: list[type[io.ComfyNode]] = [
     *masked_token_model.NODES,
     *masked_tokens.NODES,
     *masked_token_lora.NODES,
+    *face_refiner.NODES,
+    *face_refiner_train.NODES,
+    *training_pairs.NODES,
+    *prompt_combinations.NODES,
+    *face_realism_score.NODES,
     *demo.NODES,
 ]
 

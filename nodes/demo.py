@@ -19,9 +19,9 @@ class ChorusDemoCheckpoint(io.ComfyNode):
                     "name",
                     options=[*modules.CHECKPOINTS, *modules.STUDENTS],
                     default=modules.CHECKPOINTS[0],
-                    tooltip="general: every sign, in Noto style. expert-animals: animals only, in Twemoji style. general-4-steps: "
-                    "distilled from general; euler, simple, 4 steps, cfg 1. All share text encoder and latent space. Prompts "
-                    "like 'a cat left of a tree on blue', 64x64 pixels.",
+                    tooltip="general: every sign, in Noto style. expert-animals: animals only, in Twemoji style."
+                    " general-4-steps, general-1-step: distilled from general; euler, simple, so many steps, cfg 1. All share"
+                    " text encoder and latent space. Prompts like 'a cat left of a tree on blue', 64x64 pixels.",
                 ),
             ],
             outputs=[

@@ -24,6 +24,8 @@ from ..techniques.face_refiner import (
 )
 
 FaceRefinerSocket = io.Custom("FACE_REFINER")  # host.face_refiner_model.FaceRefinerModel
+# not the host's class: it has a box for default, which clients that make prompts of saved workflows send for an empty socket
+BoxesSocket = io.Custom(io.BoundingBox.io_type)
 
 
 class LoadFaceRefiner(io.ComfyNode):
@@ -103,10 +105,10 @@ class FaceRefiner(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="RGB."),
                 FaceRefinerSocket.Input("refiner", tooltip="From Load Face Refiner or Train Face Refiner."),
-                io.BoundingBox.Input(
+                BoxesSocket.Input(
                     "bboxes",
                     optional=True,
-                    force_input=True,
+                    extra_dict={"forceInput": True},  # else the page adds widgets for a box
                     tooltip="Where the faces are: from Detect Face Landmarks (MediaPipe), SDPose Face Bounding Boxes, or any"
                     " other boxes. None found: the image comes back as it is.",
                 ),

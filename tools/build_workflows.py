@@ -3,7 +3,7 @@
 python -c "import run; from chorus.tools.build_workflows import main; main('HOST:PORT')"   (needs Playwright and Chromium)
 
 The page lays out, connects and saves; then each workflow is queued, and the pictures it saves become the .jpg that the
-template browser shows.
+template browser shows. A workflow that needs files of others is not queued: its picture is that of the page.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .client import Comfy
 from .workflows import WORKFLOWS
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
+PAGE = {"width": 1800, "height": 1600}  # high enough that no message of the page lies upon a graph
 
 BUILD = """
 (spec) => {
@@ -31,6 +32,7 @@ BUILD = """
     graph.add(node);
     nodes[item.id] = node;
     if (item.title) node.title = item.title;
+    if (item.models) node.properties.models = item.models;
     for (const [name, value] of Object.entries(item.widgets)) {
       const widget = node.widgets.find(w => w.name === name);
       if (!widget) throw new Error(item.type + ' has no widget ' + name);
@@ -60,30 +62,46 @@ BUILD = """
 }
 """
 
+# brings the graph into sight; where it is on the page
+SHOW = """
+async () => {
+  await window.app.extensionManager.command.execute('Comfy.Canvas.FitView');
+  await new Promise(done => setTimeout(done, 1500));
+  const { graph, canvas } = window.app, { scale, offset } = canvas.ds, page = canvas.canvas.getBoundingClientRect();
+  for (const node of graph._nodes) node.has_errors = false;  // the files that it needs are not here
+  canvas.draw(true, true);
+  const ends = graph._nodes.map(node => [node.pos[0], node.pos[1] - 60, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
+  const [left, top] = [0, 1].map(k => (Math.min(...ends.map(end => end[k])) - 20 + offset[k]) * scale);
+  const [right, bottom] = [0, 1].map(k => (Math.max(...ends.map(end => end[k + 2])) + 20 + offset[k]) * scale);
+  return { x: page.left + left, y: page.top + top, width: right - left, height: bottom - top };
+}
+"""
 
-def save_in_page(address: str, specs: list[dict]) -> dict[str, dict]:
-    """Workflows in UI format by title, laid out and serialised by the real page."""
+
+def save_in_page(address: str, specs: list[dict]) -> dict[str, tuple[dict, bytes]]:
+    """By title, workflows in UI format, laid out and serialised by the real page, and how they look in it (PNG)."""
     from playwright.sync_api import sync_playwright
 
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
-        page = browser.new_page(viewport={"width": 1800, "height": 1000}, locale="en-US")
+        page = browser.new_page(viewport=PAGE, locale="en-US")
         saved = {}
         for spec in specs:  # a fresh page each: it gives a node the widget values of an earlier graph's node of that id
             page.goto(f"http://{address}", wait_until="domcontentloaded")
             page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=180_000)
             page.wait_for_timeout(3000)
-            saved[spec["title"]] = json.loads(page.evaluate(BUILD, spec))
+            workflow = json.loads(page.evaluate(BUILD, spec))
+            saved[spec["title"]] = workflow, page.screenshot(clip=page.evaluate(SHOW))
         browser.close()
     return saved
 
 
 def picture(client: Comfy, workflow: dict) -> Image.Image:
-    """Queue a workflow; the picture of its result: the saved ones side by side, in the order of their nodes."""
+    """Queue a workflow; the picture of its result: those of its Save Image nodes side by side, in the order of the nodes."""
     result = client.run(client.to_api(workflow))
-    place = {str(node["id"]): node["pos"][1] for node in workflow["nodes"]}
-    found = sorted(client.images(result), key=lambda image: place[image[0]])
+    place = {str(node["id"]): node["pos"][1] for node in workflow["nodes"] if node["type"] == "SaveImage"}
+    found = sorted((image for image in client.images(result) if image[0] in place), key=lambda image: place[image[0]])
     saved = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in found]
     height = max(image.height for image in saved)
     sheet = Image.new("RGB", (sum(image.width + 8 for image in saved) - 8, height), (24, 25, 30))
@@ -97,10 +115,17 @@ def picture(client: Comfy, workflow: dict) -> Image.Image:
 def main(address: str, *titles: str) -> None:
     specs = [w.spec() for w in WORKFLOWS if not titles or w.title in titles]
     FOLDER.mkdir(exist_ok=True)
-    for title, workflow in save_in_page(address, specs).items():
+    needs = {spec["title"]: spec["needs"] for spec in specs}
+    for title, (workflow, look) in save_in_page(address, specs).items():
+        if needs[title]:
+            workflow.setdefault("extra", {})["chorus"] = {"needs": needs[title]}  # run_workflows leaves it out
         (FOLDER / f"{title}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
-        with Comfy(address) as client:
-            picture(client, workflow).save(FOLDER / f"{title}.jpg", quality=90)
+        if needs[title]:
+            shown = Image.open(io.BytesIO(look)).convert("RGB")
+        else:
+            with Comfy(address) as client:
+                shown = picture(client, workflow)
+        shown.save(FOLDER / f"{title}.jpg", quality=90)
         print(title, flush=True)
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from .progress import Line, Problem
 from .setup import BASE, ROOT, Host, environment, module, runs
 
-SIGNS = "chorus-signs"  # the folder of input/ that an example workflow trains on
+# folders of input/ that example workflows read: signs with captions, and pairs of pictures of face signs
+SIGNS, FACE_PAIRS = "chorus-signs", "chorus-face-pairs"
 
 # a proxy of the environment is not asked for our own server
 open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -45,14 +46,16 @@ def make_base(base: Path) -> Path:
 
 
 def fill_input(host: Host, base: Path) -> None:
-    """Make input/chorus-signs where it is missing; what is there stays as it is."""
-    folder = base / "input" / SIGNS
-    if folder.exists():
+    """Make the folders of input/ that are missing; what is there stays as it is."""
+    missing = [name for name in (SIGNS, FACE_PAIRS) if not (base / "input" / name).exists()]
+    if not missing:
         return
-    command = module(host, "chorus.tools.sign_pictures", str(folder))  # the host's Python: ours may know no pictures
+    # the host's Python: ours may know no pictures
+    command = module(host, "chorus.tools.input_folders", str(base / "input"), *missing)
     done = subprocess.run(command, cwd=ROOT, env=environment(host), capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise Problem(f"cannot make {folder}: {''.join(done.stderr.strip().splitlines()[-1:])}")
+        reason = "".join(done.stderr.strip().splitlines()[-1:])
+        raise Problem(f"cannot make {' and '.join(missing)} in {base / 'input'}: {reason}")
 
 
 def free_port() -> int:

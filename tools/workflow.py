@@ -17,7 +17,10 @@ class Workflow:
     def node(
         self, kind: str, column: int, widgets: dict | None = None, title: str = "", wires: dict | None = None, **look
     ):
-        """Add a node; ``wires`` maps its inputs to (node, output name). Returns its handle."""
+        """Add a node; ``wires`` maps its inputs to (node, output name). Returns its handle.
+
+        ``models``: files that it needs and that do not come with the pack, as the page knows them: name, url, directory.
+        """
         handle = len(self.nodes)
         self.nodes.append(
             {"id": handle, "type": kind, "column": column, "widgets": widgets or {}, "title": title, **look}
@@ -26,6 +29,12 @@ class Workflow:
             self.links.append([source, output, handle, name])
         return handle
 
+    @property
+    def needs(self) -> list[str]:
+        """Files without which it cannot run, from ComfyUI's folder."""
+        models = [model for node in self.nodes for model in node.get("models", ())]
+        return [f"models/{model['directory']}/{model['name']}" for model in models]
+
     def spec(self) -> dict:
         count = max(node["column"] for node in self.nodes) + 1
         return {
@@ -33,6 +42,7 @@ class Workflow:
             "nodes": self.nodes,
             "links": self.links,
             "columns": [column * COLUMN for column in range(count)],
+            "needs": self.needs,
         }
 
     def checkpoint(self, name: str, column: int = 0) -> int:
@@ -53,10 +63,13 @@ class Workflow:
             wires["region"] = (region, "MASK")
         return self.node("SaliencyNoiseBlend", column, widgets, wires=wires, color=BLUE)
 
-    def sample(self, model, positive, negative, latent, seed: int, title: str, column: int = 3) -> int:
+    def sample(self, model, positive, negative, latent, seed, title: str, column: int = 3, **settings) -> int:
+        """``seed`` may be wired, as (node, output); ``settings``: where they are others than SAMPLER."""
         wires = {"model": model, "positive": (positive, "CONDITIONING"), "negative": (negative, "CONDITIONING")}
         wires["latent_image"] = (latent, "LATENT")
-        widgets = {"seed": seed, "control_after_generate": "fixed", **SAMPLER}
+        if not isinstance(seed, int):
+            wires["seed"], seed = seed, 0
+        widgets = {"seed": seed, "control_after_generate": "fixed", **SAMPLER, **settings}
         return self.node("KSampler", column, widgets, title, wires)
 
     def save(self, sampler: int, vae: int, name: str, column: int = 4) -> int:

@@ -23,7 +23,7 @@ ORDER = (
     "evaluate_masked_tokens",
 )
 # what does not ship and is made only when it is named
-COMPARED = ("cas_dm_ablations",)
+COMPARED = ("cas_dm_ablations", "face_refiner_unpaired")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""What the face refiners learn from: face signs that the 4-step student and its teacher paint of the same prompts and noise.
+"""What the face refiners learn from: face signs that the student of one step and its teacher paint of the same prompts and noise.
 
 Painted through the host's sampler, as a user would with Save Training Pairs, and kept in .cache/train; those that come with
 the pack are in demo/data, see demo/face_pairs.py. ``python run.py train-demo face_pairs`` goes on where it stopped.
@@ -35,6 +35,7 @@ class Sampling:
     cfg: float
     scheduler: str
     sampler: str = "euler"
+    shift: int = 0  # of the seeds: other noise for the same prompts
 
     @property
     def evaluations(self):
@@ -42,26 +43,28 @@ class Sampling:
         return self.steps * (1 if self.cfg == 1 else 2)
 
 
-STUDENT = Sampling("general-4-steps", steps=4, cfg=1.0, scheduler="simple")
+STUDENT = Sampling("general-1-step", steps=1, cfg=1.0, scheduler="simple")
 TEACHER = Sampling("general", steps=20, cfg=4.0, scheduler="normal")
 
 
 class Painter:
-    """A checkpoint with its sampling."""
+    """A checkpoint with its sampling; loaded when it paints."""
 
     def __init__(self, sampling):
         self.sampling = sampling
-        self.model, self.clip, self.vae = modules.load_checkpoint(sampling.checkpoint)
+
+    @functools.cached_property
+    def checkpoint(self):
+        return modules.load_checkpoint(self.sampling.checkpoint)
 
     def paint(self, captions, seed):
         """IMAGE [N, 64, 64, 3] of N captions, from the noise of a batch of N with that seed."""
-        s = self.sampling
-        positive, negative = joined([encode(self.clip, caption) for caption in captions]), encode(self.clip, "")
-        empty = torch.zeros(len(captions), 4, 8, 8)
-        latent = comfy.sample.fix_empty_latent_channels(self.model, empty, 8)
+        s, (model, clip, vae) = self.sampling, self.checkpoint
+        positive, negative = joined([encode(clip, caption) for caption in captions]), encode(clip, "")
+        latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(len(captions), 4, 8, 8), 8)
         noise = comfy.sample.prepare_noise(latent, seed)
-        given = self.model, noise, s.steps, s.cfg, s.sampler, s.scheduler, positive, negative, latent
-        return self.vae.decode(comfy.sample.sample(*given, seed=seed, disable_pbar=True))
+        given = model, noise, s.steps, s.cfg, s.sampler, s.scheduler, positive, negative, latent
+        return vae.decode(comfy.sample.sample(*given, seed=seed, disable_pbar=True))
 
 
 def canvases(number):
@@ -75,62 +78,63 @@ def captions(number):
 
 
 @functools.cache
-def folder():
-    """Of other checkpoints another."""
-    made = hashlib.sha256()
-    for file in ("general", modules.STUDENTS[STUDENT.checkpoint][1]):
+def folder(sampling):
+    """Of other weights or another sampling another."""
+    made = hashlib.sha256(repr(sampling).encode())
+    for file in modules.STUDENTS.get(sampling.checkpoint, [sampling.checkpoint]):
         made.update(weights.path(file).read_bytes())
-    return loop.STATES / f"face_pairs-{made.hexdigest()[:12]}"
+    return loop.STATES / f"faces-{sampling.checkpoint}-{made.hexdigest()[:12]}"
 
 
-def place(number):
-    return folder() / f"{number:07}.safetensors"
+def place(sampling, number):
+    return folder(sampling) / f"{number:07}.safetensors"
 
 
-def paint(number, student, teacher):
-    """Paint and keep a chunk; one that is there stays."""
-    path, words = place(number), captions(number)
+def paint(number, painter):
+    """Paint and keep a chunk, whole or not at all; one that is there stays."""
+    path = place(painter.sampling, number)
     if path.exists():
         return
-    write_whole(path, source=student.paint(words, number), target=teacher.paint(words, number))
-
-
-def write_whole(path, **pictures):
-    """IMAGEs as uint8, whole or not at all."""
+    pictures = painter.paint(captions(number), number + painter.sampling.shift)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    whole = {side: (images * 255).round().byte().contiguous() for side, images in pictures.items()}
-    safetensors.torch.save_file(whole, part)
+    safetensors.torch.save_file({"pictures": (pictures * 255).round().byte().contiguous()}, part)
     os.replace(part, path)
 
 
-def load(numbers):
-    """source and target, uint8 [N, 64, 64, 3], of chunks that are there."""
-    chunks = [safetensors.torch.load_file(place(number)) for number in numbers if place(number).exists()]
-    if not chunks:
+def load(sampling, numbers):
+    """uint8 [N, 64, 64, 3] of chunks that are there."""
+    return torch.cat([safetensors.torch.load_file(place(sampling, number))["pictures"] for number in numbers])
+
+
+def load_pairs(numbers):
+    """source and target, uint8 [N, 64, 64, 3], of the chunks of which both are there."""
+    whole = [number for number in numbers if all(place(side, number).exists() for side in (STUDENT, TEACHER))]
+    if not whole:
         raise RuntimeError("no pair is painted yet; run `python run.py train-demo face_pairs`")
-    return tuple(torch.cat([chunk[side] for chunk in chunks]) for side in ("source", "target"))
+    return load(STUDENT, whole), load(TEACHER, whole)
 
 
-def paint_some(numbers, minutes=None, threads=None):
-    """Paint the missing ones of some chunks, as many as there is time for."""
+def paint_some(jobs, minutes=None, threads=None):
+    """Paint the missing ones of some (sampling, number), as many as there is time for."""
     if threads:
         torch.set_num_threads(threads)
-    started, painters = time.time(), None
+    started = time.time()
+    painters = {sampling: Painter(sampling) for sampling, _ in jobs}
+    missing = [(sampling, number) for sampling, number in jobs if not place(sampling, number).exists()]
     with torch.inference_mode():
-        for number in tqdm([n for n in numbers if not place(n).exists()], "chunks of pairs", mininterval=10):
+        for sampling, number in tqdm(missing, "chunks", mininterval=10):
             if minutes and time.time() - started > minutes * 60:
                 break
-            painters = painters or (Painter(STUDENT), Painter(TEACHER))
-            paint(number, *painters)
+            paint(number, painters[sampling])
 
 
-def paint_all(numbers, minutes=None, workers=1):
+def paint_all(jobs, minutes=None, workers=1):
     """By several processes with one thread each; the caller must not have computed yet when they fork."""
     if workers == 1:
-        return paint_some(numbers, minutes)
+        return paint_some(jobs, minutes)
     fork = torch.multiprocessing.get_context("fork")
-    team = [fork.Process(target=paint_some, args=(numbers[n::workers], minutes, 1)) for n in range(workers)]
+    team = [fork.Process(target=paint_some, args=(jobs[n::workers], minutes, 1), daemon=True) for n in range(workers)]
     for process in team:
         process.start()
     for process in team:
@@ -140,9 +144,9 @@ def paint_all(numbers, minutes=None, workers=1):
 
 
 def main(minutes=None, workers=1):
-    numbers = [*range(SHIPPED, SHIPPED + face_pairs.COUNT // CHUNK), *range(CHUNKS)]
-    paint_all(numbers, minutes, workers)
-    kept = [n for n in numbers if n >= SHIPPED and place(n).exists()]
-    if len(kept) == face_pairs.COUNT // CHUNK:
-        source, target = (np.asarray(side) for side in load(kept))
-        face_pairs.write(source, target, [caption for n in kept for caption in captions(n)])
+    kept = range(SHIPPED, SHIPPED + face_pairs.COUNT // CHUNK)
+    # both sides of a chunk one after the other: what there is no time for is missing on both
+    paint_all([(side, number) for number in (*kept, *range(CHUNKS)) for side in (TEACHER, STUDENT)], minutes, workers)
+    if all(place(side, number).exists() for number in kept for side in (STUDENT, TEACHER)):
+        source, target = (np.asarray(side) for side in load_pairs(kept))
+        face_pairs.write(source, target, [caption for number in kept for caption in captions(number)])

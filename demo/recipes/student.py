@@ -1,14 +1,15 @@
-"""A few-step student of the general checkpoint: a LoRA with which it paints in 4 steps at cfg 1 what alone takes it twenty at
-cfg 4, two passes each.
+"""Few-step students of the general checkpoint: LoRAs with which it paints in 4 steps or in 1 at cfg 1 what alone takes it
+twenty at cfg 4, two passes each.
 
-The teacher's guided trajectories are solved once (DPM-Solver++(2M), arXiv 2211.01095, three steps to each of the student's)
-and kept; at the start of each of its steps the student learns the x̂0 with which a step of Euler lands where the teacher's
-trajectory is. That is progressive distillation (arXiv 2202.00512) in one round, and as in SDXL-Lightning (arXiv 2402.13929)
-the student knows only the levels of its own steps: sample with euler, scheduler simple or sgm_uniform, 4 steps, cfg 1.
+The teacher's guided trajectories are solved once (DPM-Solver++(2M), arXiv 2211.01095, twelve steps) and kept at four places;
+at the start of each of its steps a student learns the x̂0 with which a step of Euler lands where the teacher's trajectory is.
+That is progressive distillation (arXiv 2202.00512), from 4 steps to 2 and to 1, and as in SDXL-Lightning
+(arXiv 2402.13929) a student knows only the levels of its own steps: sample with euler, scheduler simple or sgm_uniform, cfg 1.
 Consistency training would be free of that, but learns from its own unfinished answers, and slower.
 
 Low-rank factors on every linear layer and convolution are trained and nothing else; the text encoder is frozen.
-``python run.py train-demo student`` writes demo/weights/student/general.safetensors as the host's LoRA loaders read it.
+``python run.py train-demo student`` writes demo/weights/student/*.safetensors as the host's LoRA loaders read them;
+``--minutes`` is for each.
 """
 
 import functools
@@ -18,6 +19,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -35,7 +37,7 @@ from . import loop
 from .cas_dm import Guided
 from .device import DEVICE, autocast
 
-STEPS, SOLVED = 4, 3  # of the student; of the teacher to each of those
+KEPT, SOLVED = 4, 3  # stretches of a trajectory whose ends are kept; the solver's steps in each
 SIDE = 16
 CHUNK = 32  # trajectories in a file, solved together
 MAKING = 0.45  # share of --minutes in which trajectories are made
@@ -45,7 +47,9 @@ HELD_OUT = 10**6  # the number of the chunk that training does not reach
 @dataclass(frozen=True)
 class Plan:
     name: str = "student-general"
-    file: str = "student/general"
+    file: str = "student/general-4-steps"
+    painted: int = 4  # the student's steps, of those whose ends are KEPT
+    start: str = ""  # the file of a student to begin with
     cfg: float = 4.0
     rank: int = 32
     chunks: int = 256  # of trajectories; training goes through them again and again
@@ -57,7 +61,9 @@ class Plan:
     seed: int = 31
 
 
-PLAN = Plan()
+FOUR = Plan()
+TWO = Plan(name="student-general-2", file=f"{loop.STATES}/student-general-2", painted=2, start=FOUR.file, lr=1e-3)
+ONE = Plan(name="student-general-1", file="student/general-1-step", painted=1, start=TWO.file, lr=1e-3)
 
 
 def levels(count):
@@ -74,11 +80,11 @@ class Teacher(Guided):
 
     @torch.no_grad()
     def trajectory(self, noise, tokens):
-        """x [B, STEPS + 1, 12, h, w] at the start of each of the student's steps, and in the end, of unit ``noise``.
+        """x [B, KEPT + 1, 12, h, w] at the start of each stretch, and in the end, of unit ``noise``.
 
         x = x0 + sigma noise, and the first as the host's samplers begin, with sqrt(1 + sigma²) noise.
         """
-        times = levels(STEPS * SOLVED)
+        times = levels(KEPT * SOLVED)
         sigmas = [*self.sigmas(times).tolist(), 0.0]
         x, found, before = noise * math.hypot(1, sigmas[0]), [], None
         for k, (now, after) in enumerate(itertools.pairwise(sigmas)):
@@ -104,7 +110,7 @@ class Trajectories:
     """Files of CHUNK trajectories each; number k is the same for everybody, up to rounding."""
 
     def __init__(self, plan):
-        self.plan, self.folder = plan, loop.STATES / plan.name
+        self.plan, self.folder = plan, loop.STATES / FOUR.name  # the same for all students
         # the rarer a sign was in training, the worse the teacher paints it: the student meets all alike
         self.canvases = Canvases("noto", seed=plan.seed, balanced=True, one=0.6, draw=False)
 
@@ -130,9 +136,13 @@ class Trajectories:
         os.replace(part, path)
 
     def load(self, numbers):
-        """x [N, STEPS + 1, 12, 16, 16] in float16 and tokens [N, 20] of chunks."""
-        chunks = [safetensors.torch.load_file(self.path(number)) for number in numbers]
-        return torch.cat([c["x"] for c in chunks]), torch.cat([c["tokens"] for c in chunks])
+        """x [N, steps + 1, 12, 16, 16] in float16, at the start of each of the student's steps and in the end, and tokens
+        [N, 20] of chunks."""
+        chunks, stride = (
+            [safetensors.torch.load_file(self.path(number)) for number in numbers],
+            KEPT // self.plan.painted,
+        )
+        return torch.cat([c["x"][:, ::stride] for c in chunks]), torch.cat([c["tokens"] for c in chunks])
 
     def made(self):
         return [number for number in range(self.plan.chunks) if self.path(number).exists()]
@@ -171,7 +181,7 @@ class Student(nn.Module):
 
     def __init__(self, plan):
         super().__init__()
-        base = Guided(1.0)
+        base, self.steps = Guided(1.0), plan.painted
         self.held, self.factors, self.names = (base,), nn.ModuleList(), []
         generator = torch.Generator().manual_seed(plan.seed)
         for name, module in base.unet.named_modules():
@@ -180,8 +190,18 @@ class Student(nn.Module):
                 parametrize.register_parametrization(module, "weight", low_rank)
                 self.factors.append(low_rank)
                 self.names.append(name)
-        self.register_buffer("t", levels(STEPS), persistent=False)
-        self.register_buffer("sigmas", torch.cat([base.sigmas(levels(STEPS)), torch.zeros(1)]), persistent=False)
+        if plan.start:
+            self.begin_with(weights.load(plan.start))
+        self.register_buffer("t", levels(self.steps), persistent=False)
+        self.register_buffer("sigmas", torch.cat([base.sigmas(levels(self.steps)), torch.zeros(1)]), persistent=False)
+
+    @torch.no_grad()
+    def begin_with(self, lora):
+        """With the factors of a LoRA as ``lora`` gives it."""
+        for name, low_rank in zip(self.names, self.factors):
+            for part in ("down", "up"):
+                own = getattr(low_rank, part)
+                own.copy_(lora[f"diffusion_model.{name}.lora_{part}.weight"].flatten(1).to(own))
 
     def v(self, x, step, tokens):
         """v̂ of x [B, 12, h, w] at the steps [B]."""
@@ -240,16 +260,17 @@ class Batches:
 
     def batch(self, k):
         """x, landing, step, tokens"""
-        count, first = STEPS * len(self.x), k * self.plan.batch
+        steps = self.plan.painted
+        count, first = steps * len(self.x), k * self.plan.batch
         places = range(first, first + self.plan.batch)[self.part]
         chosen = torch.stack([self.order(place // count)[place % count] for place in places])
-        row, step = chosen // STEPS, chosen % STEPS
+        row, step = chosen // steps, chosen % steps
         return self.x[row, step].float(), self.x[row, step + 1].float(), step, self.tokens[row]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (there is one for each process)
     def order(self, round_):
         generator = torch.Generator().manual_seed(self.plan.seed + round_)
-        return torch.randperm(STEPS * len(self.x), generator=generator)
+        return torch.randperm(self.plan.painted * len(self.x), generator=generator)
 
 
 def examine(student, plan):
@@ -257,7 +278,7 @@ def examine(student, plan):
     x, tokens = (part.to(DEVICE) for part in Trajectories(plan).load([HELD_OUT]))
     x, found = x.float(), {}
     with torch.no_grad():
-        for k in range(STEPS):
+        for k in range(plan.painted):
             step = torch.full((len(x),), k, device=DEVICE)
             found[f"step {k + 1}"] = float(student(x[:, k], x[:, k + 1], step, tokens))
     found["rms"] = float(F.mse_loss(student.paint(x[:, 0], tokens), x[:, -1]).sqrt())
@@ -281,10 +302,10 @@ def export(plan, student, average, step, spent, log):
         "seconds": round(spent),
         "loss": log[-1][1] if log else "",
         "held_out": json.dumps(found),
-        "sampling": f"euler, scheduler simple, {STEPS} steps, cfg 1",
+        "sampling": f"euler, scheduler simple, steps {plan.painted}, cfg 1",
         "rank": plan.rank,
         "seed": plan.seed,
-        "start": "general",
+        "start": Path(plan.start).name or "general",
         "license": "Apache-2.0",
     }
     weights.save(plan.file, student.lora(average), **facts)
@@ -306,11 +327,9 @@ def make_all(plan, minutes, workers):
         raise RuntimeError(f"{plan.name}: a worker failed, see above; run the recipe again to go on.")
 
 
-def train(plan, minutes=None, workers=1):
-    started = time.time()
-    make_all(plan, minutes, workers)
-    loop.train(plan, job, minutes and minutes - (time.time() - started) / 60, workers)
-
-
 def main(minutes=None, workers=1):
-    train(PLAN, minutes, workers)
+    started = time.time()
+    make_all(FOUR, minutes, workers)
+    loop.train(FOUR, job, minutes and minutes - (time.time() - started) / 60, workers)
+    for plan in (TWO, ONE):
+        loop.train(plan, job, minutes, workers)

@@ -11,8 +11,8 @@ from torch import nn
 
 from chorus.demo import modules, weights
 from chorus.demo.recipes.cas_dm import Guided
-from chorus.demo.recipes.face_pairs import STUDENT, TEACHER, Painter
-from chorus.demo.recipes.student import SOLVED, STEPS, LowRank, Plan, Student, levels, second_order
+from chorus.demo.recipes.face_pairs import TEACHER, Painter, Sampling
+from chorus.demo.recipes.student import KEPT, SOLVED, LowRank, Plan, Student, levels, second_order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,14 +22,14 @@ def model():
     return modules.load_model("general")
 
 
-@pytest.mark.parametrize("count", [1, 2, STEPS, STEPS * SOLVED])
+@pytest.mark.parametrize("count", [1, 2, KEPT, KEPT * SOLVED])
 def test_levels_are_those_of_the_hosts_scheduler(model, count):
     expected = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", count)
     torch.testing.assert_close(Guided(1.0).sigmas(levels(count)), expected[:-1], rtol=1e-4, atol=0)
 
 
 def test_the_students_steps_are_among_the_solvers():
-    assert torch.equal(levels(STEPS * SOLVED)[::SOLVED], levels(STEPS))
+    assert torch.equal(levels(KEPT * SOLVED)[::SOLVED], levels(KEPT))
 
 
 def test_solver_is_the_hosts():
@@ -75,11 +75,12 @@ def test_the_host_reads_the_lora_as_the_student_has_it(model):
         torch.testing.assert_close(found[f"diffusion_model.{name}.weight"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_students_checkpoint_is_what_the_host_makes_of_its_lora(model):
-    base, file = modules.STUDENTS["general-4-steps"]
+@pytest.mark.parametrize("name", modules.STUDENTS)
+def test_a_students_checkpoint_is_what_the_host_makes_of_its_lora(model, name):
+    base, file = modules.STUDENTS[name]
     assert base == "general"
     patched, _ = comfy.sd.load_lora_for_models(model, None, weights.load(file), 1.0, 0.0)
-    student = modules.load_model("general-4-steps").model.state_dict()
+    student = modules.load_model(name).model.state_dict()
     plain = model.model.state_dict()
     assert len(patched.patches) > 50
     for name, weight in plain.items():
@@ -92,27 +93,38 @@ def test_the_students_checkpoint_is_what_the_host_makes_of_its_lora(model):
 
 
 @torch.inference_mode()
-def test_in_four_steps_the_student_is_nearer_to_the_teachers_picture(model):
-    """Than the teacher itself is in as many, with as many evaluations and with twice as many."""
+@pytest.mark.parametrize("name, steps", [("general-4-steps", 4), ("general-1-step", 1)])
+def test_a_student_is_nearer_to_the_teachers_picture(name, steps):
+    """Than the teacher itself is in as many steps, with as many evaluations and with twice as many."""
+    own = Sampling(name, steps=steps, cfg=1.0, scheduler="simple")
     words = ["a man on blue", "a clown", "a dark girl on pink", "a cat on red fading to white"]
     target = Painter(TEACHER).paint(words, 5)
-    four = {
+    few = {
         name: Painter(sampling).paint(words, 5)
         for name, sampling in {
-            "student": STUDENT,
-            "unguided": replace(STUDENT, checkpoint="general"),
-            "guided": replace(STUDENT, checkpoint="general", cfg=4.0),
+            "student": own,
+            "unguided": replace(own, checkpoint="general"),
+            "guided": replace(own, checkpoint="general", cfg=4.0),
         }.items()
     }
-    apart = {name: float((pictures - target).square().mean().sqrt()) for name, pictures in four.items()}
+    apart = {name: float((pictures - target).square().mean().sqrt()) for name, pictures in few.items()}
     assert apart["student"] < apart["unguided"] and apart["student"] < apart["guided"], apart
+
+
+def test_a_student_begins_as_another_one():
+    first, second = (Student(Plan(rank=32, painted=painted)) for painted in (4, 2))
+    lora = weights.load("student/general-4-steps")
+    second.begin_with(lora)
+    again = second.lora(second.state_dict())
+    assert again.keys() == lora.keys() and all(torch.equal(again[key], lora[key]) for key in lora)
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
 def test_landing_exactly_is_no_loss():
     """Where Euler with the student's own v lands, there is nothing to learn."""
     student = Student(Plan(rank=2))
-    x, tokens = torch.randn(STEPS, 12, 8, 8), torch.zeros(STEPS, 20, dtype=torch.long)
-    step = torch.arange(STEPS)
+    x, tokens = torch.randn(KEPT, 12, 8, 8), torch.zeros(KEPT, 20, dtype=torch.long)
+    step = torch.arange(KEPT)
     now, after = (s.view(-1, 1, 1, 1) for s in (student.sigmas[step], student.sigmas[step + 1]))
     x = x * (1 + now**2).sqrt()
     with torch.no_grad():
