@@ -1,6 +1,6 @@
 """What is a face refiner worth? Face signs by a student of one step, refined, against what its teacher paints of the same noise.
 
-Prompts are of one face sign each, all ways paint them from the same noise, none was met in training:
+Prompts are of one face sign each, all ways paint them from the same noise, which no refiner met in training:
   student:               1 step, cfg 1
   student, paired:       and one pass of the refiner that was trained on pairs
   student, unpaired:     and one of the refiner that was trained without them
@@ -74,12 +74,11 @@ TIMED = 16  # pictures at once, where seconds are measured
 @dataclass(frozen=True)
 class Way:
     name: str
-    refiner: str = ""  # its file in demo/weights
+    refiner: str  # its file, in the manner of demo/weights.py
     color_lock: bool = False
 
 
 WAYS = (
-    Way("student"),
     Way("student, paired", PAIRED.file),
     Way("student, unpaired", UNPAIRED.file),
     Way("student, paired, color_lock", PAIRED.file, True),
@@ -250,8 +249,8 @@ def main() -> None:
     paint_all([(sampling, number) for sampling in samplings for number in numbers], workers=options.workers)
     with torch.inference_mode():
         source, target = (side.float() / 255 for side in load_pairs(numbers))
-        shown = {way.name: source for way in WAYS[:1]}
-        for way in WAYS[1:]:
+        shown = {"student": source}
+        for way in WAYS:
             if weights.path(way.refiner).exists():
                 shown[way.name] = refined(source, refiner(way.refiner), way.color_lock)
         shown |= {name: load(sampling, numbers).float() / 255 for name, sampling in BASELINES.items()}
@@ -270,7 +269,7 @@ def main() -> None:
     print(f"\n{told(costs)}")
     settings = vars(options) | {"pictures": len(groups), "student": vars(STUDENT), "teacher": vars(TEACHER)}
     counts = {tone: int(chosen.sum()) for tone, chosen in judges.groups.items()}
-    heads = {Path(way.refiner).name: weights.metadata(way.refiner) for way in WAYS if way.name in shown and way.refiner}
+    heads = {Path(way.refiner).name: weights.metadata(way.refiner) for way in WAYS if way.name in shown}
     results = {"settings": settings, "heads": heads, "tones": counts, "tables": found, "cost": costs}
     path = keep(options.name, results)
     print(f"\n{facts()['device']}; kept in {path.name} and {options.name}.png")
