@@ -138,7 +138,7 @@ def train() -> Workflow:
         "Train a face refiner",
         f"# Train a face refiner\n\nIt learns from `{FACE_PAIRS}`, 128 pairs of face signs, what separates `{FAST}` from its"
         f" teacher, and is used at once on pictures that it has not seen.\n\nSheets: {FEW}; refined; the teacher's. This is a taste of"
-        " half a minute: look at outlines and hair, and expect no new faces. The report says whether it learned, and how near"
+        " half a minute: look at eyes and outlines, and expect no new faces. The report says whether it learned, and how near"
         " held-out pictures came to the teacher's. The head that comes with the pack took far longer and more pairs.\n\n**Your"
         " pairs**: build them (*Build training pairs*), press R, choose the folder; set `crop` (advanced) to 256 or the side of your faces, `steps` to"
         " 2000 and more, `batch_size` to 4 or what fits, `learning_rate` to 0.0002. Wire a CLIP Vision of yours or set `metric` to"
@@ -151,7 +151,7 @@ def train() -> Workflow:
     # as the head that comes with the pack: the fast pictures are blurred, and GRAD at its full weight would keep them so
     widgets |= {"metric_weight": 4.0, "grad_weight": 0.2, "l1_weight": 1.0}
     training = w.node("TrainFaceRefiner", 2, widgets, wires=wires, width=310, color=BLUE)
-    w.prompts("a dark woman on green", 6)
+    w.prompts("a ghost on purple", 6)
     painted, teacher = w.paint(w.student, 5, 3), w.paint(w.teacher, 5, 3)
     refined = w.refine((painted, "IMAGE"), (training, "refiner"), 4)
     w.node("SaveFaceRefiner", 2, {}, wires={"refiner": (training, "refiner")}, color=BLUE)
