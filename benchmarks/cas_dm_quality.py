@@ -19,7 +19,6 @@ not painted again.
 import argparse
 import dataclasses
 import functools
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,19 +32,18 @@ from ..host import headless
 
 headless.start()
 
-import comfy.sample  # noqa: E402
 import comfy.utils  # noqa: E402
 
 from ..demo import weights  # noqa: E402
 from ..demo.canvas import Canvases  # noqa: E402
 from ..demo.modules import load_checkpoint, load_sign_classifier, load_vision  # noqa: E402
 from ..demo.recipes.cas_dm import ABLATIONS, PLAN  # noqa: E402
-from ..demo.recipes.evaluate import encode, joined, ranks_of  # noqa: E402
+from ..demo.recipes.encoder import seen_by  # noqa: E402
+from ..demo.recipes.evaluate import encode, joined, ranks_of, sample  # noqa: E402
 from ..host.cas_dm_files import read_head_file  # noqa: E402
 from ..networks.cas_dm_head import Head, from_file  # noqa: E402
 from ..nodes.cas_dm import CasDMHead  # noqa: E402
 from ..training.frechet import frechet, frechet_difference  # noqa: E402
-from ..training.metrics import join_features  # noqa: E402
 from ..training.statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .fresh_process import in_fresh_process  # noqa: E402
@@ -112,30 +110,13 @@ def latents(way: Way, steps: int, part: int, model, clip, canvases) -> torch.Ten
         head = read_head_file(weights.path(way.head), from_file)
         head = head if way.r is None else with_fixed_r(head, way.r)
         model = CasDMHead.execute(model, head, 1.0, 0.0, 1.0)[0]
-    latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(PASS, 4, 8, 8), 8)
-    noise = comfy.sample.prepare_noise(latent, seed=part)
-    return comfy.sample.sample(
-        model,
-        noise,
-        steps,
-        way.cfg,
-        SAMPLER,
-        SCHEDULER,
-        positive,
-        encode(clip, ""),
-        latent,
-        seed=part,
-        disable_pbar=True,
-    )
+    return sample(model, positive, encode(clip, ""), part, PASS, steps, way.cfg, SAMPLER, SCHEDULER)
 
 
 @functools.cache
 def made_by(head: str) -> str:
     """Of other weights another: the model's and those of ``head``, if any."""
-    made = hashlib.sha256(weights.path("general").read_bytes())
-    if head:
-        made.update(weights.path(head).read_bytes())
-    return made.hexdigest()[:16]
+    return weights.digest("general", *([head] if head else []))[:16]
 
 
 def place(way: Way, steps: int, part: int) -> Path:
@@ -184,9 +165,9 @@ class Judges:
         """Embeddings [N, D], and the layers as the head's metric joins them."""
         embeddings, joins = [], []
         for part in pictures.movedim(-1, 1).split(PASS):
-            _, layers, embedding, _ = self.vision.model(pixel_values=2 * part - 1, intermediate_output="all")
+            join, embedding = seen_by(self.vision.model, 2 * part - 1)
             embeddings.append(embedding)
-            joins.append(join_features([*layers.unbind(1), embedding]))
+            joins.append(join)
         return torch.cat(embeddings), torch.cat(joins)
 
     def measure(self, way: Way, steps: int) -> dict[str, np.ndarray | torch.Tensor]:

@@ -161,6 +161,10 @@ def step(device: torch.device) -> dict:
     return {"dtype": str(dtype).removeprefix("torch."), "seconds": taken, "median": median(taken)}
 
 
+def title(case: dict) -> str:
+    return f"{case['network']}, {case['size']} x {case['size']}, batch {case['batch']}"
+
+
 def table(found: list[dict], target: float) -> str:
     lines = [
         "| faces | dtype | plain, ms (quartiles) | chorus, ms (quartiles) | speed-up (95 %) | apart, of 255: mean, 99.9 % |",
@@ -168,7 +172,7 @@ def table(found: list[dict], target: float) -> str:
     ]
     for one in found:
         case = one["case"]
-        cells = [f"{case['network']}, {case['size']} x {case['size']}, batch {case['batch']}", case["dtype"]]
+        cells = [title(case), case["dtype"]]
         for m in one["median"].values():
             cells.append("{:,.1f} ({:,.1f}-{:,.1f})".format(*(1e3 * v for v in (m["median"], *m["quartiles"]))))
         cells.append("{:.2f} x ({:.2f}-{:.2f})".format(one["speedup"]["median"], *one["speedup"]["interval"]))
@@ -186,9 +190,7 @@ def steps(found: list[dict], one_step: dict) -> str:
         f"\nOne step of an SD1.5-sized model at 512 x 512, guided, {one_step['dtype']}: {second:.3f} s. A face takes"
     ]
     for one in found:
-        case, taken = one["case"], one["median"]["chorus"]["median"]
-        name = f"{case['network']}, {case['size']} x {case['size']}, batch {case['batch']}"
-        lines.append(f"  {taken / second:6.1%} of it: {name}")
+        lines.append(f"  {one['median']['chorus']['median'] / second:6.1%} of it: {title(one['case'])}")
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ import comfy.utils  # noqa: E402
 
 from ..demo import weights  # noqa: E402
 from ..demo.modules import load_sign_classifier, load_vision  # noqa: E402
+from ..demo.recipes.encoder import seen_by  # noqa: E402
 from ..demo.recipes.evaluate import encode, ranks_of  # noqa: E402
 from ..demo.recipes.face_pairs import (  # noqa: E402
     CHUNK,
@@ -56,7 +57,6 @@ from ..host.face_refiner_model import FaceRefinerModel, wrap  # noqa: E402
 from ..networks.image_generators import load_generator  # noqa: E402
 from ..nodes.face_refiner import FaceRefiner  # noqa: E402
 from ..training.frechet import frechet, frechet_both  # noqa: E402
-from ..training.metrics import join_features  # noqa: E402
 from ..training.statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .stopwatch import median  # noqa: E402
@@ -111,9 +111,9 @@ class Judges:
         embeddings, joins, pooled, right = [], [], [], []
         for part, truth in zip(pictures.split(CHUNK), self.signs.split(CHUNK)):
             x = part.movedim(-1, 1)
-            _, layers, embedding, _ = self.vision.model(pixel_values=2 * x - 1, intermediate_output="all")
+            join, embedding = seen_by(self.vision.model, 2 * x - 1)
             embeddings.append(embedding)
-            joins.append(join_features([*layers.unbind(1), embedding]))
+            joins.append(join)
             pooled.append(self.classifier.blocks(2 * x - 1).mean((2, 3)))
             right.append(self.classifier.head(pooled[-1]).argmax(1) == truth)
         return {

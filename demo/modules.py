@@ -42,8 +42,10 @@ def load_model(name, disable_dynamic=False, model_options=None):
 
 
 def _denoiser(name):
-    base, lora = STUDENTS.get(name, (name, None))
-    return weights.load(base) if lora is None else weights.with_lora(weights.load(base), weights.load(lora))
+    if name in CHECKPOINTS:
+        return weights.load(name)
+    base, lora = STUDENTS[name]
+    return weights.with_lora(weights.load(base), weights.load(lora))
 
 
 def load_checkpoint(name):

@@ -1,5 +1,6 @@
 """Weight files of demo/weights: fp16 safetensors, written whole or not at all."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -28,12 +29,25 @@ def metadata(name):
 
 def save(name, state_dict, **facts):
     """Writes fp16; facts go into the metadata as strings."""
-    path(name).parent.mkdir(parents=True, exist_ok=True)
     half = {k: v.detach().cpu().to(torch.float16).contiguous() for k, v in state_dict.items()}
-    part = path(name).with_suffix(".part")
-    safetensors.torch.save_file(half, part, metadata={k: str(v) for k, v in facts.items()})
+    write_whole(path(name), half, {k: str(v) for k, v in facts.items()})
+
+
+def write_whole(file, tensors, metadata=None):
+    """As safetensors, by a name of this process until it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    safetensors.torch.save_file(tensors, part, metadata=metadata)
     part.chmod(0o644)
-    os.replace(part, path(name))
+    os.replace(part, file)
+
+
+def digest(*names):
+    """Of the files demo/weights/<name>.safetensors: other weights have another."""
+    made = hashlib.sha256()
+    for name in names:
+        made.update(path(name).read_bytes())
+    return made.hexdigest()
 
 
 def with_lora(state_dict, lora):

@@ -79,7 +79,8 @@ async () => {
 
 
 def save_in_page(address: str, specs: list[dict]) -> dict[str, tuple[dict, bytes]]:
-    """By title, workflows in UI format, laid out and serialised by the real page, and how they look in it (PNG)."""
+    """By title, workflows in UI format, laid out and serialised by the real page; of those that cannot be queued here also
+    how they look in it (PNG)."""
     from playwright.sync_api import sync_playwright
 
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
@@ -92,7 +93,8 @@ def save_in_page(address: str, specs: list[dict]) -> dict[str, tuple[dict, bytes
             page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=180_000)
             page.wait_for_timeout(3000)
             workflow = json.loads(page.evaluate(BUILD, spec))
-            saved[spec["title"]] = workflow, page.screenshot(clip=page.evaluate(SHOW))
+            look = page.screenshot(clip=page.evaluate(SHOW)) if spec["needs"] else b""
+            saved[spec["title"]] = workflow, look
         browser.close()
     return saved
 

@@ -44,6 +44,12 @@ class TwoModels(FaceWorkflow):
         self.negative = self.text("", self.teacher, "Negative", column)
         self.empty = self.latent(pictures, column)
 
+    def sheets(self, painted: int, refined: int, name: str, teacher: int, column: int) -> None:
+        """The student's pictures, those of Face Refiner as ``name``, the teacher's."""
+        self.grid((painted, "IMAGE"), FEW, column)
+        self.grid((refined, "image"), name, column)
+        self.grid((teacher, "IMAGE"), MANY, column)
+
     def paint(self, model: int, seed, column: int) -> int:
         """Pictures of ``self.student`` or ``self.teacher``, each sampled as it is meant to be; ``seed`` as in ``sample``."""
         settings, name = (STUDENT, FEW) if model == self.student else (TEACHER, f"{MANY} with guidance")
@@ -96,9 +102,7 @@ def mask() -> Workflow:
     refined = w.refine((painted, "IMAGE"), (head, "refiner"), 3, (left, "MASK"), padding=0.0, feather=4)
     w.report(refined, 3)
     teacher = w.paint(w.teacher, 3, 2)
-    w.grid((painted, "IMAGE"), FEW, 4)
-    w.grid((refined, "image"), "left faces refined", 4)
-    w.grid((teacher, "IMAGE"), MANY, 4)
+    w.sheets(painted, refined, "left faces refined", teacher, 4)
     return w
 
 
@@ -157,9 +161,7 @@ def train() -> Workflow:
     w.node("SaveFaceRefiner", 2, {}, wires={"refiner": (training, "refiner")}, color=BLUE)
     w.report(training, 3, height=260)
     w.node("LossGraphNode", 4, {}, wires={"loss": (training, "loss_map")}, height=300)
-    w.grid((painted, "IMAGE"), FEW, 5)
-    w.grid((refined, "image"), "refined", 5)
-    w.grid((teacher, "IMAGE"), MANY, 5)
+    w.sheets(painted, refined, "refined", teacher, 5)
     return w
 
 

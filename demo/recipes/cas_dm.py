@@ -18,7 +18,7 @@ from torch import nn
 
 from ...networks.cas_dm_head import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ...techniques.cas_dm import losses, mix, predict, total
-from ...training.metrics import feature_distance, join_features
+from ...training.metrics import feature_distance
 from .. import modules, weights
 from ..canvas import Canvases
 from ..latent import CHANNELS
@@ -26,6 +26,7 @@ from ..text import TextModel, token_rows
 from ..unet import make_unet
 from . import loop
 from .device import DEVICE
+from .encoder import seen_by
 
 LATENT, PREDICTION, STYLE = "ChorusDemoLatent", "v", "noto"
 HELD_OUT, LEVELS = 10**6, 8  # the canvas with which the held-out batch begins; levels at which r is told
@@ -103,8 +104,7 @@ class Features:
 
     def __call__(self, latents):
         pictures = self.decoder.decode(latents).clamp(-1, 1)
-        _, layers, embedding, _ = self.encoder(pixel_values=pictures, intermediate_output="all")
-        return join_features([*layers.unbind(1), embedding])
+        return seen_by(self.encoder, pictures)[0]
 
 
 class Student(nn.Module):

@@ -36,24 +36,18 @@ def joined(conditionings):
     return [[torch.cat([tensor for tensor, _ in rows]), rows[0][1] | {"pooled_output": pooled}]]
 
 
-def paint(model, clip, vae, text, seed, count=1):
-    """IMAGE [count, 64, 64, 3] of a prompt with the settings above."""
+def sample(model, positive, negative, seed, count, steps, cfg, sampler, scheduler):
+    """Latents [count, 12, 16, 16], as KSampler makes them of an empty latent of 64x64 pixels."""
     latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(count, 4, 8, 8), 8)
     noise = comfy.sample.prepare_noise(latent, seed)
-    samples = comfy.sample.sample(
-        model,
-        noise,
-        SETTINGS["steps"],
-        SETTINGS["cfg"],
-        SETTINGS["sampler"],
-        SETTINGS["scheduler"],
-        encode(clip, text),
-        encode(clip, ""),
-        latent,
-        seed=seed,
-        disable_pbar=True,
-    )
-    return vae.decode(samples)
+    given = model, noise, steps, cfg, sampler, scheduler, positive, negative, latent
+    return comfy.sample.sample(*given, seed=seed, disable_pbar=True)
+
+
+def paint(model, clip, vae, text, seed, count=1):
+    """IMAGE [count, 64, 64, 3] of a prompt with the settings above."""
+    settings = [SETTINGS[name] for name in ("steps", "cfg", "sampler", "scheduler")]
+    return vae.decode(sample(model, encode(clip, text), encode(clip, ""), seed, count, *settings))
 
 
 def ranks_of(vision, images, truth):

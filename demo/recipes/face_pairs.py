@@ -5,12 +5,9 @@ the pack are in demo/data, see demo/face_pairs.py. ``python run.py train-demo fa
 """
 
 import functools
-import hashlib
-import os
 import time
 from dataclasses import dataclass
 
-import comfy.sample
 import numpy as np
 import safetensors.torch
 import torch
@@ -20,7 +17,7 @@ from .. import face_pairs, modules, weights
 from ..canvas import Canvases
 from ..signs import FACES
 from . import loop
-from .evaluate import encode, joined
+from .evaluate import encode, joined, sample
 
 CHUNK = 64  # pairs in a file, painted together
 CHUNKS = 32  # for training
@@ -61,10 +58,8 @@ class Painter:
         """IMAGE [N, 64, 64, 3] of N captions, from the noise of a batch of N with that seed."""
         s, (model, clip, vae) = self.sampling, self.checkpoint
         positive, negative = joined([encode(clip, caption) for caption in captions]), encode(clip, "")
-        latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(len(captions), 4, 8, 8), 8)
-        noise = comfy.sample.prepare_noise(latent, seed)
-        given = model, noise, s.steps, s.cfg, s.sampler, s.scheduler, positive, negative, latent
-        return vae.decode(comfy.sample.sample(*given, seed=seed, disable_pbar=True))
+        settings = s.steps, s.cfg, s.sampler, s.scheduler
+        return vae.decode(sample(model, positive, negative, seed, len(captions), *settings))
 
 
 def canvases(number):
@@ -80,10 +75,9 @@ def captions(number):
 @functools.cache
 def folder(sampling):
     """Of other weights or another sampling another."""
-    made = hashlib.sha256(repr(sampling).encode())
-    for file in modules.STUDENTS.get(sampling.checkpoint, [sampling.checkpoint]):
-        made.update(weights.path(file).read_bytes())
-    return loop.STATES / f"faces-{sampling.checkpoint}-{made.hexdigest()[:12]}"
+    s = sampling
+    made = weights.digest(*modules.STUDENTS.get(s.checkpoint, [s.checkpoint]))[:12]
+    return loop.STATES / f"faces-{s.checkpoint}-{made}-{s.sampler}-{s.scheduler}-{s.steps}-cfg{s.cfg:g}-{s.shift}"
 
 
 def place(sampling, number):
@@ -96,10 +90,7 @@ def paint(number, painter):
     if path.exists():
         return
     pictures = painter.paint(captions(number), number + painter.sampling.shift)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    safetensors.torch.save_file({"pictures": (pictures * 255).round().byte().contiguous()}, part)
-    os.replace(part, path)
+    weights.write_whole(path, {"pictures": (pictures * 255).round().byte().contiguous()})
 
 
 def load(sampling, numbers):
@@ -107,12 +98,17 @@ def load(sampling, numbers):
     return torch.cat([safetensors.torch.load_file(place(sampling, number))["pictures"] for number in numbers])
 
 
+def whole(numbers):
+    """Those of which both sides are there."""
+    return [number for number in numbers if all(place(side, number).exists() for side in (STUDENT, TEACHER))]
+
+
 def load_pairs(numbers):
-    """source and target, uint8 [N, 64, 64, 3], of the chunks of which both are there."""
-    whole = [number for number in numbers if all(place(side, number).exists() for side in (STUDENT, TEACHER))]
-    if not whole:
+    """source and target, uint8 [N, 64, 64, 3], of the whole ones."""
+    numbers = whole(numbers)
+    if not numbers:
         raise RuntimeError("no pair is painted yet; run `python run.py train-demo face_pairs`")
-    return load(STUDENT, whole), load(TEACHER, whole)
+    return load(STUDENT, numbers), load(TEACHER, numbers)
 
 
 def paint_some(jobs, minutes=None, threads=None):
@@ -133,20 +129,13 @@ def paint_all(jobs, minutes=None, workers=1):
     """By several processes with one thread each; the caller must not have computed yet when they fork."""
     if workers == 1:
         return paint_some(jobs, minutes)
-    fork = torch.multiprocessing.get_context("fork")
-    team = [fork.Process(target=paint_some, args=(jobs[n::workers], minutes, 1), daemon=True) for n in range(workers)]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join()
-    if any(process.exitcode for process in team):
-        raise RuntimeError("face_pairs: a worker failed, see above; run it again to go on.")
+    loop.in_team("face_pairs", paint_some, [(jobs[n::workers], minutes, 1) for n in range(workers)])
 
 
 def main(minutes=None, workers=1):
     kept = range(SHIPPED, SHIPPED + face_pairs.COUNT // CHUNK)
     # both sides of a chunk one after the other: what there is no time for is missing on both
     paint_all([(side, number) for number in (*kept, *range(CHUNKS)) for side in (TEACHER, STUDENT)], minutes, workers)
-    if all(place(side, number).exists() for number in kept for side in (STUDENT, TEACHER)):
+    if len(whole(kept)) == len(kept):
         source, target = (np.asarray(side) for side in load_pairs(kept))
         face_pairs.write(source, target, [caption for number in kept for caption in captions(number)])

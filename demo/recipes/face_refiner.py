@@ -25,11 +25,12 @@ from ...training.face_pairs import FaceData
 from ...training.face_refiner import PairedTrainer, PairedTraining
 from ...training.face_refiner_run import FIRST_WEIGHTS, GENERATOR
 from ...training.face_refiner_unpaired import CycleTrainer, CycleTraining
-from ...training.metrics import feature_distance, join_features
+from ...training.metrics import feature_distance
 from ...training.streams import stream
 from .. import modules, weights
 from . import face_pairs, loop
 from .device import DEVICE
+from .encoder import seen_by
 
 CROP = 64
 EXAMINED = 100  # steps between two looks at the held-out pictures
@@ -79,8 +80,7 @@ class Features:
         self.encoder = modules.load_vision().model.to(DEVICE).eval().requires_grad_(False)
 
     def __call__(self, pictures):
-        _, layers, embedding, _ = self.encoder(pixel_values=2 * pictures.movedim(-1, 1) - 1, intermediate_output="all")
-        return join_features([*layers.unbind(1), embedding])
+        return seen_by(self.encoder, 2 * pictures.movedim(-1, 1) - 1)[0]
 
 
 def data(paired):

@@ -35,16 +35,20 @@ def train(plan, job, minutes=None, workers=1, save_minutes=5.0):
         return work(0, plan, job, minutes, 1, save_minutes)
     STATES.mkdir(parents=True, exist_ok=True)
     (STATES / "meeting").unlink(missing_ok=True)
+    in_team(plan.name, work, [(n, plan, job, minutes, workers, save_minutes) for n in range(workers)])
+
+
+def in_team(name, work, parts):
+    """``work`` of each of the ``parts`` (its arguments) in a process of its own; the caller must not have computed yet when
+    they fork."""
     fork = torch.multiprocessing.get_context("fork")
-    team = [fork.Process(target=work, args=(n, plan, job, minutes, workers, save_minutes)) for n in range(workers)]
+    team = [fork.Process(target=work, args=part) for part in parts]
     for process in team:
         process.start()
     for process in team:
         process.join()
     if any(process.exitcode for process in team):
-        raise RuntimeError(
-            f"{plan.name}: a worker failed, see above; run the recipe again to go on from the last checkpoint."
-        )
+        raise RuntimeError(f"{name}: a worker failed, see above; run the recipe again to go on from what it kept.")
 
 
 def work(worker, plan, job, minutes, workers, save_minutes):

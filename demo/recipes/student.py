@@ -16,7 +16,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,18 +129,13 @@ class Trajectories:
             return
         noise, tokens = self.given(number)
         x = teacher.trajectory(noise.to(DEVICE), tokens.to(DEVICE)).half().cpu()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        safetensors.torch.save_file({"x": x, "tokens": tokens}, part)
-        os.replace(part, path)
+        weights.write_whole(path, {"x": x, "tokens": tokens})
 
     def load(self, numbers):
         """x [N, steps + 1, 12, 16, 16] in float16, at the start of each of the student's steps and in the end, and tokens
         [N, 20] of chunks."""
-        chunks, stride = (
-            [safetensors.torch.load_file(self.path(number)) for number in numbers],
-            KEPT // self.plan.painted,
-        )
+        stride = KEPT // self.plan.painted
+        chunks = [safetensors.torch.load_file(self.path(number)) for number in numbers]
         return torch.cat([c["x"][:, ::stride] for c in chunks]), torch.cat([c["tokens"] for c in chunks])
 
     def made(self):
@@ -317,14 +311,7 @@ def make_all(plan, minutes, workers):
     seconds = minutes and minutes * 60 * MAKING
     if workers == 1:
         return make_trajectories(plan, 0, 1, seconds)
-    fork = torch.multiprocessing.get_context("fork")
-    team = [fork.Process(target=make_trajectories, args=(plan, n, workers, seconds)) for n in range(workers)]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join()
-    if any(process.exitcode for process in team):
-        raise RuntimeError(f"{plan.name}: a worker failed, see above; run the recipe again to go on.")
+    loop.in_team(plan.name, make_trajectories, [(plan, n, workers, seconds) for n in range(workers)])
 
 
 def main(minutes=None, workers=1):
