@@ -3,7 +3,7 @@
 
 python run.py demo         start a real ComfyUI, run the example workflows, write their pictures to output/
 python run.py serve        start ComfyUI with this pack and leave it up (--listen, --port and the like go to ComfyUI)
-python run.py test         ruff, the unit tests, the host tests (other arguments go to pytest)
+python run.py test         ruff, then the tests: unit, in a real ComfyUI, robustness, in its web page (other arguments go to pytest)
 python run.py train-demo   make the checkpoints of demo/ again (arguments go to demo/recipes)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it)
 python run.py locales      make the nodes' English texts again, say what the translations lack (accept LANG [KEY ...])

@@ -1,6 +1,6 @@
 """Make this folder importable as ``chorus`` and, where there is a ComfyUI, its modules by their own names.
 
-The ComfyUI is $COMFYUI_PATH, else the one that run.py puts into .host/. Without one, tests/host is left out.
+The ComfyUI is $COMFYUI_PATH, else the one that run.py puts into .host/. Without one, only tests/unit is left.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ if (HOST / "main.py").is_file():
     # first on the path: our nodes/ folder must not shadow the host's nodes.py
     sys.path.insert(0, str(HOST))
 else:
-    collect_ignore = ["host"]
+    collect_ignore = ["host", "robustness", "browser"]
 
 # without a GPU the Triton kernels run in its CPU interpreter; this must be set before they are imported
 if not torch.cuda.is_available():
@@ -32,7 +32,7 @@ spec.loader.exec_module(sys.modules["chorus_run"])  # makes this folder the pack
 
 
 def pytest_report_header():
-    return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none, tests/host is left out"
+    return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none, only tests/unit is left"
 
 
 @pytest.fixture(autouse=True)

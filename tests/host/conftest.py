@@ -1,31 +1,6 @@
-"""ComfyUI for the host tests: as a library in this process, and as one real server per test session."""
-
-import os
-import sys
-from pathlib import Path
-
-import pytest
-import torch
+"""ComfyUI for the host tests: as a library in this process, and as one real server."""
 
 from chorus.host import headless
-from chorus.tools.client import Comfy
-from chorus.tools.server import server as start_server
-from chorus.tools.setup import Host
+from chorus.tests.real_comfyui import comfy, server  # noqa: F401 (fixtures)
 
 headless.start()
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A real ComfyUI with this pack: .address, .base (its models, input, output, ... folders), .log."""
-    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
-    args = () if torch.cuda.is_available() else ("--cpu",)
-    with start_server(host, base=tmp_path_factory.mktemp("comfyui"), args=args) as running:
-        yield running
-
-
-@pytest.fixture
-def comfy(server):
-    """A client of the server: run(prompt), to_api(workflow), images(result), interrupt(), free()."""
-    with Comfy(server.address) as client:
-        yield client

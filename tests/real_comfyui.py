@@ -1,0 +1,28 @@
+"""A real ComfyUI server with this pack, as fixtures for the rooms of the tests that talk to one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chorus.tools.client import Comfy
+from chorus.tools.server import server as start_server
+from chorus.tools.setup import Host
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real ComfyUI with this pack: .address, .base (its models, input, output, ... folders), .log."""
+    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
+    args = () if torch.cuda.is_available() else ("--cpu",)
+    with start_server(host, base=tmp_path_factory.mktemp("comfyui"), args=args) as running:
+        yield running
+
+
+@pytest.fixture
+def comfy(server):
+    """A client of the server: run(prompt), to_api(workflow), images(result), interrupt(), free()."""
+    with Comfy(server.address) as client:
+        yield client
