@@ -15,19 +15,17 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from . import seed_pictures
 from .blend_hook import blend_chain
 from .experts import resolve_patchers
+from .gradients import Recorder, gradients
 from .parametrization import FLOW, family
 from .seed_batches import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
-from .seed_gradients import NormalWeights, Recorder, check_differentiable, gradients, make_room, own_tensors
+from .seed_opening import check_session, open_session
 from .seed_pictures import size_of
-from .seed_session import SeedSession, SessionSampler, SessionSettings
+from .seed_session import SeedSession, SessionSettings
 
-KEY = "chorus_seed"
 SHORT_RUNS = "beta"  # scheduler
 SAMPLERS, SCHEDULERS = comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES
 
@@ -160,7 +158,7 @@ class SeedRun:
         seeds = self._checked_seeds(noise, seeds)
         size = self.batch_size(len(noise))
         found = []
-        with self._counting(self.model):
+        with self.counting(self.model):
             for first in range(0, len(noise), size):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 chunk = slice(first, first + size)
@@ -222,7 +220,7 @@ class SeedRun:
         return next((n for n in range(count, 1, -1) if self.model.memory_required([2 * n, *shape]) < free), 1)
 
     @contextmanager
-    def _counting(self, model, recorder: Recorder | None = None):
+    def counting(self, model, recorder: Recorder | None = None):
         """Counts the rows of every forward pass through the networks of ``model``, also of passes that fail."""
         conds = {
             "positive": comfy.sampler_helpers.convert_cond(self.positive),
@@ -255,115 +253,15 @@ class SeedRun:
         settings = self.check_session(vae=vae, clip_vision=clip_vision, **settings)
         with gradients() if settings.gradients else nullcontext():
             try:
-                return self._open(work, settings, vae, clip_vision)
+                return open_session(self, work, settings, vae, clip_vision)
             finally:
                 comfy.model_management.cleanup_models_gc()  # the copies
 
     def check_session(self, *, vae=None, clip_vision=None, **settings) -> SessionSettings:
         """The settings of a session that can be had; a ValueError, as ``session`` raises it, before anything is run."""
         settings = SessionSettings(**settings)
-        steps = len(self.sigmas(settings.steps, settings.sampler)) - 1
-        if settings.last_steps is not None and not 1 <= settings.last_steps <= steps:
-            raise ValueError(f"last_steps {settings.last_steps} is not in 1 to {steps}, the steps of this session")
-        if vae is not None:
-            seed_pictures.check_vae(vae)
-        if clip_vision is not None:
-            seed_pictures.check_clip_vision(clip_vision)
-        if settings.sampler == "ddim" and self.latent_image.get("noise_mask") is not None:
-            raise ValueError(
-                "with a noise mask ddim fills what is kept with noise of its own, which no optimisation knows; use euler,"
-                " its like otherwise"
-            )
-        if settings.gradients:
-            check_differentiable(self.model, self.positive, self.negative)
+        check_session(self, settings, vae, clip_vision)
         return settings
-
-    def _open(self, work, settings: SessionSettings, vae, clip_vision):
-        weights = NormalWeights() if settings.gradients else None
-        model = self.model.clone() if weights is None else weights.blended(self.model)
-        wired = {"vae": vae, "clip_vision": clip_vision}
-        wired = {
-            k: (v, weights(v.patcher) if weights else v.patcher.clone()) for k, v in wired.items() if v is not None
-        }
-        sigmas = self.sigmas(settings.steps, settings.sampler)
-        loaded = []
-        recorder = Recorder(
-            settings.checkpoint or not settings.gradients, self._room(model, loaded, wired, settings, len(sigmas) - 1)
-        )
-
-        def keep(patchers: list) -> None:
-            loaded.extend(patchers)
-            for patcher in patchers:
-                recorder.add_weights(patcher.model)
-
-        beside = [patcher for _, patcher in wired.values()]
-        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _loaded_with(beside, settings.gradients, keep))
-        modules = {name: (host_object, patcher.model) for name, (host_object, patcher) in wired.items()}
-        sampler = SessionSampler(work, settings, self.kind, recorder, **modules)
-
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(own_tensors(self.positive), own_tensors(self.negative))
-        guider.set_cfg(self.cfg if settings.cfg is None else settings.cfg)
-        noise, latent = self.noise_of(settings.seed), self.samples.clone()
-        mask = self.latent_image.get("noise_mask")
-        with self._counting(model, recorder), recorder.recording():
-            guider.sample(
-                noise,
-                latent,
-                sampler,
-                sigmas,
-                None if mask is None else mask.clone(),
-                disable_pbar=True,
-                seed=settings.seed,
-            )
-        return sampler.result
-
-    def _room(
-        self, model, loaded: list, wired: Mapping, settings: SessionSettings, steps: int
-    ) -> Callable[[str, int], None]:
-        """What a Recorder asks before a gradient is computed: MemoryError where it does not fit beside ``loaded``."""
-        guided = self.cfg if settings.cfg is None else settings.cfg
-
-        def check(what: str, size: int) -> None:
-            device, remedy = model.load_device, "use a smaller latent_image, or mode search, which needs none"
-            if what == "denoiser":
-                remedy = remedy if guided == 1.0 else f"set cfg to 1 (about half of it), {remedy}"
-                if not settings.checkpoint:
-                    size *= settings.last_steps or steps
-                    remedy = f"switch checkpointing on, lower last_steps, {remedy}"
-                size += model.memory_required([2, *self.samples.shape[1:]])
-            elif what == "VAE":
-                vae, device = wired["vae"][0], wired["vae"][1].load_device
-                size += vae.memory_used_decode(self.samples.shape, vae.vae_dtype)
-            else:
-                device = wired["clip_vision"][1].load_device
-            make_room(what, int(size), device, loaded, remedy)
-
-        return check
-
-
-def _loaded_with(patchers: list, whole: bool, keep: Callable[[list], None]):
-    """A PREPARE_SAMPLING wrapper that loads ``patchers`` in the model's own call and tells ``keep`` what is loaded.
-
-    ``whole``: no weight may stay behind.
-    """
-
-    def prepare(executor, model, noise_shape, conds, *args, **kwargs):
-        if whole:
-            kwargs["force_full_load"] = True
-        extra = [{"additional_models": [patcher]} for patcher in patchers]
-        inner, _, loaded = executor(model, noise_shape, {**conds, KEY: extra}, *args, **kwargs)
-        keep([model, *loaded])
-        for patcher in (model, *loaded):
-            # weights that are brought for a moment are not those that backward would find
-            if whole and getattr(patcher.model, "model_lowvram", False):
-                raise MemoryError(
-                    f"{type(patcher.model).__name__} does not fit on {patcher.load_device} as a whole, as a gradient"
-                    " needs it; use mode search, a smaller model, or start ComfyUI without --lowvram and --novram"
-                )
-        return inner, conds, loaded
-
-    return prepare
 
 
 def _digest(noise: Tensor) -> bytes:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import seed_pictures
+from .gradients import Recorder
 from .parametrization import FLOW
-from .seed_gradients import Recorder
 
 Denoise = Callable[[int, Tensor], Tensor]  # of a step's number and x [1, C, h, w]
 

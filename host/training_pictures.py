@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import seed_pictures
-from .seed_gradients import NormalWeights, Recorder, gradients, make_room
+from .gradients import Recorder, gradients, make_room
+from .normal_weights import NormalWeights
 
 KEPT_PER_DECODED = 3  # what a gradient through a VAE keeps, in what the host reckons for decoding
 

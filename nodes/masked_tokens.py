@@ -1,12 +1,10 @@
-"""The nodes around masked token sampling (aMUSEd, arXiv 2401.01808): sample, encode, decode, edit, save, load."""
+"""Masked token sampling (aMUSEd, arXiv 2401.01808) as a node."""
 
 import torch
 from comfy_api.latest import io
 
 from ..host.masked_token_model import MaskedTokenModel as Model
 from ..host.masked_token_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
-from ..host.token_files import FILES as TOKEN_FILES
-from ..host.token_files import load_ids, save_ids, workflow_metadata
 from ..techniques import token_preview
 from ..techniques.masked_tokens import (
     ORDERS,
@@ -19,15 +17,9 @@ from ..techniques.masked_tokens import (
     guided,
 )
 from ..techniques.token_batch import Batch, stack_texts
-from ..techniques.token_canvas import Given, check_sides, rgb
-from ..techniques.tokens import Tokens, edit
-from .masked_token_types import MaskedTokenModel
+from ..techniques.token_canvas import Given, rgb
+from .masked_token_types import MaskedTokenModel, blank
 from .masked_token_types import Tokens as TokensSocket
-
-
-def blank(model: Model) -> Tokens:
-    """One unknown token, with the sizes of the model's."""
-    return Tokens(torch.full((1, 1, 1), model.mask_id), model.codebook, model.mask_id, model.downscale)
 
 
 class MaskedTokenSampler(io.ComfyNode):
@@ -255,145 +247,4 @@ def micro(area: tuple[int, int], aesthetic_score: float) -> torch.Tensor:
     return torch.tensor([[width, height, 0, 0, aesthetic_score]], dtype=torch.float32)
 
 
-class MaskedTokenEncode(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MaskedTokenEncode",
-            display_name="Masked Token Encode",
-            category="chorus",
-            description="Reads an image as token ids, with the VQ-GAN of a masked token model.",
-            search_aliases=["VQ encode", "tokenize image"],
-            inputs=[
-                io.Image.Input("image", tooltip="Its sides are multiples of the token's, 16 pixels for aMUSEd."),
-                MaskedTokenModel.Input("model"),
-            ],
-            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
-        )
-
-    @classmethod
-    def execute(cls, image, model) -> io.NodeOutput:
-        picture = rgb(image)
-        check_sides("the image", picture.shape[1:3], model.downscale)
-        return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
-
-
-class MaskedTokenDecode(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MaskedTokenDecode",
-            display_name="Masked Token Decode",
-            category="chorus",
-            description="Makes an image of token ids, with the VQ-GAN of a masked token model.",
-            search_aliases=["VQ decode", "detokenize"],
-            inputs=[
-                TokensSocket.Input("tokens", tooltip="All of them known: unknown ones have no picture."),
-                MaskedTokenModel.Input("model"),
-            ],
-            outputs=[io.Image.Output("image", display_name="image")],
-        )
-
-    @classmethod
-    def execute(cls, tokens, model) -> io.NodeOutput:
-        tokens.check("the tokens", model.codebook, model.mask_id, model.downscale)
-        tokens.check_known()
-        return io.NodeOutput(decode_tokens(model, tokens.ids))
-
-
-class MaskedTokenEdit(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="MaskedTokenEdit",
-            display_name="Masked Token Edit",
-            category="chorus",
-            description=(
-                "Forgets the tokens under a mask, or takes them from other tokens. What is left holds when it is wired"
-                " into Masked Token Sampler."
-            ),
-            search_aliases=["pin tokens", "compose tokens"],
-            inputs=[
-                TokensSocket.Input("tokens"),
-                io.Mask.Input(
-                    "mask", tooltip="As large as the tokens' picture. Every token that it touches with at least 0.5."
-                ),
-                TokensSocket.Input(
-                    "source", optional=True, tooltip="Tokens to put under the mask. Not wired: unknown ones."
-                ),
-            ],
-            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
-        )
-
-    @classmethod
-    def execute(cls, tokens, mask, source=None) -> io.NodeOutput:
-        return io.NodeOutput(edit(tokens, mask.reshape(-1, *mask.shape[-2:]), source))
-
-
-class SaveMaskedTokens(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="SaveMaskedTokens",
-            display_name="Save Masked Tokens",
-            category="chorus",
-            description="Saves token ids to the output folder, under a new number each time.",
-            is_output_node=True,
-            inputs=[
-                TokensSocket.Input("tokens"),
-                io.String.Input(
-                    "filename_prefix",
-                    default="tokens/ComfyUI",
-                    tooltip="Folder and name in the output folder; %year% and the like as in Save Image.",
-                ),
-            ],
-            outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-        )
-
-    @classmethod
-    def execute(cls, tokens, filename_prefix) -> io.NodeOutput:
-        sizes = {"codebook": tokens.codebook, "mask_id": tokens.mask_id, "downscale": tokens.downscale}
-        saved = save_ids(tokens.ids, sizes, filename_prefix, workflow_metadata(cls.hidden))
-        return io.NodeOutput(ui={"tokens": [saved]})
-
-
-class LoadMaskedTokens(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LoadMaskedTokens",
-            display_name="Load Masked Tokens",
-            category="chorus",
-            description="Loads token ids that Save Masked Tokens wrote.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=TOKEN_FILES.names(),
-                    tooltip="A .tokens.safetensors file of the input or output folder.",
-                )
-            ],
-            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, file) -> bool | str:
-        return TOKEN_FILES.validate(file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file) -> str | float:
-        return TOKEN_FILES.fingerprint(file)
-
-    @classmethod
-    def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(load_ids(file, Tokens))
-
-
-NODES: list[type[io.ComfyNode]] = [
-    MaskedTokenSampler,
-    MaskedTokenEncode,
-    MaskedTokenDecode,
-    MaskedTokenEdit,
-    SaveMaskedTokens,
-    LoadMaskedTokens,
-]
+NODES: list[type[io.ComfyNode]] = [MaskedTokenSampler]

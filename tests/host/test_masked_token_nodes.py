@@ -8,7 +8,8 @@ from comfy.cli_args import LatentPreviewMethod, args
 
 from chorus.demo import modules
 from chorus.host.masked_token_run import code_colors, decode_tokens, encode_pictures
-from chorus.nodes.masked_tokens import MaskedTokenDecode, MaskedTokenEdit, MaskedTokenEncode, MaskedTokenSampler
+from chorus.nodes.masked_token_editing import MaskedTokenDecode, MaskedTokenEdit, MaskedTokenEncode
+from chorus.nodes.masked_tokens import MaskedTokenSampler
 from chorus.techniques import token_preview
 from chorus.techniques.masked_tokens import MaskedTokenSettings, decode, draw
 from chorus.techniques.token_paste import paste

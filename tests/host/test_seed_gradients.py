@@ -15,9 +15,10 @@ import torch
 from torch.nn.functional import normalize
 
 from chorus.demo import modules
-from chorus.host import seed_gradients, seed_session
+from chorus.host import differentiable, normal_weights, seed_session
+from chorus.host.blend_hook import blend_chain
+from chorus.host.gradients import Recorder
 from chorus.host.seed_generate import SeedRun
-from chorus.host.seed_gradients import Recorder
 from chorus.tests.host.test_blend_lifecycle import check_untouched, stop_at
 from chorus.tests.host.test_seed_generate import WORDS, content, only, with_control
 from chorus.tests.host.tiny_models import (
@@ -449,7 +450,7 @@ def test_a_shared_checkpoint_is_copied_once():
     run = run_of(blend(base, base, *EXPERT_WORDS)[0])
 
     def work(s):
-        chain = seed_gradients.blend_chain(s._run.guider.model_patcher)
+        chain = blend_chain(s._run.guider.model_patcher)
         return chain.experts[0].patcher.model is s._run.inner is not base.model
 
     assert session(run, work)
@@ -651,7 +652,7 @@ def test_models_and_attention_without_a_derivative_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"BaseModel computes its rotary embedding.*mode search"):
         gradient(run_of(model))
     monkeypatch.undo()
-    monkeypatch.setattr(seed_gradients.attention, "optimized_attention", seed_gradients.attention.attention_sage)
+    monkeypatch.setattr(differentiable.attention, "optimized_attention", differentiable.attention.attention_sage)
     with pytest.raises(ValueError, match="without --use-sage-attention"):
         gradient(run_of(model))
 
@@ -703,7 +704,7 @@ def test_a_result_that_is_not_finite_is_refused():
 
 def test_a_model_that_is_not_loaded_as_a_whole_is_refused(monkeypatch):
     model = unet(0)
-    copied = seed_gradients._copied_module
+    copied = normal_weights._copied_module
 
     def partly(patcher):
         override = copied(patcher)
@@ -712,7 +713,7 @@ def test_a_model_that_is_not_loaded_as_a_whole_is_refused(monkeypatch):
         )
         return override
 
-    monkeypatch.setattr(seed_gradients, "_copied_module", partly)
+    monkeypatch.setattr(normal_weights, "_copied_module", partly)
     with pytest.raises(MemoryError, match="does not fit on cpu as a whole"):
         gradient(run_of(model))
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from comfy.cli_args import args
 
-from chorus.nodes.masked_tokens import LoadMaskedTokens, SaveMaskedTokens
+from chorus.nodes.masked_token_files import LoadMaskedTokens, SaveMaskedTokens
 from chorus.tests.host.tiny_masked_tokens import CODES, MASK, SIDE, run, tokens
 from chorus.tools.client import Comfy
 

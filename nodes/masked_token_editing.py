@@ -1,0 +1,87 @@
+"""Pictures to tokens, tokens to pictures, and tokens edited under a mask."""
+
+from comfy_api.latest import io
+
+from ..host.masked_token_run import decode_tokens, encode_pictures
+from ..techniques.token_canvas import check_sides, rgb
+from ..techniques.tokens import edit
+from .masked_token_types import MaskedTokenModel, blank
+from .masked_token_types import Tokens as TokensSocket
+
+
+class MaskedTokenEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenEncode",
+            display_name="Masked Token Encode",
+            category="chorus",
+            description="Reads an image as token ids, with the VQ-GAN of a masked token model.",
+            search_aliases=["VQ encode", "tokenize image"],
+            inputs=[
+                io.Image.Input("image", tooltip="Its sides are multiples of the token's, 16 pixels for aMUSEd."),
+                MaskedTokenModel.Input("model"),
+            ],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+        )
+
+    @classmethod
+    def execute(cls, image, model) -> io.NodeOutput:
+        picture = rgb(image)
+        check_sides("the image", picture.shape[1:3], model.downscale)
+        return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
+
+
+class MaskedTokenDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenDecode",
+            display_name="Masked Token Decode",
+            category="chorus",
+            description="Makes an image of token ids, with the VQ-GAN of a masked token model.",
+            search_aliases=["VQ decode", "detokenize"],
+            inputs=[
+                TokensSocket.Input("tokens", tooltip="All of them known: unknown ones have no picture."),
+                MaskedTokenModel.Input("model"),
+            ],
+            outputs=[io.Image.Output("image", display_name="image")],
+        )
+
+    @classmethod
+    def execute(cls, tokens, model) -> io.NodeOutput:
+        tokens.check("the tokens", model.codebook, model.mask_id, model.downscale)
+        tokens.check_known()
+        return io.NodeOutput(decode_tokens(model, tokens.ids))
+
+
+class MaskedTokenEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MaskedTokenEdit",
+            display_name="Masked Token Edit",
+            category="chorus",
+            description=(
+                "Forgets the tokens under a mask, or takes them from other tokens. What is left holds when it is wired"
+                " into Masked Token Sampler."
+            ),
+            search_aliases=["pin tokens", "compose tokens"],
+            inputs=[
+                TokensSocket.Input("tokens"),
+                io.Mask.Input(
+                    "mask", tooltip="As large as the tokens' picture. Every token that it touches with at least 0.5."
+                ),
+                TokensSocket.Input(
+                    "source", optional=True, tooltip="Tokens to put under the mask. Not wired: unknown ones."
+                ),
+            ],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+        )
+
+    @classmethod
+    def execute(cls, tokens, mask, source=None) -> io.NodeOutput:
+        return io.NodeOutput(edit(tokens, mask.reshape(-1, *mask.shape[-2:]), source))
+
+
+NODES: list[type[io.ComfyNode]] = [MaskedTokenEncode, MaskedTokenDecode, MaskedTokenEdit]

@@ -1,0 +1,70 @@
+"""Tokens saved and loaded."""
+
+from comfy_api.latest import io
+
+from ..host.token_files import FILES as TOKEN_FILES
+from ..host.token_files import load_ids, save_ids, workflow_metadata
+from ..techniques.tokens import Tokens
+from .masked_token_types import Tokens as TokensSocket
+
+
+class SaveMaskedTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaveMaskedTokens",
+            display_name="Save Masked Tokens",
+            category="chorus",
+            description="Saves token ids to the output folder, under a new number each time.",
+            is_output_node=True,
+            inputs=[
+                TokensSocket.Input("tokens"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="tokens/ComfyUI",
+                    tooltip="Folder and name in the output folder; %year% and the like as in Save Image.",
+                ),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, tokens, filename_prefix) -> io.NodeOutput:
+        sizes = {"codebook": tokens.codebook, "mask_id": tokens.mask_id, "downscale": tokens.downscale}
+        saved = save_ids(tokens.ids, sizes, filename_prefix, workflow_metadata(cls.hidden))
+        return io.NodeOutput(ui={"tokens": [saved]})
+
+
+class LoadMaskedTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadMaskedTokens",
+            display_name="Load Masked Tokens",
+            category="chorus",
+            description="Loads token ids that Save Masked Tokens wrote.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=TOKEN_FILES.names(),
+                    tooltip="A .tokens.safetensors file of the input or output folder.",
+                )
+            ],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file) -> bool | str:
+        return TOKEN_FILES.validate(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file) -> str | float:
+        return TOKEN_FILES.fingerprint(file)
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        return io.NodeOutput(load_ids(file, Tokens))
+
+
+NODES: list[type[io.ComfyNode]] = [SaveMaskedTokens, LoadMaskedTokens]
