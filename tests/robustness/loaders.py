@@ -1,0 +1,256 @@
+"""Every loader of a file that the pack has: how a case is written, how it is loaded as a user loads it, what must hold then.
+
+A Loader's ``write(rng)`` puts a case's files into ``home``; ``load()`` loads them, and fails where what came is of no use.
+"""
+
+import io
+import json
+import random
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+
+import safetensors.torch
+import torch
+from PIL import Image
+
+from chorus.demo import modules
+from chorus.demo import weights as demo_weights
+from chorus.host import seed_files, training_pairs
+from chorus.networks.cas_dm_head import CasDMHeadConfig, HeadFacts, new_head, to_file
+from chorus.networks.image_generators import NETWORKS
+from chorus.networks.residual_refiner import RefinerConfig
+from chorus.networks.resnet_generator import ResnetConfig
+from chorus.networks.unet_generator import UnetConfig
+from chorus.techniques.tokens import Tokens
+
+from .loader import Loader, finite, generator, node
+from .masked_token_loaders import VQ, Lora, TextEncoder, Transformer
+from .mutations import damaged_bytes, other_json
+from .pickled import dangerous, pth_case
+
+
+class CasDM(Loader):
+    names = ("case.safetensors",)
+
+    def __init__(self, home):
+        super().__init__(home)
+        config = CasDMHeadConfig(channels=4, widths=(8, 8), embedding=8)
+        facts = HeadFacts(
+            latent_format="SD15", prediction="eps", cfg=3.0, steps=7, gate=((0.5, 0.25),), details={"host": "1"}
+        )
+        self.sample = to_file(new_head(config, facts, generator()))
+
+    def write(self, rng):
+        (self.home / "models/cas_dm/case.safetensors").write_bytes(self.content(rng, *self.sample))
+
+    def load(self):
+        [head] = node("LoadCasDMHead", file="case.safetensors")
+        finite(head.weights.values())
+        finite([head.facts.cfg, *(number for pair in head.facts.gate for number in pair)])
+        assert head.facts.steps >= 0
+        x = torch.zeros(1, head.config.channels, 4, 4)
+        found, _ = head.network()(x, torch.zeros(1), x)
+        assert found.shape == x.shape
+
+
+class Refiner(Loader):
+    """safetensors of every layout that is read."""
+
+    suffix = ".safetensors"
+    configs = (
+        ResnetConfig(ngf=4, blocks=1),
+        ResnetConfig(ngf=4, blocks=1, norm="batch", dropout=True, blur_down=True, blur_up=True),
+        UnetConfig(ngf=2, downs=5),
+        RefinerConfig(widths=(8, 8), blocks=(1, 1), reduction=4),
+    )
+
+    def __init__(self, home):
+        super().__init__(home)
+        self.names = (f"case{self.suffix}",)
+        self.samples = []
+        for config in self.configs:
+            weights = NETWORKS[type(config)](config).state_dict()
+            self.samples.append(
+                {k: torch.randn(w.shape, generator=generator()).abs() * 0.1 for k, w in weights.items()}
+            )
+
+    def write(self, rng):
+        metadata = {"format": "chorus-face-refiner-1", "size": "32", "network": "x"}
+        self.put(self.content(rng, rng.choice(self.samples), metadata))
+
+    def put(self, data):
+        (self.home / "models/face_refiner" / self.names[0]).write_bytes(data)
+
+    def load(self):
+        [refiner] = node("LoadFaceRefiner", file=self.names[0])
+        network = refiner.patcher.model
+        finite(network.state_dict().values())
+        assert 1 <= refiner.size <= 16384 and refiner.multiple <= refiner.least <= 4096
+        if refiner.least <= 64:
+            with torch.inference_mode():
+                x = torch.zeros(1, 3, refiner.least, refiner.least)
+                assert network.refine(x).shape == x.shape
+
+
+class RefinerPth(Refiner):
+    """.pth, which pickle would read."""
+
+    suffix = ".pth"
+
+    def write(self, rng):
+        self.put(pth_case(rng, rng.choice(self.samples), self.marker))
+
+
+class Seed(Loader):
+    names = ("case.seed.safetensors",)
+
+    def __init__(self, home):
+        super().__init__(home)
+        noise = torch.randn(1, 4, 6, 5, generator=generator())
+        self.sample = {"noise": noise}, {"format": seed_files.FORMAT, "seed": "5", "score": "0.1", "settings": "{}"}
+
+    def write(self, rng):
+        (self.home / "input/case.seed.safetensors").write_bytes(self.content(rng, *self.sample))
+
+    def load(self):
+        [noise] = node("LoadSeed", file="case.seed.safetensors")
+        assert 0 <= noise.seed < 2**64
+        made = noise.generate_noise({"samples": torch.zeros(noise.noise.shape)})
+        finite([made])
+
+
+class TokenFile(Loader):
+    names = ("case.tokens.safetensors",)
+
+    def __init__(self, home):
+        super().__init__(home)
+        ids = torch.randint(37, (1, 4, 4), generator=generator())
+        self.sample = {"ids": ids}, {"codebook": "37", "mask_id": "39", "downscale": "4", "prompt": "{}"}
+
+    def write(self, rng):
+        (self.home / "input/case.tokens.safetensors").write_bytes(self.content(rng, *self.sample))
+
+    def load(self):
+        [tokens] = node("LoadMaskedTokens", file="case.tokens.safetensors")
+        assert isinstance(tokens, Tokens) and tokens.unknown.dtype == torch.bool
+        tokens.check("the tokens", tokens.codebook, tokens.mask_id, tokens.downscale)
+        assert all(0 < side < 2**40 for side in tokens.size)
+
+
+class Pairs(Loader):
+    """A folder of pairs: its list, and its pictures."""
+
+    names = ("pairs",)
+
+    def __init__(self, home):
+        super().__init__(home)
+        self.root = home / "input/pairs"
+        self.pictures = {(side, n): png(6 + n, 5, n) for side in training_pairs.SIDES for n in (1, 2)}
+        self.lines = b"".join(json.dumps({"number": n, "prompt": f"p{n}"}).encode() + b"\n" for n in (1, 2))
+
+    def write(self, rng):
+        shutil.rmtree(self.root, ignore_errors=True)
+        for (side, number), data in self.pictures.items():
+            (self.root / side).mkdir(parents=True, exist_ok=True)
+            (self.root / side / f"{number:05}.png").write_bytes(data)
+        (self.root / training_pairs.LIST).write_bytes(self.lines)
+        side, number = rng.choice(list(self.pictures))
+        picture = self.root / side / f"{number:05}.png"
+        kind = rng.randrange(8)
+        if kind == 0:
+            (self.root / training_pairs.LIST).write_bytes(damaged_bytes(rng, self.lines))
+        elif kind < 4:
+            lines = [other_json(rng, json.dumps({"number": n, "prompt": f"p{n}"})).encode() for n in (1, 2)]
+            (self.root / training_pairs.LIST).write_bytes(
+                b"\n".join([*lines, self.lines if rng.random() < 0.3 else b""])
+            )
+        elif kind < 6:
+            picture.write_bytes(damaged_bytes(rng, self.pictures[side, number]))
+        else:
+            picture.write_bytes(other_picture(rng, self))
+
+    def load(self):
+        source, target, prompts = node("LoadTrainingPairs", folder="pairs", first=0, count=0)
+        assert len(source) == len(target) == len(prompts) >= 1
+        for a, b in zip(source, target):
+            assert a.shape == b.shape and a.shape[-1] == 3
+            finite([a, b])
+        assert all(isinstance(prompt, str) for prompt in prompts)
+
+
+def png(height: int, width: int, seed: int, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    pixels = random.Random(seed).randbytes(height * width * 3)
+    Image.frombytes("RGB", (width, height), pixels).convert(mode).save(data, kind)
+    return data.getvalue()
+
+
+def other_picture(rng: random.Random, loader: Pairs) -> bytes:
+    """A picture of another size, kind or depth, or one whose first chunk lies, with a true checksum."""
+    if rng.random() < 0.1:
+        return dangerous(rng, {}, loader.marker)
+    if rng.random() < 0.4:
+        kind, mode = rng.choice(
+            [("GIF", "P"), ("BMP", "RGB"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "1"), ("TIFF", "I;16")]
+        )
+        return png(7, 5, 3, "I" if mode == "I;16" else mode, kind)
+    data = png(7, 5, 3)
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    side = rng.choice([0, 1, 2, 100, 9000, 13000, 30000, 60000, 2**31 - 1, 2**32 - 1])
+    width, height = rng.choice([(side, height), (width, side), (side, side)])
+    depth, colour = rng.choice([(depth, colour)] * 3 + [(16, 2), (1, 0), (8, 3), (8, 6), (7, 9)])
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+class Demo(Loader):
+    """The weights that come with the pack, as a download that went wrong leaves them."""
+
+    # as the nodes load them, with the time that takes in mind
+    loads: dict[str, Callable] = {
+        "pca": modules.load_pca,
+        "decoder": modules.load_vae_module,
+        "sign_classifier": modules.load_sign_classifier,
+        "text": modules.load_text,
+        "vision": modules.load_vision,
+    }
+
+    def __init__(self, home):
+        super().__init__(home)
+        self.source, self.folder = demo_weights.FOLDER, home / "demo"
+        self.folder.mkdir(exist_ok=True)
+        self.tensors = {name: safetensors.torch.load_file(self.source / f"{name}.safetensors") for name in self.loads}
+        demo_weights.FOLDER = self.folder
+        self.last = None
+
+    def write(self, rng):
+        if self.last is None:
+            for name in self.loads:
+                shutil.copy(self.source / f"{name}.safetensors", self.folder)
+        else:
+            shutil.copy(self.source / f"{self.last}.safetensors", self.folder)
+        self.last = rng.choice(list(self.loads))
+        self.names = (f"{self.last}.safetensors",)
+        (self.folder / self.names[0]).write_bytes(self.content(rng, self.tensors[self.last], {"a": "b"}))
+
+    def load(self):
+        found = self.loads[self.last]()
+        network = getattr(found, "cond_stage_model", getattr(found, "model", found))
+        finite(network.state_dict().values())
+
+
+LOADERS: dict[str, type[Loader]] = {
+    "Cas-DM heads": CasDM,
+    "face refiners": Refiner,
+    "face refiners as .pth": RefinerPth,
+    "masked token transformers": Transformer,
+    "masked token VQ-GANs": VQ,
+    "masked token text encoders": TextEncoder,
+    "masked token LoRAs": Lora,
+    "seeds": Seed,
+    "tokens": TokenFile,
+    "training pairs": Pairs,
+    "demo weights": Demo,
+}
