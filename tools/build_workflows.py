@@ -1,9 +1,13 @@
 """Builds example_workflows/ with ComfyUI's own web page, so that the files are what a person would save.
 
-python -c "import run; from chorus.tools.build_workflows import main; main('HOST:PORT')"   (needs Playwright and Chromium)
+python -c "import run; from chorus.tools.build_workflows import main; main('HOST:PORT', ...)"   (needs Playwright and Chromium)
 
-The page lays out, connects and saves; then each workflow is queued, and the pictures it saves become the .jpg that the
-template browser shows. A workflow that needs files of others is not queued: its picture is that of the page.
+main('HOST:PORT')                          lay out, connect and save all workflows, then take their pictures
+main('HOST:PORT', 'pictures')              leave the files as they are and take their pictures again
+main('HOST:PORT', 'pictures', TITLE, ...)  either may be told which
+
+A picture is what the template browser and the README show: the graph in the page after its run, with the results in the
+nodes. A workflow that needs files of others is not run.
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from .client import Comfy
+from . import page as comfy
 from .workflows import WORKFLOWS
 
 FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
-PAGE = {"width": 1800, "height": 1600}  # high enough that no message of the page lies upon a graph
+WINDOW = {"width": 1800, "height": 2100}
+PLACE = {"x": 80, "y": 320, "width": 1600, "height": 1600}  # of the graph; what the page lays upon it is at the edges
 
 BUILD = """
 (spec) => {
@@ -62,73 +67,60 @@ BUILD = """
 }
 """
 
-# brings the graph into sight; where it is on the page
-SHOW = """
-async () => {
-  await window.app.extensionManager.command.execute('Comfy.Canvas.FitView');
-  await new Promise(done => setTimeout(done, 1500));
-  const { graph, canvas } = window.app, { scale, offset } = canvas.ds, page = canvas.canvas.getBoundingClientRect();
-  for (const node of graph._nodes) node.has_errors = false;  // the files that it needs are not here
-  canvas.draw(true, true);
-  const ends = graph._nodes.map(node => [node.pos[0], node.pos[1] - 60, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
-  const [left, top] = [0, 1].map(k => (Math.min(...ends.map(end => end[k])) - 20 + offset[k]) * scale);
-  const [right, bottom] = [0, 1].map(k => (Math.max(...ends.map(end => end[k + 2])) + 20 + offset[k]) * scale);
-  return { x: page.left + left, y: page.top + top, width: right - left, height: bottom - top };
+# titles as large as their bars allow: a README shows the picture at half its size
+ENLARGE = """
+() => {
+  const { graph, canvas } = window.app, pen = canvas.ctx;
+  canvas.min_font_size_for_lod = 0;  // all texts, however small
+  pen.save();
+  for (const node of graph._nodes) {
+    const fonts = [20, 19, 18, 17, 16, 15, 14].map(size => `${size}px ${LiteGraph.NODE_FONT}`);
+    const fits = font => (pen.font = font, pen.measureText(node.title).width < node.size[0] - 60);
+    const titleFontStyle = fonts.find(fits) ?? fonts.at(-1);
+    Object.defineProperty(node, 'titleFontStyle', { get: () => titleFontStyle, configurable: true });
+    node.has_errors = false;  // the files that it needs are not here
+  }
+  pen.restore();
 }
 """
 
 
-def save_in_page(address: str, specs: list[dict]) -> dict[str, tuple[dict, bytes]]:
-    """By title, workflows in UI format, laid out and serialised by the real page; of those that cannot be queued here also
-    how they look in it (PNG)."""
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
-        page = browser.new_page(viewport=PAGE, locale="en-US")
-        saved = {}
-        for spec in specs:  # a fresh page each: it gives a node the widget values of an earlier graph's node of that id
-            page.goto(f"http://{address}", wait_until="domcontentloaded")
-            page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=180_000)
-            page.wait_for_timeout(3000)
-            workflow = json.loads(page.evaluate(BUILD, spec))
-            look = page.screenshot(clip=page.evaluate(SHOW)) if spec["needs"] else b""
-            saved[spec["title"]] = workflow, look
-        browser.close()
-    return saved
+def build(page, spec: dict) -> dict:
+    """A workflow in UI format, laid out and serialised by the page."""
+    workflow = json.loads(page.evaluate(BUILD, spec))
+    if spec["needs"]:
+        workflow.setdefault("extra", {})["chorus"] = {"needs": spec["needs"]}  # run_workflows leaves it out
+    return workflow
 
 
-def picture(client: Comfy, workflow: dict) -> Image.Image:
-    """Queue a workflow; the picture of its result: those of its Save Image nodes side by side, in the order of the nodes."""
-    result = client.run(client.to_api(workflow))
-    place = {str(node["id"]): node["pos"][1] for node in workflow["nodes"] if node["type"] == "SaveImage"}
-    found = sorted((image for image in client.images(result) if image[0] in place), key=lambda image: place[image[0]])
-    saved = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in found]
-    height = max(image.height for image in saved)
-    sheet = Image.new("RGB", (sum(image.width + 8 for image in saved) - 8, height), (24, 25, 30))
-    x = 0
-    for image in saved:
-        sheet.paste(image, (x, 0))
-        x += image.width + 8
-    return sheet
+def picture(page, file: Path, run: bool) -> Image.Image:
+    """How the page shows a workflow, after a run of it or before."""
+    comfy.drop(page, file, file.read_bytes())
+    comfy.place(page, **PLACE)
+    if run and (end := comfy.run(page))["end"] != "execution_success":
+        raise RuntimeError(f"{file.name}: {end}")
+    page.evaluate(ENLARGE)
+    shown = page.screenshot(clip=comfy.place(page, **PLACE))
+    return Image.open(io.BytesIO(shown)).convert("RGB")
 
 
-def main(address: str, *titles: str) -> None:
+def main(address: str, *words: str) -> None:
+    titles = [word for word in words if word != "pictures"]
     specs = [w.spec() for w in WORKFLOWS if not titles or w.title in titles]
+    chromium = comfy.find_chromium()
+    if not chromium:
+        raise SystemExit("no Chromium on the path; name one in CHORUS_CHROMIUM")
     FOLDER.mkdir(exist_ok=True)
-    needs = {spec["title"]: spec["needs"] for spec in specs}
-    for title, (workflow, look) in save_in_page(address, specs).items():
-        if needs[title]:
-            workflow.setdefault("extra", {})["chorus"] = {"needs": needs[title]}  # run_workflows leaves it out
-        (FOLDER / f"{title}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
-        if needs[title]:
-            shown = Image.open(io.BytesIO(look)).convert("RGB")
-        else:
-            with Comfy(address) as client:
-                shown = picture(client, workflow)
-        shown.save(FOLDER / f"{title}.jpg", quality=90)
-        print(title, flush=True)
+    with comfy.chromium(chromium) as browser:
+        for spec in specs:
+            # a fresh page each: it gives a new node the widget values of an earlier graph's node of that id
+            page = comfy.open_page(browser, address, **WINDOW)
+            file = FOLDER / f"{spec['title']}.json"
+            if "pictures" not in words:
+                file.write_text(json.dumps(build(page, spec), indent=1) + "\n", encoding="utf-8")
+            picture(page, file, not spec["needs"]).save(file.with_suffix(".jpg"), quality=85)
+            page.context.close()
+            print(file.stem, flush=True)
 
 
 if __name__ == "__main__":
