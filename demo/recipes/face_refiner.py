@@ -7,7 +7,7 @@ of 64 pixels. ``python run.py train-demo face_pairs face_refiner`` writes demo/w
 The weights were chosen in trials of 300 steps on chunks of pairs that nothing else uses. With the paper's equal weights of GRAD
 and metric the result stays what the source is, blurs and all.
 
-Without pairs (CycleGAN, ``train-demo face_refiner_unpaired``) nothing was learned in the time that a CPU has, see README; it
+Without pairs (CycleGAN, ``train-demo face_refiner_unpaired``) nothing was learned in the time that a CPU has, see BENCHMARKS.md; it
 does not ship.
 """
 
