@@ -72,7 +72,7 @@ class Case:
         self.setting, self.sizes = setting, {}
         if setting.name == "demo":
             self.model, clip, self.vae = load_checkpoint("general")
-            self.vision, self.references = load_vision(), load_references(SIGN)
+            self.vision, self.references = load_vision(), load_references(SIGN)[0]
             self.words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (SIGN, "")]
         else:
             self.model, self.vae, self.vision = sd15(1, torch.float32), sd_vae(), clip_vit_l()

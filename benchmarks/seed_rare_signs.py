@@ -79,7 +79,7 @@ class Painter:
     def __init__(self, setting: Setting, sign: str):
         self.setting = setting
         model, clip, self.vae = load_checkpoint("general")
-        self.vision, self.references = load_vision(), load_references(sign)
+        self.vision, self.references = load_vision(), load_references(sign)[0]
         self.words = encode(clip, phrase(sign)), encode(clip, "")
         self.model = model
 

@@ -1,8 +1,10 @@
 """What nodes/ loads: the demo checkpoints as the host's own objects."""
 
+import torch
+
 from ..host.masked_token_files import read_networks
 from ..networks import amused
-from . import references, text, weights
+from . import face_pairs, references, text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
 from .sign_classifier import SignClassifier
 from .text import make_clip
@@ -13,6 +15,8 @@ STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
     "general-4-steps": ("general", "student/general-4-steps"),
     "general-1-step": ("general", "student/general-1-step"),
 }
+ALL_SIGNS = "all signs"
+FACE_PAIRS = "chorus-demo faces"  # as LoadTrainingPairs names them
 MASKED_TOKENS = "masked_token"  # the folder in demo/weights
 MASKED_TOKENS_CFG = 3.0
 SEEDS = weights.FOLDER.parent / "seeds"
@@ -20,15 +24,17 @@ SEEDS = weights.FOLDER.parent / "seeds"
 
 def load_pca():
     pca = PatchPCA()
-    pca.load_state_dict(weights.load("pca"))
+    with weights.fitting("pca"):
+        pca.load_state_dict(weights.load("pca"))
     return pca
 
 
 def load_vae_module():
     """The latent space's encoder and decoder as one nn.Module."""
     module = DemoVAE()
-    module.pca.load_state_dict(weights.load("pca"))
-    module.cleaner.load_state_dict(weights.load("decoder"))
+    module.pca = load_pca()
+    with weights.fitting("decoder"):
+        module.cleaner.load_state_dict(weights.load("decoder"))
     return module
 
 
@@ -36,7 +42,8 @@ def load_model(name, disable_dynamic=False, model_options=None):
     """The MODEL `name`; the host calls this again when it wants a copy with weights of its own."""
     if name not in (*CHECKPOINTS, *STUDENTS):
         raise ValueError(f"There is no demo checkpoint {name!r}; there are {', '.join((*CHECKPOINTS, *STUDENTS))}.")
-    patcher = make_model(_denoiser(name), load_pca(), disable_dynamic)
+    with weights.fitting(name if name in CHECKPOINTS else STUDENTS[name][1]):
+        patcher = make_model(_denoiser(name), load_pca(), disable_dynamic)
     patcher.cached_patcher_init = (load_model, (name,))
     return patcher
 
@@ -50,7 +57,13 @@ def _denoiser(name):
 
 def load_checkpoint(name):
     """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
-    return load_model(name), make_clip(weights.load("text")), make_vae(load_vae_module())
+    return load_model(name), load_text(), make_vae(load_vae_module())
+
+
+def load_text():
+    """The text encoder as a CLIP, for all checkpoints and the masked token model."""
+    with weights.fitting("text"):
+        return make_clip(weights.load("text"))
 
 
 def load_masked_tokens():
@@ -60,31 +73,39 @@ def load_masked_tokens():
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part} is missing: make it with `python run.py train-demo`.")
     model = read_networks(folder, amused, text.KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG)
-    return model, make_clip(weights.load("text"))
+    return model, load_text()
 
 
 def load_vision():
     """The image-text encoder as a CLIP_VISION."""
     from .vision import make_clip_vision
 
-    return make_clip_vision(weights.load("vision"))
+    with weights.fitting("vision"):
+        return make_clip_vision(weights.load("vision"))
 
 
 def load_sign_classifier():
     """The second judge: images [B, 3, 64, 64] in 0..1 to logits of the signs."""
     classifier = SignClassifier()
-    classifier.load_state_dict(weights.load("sign_classifier"))
+    with weights.fitting("sign_classifier"):
+        classifier.load_state_dict(weights.load("sign_classifier"))
     return classifier.eval().requires_grad_(False)
 
 
 def reference_names():
-    """All signs, those that training saw least first."""
-    return references.names()
+    """All signs, those that training saw least first, and a name for all of them."""
+    return [*references.names(), ALL_SIGNS]
 
 
 def load_references(sign):
-    """IMAGE [4, 64, 64, 3]: renderings of a sign that no training saw."""
-    return references.load_references(sign)
+    """IMAGE [4, 64, 64, 3], four renderings of a sign that no training saw, or of every sign; and a prompt for each."""
+    return references.load_references(*(references.names() if sign == ALL_SIGNS else [sign]))
+
+
+def load_face_pairs():
+    """Source and target pictures [1, 64, 64, 3] in 0..1 and prompts, of the pairs that come with the pack."""
+    *sides, prompts = face_pairs.load_face_pairs()
+    return *([torch.from_numpy(image).float()[None] / 255 for image in side] for side in sides), prompts
 
 
 def found_seeds():

@@ -1,10 +1,11 @@
-"""Renderings of every sign that no training saw, as references for SeedSelect: the sizes, angles, places and backgrounds
-are the held-out ones of demo/data/heldout.json."""
+"""Renderings of every sign that no training saw, as references for SeedSelect and to train on: the sizes, angles, places and
+backgrounds are the held-out ones of demo/data/heldout.json."""
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .canvas import phrase
 from .signs import DATA, load_bins, load_signs
 
 FILE = DATA / "references.png"
@@ -17,9 +18,10 @@ def names():
     return sorted((s.name for s in load_signs()), key=lambda name: -rank[name])
 
 
-def load_references(name):
-    """IMAGE [4, 64, 64, 3] of one of the names."""
-    row, column = divmod([s.name for s in load_signs()].index(name), ACROSS)
+def load_references(*names):
+    """IMAGE [4 N, 64, 64, 3] of N of the names, and a prompt for each picture."""
     pixels = np.asarray(Image.open(FILE).convert("RGB"), dtype=np.float32) / 255
-    pixels = pixels[row * SIZE : (row + 1) * SIZE].reshape(SIZE, ACROSS, EACH, SIZE, 3)[:, column]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(1, 0, 2, 3)))
+    tiles = pixels.reshape(-1, SIZE, ACROSS, EACH, SIZE, 3).transpose(0, 2, 3, 1, 4, 5).reshape(-1, EACH, SIZE, SIZE, 3)
+    places = [sign.name for sign in load_signs()]
+    images = np.concatenate([tiles[places.index(name)] for name in names])
+    return torch.from_numpy(images), [phrase(name) for name in names for _ in range(EACH)]

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
+from ..networks.state_dict import complaint, shorten
+
 FOLDER = Path(__file__).resolve().parent / "weights"
+REMEDY = "get the pack again, or make it with `python run.py train-demo`"
 
 
 def path(name):
@@ -19,7 +23,24 @@ def load(name):
     """The fp32 state dict of demo/weights/<name>.safetensors."""
     if not path(name).exists():
         raise FileNotFoundError(f"{path(name)} is missing: make it with `python run.py train-demo`.")
-    return {k: v.float() for k, v in safetensors.torch.load_file(path(name)).items()}
+    try:
+        found = {k: v.float() for k, v in safetensors.torch.load_file(path(name)).items()}
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{path(name)} cannot be read ({str(error)[:200]}): {REMEDY}") from error
+    if broken := [k for k, v in found.items() if complaint(v, v.shape)]:
+        raise ValueError(f"{path(name)} holds no finite numbers for {shorten(broken)}: {REMEDY}")
+    return found
+
+
+@contextmanager
+def fitting(name):
+    """Weights that are not those of the network, as of another version of the pack, are an error that names their file."""
+    try:
+        yield
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{path(name)} does not fit this version of the pack ({str(error)[:300]}): {REMEDY}"
+        ) from error
 
 
 def metadata(name):

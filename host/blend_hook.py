@@ -20,6 +20,7 @@ from .cas_dm_hook import heads_on
 from .devices import Workers
 from .experts import Expert, ExpertRun, check_latent_space, resolve_patchers
 from .kernel_backend import kernel_backend
+from .misfit import explained
 
 KEY = "chorus_blend"  # attachment, wrapper key, and where a run's state lies in model_options
 log = logging.getLogger("comfyui-chorus")
@@ -116,6 +117,12 @@ def _check_run(guider, noise: Tensor) -> None:
         raise ValueError(
             f"a blend needs a latent of pictures [B, C, H, W] or video [B, C, T, H, W]; this one has {noise.ndim} axes"
         )
+    space = guider.model_patcher.get_model_object("latent_format")
+    if not noise.numel() or noise.shape[1] != space.latent_channels or noise.ndim < space.latent_dimensions + 2:
+        raise ValueError(
+            f"the latent is {'x'.join(map(str, noise.shape))}, and the models of the blend work on {space.latent_channels}"
+            f" channels and {space.latent_dimensions + 2} axes; use the VAE or the empty latent of these models"
+        )
 
 
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *rest):
@@ -172,6 +179,7 @@ class _BlendRun:
     def __init__(self, guider, experts: list[ExpertRun], technique, base_options: dict, workers: Workers):
         self.inner, self.conds, self.experts, self.technique = guider.inner_model, guider.conds, experts, technique
         self.workers = workers
+        self.labels = [expert.label for expert in blend_chain(guider.model_patcher).experts]
         here = guider.model_patcher.load_device
         self.elsewhere = [run.device != here and run.inner is not self.inner for run in experts]
         self.can_crop = [run.can_crop for run in experts]
@@ -212,10 +220,12 @@ class _BlendRun:
         riding = sorted((i for i in running if self.together[i - 1] and boxes[i] is None), key=self.places.get)
 
         with self._asked(running, riding, wanted, x, sigma, boxes) as answers_of:
-            own, predicted, out = self._ask_base(base, conds, names, wanted, riding)
+            with explained("the base model of the blend, or an expert of the same weights,"):
+                own, predicted, out = self._ask_base(base, conds, names, wanted, riding)
             for i in running:
                 if i not in predicted:
-                    predicted[i] = dict(zip(wanted, (o.to(x) for o in answers_of[i]()), strict=True))
+                    with explained(f"'{self.labels[i - 1]}'"):
+                        predicted[i] = dict(zip(wanted, (o.to(x) for o in answers_of[i]()), strict=True))
 
         cond, uncond = self.technique.blend(
             sigma,

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .kept_files import KeptFiles
+from .kept_files import KeptFiles, need_name
 from .masked_token_files import diagnosis
 from .model_folders import register_folder
 
@@ -34,6 +34,7 @@ def head_files() -> list[str]:
 
 def find_head(name: str) -> Path:
     """The file of one of ``head_files``; a ValueError where there is none."""
+    need_name(name, FILES.kind)
     if name.endswith(OUTPUT):
         return FILES.find(name)
     if not name.endswith(SUFFIX):
@@ -77,7 +78,7 @@ def read_head_file(path: Path, make: Make, name: str = "") -> T:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{name}' cannot be read: {diagnosis(path)} ({error})") from error
+        raise ValueError(f"'{name}' cannot be read: {diagnosis(path)} ({str(error)[:200]})") from error
     try:
         return make(tensors, metadata)
     except ValueError as error:

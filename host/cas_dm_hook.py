@@ -18,6 +18,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
+from .head_watch import HeadWatch
 from .parametrization import FLOW, family
 
 KEY = "chorus_cas_dm"  # the additional models are this with the place in the chain
@@ -129,18 +130,26 @@ class _Hook:
         self.key, self.patcher, self.refine, self.wanted = key, patcher, refine, wanted
         self.window = start_percent, end_percent
         self._warned = False
+        self.number = int(key.rpartition("_")[2]) + 1
 
     def __call__(self, args: dict) -> Tensor:
         x0, x, sigma, sampling = args["denoised"], args["input"], args["sigma"], args["model"].model_sampling
         # asked here and not when it was wired: a ModelSampling* node may come after this one
         first, last = (float(sampling.percent_to_sigma(percent)) for percent in self.window)
-        if not last < float(sigma[0]) <= first:
+        level, watch = float(sigma[0]), HeadWatch.of_run(args["model_options"])
+        watch.look()  # at what came before: the level has been read, so that this waits for nothing
+        if not last < level <= first:
             return x0
         _check_prediction(prediction_of(sampling), self.wanted.prediction)
         self._check_scale(float(args["cond_scale"]))
         network = self._network(args["model"])
         flow = family(sampling) == FLOW
         settings = dict(flow=flow, noise_scale=float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0)
+        found = self._refined(network, x0, x, sigma, settings)
+        watch.saw(self.number, level, x0, found)
+        return found
+
+    def _refined(self, network: nn.Module, x0: Tensor, x: Tensor, sigma: Tensor, settings: dict) -> Tensor:
         if x0.ndim == 4:
             return self.refine(network, x0, x, sigma, **settings)
         if x0.ndim != 5:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blend_hook import blend_chain
+from .misfit import explained
 from .parametrization import FLOW, family
 
 # what an entry of a CONDITIONING may hold that acts by the noise level, by the place, or by memory
@@ -104,7 +105,8 @@ class Guided:
         guider.set_cfg(self.cfg)
         asked, zeros = _Asked(x, sigma), torch.zeros_like(x, device="cpu")
         levels = torch.stack([sigma.max(), torch.zeros_like(sigma[0])]).cpu()
-        guider.sample(zeros, zeros, asked, levels, disable_pbar=True, seed=0)
+        with explained("the model"):
+            guider.sample(zeros, zeros, asked, levels, disable_pbar=True, seed=0)
         return asked.answer
 
     def _predict(self, x: Tensor, sigma: Tensor, entry: list) -> Tensor:

@@ -4,8 +4,10 @@ The published generators are .pth files. Those are read by torch's weights-only 
 """
 
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import comfy.ops
 import comfy.utils
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .face_refiner_model import FaceRefinerModel, wrap
-from .kept_files import KeptFiles
+from .kept_files import KeptFiles, need_name
 from .model_folders import register_folder
 
 MODELS = "face_refiner"
@@ -38,6 +40,7 @@ def refiner_files() -> list[str]:
 
 def find(name: str) -> Path:
     """The path of one of ``refiner_files``."""
+    need_name(name, FILES.kind)
     path = folder_paths.get_full_path(MODELS, name)
     if path is not None and Path(name).suffix in SUFFIXES:
         return Path(path)
@@ -101,9 +104,30 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
             # copies: the file does not stay open
             return {name: weight.clone() for name, weight in tensors.items()}, metadata or {}
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        _check_packed(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        _check_plain(found, path)
+        return found, {}
     except Exception as error:  # torch, pickle and safetensors raise many kinds
         raise ValueError(f"{path} cannot be read: {diagnosis(path, error)}") from error
+
+
+def _check_packed(path: Path) -> None:
+    """torch packs nothing; what is packed may be any number of times as large as the file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            size = sum(record.file_size for record in file.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"it unpacks to {size} bytes, more than it has")
+
+
+def _check_plain(found: Any, path: Path) -> None:
+    """Pickles can hold tensors of other kinds than numbers in a row, and some whose numbers are not in the file."""
+    tensors = [value for value in found.values() if isinstance(value, Tensor)] if isinstance(found, Mapping) else []
+    if any(t.is_nested or t.layout != torch.strided or t.is_quantized or t.device.type != "cpu" for t in tensors):
+        raise ValueError("it holds tensors that are sparse, quantized, nested or without numbers")
+    if (size := sum(t.nbytes for t in tensors)) > path.stat().st_size:
+        raise ValueError(f"its tensors are of {size} bytes, more than it has")
 
 
 def diagnosis(path: Path, error: Exception) -> str:

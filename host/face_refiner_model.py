@@ -50,9 +50,15 @@ def wrap(name: str, network: nn.Module, details: Mapping[str, str] | None = None
             offload_device=comfy.model_management.unet_offload_device(),
         ),
         dtype=dtype,
-        size=int(details["size"]) if details.get("size", "").isdecimal() else network.size,
+        size=_size(details.get("size", ""), network.size),
         details=details,
     )
+
+
+def _size(told: str, usual: int) -> int:
+    """The side of the pictures that a file tells of, where that is one."""
+    known = told.isdecimal() and len(told) <= 5 and int(told) > 0
+    return int(told) if known else usual
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -10,12 +10,25 @@ import folder_paths
 import safetensors.torch
 from torch import Tensor
 
+LONGEST = 180  # bytes of a name; file systems have room for 255, and number, ending and .part come behind
+
 
 def write_whole(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write ``target`` at once, so that no half file is left whatever happens; a FileExistsError where there is one."""
-    part = target.with_name(target.name + ".part")  # the ending keeps it out of the host's lists
+    """Write ``target`` at once, so that no half file has its name whatever happens; a FileExistsError where there is one.
+
+    A program that is killed meanwhile leaves ``<target>.<number>.part``, which nobody lists and whoever likes may delete.
+    """
+    # the ending keeps it out of the host's lists, the number out of the way of another program that saves here
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(safetensors.torch.save(dict(tensors), dict(metadata)))  # save_file would make it private
+        data = safetensors.torch.save(dict(tensors), dict(metadata))  # save_file would make it private
+        part.unlink(missing_ok=True)
+        # x: not through a link that somebody put there
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            # else a name may outlive a power cut that its content did not
+            os.fsync(file.fileno())
         if target.exists():
             raise FileExistsError(f"{target} was written meanwhile; nothing is overwritten, save again")
         os.replace(part, target)
@@ -26,6 +39,46 @@ def write_whole(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise OSError(error.errno, why) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def next_file(prefix: str, ending: str, example: str) -> tuple[Path, str]:
+    """The next free file of a ``filename_prefix`` in the output folder, and its subfolder as the host shows it.
+
+    A ValueError where the prefix names no file below the output folder; ``example``: one that does.
+    """
+    check_prefix(prefix, example)
+    # in its plain form: of a/b/ the host would not see the numbers that are taken
+    place = os.path.normpath(prefix), folder_paths.get_output_directory()
+    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(*place)
+    return Path(folder, f"{name}_{number:05}_{ending}"), subfolder
+
+
+def check_prefix(prefix: str, example: str) -> None:
+    """Raise a ValueError where a ``filename_prefix`` can never name a file below the output folder."""
+    folder, name = os.path.split(os.path.normpath(prefix))
+    output = folder_paths.get_output_directory()
+    if not name.strip(". "):
+        raise ValueError(f"filename_prefix '{prefix[:40]}' names no file; give a name such as {example}")
+    if cannot_be(prefix):
+        raise ValueError(f"filename_prefix {prefix[:40]!r} {CANNOT}; give a name such as {example}")
+    if not folder_paths.is_within_directory(output, os.path.join(output, folder)):
+        raise ValueError(f"filename_prefix '{prefix}' is outside the output folder; give a name such as {example}")
+
+
+CANNOT = f"is too long ({LONGEST} bytes for a name, {5 * LONGEST} for all of it) or has characters that no file name may have"
+
+
+def cannot_be(path: str) -> bool:
+    """Whether no file system takes a path with something behind its last name, as CANNOT says."""
+    if "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
+        return True
+    return len(path) > 5 * LONGEST or any(len(name.encode()) > LONGEST for name in path.replace(os.sep, "/").split("/"))
+
+
+def need_name(name, kind: str) -> None:
+    """Raise a ValueError for what is no text: a prompt may hold anything in place of a file's name."""
+    if not isinstance(name, str):
+        raise ValueError(f"{str(name)[:80]} is no name of a {kind} file; choose one of the list")
 
 
 @dataclass(frozen=True)
@@ -40,13 +93,9 @@ class KeptFiles:
     def save(self, prefix: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
         """Write the next free number of ``prefix``. Returns where it is, as the host shows it: filename, subfolder, type.
 
-        A prefix that names no file is a ValueError, one outside of the output folder an error of the host's.
+        A prefix that names no file of the output folder is a ValueError.
         """
-        if not os.path.basename(os.path.normpath(prefix)).strip("."):
-            raise ValueError(f"filename_prefix '{prefix}' names no file; give a name such as {self.example}")
-        output = folder_paths.get_output_directory()
-        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
-        target = Path(folder, f"{name}_{number:05}_{self.ending}")
+        target, subfolder = next_file(prefix, self.ending, self.example)
         write_whole(target, tensors, metadata)
         return {"filename": target.name, "subfolder": subfolder, "type": "output"}
 
@@ -62,6 +111,7 @@ class KeptFiles:
 
     def find(self, name: str) -> Path:
         """The file of one of the ``names``; a ValueError where there is none or it is not one of ours."""
+        need_name(name, self.kind)
         bare, folder = folder_paths.annotated_filepath(name)
         folder = folder or folder_paths.get_input_directory()
         path = Path(folder, bare)
@@ -69,7 +119,7 @@ class KeptFiles:
             raise ValueError(
                 f"'{name}' is no {self.kind} file of the input or output folder; its name ends on {self.ending}"
             )
-        if not path.is_file():
+        if not os.path.isfile(path):  # which a name that is too long is not either, where pathlib raises
             raise ValueError(f"there is no {self.kind} file '{name}'; save one with {self.saver}, or refresh the list")
         return path
 

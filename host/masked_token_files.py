@@ -65,7 +65,9 @@ def text_files() -> dict[str, Path]:
 
 def _files(kind: str) -> dict[str, Path]:
     names = [name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors")]
-    return {Path(name).as_posix(): Path(folder_paths.get_full_path_or_raise(kind, name)) for name in names}
+    # None where a link leads nowhere, or it is no file
+    found = {Path(name).as_posix(): folder_paths.get_full_path(kind, name) for name in names}
+    return {name: Path(path) for name, path in found.items() if path is not None}
 
 
 def pick(name: str, found: Mapping[str, Path]) -> Path:
@@ -129,8 +131,8 @@ def read_networks(
 
 def _read_network(folder: Path, part: str, path: Path, load, operations) -> torch.nn.Module:
     state_dict = read_weights(path)
-    cast(state_dict, transformer_dtype(state_dict) if part == TRANSFORMER else torch.float32)
     with naming(path, config_path(folder, part)):
+        cast(state_dict, transformer_dtype(state_dict) if part == TRANSFORMER else torch.float32)
         return load(state_dict, read_config(folder, part), operations)
 
 
@@ -173,7 +175,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:  # the host and safetensors raise several kinds
-        raise ValueError(f"{path} cannot be read: {diagnosis(path)} ({error})") from error
+        raise ValueError(f"{path} cannot be read: {diagnosis(path)} ({str(error)[:200]})") from error
 
 
 def diagnosis(path: Path) -> str:
@@ -200,7 +202,12 @@ def cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
     """In place and one by one, so that never two copies of all weights are in memory."""
     for name, weight in state_dict.items():
         if weight.is_floating_point():
-            state_dict[name] = weight.to(dtype)
+            try:
+                state_dict[name] = weight.to(dtype)
+            except NotImplementedError as error:  # for numbers of four bits
+                raise ValueError(
+                    f"{name[:100]} is {weight.dtype}, of which torch makes no {dtype}; take wider weights"
+                ) from error
 
 
 def config_path(folder: Path, part: str) -> Path:
@@ -214,8 +221,8 @@ def read_config(folder: Path, part: str) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): download it again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({str(error)[:200]}): download it again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds {json.dumps(config)[:40]}, not an object: download it again")
     return config

@@ -7,9 +7,11 @@ import comfy.utils
 import folder_paths
 from torch import Tensor
 
-from .kept_files import write_whole
+from .kept_files import next_file, write_whole
+from .masked_token_files import diagnosis
 
 FOLDER, SUFFIX = "loras", ".safetensors"
+EXAMPLE = "loras/masked_token_lora"  # of a prefix
 NONE = "none"  # a combo without any file must still have an entry
 
 
@@ -22,15 +24,20 @@ def read_lora(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file in models/loras."""
     if not name.endswith(SUFFIX):
         raise ValueError(f"'{name}' is not a {SUFFIX} file; convert it first")
-    path = folder_paths.get_full_path_or_raise(FOLDER, name)
-    tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise ValueError(
+            f"there is no such LoRA in {' or '.join(folder_paths.get_folder_paths(FOLDER))}; refresh the list"
+        )
+    try:
+        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except Exception as error:  # the host and safetensors raise several kinds
+        raise ValueError(f"'{name}' cannot be read: {diagnosis(Path(path))} ({str(error)[:200]})") from error
     return tensors, metadata or {}
 
 
 def write_lora(prefix: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """A new numbered file of the output folder: whole or not at all, and never in place of another."""
-    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    while (path := Path(folder, f"{name}_{number:05}_{SUFFIX}")).exists():
-        number += 1
+    path, _ = next_file(prefix, SUFFIX, EXAMPLE)
     write_whole(path, tensors, metadata)
     return path

@@ -40,6 +40,11 @@ def read_prompts(model: MaskedTokenModel, conditioning: list, socket: str) -> li
 
 def encode_pictures(model: MaskedTokenModel, pictures: Tensor) -> Tensor:
     """Ids [B, h, w], on the CPU, of ``pictures`` [B, H, W, 3] with values 0..1; few at a time where memory is short."""
+    if not bool(pictures.isfinite().all()):  # the nearest code to them would be any
+        raise ValueError(
+            f"the image {'x'.join(map(str, pictures.shape))} holds numbers that are NaN or infinite, which have no token;"
+            " make it anew, with its VAE in a wider dtype"
+        )
     config = model.vq.model.config
     memory = ENCODE_BYTES * pictures.shape[1] * pictures.shape[2] * config.block_out_channels[0]
     return _in_chunks(model, pictures.movedim(-1, 1), memory, lambda vq, x: vq.encode(x).cpu())
@@ -49,7 +54,13 @@ def decode_tokens(model: MaskedTokenModel, ids: Tensor) -> Tensor:
     """Pictures [B, H, W, 3] with values 0..1 of known ``ids`` [B, h, w], where the host keeps its images."""
     memory = _decode_memory(model, *ids.shape[1:])
     device = comfy.model_management.intermediate_device()
-    return _in_chunks(model, ids, memory, lambda vq, x: vq.decode(x).clamp(0.0, 1.0).movedim(1, -1).to(device))
+    pictures = _in_chunks(model, ids, memory, lambda vq, x: vq.decode(x).clamp(0.0, 1.0).movedim(1, -1).to(device))
+    if not bool(pictures.isfinite().all()):
+        raise ValueError(
+            f"the pictures of the tokens that the VQ-GAN of {model.name} makes are not finite (NaN); run it in a wider dtype"
+            " (ComfyUI's --force-fp32), or load the model's files anew"
+        )
+    return pictures
 
 
 @torch.inference_mode()

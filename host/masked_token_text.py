@@ -25,6 +25,7 @@ REMEDY = "encode the prompt with the 'clip' output of Load Masked Token Model (C
 # what the host's CLIP-L is, whatever a config says
 FIXED = {"vocab_size": 49408, "max_position_embeddings": 77, "layer_norm_eps": 1e-5}
 # saved by some tools beside the weights
+MOST = 2**16  # of any size in a config.json
 NO_WEIGHTS = ("text_model.embeddings.position_ids", "logit_scale")
 
 
@@ -81,6 +82,11 @@ def load_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any], check: C
     config = clip_config(config)
     for name in NO_WEIGHTS:
         state_dict.pop(name, None)
+    if config["num_hidden_layers"] > len(state_dict):
+        # before they are made, which takes time
+        raise ValueError(
+            f"the config asks for {config['num_hidden_layers']} layers, the file has {len(state_dict)} weights"
+        )
     plain = comfy.clip_model.CLIPTextModel(config, torch.float32, torch.device("meta"), torch.nn)
     check(state_dict, {name: weight.shape for name, weight in plain.state_dict().items()})
     return comfy.sd.CLIP(
@@ -96,14 +102,25 @@ def clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     asked = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
     if missing := [key for key in asked if key not in config]:
         raise ValueError(f"the config lacks {', '.join(missing)}; take the config.json that came with the text encoder")
-    fixed = {**FIXED, "projection_dim": config["hidden_size"]}
+    *sizes, act = asked
     wrong = [
-        f"{key} is {config[key]!r}, not {value!r}" for key, value in fixed.items() if config.get(key, value) != value
+        f"{key} is {config[key]!r:.80}, not a whole number of 1 to {MOST}"
+        for key in sizes
+        if type(config[key]) is not int or not 1 <= config[key] <= MOST
     ]
-    if config["hidden_act"] not in comfy.clip_model.ACTIVATIONS:
-        wrong.append(f"hidden_act is {config['hidden_act']!r}, not one of {', '.join(comfy.clip_model.ACTIVATIONS)}")
-    if config["num_hidden_layers"] <= -LAYER:
-        wrong.append(f"num_hidden_layers is {config['num_hidden_layers']!r}, not {1 - LAYER} or more")
+    if config[act] not in list(comfy.clip_model.ACTIVATIONS):
+        wrong.append(f"hidden_act is {config[act]!r:.80}, not one of {', '.join(comfy.clip_model.ACTIVATIONS)}")
+    if not wrong:
+        fixed = {**FIXED, "projection_dim": config["hidden_size"]}
+        wrong = [
+            f"{key} is {config[key]!r:.80}, not {value!r}"
+            for key, value in fixed.items()
+            if config.get(key, value) != value
+        ]
+        if config["num_hidden_layers"] <= -LAYER:
+            wrong.append(f"num_hidden_layers is {config['num_hidden_layers']}, not {1 - LAYER} or more")
+        if config["hidden_size"] % config["num_attention_heads"]:
+            wrong.append(f"hidden_size is {config['hidden_size']}, no multiple of num_attention_heads")
     if wrong:
         raise ValueError(f"the host's CLIP-L cannot be as the config asks: {'; '.join(wrong)}")
     return {**FIXED, "eos_token_id": 49407, **{key: config[key] for key in asked}}

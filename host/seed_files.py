@@ -18,6 +18,7 @@ from .seed_pictures import size_of
 FILES = KeptFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
 NAME = "noise"  # of the tensor
 FORMAT = "chorus-seed-1"  # in the metadata, which has the seed too
+SEEDS = 2**64  # there are
 CHUNK = 2**24  # bytes
 
 
@@ -76,10 +77,14 @@ def read_seed(path: Path, name: str) -> SeedNoise:
                 raise ValueError(f"it holds {', '.join(found) or 'nothing'} instead of {NAME}")
             noise = file.get_tensor(NAME).clone()  # a copy: the file does not stay open
         _check(noise)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"'{name}' cannot be read as a seed file: {error}; save it anew with Save Seed") from error
+        seed = int(metadata["seed"])
+        if seed >= SEEDS:
+            raise ValueError(f"its seed {seed} is not below {SEEDS}")
+    except (SafetensorError, ValueError, OSError, NotImplementedError) as error:  # the last: numbers of four bits
+        why = str(error)[:300]
+        raise ValueError(f"'{name}' cannot be read as a seed file: {why}; save it anew with Save Seed") from error
     details = {k: v for k, v in metadata.items() if k not in ("format", "seed")}
-    return SeedNoise(noise, int(metadata["seed"]), details)
+    return SeedNoise(noise, seed, details)
 
 
 def model_details(model) -> dict[str, str]:
@@ -108,8 +113,10 @@ def _sha256(path: str, changed: int, size: int) -> str:
 def _check(noise: Tensor) -> None:
     if not noise.is_floating_point() or noise.ndim != 4 or not noise.numel():
         raise ValueError(f"its noise is {noise.dtype} [{size_of(noise)}], not numbers [batch, channels, height, width]")
-    if not torch.isfinite(noise).all():
-        bad = int((~torch.isfinite(noise)).sum())
+    # in float32, since torch asks no 8-bit float
+    finite = torch.isfinite(noise.float() if noise.element_size() == 1 else noise)
+    if not finite.all():
+        bad = int((~finite).sum())
         raise ValueError(f"{bad} of the {noise.numel()} numbers of its noise are not finite (NaN or infinite)")
 
 

@@ -49,4 +49,4 @@ def load_ids(name: str, make: Callable[..., T]) -> T:
             raise ValueError(f"its ids are {ids.dtype} {tuple(ids.shape)}, not int64 [batch, height, width]")
         return make(ids, **{key: int(metadata[key]) for key in SIZES})
     except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"'{name}' cannot be read as a token file: {error}; save it anew") from error
+        raise ValueError(f"'{name}' cannot be read as a token file: {str(error)[:300]}; save it anew") from error

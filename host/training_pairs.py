@@ -27,8 +27,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .kept_files import CANNOT, cannot_be
+
 SIDES = ("source", "target")
 LIST = "prompts.jsonl"
+MOST = 10**9  # a number in it
 MARK = " [output]"  # the host's, behind what is in the output folder
 COMPRESSION = 4  # as the host's Save Image
 
@@ -42,9 +45,11 @@ class PairFolder:
     @classmethod
     def to_write(cls, name: str) -> "PairFolder":
         """The folder ``name`` below the output folder; a ValueError for any other place."""
+        if cannot_be(name):
+            raise ValueError(f"folder {name[:40]!r} {CANNOT}; give a name such as training_pairs/faces")
         output = folder_paths.get_output_directory()
         root = os.path.abspath(os.path.join(output, name))
-        inside = all(folder_paths.is_within_directory(output, os.path.join(root, side)) for side in ("", *SIDES))
+        inside = all(folder_paths.is_within_directory(output, os.path.join(root, part)) for part in ("", *SIDES, LIST))
         if not name.strip() or os.path.isabs(name) or not inside or root == os.path.abspath(output):
             raise ValueError(
                 f"folder '{name}' is no folder below the output folder; give a relative name such as training_pairs/faces"
@@ -75,10 +80,12 @@ class PairFolder:
         found = {}
         with suppress(FileNotFoundError):
             for line in (self.root / LIST).read_bytes().splitlines():
-                # a line that was cut off when the disk was full is none
-                with suppress(ValueError, KeyError, TypeError):
+                # a line that was cut off when the disk was full is none, nor one that somebody wrote otherwise
+                with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                     entry = json.loads(line)
-                    found[int(entry["number"])] = str(entry["prompt"])
+                    number = int(entry["number"])
+                    if 0 < number <= MOST:
+                        found[number] = str(entry["prompt"])
         return found
 
     def numbers(self) -> list[int]:
@@ -168,14 +175,9 @@ def load_pairs(name: str, first: int = 0, count: int = 0) -> tuple[list[Tensor],
     ``first``: pairs that are left out at the beginning; ``count``: how many are read, 0 for all.
     """
     data_set = PairFolder.to_read(name)
-    numbers = data_set.numbers()
-    chosen = numbers[first : first + count if count else None]
-    if not chosen:
-        raise ValueError(
-            f"'{name}' holds {len(numbers)} whole pairs, none from {first} on; lower 'first', or save more"
-        )
+    numbers = chosen(data_set.numbers(), name, first, count)
     prompts, found = data_set.prompts(), ([], [])
-    for number in chosen:
+    for number in numbers:
         comfy.model_management.throw_exception_if_processing_interrupted()
         for side, pictures in zip(SIDES, found):
             pictures.append(_read(data_set.picture(side, number)))
@@ -183,7 +185,15 @@ def load_pairs(name: str, first: int = 0, count: int = 0) -> tuple[list[Tensor],
             raise ValueError(
                 f"pair {number} of '{name}' has pictures of two sizes; delete {number:05}.png from both sides"
             )
-    return *found, [prompts[number] for number in chosen]
+    return *found, [prompts[number] for number in numbers]
+
+
+def chosen(pairs: list, name: str, first: int, count: int) -> list:
+    """Those of the ``pairs`` of ``name`` that are read, see ``load_pairs``."""
+    found = pairs[first : first + count if count else None]
+    if not found:
+        raise ValueError(f"'{name}' holds {len(pairs)} whole pairs, none from {first} on; lower 'first', or save more")
+    return found
 
 
 def pair_folders() -> list[str]:
@@ -193,7 +203,9 @@ def pair_folders() -> list[str]:
         os.path.relpath(place, folder).replace(os.sep, "/") + mark
         for folder, mark in folders
         for place, _, files in sorted(os.walk(folder))
-        if LIST in files and os.path.abspath(place) != os.path.abspath(folder)
+        if LIST in files
+        and os.path.isfile(os.path.join(place, LIST))
+        and os.path.abspath(place) != os.path.abspath(folder)
     ]
 
 
@@ -258,5 +270,10 @@ def _png(picture: Tensor, metadata: Mapping[str, str]) -> bytes:
 
 
 def _read(path: Path) -> Tensor:
-    picture = node_helpers.pillow(Image.open, path).convert("RGB")
+    try:
+        picture = node_helpers.pillow(Image.open, path).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(
+            f"{path} cannot be read as a picture: {str(error)[:200]}; delete {path.name} from both sides"
+        ) from error
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0)[None]

@@ -20,6 +20,7 @@ Shapes: B samples, C channels of the latent, h and w positions of any number.
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state_dict import load, shorten
+from .state_dict import PACKED, load, shorten
 
 FORMAT = "chorus-cas-dm-1"  # in the metadata of a file
 GATES = ("pixel", "channel", "sample", "fixed")
 GROUPS = 8  # of the normalisation; widths are multiples of it
 FREQUENCIES = 16  # of the embedded noise level
 MAX_LEVELS = 6
+MOST = 2**16  # channels of any layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +51,16 @@ class CasDMHeadConfig:
     fixed: float = 0.5
 
     def __post_init__(self):
-        if self.channels < 1 or self.embedding < 1:
-            raise ValueError(f"channels {self.channels} and embedding {self.embedding} must be at least 1")
-        if not 1 <= len(self.widths) <= MAX_LEVELS or any(w < GROUPS or w % GROUPS for w in self.widths):
-            raise ValueError(f"widths {self.widths} are not 1 to {MAX_LEVELS} multiples of {GROUPS}")
+        if not (1 <= self.channels <= MOST and 1 <= self.embedding <= MOST):
+            raise ValueError(
+                f"channels {self.channels} and embedding {self.embedding} must be at least 1, at most {MOST}"
+            )
+        if not 1 <= len(self.widths) <= MAX_LEVELS or any(w % GROUPS or not GROUPS <= w <= MOST for w in self.widths):
+            raise ValueError(f"widths {self.widths} are not 1 to {MAX_LEVELS} multiples of {GROUPS} up to {MOST}")
         if self.gate not in GATES:
             raise ValueError(f"gate '{self.gate}' is unknown; use one of {', '.join(GATES)}")
         if not 0.0 <= self.fixed <= 1.0:
-            raise ValueError(f"a fixed gate of {self.fixed:g} is not in 0 to 1")
+            raise ValueError(f"a fixed gate of {self.fixed} is not in 0 to 1")
 
     @property
     def gates(self) -> int:
@@ -66,7 +70,10 @@ class CasDMHeadConfig:
     @classmethod
     def from_json(cls, text: str) -> "CasDMHeadConfig":
         """The config of a file; a ValueError for anything else than ``to_json`` gives."""
-        values, names = json.loads(text), {f.name for f in dataclasses.fields(cls)}
+        try:
+            values, names = json.loads(text), {f.name for f in dataclasses.fields(cls)}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its config is no JSON ({error}): {text[:80]}") from error
         if not isinstance(values, dict) or set(values) != names:
             raise ValueError(f"its config is {text[:80]}, which does not have just {', '.join(sorted(names))}")
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -116,7 +123,7 @@ class Head:
 
 
 def _wide(weight: Any) -> Any:
-    floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    floating = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype != PACKED
     return weight.to(torch.float32, copy=True) if floating else weight
 
 
@@ -254,7 +261,7 @@ def _facts(metadata: Mapping[str, str]) -> HeadFacts:
     known = {f.name for f in dataclasses.fields(HeadFacts)} - {"details"}
     others = {k: v for k, v in metadata.items() if k not in known | {"format", "config", "channels"}}
     try:
-        return HeadFacts(
+        facts = HeadFacts(
             latent_format=metadata["latent_format"],
             prediction=metadata["prediction"],
             cfg=float(metadata["cfg"]),
@@ -263,5 +270,10 @@ def _facts(metadata: Mapping[str, str]) -> HeadFacts:
             gate=tuple((float(percent), float(r)) for percent, r in json.loads(metadata.get("gate", "[]"))),
             details=others,
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"its metadata cannot be read ({error})") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"its metadata cannot be read ({str(error)[:200]})") from error
+    if facts.steps < 0 or not all(map(math.isfinite, itertools.chain([facts.cfg], *facts.gate))):
+        raise ValueError(
+            f"its metadata tell of cfg {facts.cfg:g}, {facts.steps} steps and a gate that no training gives"
+        )
+    return facts

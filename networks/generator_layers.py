@@ -14,7 +14,6 @@ from torch import Tensor, nn
 Draws = Sequence[torch.Generator] | None
 
 EPS = 1e-5  # of every norm
-NORMS = ("instance", "batch")
 
 
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ where it scales.
 Module names are those of the published state dicts, so that the files load unchanged. ReLUs work in place, as theirs.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,9 +33,10 @@ class ResnetConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "ResnetConfig":
-        blocks = sorted({int(name.split(".")[1]) for name in state_dict if ".conv_block." in name})
-        filters = sorted({int(name.split(".")[1]) for name in state_dict if name.endswith(".filt")})
-        first = f"model.{blocks[0]}.conv_block" if blocks else "model.10.conv_block"
+        blocks, filters = _places(state_dict, r"conv_block\..*"), _places(state_dict, "filt")
+        if not blocks:
+            raise ValueError(f"This is not {NETWORK}: none of its blocks has a number (model.10.conv_block...)")
+        first = f"model.{blocks[0]}.conv_block"
         return cls(
             ngf=shape_of(state_dict, "model.1.weight", 4, NETWORK)[0],
             blocks=len(blocks),
@@ -44,6 +46,12 @@ class ResnetConfig:
             blur_down=any(index < blocks[0] for index in filters),
             blur_up=any(index > blocks[-1] for index in filters),
         )
+
+
+def _places(state_dict: Mapping[str, Tensor], end: str) -> list[int]:
+    """Where in the chain the layers are whose names end so."""
+    found = (re.fullmatch(rf"model\.([0-9]{{1,9}})\.{end}", name) for name in state_dict)
+    return sorted({int(match[1]) for match in found if match})
 
 
 class ResnetBlock(Block):

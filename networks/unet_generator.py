@@ -14,7 +14,7 @@ from .generator_layers import Block, Chain, Draws, Dropout, ImageGenerator, feat
 from .state_dict import shape_of
 
 NETWORK = "a U-Net generator"
-FEWEST = 5  # halvings; the published code builds none with fewer
+FEWEST, MOST = 5, 12  # halvings; the published code builds none with fewer, and its networks have 7 or 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class UnetConfig:
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "UnetConfig":
         inside = "model.model.1."
         downs = 1 + max((name.count("model.") - 2 for name in state_dict if name.startswith(inside)), default=0)
-        if downs < FEWEST:
+        if not FEWEST <= downs <= MOST:
             raise ValueError(
-                f"This is not {NETWORK} of pix2pix: it halves the picture {downs} times, not {FEWEST} or more"
+                f"This is not {NETWORK} of pix2pix: it halves the picture {downs} times, not {FEWEST} to {MOST}"
             )
         return cls(
             ngf=shape_of(state_dict, "model.model.0.weight", 4, NETWORK)[0],

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state_dict import check_config, count, load, shape_of
+from .state_dict import check_config, count, load, setting, shape_of
 from .uvit_blocks import BlockConditioning, BlockSizes, LayerConditioning, TransformerLayer, UViTBlock, convolve
 
 MICRO_VALUES = 5  # width, height, crop's top, crop's left, aesthetic score
@@ -58,17 +58,17 @@ class UViTConfig:
         """
         config = config or {}
         sizes = visible_sizes(state_dict)
-        pooled, micro = split_cond(sizes.pop("cond"), config.get("cond_embed_dim", sizes["encoder_hidden_size"]))
+        pooled, micro = split_cond(sizes.pop("cond"), setting(config, "cond_embed_dim", sizes["encoder_hidden_size"]))
         sizes |= {"cond_embed_dim": pooled, "micro_cond_encode_dim": micro}
         # with what else a config can ask for, and no published one does
         implied = {"micro_cond_embed_dim": MICRO_VALUES * micro, "use_bias": False, "ln_elementwise_affine": True}
         check_config(config, sizes | implied)
         return cls(
             **sizes,
-            block_num_heads=heads(sizes["block_out_channels"], config.get("block_num_heads"), "block_num_heads"),
-            num_attention_heads=heads(sizes["hidden_size"], config.get("num_attention_heads"), "num_attention_heads"),
-            layer_norm_eps=config.get("layer_norm_eps", cls.layer_norm_eps),
-            sample_size=config.get("sample_size", cls.sample_size * (2 if sizes["downsample"] else 1)),
+            block_num_heads=heads(sizes["block_out_channels"], config, "block_num_heads"),
+            num_attention_heads=heads(sizes["hidden_size"], config, "num_attention_heads"),
+            layer_norm_eps=setting(config, "layer_norm_eps", cls.layer_norm_eps),
+            sample_size=setting(config, "sample_size", cls.sample_size * (2 if sizes["downsample"] else 1)),
         )
 
 
@@ -105,8 +105,8 @@ def split_cond(width: int, pooled: int) -> tuple[int, int]:
     return pooled, 2 * micro
 
 
-def heads(width: int, number: int | None, name: str) -> int:
-    number = number or width // HEAD_SIZE
+def heads(width: int, config: Mapping[str, Any], name: str) -> int:
+    number = setting(config, name, width // HEAD_SIZE)
     if number < 1 or width % number:
         raise ValueError(f"{width} channels cannot be split into {number} heads; give {name} in the config")
     return number

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state_dict import check_config, count, load, shape_of
+from .state_dict import check_config, count, load, setting, shape_of
 
 EPS = 1e-6  # of every group norm
 
@@ -46,7 +46,7 @@ class VQConfig:
         sizes = visible_sizes(state_dict)
         # with what else a config can ask for, and the published one does not
         check_config(config, {**sizes, "act_fn": "silu", "norm_type": "group", "mid_block_add_attention": False})
-        groups = config.get("norm_num_groups", cls.norm_num_groups)
+        groups = setting(config, "norm_num_groups", cls.norm_num_groups)
         if any(channels % groups for channels in sizes["block_out_channels"]):
             raise ValueError(
                 f"{sizes['block_out_channels']} channels cannot be split into {groups} groups; "

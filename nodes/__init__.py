@@ -20,6 +20,7 @@ from . import (
     seed_select,
     training_pairs,
 )
+from .checked_inputs import checked
 
 NODES: list[type[io.ComfyNode]] = [
     *saliency_noise_blend.NODES,
@@ -39,6 +40,10 @@ NODES: list[type[io.ComfyNode]] = [
     *face_realism_score.NODES,
     *demo.NODES,
 ]
+
+
+for node in NODES:
+    checked(node)
 
 
 class ChorusExtension(ComfyExtension):

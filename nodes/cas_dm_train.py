@@ -216,7 +216,7 @@ class TrainCasDMHead(io.ComfyNode):
             trainer = CasDMTrainer(head, data, theta, settings, judge, *place, pictures.recording)
             run = HeadRun(trainer, pictures, metric[0], checkpoint_prefix[0], checkpoint_every[0], preview_every[0])
             result = run.train()
-            sheet = run.sheet()
+        sheet = run.last_sheet
         shown = {} if sheet is None else {"ui": ui.PreviewImage(sheet[None], cls=cls)}
         return io.NodeOutput(*result, **shown)
 

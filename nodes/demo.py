@@ -61,21 +61,24 @@ class ChorusDemoReferences(io.ComfyNode):
             node_id="ChorusDemoReferences",
             display_name="Chorus Demo References",
             category="chorus/demo",
-            description="Four pictures of a sign that no demo checkpoint saw in training, as references for Seed Select.",
+            description="Pictures of signs that no demo checkpoint saw in training: references for Seed Select, or to train on.",
             search_aliases=["chorus", "demo", "reference pictures", "emoji"],
             inputs=[
                 io.Combo.Input(
                     "sign",
                     options=modules.reference_names(),
-                    tooltip="Those that the general checkpoint saw least come first; it paints them worst.",
+                    tooltip="Those that the general checkpoint saw least come first; it paints them worst. all signs: a small data set.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="64x64 pixels, 4 pictures.")],
+            outputs=[
+                io.Image.Output(tooltip="64x64 pixels, 4 pictures of a sign; of all signs 392."),
+                io.String.Output("prompt", display_name="prompt", is_output_list=True, tooltip="One for each picture."),
+            ],
         )
 
     @classmethod
     def execute(cls, sign: str) -> io.NodeOutput:
-        return io.NodeOutput(modules.load_references(sign))
+        return io.NodeOutput(*modules.load_references(sign))
 
 
 NODES: list[type[io.ComfyNode]] = [ChorusDemoCheckpoint, ChorusDemoVision, ChorusDemoReferences]

@@ -63,6 +63,7 @@ class FaceRealismScore(io.ComfyNode):
     @classmethod
     def execute(cls, refined, target, clip_vision, source=None, blocks=(BLOCKS,)) -> io.NodeOutput:
         [encoder], [blocks] = clip_vision, blocks
+        source = None if source is None or source[0] is None else source  # null in a prompt: not wired
         wired = {"refined": refined, "target": target, **({} if source is None else {"source": source})}
         counts = {name: check_set(name, batches) for name, batches in wired.items()}
         if source is not None and counts["source"] != counts["refined"]:

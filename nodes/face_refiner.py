@@ -73,7 +73,7 @@ class SaveFaceRefiner(io.ComfyNode):
             description="Saves a face refiner to the output folder as safetensors, under a new number each time.",
             is_output_node=True,
             inputs=[
-                FaceRefinerSocket.Input("refiner"),
+                FaceRefinerSocket.Input("refiner", tooltip="From Train Face Refiner or Load Face Refiner."),
                 io.String.Input(
                     "filename_prefix",
                     default=FILES.example,

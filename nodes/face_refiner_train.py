@@ -207,8 +207,9 @@ class TrainFaceRefiner(io.ComfyNode):
             keep = given["checkpoint_prefix"], given["checkpoint_every"], given["preview_every"]
             run = RefinerRun(trainer, measure, *keep, metric=measure)
             result = run.train()
-            sheet = run.sheet()
-        return io.NodeOutput(*result, ui=ui.PreviewImage(sheet[None], cls=cls))
+        sheet = run.last_sheet
+        shown = {} if sheet is None else {"ui": ui.PreviewImage(sheet[None], cls=cls)}
+        return io.NodeOutput(*result, **shown)
 
 
 def _settings(pairing: str, given: dict) -> PairedTraining | CycleTraining:

@@ -20,7 +20,7 @@ class MaskedTokenEncode(io.ComfyNode):
             search_aliases=["VQ encode", "tokenize image"],
             inputs=[
                 io.Image.Input("image", tooltip="Its sides are multiples of the token's, 16 pixels for aMUSEd."),
-                MaskedTokenModel.Input("model"),
+                MaskedTokenModel.Input("model", tooltip="From Load Masked Token Model."),
             ],
             outputs=[TokensSocket.Output("tokens", display_name="tokens")],
         )
@@ -43,7 +43,7 @@ class MaskedTokenDecode(io.ComfyNode):
             search_aliases=["VQ decode", "detokenize"],
             inputs=[
                 TokensSocket.Input("tokens", tooltip="All of them known: unknown ones have no picture."),
-                MaskedTokenModel.Input("model"),
+                MaskedTokenModel.Input("model", tooltip="From Load Masked Token Model."),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )
@@ -68,7 +68,9 @@ class MaskedTokenEdit(io.ComfyNode):
             ),
             search_aliases=["pin tokens", "compose tokens"],
             inputs=[
-                TokensSocket.Input("tokens"),
+                TokensSocket.Input(
+                    "tokens", tooltip="From Masked Token Encode, Masked Token Sampler or Load Masked Tokens."
+                ),
                 io.Mask.Input(
                     "mask", tooltip="As large as the tokens' picture. Every token that it touches with at least 0.5."
                 ),

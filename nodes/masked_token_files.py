@@ -18,7 +18,7 @@ class SaveMaskedTokens(io.ComfyNode):
             description="Saves token ids to the output folder, under a new number each time.",
             is_output_node=True,
             inputs=[
-                TokensSocket.Input("tokens"),
+                TokensSocket.Input("tokens", tooltip="From Masked Token Sampler, Encode or Edit."),
                 io.String.Input(
                     "filename_prefix",
                     default="tokens/ComfyUI",

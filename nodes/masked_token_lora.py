@@ -9,11 +9,13 @@ from functools import partial
 import torch
 from comfy_api.latest import io
 
+from ..host.kept_files import check_prefix
 from ..host.masked_token_lora_files import NONE, lora_files, read_lora, write_lora
 from ..host.masked_token_run import decode_tokens, encode_pictures, read_prompts
 from ..host.masked_token_training import add_lora, gradients, make_room, merged_weights, release
 from ..host.training_run import TrainingRun, training_place
 from ..techniques.masked_tokens import MaskedTokenSettings, decode, draw
+from ..techniques.token_canvas import rgb
 from ..training.lora import Lora, check_fits, from_file, to_file
 from ..training.masked_token_lora import (
     LoraTrainer,
@@ -214,11 +216,14 @@ class TrainMaskedTokenLora(io.ComfyNode):
         gradient_checkpointing,
         lora=None,
     ) -> io.NodeOutput:
+        check_prefix(checkpoint_prefix, PREFIX)  # not after hours
         settings = LoraTraining(steps, batch_size, learning_rate, rank, alpha, seed)
         texts = read_prompts(model, positive, "positive")
         resolution = resolution or model.transformer.model.config.sample_size * model.downscale
         with gradients():
-            pictures = Pictures(images, texts, resolution, model.downscale, lambda crops: encode_pictures(model, crops))
+            pictures = Pictures(
+                rgb(images), texts, resolution, model.downscale, lambda crops: encode_pictures(model, crops)
+            )
             trainer = _trainer(model, pictures, settings, lora, gradient_checkpointing)
             before = trainer.fixed_loss()
             run = TrainingRun(
@@ -231,7 +236,8 @@ class TrainMaskedTokenLora(io.ComfyNode):
             )
             with run.keeping():
                 trainer.train(run.after_step)
-            lines = [report(trainer, before, trainer.fixed_loss()), *run.remarks]
+                after = trainer.fixed_loss()
+            lines = [report(trainer, before, after), *run.remarks]
             result = trainer.lora(base_model=model.name), trainer.losses, "\n".join(lines)
         del trainer, run
         release()

@@ -59,11 +59,11 @@ class LoadSeed(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file) -> bool | str:
-        return file in found_seeds() or FILES.validate(file)
+        return file in list(found_seeds()) or FILES.validate(file)
 
     @classmethod
     def fingerprint_inputs(cls, file) -> str | float:
-        return file if file in found_seeds() else FILES.fingerprint(file)
+        return file if file in list(found_seeds()) else FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:

@@ -25,6 +25,10 @@ class Score:
 
     def __init__(self, run: SeedRun, references, vae, clip_vision, semantic_weight: float, appearance_weight: float):
         check_references(references)
+        if references.shape[-1] < 3:
+            raise ValueError(
+                f"the references have {references.shape[-1]} channels; wire RGB pictures (Load Image gives them)"
+            )
         check_vae(vae)
         self.run, self.vae = run, vae
         self.clip_vision = clip_vision if semantic_weight > 0.0 else None
@@ -133,7 +137,16 @@ def find(run: SeedRun, loss: Score, settings: technique.SeedSelectSettings, path
 
 
 def outputs(run: SeedRun, loss: Score, select: technique.SeedSelect, interrupted: bool, details: dict, grid_size: int):
-    """noise, seed, samples, grid, preview, report."""
+    """noise, seed, samples, grid, preview, report. The first Cancel costs none of them, when they are drawn either."""
+    try:
+        return _outputs(run, loss, select, interrupted, details, grid_size)
+    except InterruptProcessingException:
+        if interrupted:
+            raise
+        return _outputs(run, loss, select, True, details, grid_size)
+
+
+def _outputs(run: SeedRun, loss: Score, select: technique.SeedSelect, interrupted: bool, details: dict, grid_size: int):
     best = select.pictures[0]
     seed = best.sampler_seed if best.seed is None else best.seed
     noise = SeedNoise(

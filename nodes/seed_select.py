@@ -6,6 +6,7 @@ import math
 
 from comfy_api.latest import io
 
+from ..host.misfit import explained
 from ..host.seed_files import model_details
 from ..host.seed_generate import SAMPLERS, SCHEDULERS, SeedRun
 from ..techniques.seed_optimize import OptimizeSettings
@@ -28,7 +29,7 @@ class SeedSelect(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="With its LoRAs, patches or blend. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The prompt that names the concept."),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("negative", tooltip="What guidance leads away from, as for KSampler."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="One latent, empty or of a picture, with its noise mask if it has one, as for KSampler.",
@@ -87,8 +88,18 @@ class SeedSelect(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the finished picture."),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
-                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler"),
-                io.Combo.Input("scheduler", options=SCHEDULERS, default="normal"),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=SAMPLERS,
+                    default="euler",
+                    tooltip="Of the finished picture. A search takes any, optimising euler, dpmpp_2m or ddim.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=SCHEDULERS,
+                    default="normal",
+                    tooltip="Of the finished picture. The short runs of a search take beta.",
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -282,7 +293,8 @@ class SeedSelect(io.ComfyNode):
         others = dict(optimize_steps=optimize_steps, last_steps=last_steps)
         details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | others)}
         details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(scoring)}
-        select, interrupted = find(run, loss, settings, path)
+        with explained("the model"):
+            select, interrupted = find(run, loss, settings, path)
         return io.NodeOutput(*outputs(run, loss, select, interrupted, details, grid_size))
 
 

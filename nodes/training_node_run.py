@@ -6,8 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..host.kept_files import check_prefix
 from ..host.training_run import TrainingRun
 from ..training.trainer import AveragingTrainer
+
+EXAMPLE = "training/mine"  # of a prefix
 
 
 class TrainingNodeRun:
@@ -22,11 +25,13 @@ class TrainingNodeRun:
         self, trainer: AveragingTrainer, prefix: str, checkpoint_every: int, preview_every: int, beforehand: int = 0
     ):
         """``beforehand``: how often ``_before`` calls ``run.progress``."""
+        check_prefix(prefix, EXAMPLE)  # not after hours
         self.trainer, self.prefix = trainer, prefix
         steps = trainer.settings.steps
         self.run = TrainingRun(
             self.node, steps, self._save, self._show, checkpoint_every, preview_every, beforehand=beforehand
         )
+        self.last_sheet: Tensor | None = None  # of what is handed out; known when it is trained
 
     def train(self) -> tuple[Any, dict, str]:
         """What did best, the losses, the report."""
@@ -36,6 +41,7 @@ class TrainingNodeRun:
             before = trainer.examine()
             trainer.train(run.after_step)
             after = trainer.settle()
+            self.last_sheet = self._last_sheet()
         lines = [self._report(before, after), *run.remarks]
         return self._learned(after), trainer.losses, "\n".join(lines)
 
@@ -74,6 +80,15 @@ class TrainingNodeRun:
         except Exception:
             # such as want of memory, which may be what ended the run
             logging.exception("%s: the last weights could not be examined; they are kept", self.node)
+            return None
+
+    def _last_sheet(self) -> Tensor | None:
+        try:
+            return self.sheet()
+        except Exception as error:
+            # such as want of memory; a training is worth more than its picture
+            logging.exception("%s: what was learned could not be shown; it is kept", self.node)
+            self.run.remarks.append(f"NOT shown: the pictures of the result: {error}")
             return None
 
     def _show(self) -> Tensor | None:

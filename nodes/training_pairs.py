@@ -2,8 +2,14 @@
 
 from comfy_api.latest import io
 
+from ..demo import modules
 from ..host.token_files import workflow_metadata
-from ..host.training_pairs import fingerprint, load_pairs, pair_folders, save_pairs
+from ..host.training_pairs import chosen, fingerprint, load_pairs, pair_folders, save_pairs
+
+
+def offered() -> list[str]:
+    """The data sets that can be read: the user's, then those that come with the pack."""
+    return [*pair_folders(), modules.FACE_PAIRS]
 
 
 class SaveTrainingPairs(io.ComfyNode):
@@ -65,8 +71,9 @@ class LoadTrainingPairs(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=pair_folders(),
-                    tooltip="Folders with a prompts.jsonl, in the input or the output folder.",
+                    options=offered(),
+                    tooltip="Folders with a prompts.jsonl, in the input or the output folder, and pairs of small face signs that come"
+                    " with the pack.",
                 ),
                 io.Int.Input(
                     "first", default=0, min=0, max=1_000_000, tooltip="Pairs that are left out at the beginning."
@@ -83,15 +90,17 @@ class LoadTrainingPairs(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder) -> bool | str:
         # None is a wired name, known only when the node runs
-        return folder is None or folder in pair_folders() or f"there is no folder of pairs '{folder}'; refresh the list"
+        return folder is None or folder in offered() or f"there is no folder of pairs '{folder}'; refresh the list"
 
     @classmethod
     def fingerprint_inputs(cls, folder, first, count) -> str | float:
-        return fingerprint(folder)
+        return folder if folder == modules.FACE_PAIRS else fingerprint(folder)
 
     @classmethod
     def execute(cls, folder, first, count) -> io.NodeOutput:
-        return io.NodeOutput(*load_pairs(folder, first, count))
+        if folder != modules.FACE_PAIRS:
+            return io.NodeOutput(*load_pairs(folder, first, count))
+        return io.NodeOutput(*(chosen(side, folder, first, count) for side in modules.load_face_pairs()))
 
 
 NODES: list[type[io.ComfyNode]] = [SaveTrainingPairs, LoadTrainingPairs]

@@ -78,6 +78,9 @@ def per_image(bboxes: Any, images: int) -> list[list[Box]]:
         raise ValueError(
             f"there are boxes for {len(bboxes)} images, and {images} images; detect the faces on this very batch"
         )
+    for image, boxes in enumerate(bboxes):
+        if not isinstance(boxes, Sequence) or isinstance(boxes, str):
+            raise ValueError(f"image {image}: {str(boxes)[:80]} is no list of boxes with x, y, width and height")
     return [[read_box(box, image) for box in boxes] for image, boxes in enumerate(bboxes)]
 
 

@@ -175,7 +175,8 @@ def _changes(
     found = []
     for i, record in enumerate(records):
         if broken[i]:
-            found.append(replace(record, note="the refiner gave NaN or infinity, refused: left as it is"))
+            whose = "the refiner gave" if bool(crops[i].isfinite().all()) else "the picture itself holds"
+            found.append(replace(record, note=f"{whose} NaN or infinity, refused: left as it is"))
             continue
         one = replace(record, strength=settings.strength * share[i].item(), change=changes[i].abs().mean().item())
         if distances is not None:

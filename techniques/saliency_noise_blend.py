@@ -21,6 +21,7 @@ from .blend_expert import RUN, ExpertSettings, ExpertState
 from .blend_offsets import Pair
 from .blend_region import Box
 from .blend_trace import BlendRecord, BlendStep, BlendTrace
+from .blend_watch import FiniteWatch
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SaliencyBlendRun:
         self._sigma, self._interval = 0.0, 0  # of the prediction that plan() was asked about
         self.predictions: dict[int, Pair] = {}  # of the last blend, by model
         self._last_step: BlendStep | None = None
-        self._pending: list[tuple[float, tuple[int, ...], Tensor]] = []
+        self._watch = FiniteWatch(("base", *(e.label for e in experts)))
         self.record = BlendRecord(
             labels=("base", *(e.label for e in experts)),
             shape=(),
@@ -112,6 +113,7 @@ class SaliencyBlendRun:
             self.record.shape = (x.shape[0], *x.shape[2:])
             for state in self._states:
                 state.begin(x)
+        self._watch.asked(sigma, x)
         self._sigma, self._interval = sigma, self._interval_of(sigma)
         actions = {}
         for i, state in enumerate(self._states, start=1):
@@ -164,7 +166,7 @@ class SaliencyBlendRun:
             softness=self.joint.softness if self.joint.mask_mode == "soft" else None,
             backend=self.schedule.backend,
         )
-        self._check_finite(level, models, blend.partition.detach())
+        self._watch.answered(models, blend.partition)
         self._remember(BlendStep(level, models, blend.weights))
         hard = blend.weights.dtype == torch.uint8
         for slot, state in enumerate(states):
@@ -207,26 +209,12 @@ class SaliencyBlendRun:
         self._last_step = step
         self.record.steps.append(step)
 
-    def _check_finite(self, sigma: float, models: tuple[int, ...], partition: Tensor) -> None:
-        """Refuse predictions that are not finite: at once on the CPU, at the end of the run where asking would wait."""
-        self._pending.append((sigma, models, partition))
-        if partition.device.type == "cpu":
-            self._raise_if_not_finite()
-
-    def _raise_if_not_finite(self) -> None:
-        for sigma, models, partition in self._pending:
-            bad = ~torch.isfinite(partition).all(1).cpu()
-            if bad.any():
-                label = self.record.labels[models[int(bad.nonzero()[0])]]
-                raise ValueError(
-                    f"the prediction of '{label}' is not finite (NaN or infinite) at sigma {sigma:.4g};"
-                    " check that its conditioning fits its checkpoint, or run it in a wider dtype"
-                )
-        self._pending.clear()
-
     def finish(self, output: Tensor) -> None:
-        """Publish the trace of a run that reached its end; ``output`` is the finished latent."""
-        self._raise_if_not_finite()
+        """Publish the trace of a run that reached its end; ``output`` is the finished latent, on the CPU.
+
+        A ValueError where a prediction or the latent is not finite.
+        """
+        self._watch.finished(output)
         for state in self._states:
             self.record.notes += state.notes()
         self.record.output = output

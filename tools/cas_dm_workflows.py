@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .server import SIGNS
 from .workflow import BLUE, SAMPLER, Workflow
 
 CFG, SEED = 4.0, 7  # the head that comes with the pack was trained with this cfg
@@ -61,12 +60,12 @@ def use() -> Workflow:
 def train() -> Workflow:
     w = HeadWorkflow(
         "Train a Cas-DM head",
-        f"# Train a Cas-DM head\n\nA head learns from a folder of pictures what a checkpoint gets wrong about them. Here: 392"
-        f" signs on backgrounds that this checkpoint has never seen, `{SIGNS}`. It paints its carrots on white; after a minute"
-        " of training the head brings the folder's colours in, and the model is not changed.\n\n**Your pictures**: put a"
-        " folder of them into ComfyUI's `input` folder, press R, and choose it in *Load Image-Text (from Folder)*. A `.txt`"
-        " of the same name holds the prompt of each; without one it is trained with the empty prompt. (*run.py* brings"
-        f" `{SIGNS}`; a ComfyUI of your own lacks it.) Set the size in *Upscale Image* to what your checkpoint paints.\n\n"
+        "# Train a Cas-DM head\n\nA head learns from pictures what a checkpoint gets wrong about them. Here: 392 signs on"
+        " backgrounds that this checkpoint has never seen. It paints its carrots on white; after a minute of training the head"
+        " brings the pictures' colours in, and the model is not changed.\n\n**Your pictures**: put a folder of them into ComfyUI's"
+        " `input` folder, press R, and wire *Load Image-Text (from Folder)* in place of *Chorus Demo References*. A `.txt`"
+        " of the same name holds the prompt of each; without one it is trained with the empty prompt. Set the size in *Upscale"
+        " Image* to what your checkpoint paints.\n\n"
         "Look at the report: is the mix nearer to the held-out pictures than the model alone? 120 steps are a"
         " taste; the head that comes with the pack took 1,200 of 32 pictures. *Cancel* keeps what was learned.",
         "a carrot",
@@ -74,11 +73,11 @@ def train() -> Workflow:
         column=4,
     )
     vision = w.node("ChorusDemoVision", 0, {}, color=BLUE)
-    folder = w.node("LoadImageTextDataSetFromFolder", 1, {"folder": SIGNS})
+    signs = w.node("ChorusDemoReferences", 1, {"sign": "all signs"}, color=BLUE)
     size = {"upscale_method": "lanczos", "width": 64, "height": 64, "crop": "center"}
-    scaled = w.node("ImageScale", 1, size, wires={"image": (folder, "images")})
+    scaled = w.node("ImageScale", 1, size, wires={"image": (signs, "IMAGE")})
     encoded = w.node("VAEEncode", 1, wires={"pixels": (scaled, "IMAGE"), "vae": (w.general, "VAE")})
-    wires = {"clip": (w.general, "CLIP"), "text": (folder, "texts")}
+    wires = {"clip": (w.general, "CLIP"), "text": (signs, "prompt")}
     captions = w.node("CLIPTextEncode", 1, {}, "The captions", wires, height=90)
     wires = {
         "model": (w.general, "MODEL"),

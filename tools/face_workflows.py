@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .server import FACE_PAIRS
 from .workflow import BLUE, Workflow
 
 HEAD = "chorus-demo-faces.safetensors"
+FACE_PAIRS = "chorus-demo faces"
 FAST = "general-1-step"  # the checkpoint whose faces are refined, a student of general
 STUDENT = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
 TEACHER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
@@ -140,13 +140,13 @@ def pairs() -> Workflow:
 def train() -> Workflow:
     w = TwoModels(
         "Train a face refiner",
-        f"# Train a face refiner\n\nIt learns from `{FACE_PAIRS}`, 128 pairs of face signs, what separates `{FAST}` from its"
+        f"# Train a face refiner\n\nIt learns from *{FACE_PAIRS}*, 128 pairs that come with the pack, what separates `{FAST}` from its"
         f" teacher, and is used at once on pictures that it has not seen.\n\nSheets: {FEW}; refined; the teacher's. This is a taste of"
         " half a minute: look at eyes and outlines, and expect no new faces. The report says whether it learned, and how near"
         " held-out pictures came to the teacher's. The head that comes with the pack took far longer and more pairs.\n\n**Your"
         " pairs**: build them (*Build training pairs*), press R, choose the folder; set `crop` (advanced) to 256 or the side of your faces, `steps` to"
         " 2000 and more, `batch_size` to 4 or what fits, `learning_rate` to 0.0002. Wire a CLIP Vision of yours or set `metric` to"
-        " *lpips vgg*. *Cancel* keeps what was learned.\n\n(*run.py* brings the folder; a ComfyUI of your own lacks it.)",
+        " *lpips vgg*. *Cancel* keeps what was learned.",
     )
     vision = w.node("ChorusDemoVision", 0, {}, color=BLUE)
     folder = w.node("LoadTrainingPairs", 1, {"folder": FACE_PAIRS}, color=BLUE)
@@ -158,7 +158,7 @@ def train() -> Workflow:
     w.prompts("a ghost on purple", 6)
     painted, teacher = w.paint(w.student, 5, 3), w.paint(w.teacher, 5, 3)
     refined = w.refine((painted, "IMAGE"), (training, "refiner"), 4)
-    w.node("SaveFaceRefiner", 2, {}, wires={"refiner": (training, "refiner")}, color=BLUE)
+    w.node("SaveFaceRefiner", 3, {}, wires={"refiner": (training, "refiner")}, color=BLUE)
     w.report(training, 3, height=260)
     w.node("LossGraphNode", 4, {}, wires={"loss": (training, "loss_map")}, height=300)
     w.sheets(painted, refined, "refined", teacher, 5)

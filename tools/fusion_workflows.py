@@ -108,7 +108,7 @@ def recontextualization() -> Workflow:
     )
     general = w.checkpoint("general")
     subject = w.text("a crab", general, "Prompt: the subject")
-    scene = w.text("a crab on yellow fading to blue", general, "Prompt: subject in its surroundings")
+    scene = w.text("a crab on yellow fading to blue", general, "Prompt: with surroundings")
     negative = w.text("", general, "Negative")
     latent = w.latent()
     blend = w.blend((general, "MODEL"), general, scene, negative, label="surroundings")
@@ -127,7 +127,7 @@ def faster_fusion() -> Workflow:
         " difference to the base is carried on in between: of 20 evaluations 7 are left. Same prompt, same seed: compare"
         " the two.\n\nMore ways to save, in the node's advanced inputs: `crop` asks the expert only around its region or"
         " where it painted last, `skip_below` lets it leave when it paints next to nothing. A window (`start_percent`,"
-        " `end_percent`) saves what lies outside it.\n\nThe README has a table of cost against fidelity.",
+        " `end_percent`) saves what lies outside it.\n\nBENCHMARKS.md has a table of cost against fidelity.",
     )
     general, expert = w.checkpoint("general"), w.checkpoint("expert-animals")
     prompt = "a dog above an egg on blue"

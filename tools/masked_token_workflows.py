@@ -95,7 +95,7 @@ def style() -> Workflow:
     expert = w.checkpoint("expert-animals")
     say = w.text("a cat on white", expert, "Prompt of the picture")
     nothing = w.text("", expert, "Negative")
-    sampler = w.sample((expert, "MODEL"), say, nothing, w.latent(1), 3, "The picture")
+    sampler = w.sample((expert, "MODEL"), say, nothing, w.latent(1), 3, "The picture", 2)
     pictures = w.node("VAEDecode", 3, wires={"samples": (sampler, "LATENT"), "vae": (expert, "VAE")})
     picture = w.node("ImageInvert", 3, title="In negative colours", wires={"image": (pictures, "IMAGE")})
     told = w.prompts("a cat on white", "What the picture shows")

@@ -136,7 +136,7 @@ def saved() -> Workflow:
     for source, output, name in ((noise, "noise", "saved"), (random, "NOISE", "random")):
         column = 2 if name == "saved" else 4
         w.picture(w.advanced(f"From the {name} noise", column, (source, output)), name, column + 1)
-        other = w.advanced(f"The variation from the {name} noise", column, (source, output), on_blue)
+        other = w.advanced(f"Variation, {name} noise", column, (source, output), on_blue)
         w.picture(other, f"{name}, on blue", column + 1)
     return w
 

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .progress import Line, Problem
-from .setup import BASE, ROOT, Host, environment, module, runs
-
-# folders of input/ that example workflows read: signs with captions, and pairs of pictures of face signs
-SIGNS, FACE_PAIRS = "chorus-signs", "chorus-face-pairs"
+from .setup import BASE, ROOT, Host, environment, runs
 
 # a proxy of the environment is not asked for our own server
 open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -43,19 +40,6 @@ def make_base(base: Path) -> Path:
         else:
             link.symlink_to(ROOT, target_is_directory=True)
     return base
-
-
-def fill_input(host: Host, base: Path) -> None:
-    """Make the folders of input/ that are missing; what is there stays as it is."""
-    missing = [name for name in (SIGNS, FACE_PAIRS) if not (base / "input" / name).exists()]
-    if not missing:
-        return
-    # the host's Python: ours may know no pictures
-    command = module(host, "chorus.tools.input_folders", str(base / "input"), *missing)
-    done = subprocess.run(command, cwd=ROOT, env=environment(host), capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        reason = "".join(done.stderr.strip().splitlines()[-1:])
-        raise Problem(f"cannot make {' and '.join(missing)} in {base / 'input'}: {reason}")
 
 
 def free_port() -> int:
@@ -96,7 +80,6 @@ def server(host: Host, base: Path = BASE, port: int | None = None, args: tuple =
     port, address = port or free_port(), own_address(args)
     need_port(port, address)
     make_base(base)
-    fill_input(host, base)
     command = [host.python, "main.py", "--port", port, "--base-directory", base, "--disable-auto-launch"]
     command += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes", *args]
     if not {"--cpu", "--directml"} & set(args) and not has_accelerator(host):

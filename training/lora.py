@@ -57,7 +57,7 @@ class Lora:
     def steps(self) -> int:
         """Training steps behind it, 0 where unknown."""
         steps = self.facts.get("steps", "")
-        return int(steps) if steps.isdecimal() else 0
+        return int(steps) if steps.isdecimal() and len(steps) < 20 else 0
 
     def ranks(self) -> list[int]:
         return sorted({pair.rank for pair in self.weights.values()})
@@ -104,7 +104,7 @@ def from_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     default = _stored_alpha(metadata)
     weights = {}
     for name, keys in parts.items():
-        alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else default
+        alpha = _number(tensors[keys["alpha"]]) if "alpha" in keys else default
         weights[name] = _weights(name, tensors[keys["down"]], tensors[keys["up"]], alpha)
     facts = {key: value for key, value in metadata.items() if key not in ("format", "rank", "alpha", ADAPTER)}
     return Lora(weights, facts), text
@@ -137,14 +137,35 @@ def _not_a_lora(unknown: list[str], halves: list[str], text: list[str]) -> str:
 
 def _stored_alpha(metadata: Mapping[str, str]) -> float | None:
     """Alpha for all modules, from the metadata of diffusers or our own."""
-    adapter = json.loads(metadata.get(ADAPTER, "{}"))
+    adapter = _adapter(metadata)
     adapter = {key.removeprefix("transformer."): value for key, value in adapter.items()}
     kinds = [key for key in ("use_rslora", "use_dora", "alpha_pattern") if adapter.get(key)]
     if kinds:
         raise ValueError(f"the LoRA was trained with {', '.join(kinds)}, which is not supported; train a plain LoRA")
     if adapter.get("lora_alpha"):
-        return float(adapter["lora_alpha"])
-    return float(metadata["alpha"]) if "alpha" in metadata else None
+        return _number(adapter["lora_alpha"])
+    return _number(metadata["alpha"]) if "alpha" in metadata else None
+
+
+def _adapter(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get(ADAPTER, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {ADAPTER} is no JSON ({error}); the file is damaged") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"its {ADAPTER} is no object but {found!r:.80}; the file is damaged")
+    return found
+
+
+def _number(alpha: Any) -> float:
+    """An alpha that a file tells, as text, number or tensor; a ValueError for what is no finite number."""
+    try:
+        found = float(alpha)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"its alpha {alpha!r:.80} is no finite number; the file is damaged, take another")
+    return found
 
 
 def _weights(name: str, down: Tensor, up: Tensor, alpha: float | None) -> LoraWeights:

@@ -146,7 +146,7 @@ def test_a_latent_that_is_no_picture_is_refused(models):
 def test_a_failed_run_leaves_the_models_as_they_were(models):
     before = [sample(m) for m in models]
     narrow = [[torch.zeros(1, 5, 7), {}]]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="cannot read what it was given"):
         sample(blend(*models, narrow, narrow)[0])
     assert all(m.model.current_patcher is None for m in models)
     assert all(torch.equal(sample(m), b) for m, b in zip(models, before, strict=True))

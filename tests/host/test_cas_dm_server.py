@@ -1,10 +1,8 @@
 """Cas-DM heads in a real server: the one that comes with the pack, and training from a folder with all that a user sees."""
 
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +14,6 @@ from chorus.nodes.cas_dm import CasDMHead
 from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.tests.host.tiny_models import defaults
 from chorus.tools.client import WorkflowError
-from chorus.tools.server import SIGNS
 from chorus.tools.setup import ROOT
 
 SHIPPED, FEW = "chorus-demo-general.safetensors", "few signs"
@@ -115,20 +112,9 @@ def few_signs(server):
     """A folder of twelve of the pictures, each with its caption."""
     folder = server.base / "input" / FEW
     folder.mkdir()
-    for sign in ("apple", "cat", "owl"):
-        for file in (server.base / "input" / SIGNS).glob(f"{sign} [1-4].*"):
-            shutil.copy(file, folder)
-    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.txt"))) == 12
-
-
-def test_the_folder_of_signs_is_there(server):
-    folder = server.base / "input" / SIGNS
-    pictures = sorted(folder.glob("*.png"))
-    assert len(pictures) == 392
-    assert [p.stem for p in pictures] == [p.stem for p in sorted(folder.glob("*.txt"))]
-    assert (folder / "owl 2.txt").read_text(encoding="utf-8") == "an owl"
-    pixels = torch.from_numpy(np.array(Image.open(folder / "owl 2.png"), dtype=np.float32)) / 255
-    torch.testing.assert_close(pixels, load_references("owl")[1])
+    for k, (picture, prompt) in enumerate(zip(*load_references("apple", "cat", "owl"), strict=True)):
+        Image.fromarray((picture * 255).round().byte().numpy()).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(prompt, encoding="utf-8")
 
 
 def test_the_shipped_head_acts_and_neutral_is_exact(run, newest):

@@ -10,7 +10,7 @@ import torch
 
 from chorus.demo import modules, text, weights
 from chorus.demo.latent import PatchPCA
-from chorus.nodes.demo import ChorusDemoCheckpoint, ChorusDemoVision
+from chorus.nodes.demo import ChorusDemoCheckpoint, ChorusDemoReferences, ChorusDemoVision
 
 
 @pytest.fixture(scope="module", params=[*modules.CHECKPOINTS, *modules.STUDENTS])
@@ -156,3 +156,15 @@ def test_weight_files_are_small_and_tell_their_story(name):
 def test_an_unknown_checkpoint_lists_the_known_ones():
     with pytest.raises(ValueError, match="general"):
         modules.load_model("nothing")
+
+
+def test_references_come_sign_by_sign_and_all_at_once_each_with_its_prompt():
+    *signs, everything = modules.reference_names()
+    pictures, prompts = ChorusDemoReferences.execute(everything).args
+    assert pictures.shape == (4 * len(signs), 64, 64, 3) and len(prompts) == len(pictures)
+    for k in (0, 37, len(signs) - 1):
+        alone, words = ChorusDemoReferences.execute(signs[k]).args
+        assert torch.equal(alone, pictures[4 * k : 4 * k + 4]) and words == prompts[4 * k : 4 * k + 4]
+    owl, words = ChorusDemoReferences.execute("owl").args
+    assert words == ["an owl"] * 4 and not torch.equal(owl, alone)
+    assert len({picture.numpy().tobytes() for picture in pictures}) > 0.99 * len(pictures)  # two signs look alike

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from chorus.demo.face_pairs import load_face_pairs
+from chorus.demo.modules import FACE_PAIRS
 from chorus.host.face_refiner_files import MODELS, SHIPPED
 from chorus.host.model_folders import register_folder
 from chorus.nodes.face_realism_score import FaceRealismScore
@@ -22,7 +23,6 @@ from chorus.tests.host.tiny_models import defaults
 from chorus.tools.client import WorkflowError
 from chorus.tools.face_workflows import FAST, FEW, HEAD, MANY, STUDENT, TEACHER
 from chorus.tools.run_workflows import main
-from chorus.tools.server import FACE_PAIRS, SIGNS, fill_input
 from chorus.tools.setup import ROOT
 
 QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "held_out": 0.2, "seed": 1}
@@ -156,30 +156,21 @@ def test_a_pack_without_refiners_of_its_own_is_none_the_worse(monkeypatch, tmp_p
     assert str(tmp_path) in folder_paths.get_folder_paths(MODELS)
 
 
-def test_the_folder_of_pairs_is_what_the_nodes_write(run, server):
-    folder, copy = server.base / "input" / FACE_PAIRS, server.base / "output" / "copied"
+def test_the_shipped_pairs_are_read_and_can_be_written_on(run, server):
+    copy = server.base / "output" / "copied"
     *sides, prompts = load_face_pairs()
-    for side, images in zip(("source", "target"), sides):
-        files = sorted((folder / side).iterdir())
-        assert [file.name for file in files] == [f"{k + 1:05}.png" for k in range(len(prompts))]
-        assert all(np.array_equal(np.asarray(Image.open(file)), image) for file, image in zip(files, images))
     wires = {"source": ["pairs", 0], "target": ["pairs", 1], "prompt": ["pairs", 2]}
     run({**read(FACE_PAIRS, first=1, count=3), **nodes(keep=("SaveTrainingPairs", {**wires, "folder": "copied"}))})
-    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_bytes().splitlines()]
-    assert lines == [{"number": k + 1, "prompt": prompt} for k, prompt in enumerate(prompts)]
     again = [json.loads(line) for line in (copy / "prompts.jsonl").read_bytes().splitlines()]
     assert again == [{"number": k, "prompt": prompts[k]} for k in (1, 2, 3)]
     for side, images in zip(("source", "target"), sides):
-        assert np.array_equal(np.asarray(Image.open(copy / side / "00002.png")), images[2])
+        for k in (1, 2, 3):
+            assert np.array_equal(np.asarray(Image.open(copy / side / f"{k:05}.png")), images[k])
 
 
-def test_folders_that_are_there_stay_as_they_are(tmp_path):
-    mine = [tmp_path / "input" / name / "mine.png" for name in (SIGNS, FACE_PAIRS)]
-    for file in mine:
-        file.parent.mkdir(parents=True)
-        file.write_bytes(b"mine")
-    fill_input(None, tmp_path)  # without a host: nothing is to be made
-    assert all([other.name for other in file.parent.iterdir()] == ["mine.png"] for file in mine)
+def test_the_shipped_pairs_end(run):
+    with pytest.raises(WorkflowError, match=r"'chorus-demo faces' holds 128 whole pairs, none from 128 on"):
+        run({**read(FACE_PAIRS, first=128), **shown("pairs", ("pairs", 0))})
 
 
 # ---- use ----

@@ -381,7 +381,7 @@ def test_with_an_image_tokens_hold_under_the_mask_only(tiny, sample):
             "positive: .*another text",
         ),
         (dict(negative=[[torch.zeros(1, 7, WIDTH), {}]]), "negative: .*another text"),
-        (dict(positive=[]), "positive: .*no prompt"),
+        (dict(positive=[]), "positive holds no prompt; wire a text encoder"),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(tiny, sample, inputs, message):

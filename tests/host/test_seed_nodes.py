@@ -413,7 +413,7 @@ def test_a_seed_that_comes_with_the_pack_gives_its_picture_again(name, vision):
         words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (f"a {sign}", "")]
         size = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
         run = SeedRun(model, *words, size, json.loads(noise.details["settings"])["steps"], **sampling)
-        score = Score(run, modules.load_references(sign), vae, vision, 10.0, 1.0)
+        score = Score(run, modules.load_references(sign)[0], vae, vision, 10.0, 1.0)
         found = float(score.score([run.to_model(run.generate(noise.noise))]))
     assert found == pytest.approx(float(noise.details["score"]), rel=1e-3)
 
@@ -445,7 +445,7 @@ def test_a_score_that_is_not_a_number_names_its_seed(model, select):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (dict(references=torch.zeros(0, 32, 32, 3)), "hold no picture; wire at least one"),
+        (dict(references=torch.zeros(0, 32, 32, 3)), "references holds nothing, its size is 0x32x32x3"),
         (dict(references=torch.full((2, 32, 32, 3), 0.5)), "reference 1 of 2 is of one colour"),
         (
             dict(clip_vision=None),

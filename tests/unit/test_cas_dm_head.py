@@ -223,7 +223,7 @@ WRONG = {
     "true as a number": (lambda t, m, c: c.update(channels=True), "no valid channels"),
     "odd width": (lambda t, m, c: c.update(widths=[9]), "multiples of 8"),
     "other channels": (lambda t, m, c: c.update(channels=16), "3 wrong: first.weight"),
-    "huge": (lambda t, m, c: c.update(widths=[8 * 10**6]), "The weights do not fit"),
+    "huge": (lambda t, m, c: c.update(widths=[8 * 10**6]), "multiples of 8 up to 65536"),
     "missing": (lambda t, m, c: t.pop("last.bias"), r"1 missing: last.bias \(5,\)"),
     "extra": (lambda t, m, c: t.update(more=torch.zeros(2)), r"1 unexpected: more \(2,\)"),
     "misshapen": (lambda t, m, c: t.update({"last.bias": torch.zeros(4)}), r"last.bias: expected \(5,\), seen \(4,\)"),

@@ -307,7 +307,7 @@ def test_files_of_old_torch_and_of_data_parallel():
         ({"state_dict": {}, "epoch": 3}, r"Seen: state_dict a dict, epoch a int"),
         ({"model.0.weight": torch.zeros(64, 3, 4, 4), "model.0.bias": torch.zeros(64)}, "a discriminator.*net_G"),
         ([torch.zeros(1)], "No state dict but a list"),
-        ({"model.model.0.weight": torch.zeros(8, 3, 4, 4)}, "halves the picture 1 times, not 5 or more"),
+        ({"model.model.0.weight": torch.zeros(8, 3, 4, 4)}, "halves the picture 1 times, not 5 to 12"),
         ({"model.10.conv_block.1.weight": torch.zeros(8, 8, 3, 3)}, "it has no 'model.1.weight'"),
         ({"model.1.weight": 3, "model.10.conv_block.1.weight": torch.zeros(8, 8, 3, 3)}, "4 dimensions, seen a int"),
     ],
