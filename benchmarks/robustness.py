@@ -2,9 +2,11 @@
 
 python run.py bench robustness          (other arguments go to pytest)
 
-A figure is what a test hands to pytest's ``record_property``: cases tried, steps interrupted, memory grown.
+A figure is what a test hands to pytest's ``record_property``: cases tried, steps interrupted, memory grown. Runs are cancelled at
+every point, where `run.py test` leaves some out.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Figures:
 
 
 def main() -> int:
+    os.environ["CHORUS_EVERY_POINT"] = "1"  # see test_interrupts.py
     figures = Figures()
     code = pytest.main([str(FOLDER), "-q", *sys.argv[1:]], plugins=[figures])
     if code == 0:

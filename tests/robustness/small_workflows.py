@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 
+from chorus.demo.modules import FACE_PAIRS
+
 SAMPLING = {"seed": 3, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 QUICK = {"steps": 2, "batch_size": 1, "learning_rate": 1e-3}
 ANY = "PreviewAny"  # the host's output node that takes every kind of wire
@@ -205,7 +207,7 @@ PACK = {
         "target": ["LoadTrainingPairs", 1],
         "folder": "small/pairs",
     },
-    "LoadTrainingPairs": {"count": 4},
+    "LoadTrainingPairs": {"folder": FACE_PAIRS, "count": 4},
     "PromptCombinations": {},
     "FaceRealismScore": {
         "refined": ["LoadTrainingPairs", 0],

@@ -122,7 +122,7 @@ PLACES = {
 )
 def test_what_is_no_file_is_refused_and_never_waited_for(home, make, monkeypatch):
     monkeypatch.chdir(home)
-    inputs = {"LoadMaskedTokenLora": dict(model=None, strength=1.0, alpha=0.0)}
+    inputs = {"LoadMaskedTokenLora": dict(model=object(), strength=1.0, alpha=0.0)}
     for node, (folder, name, id) in PLACES.items():
         path = home / folder / name
         monkeypatch.chdir(path.parent)

@@ -1,4 +1,10 @@
-"""Cancel at every step of every node that works for long: nothing stays behind, and the next run gives the same bits."""
+"""Cancel at every step of every node that works for long: nothing stays behind, and the next run gives the same bits.
+
+$CHORUS_EVERY_POINT, which `run.py bench robustness` sets, cancels at all points of all nodes, and runs again after each; without
+it there are fewer, for the time.
+"""
+
+import os
 
 import comfy.model_management
 import pytest
@@ -9,7 +15,8 @@ from chorus.tests.robustness.remains import Remains, same_bits
 from chorus.tests.robustness.stopping import Interrupted, Points
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
-MOST, MOST_SLOW = 32, 12  # points of a node, and of one whose run is long
+EVERY = bool(os.environ.get("CHORUS_EVERY_POINT"))
+MOST, MOST_SLOW = (10**6, 10**6) if EVERY else (32, 12)  # points of a node, and of one whose run is long
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def test_cancel_at_every_step(reference, folders, record_property):  # noqa: F81
         written = [file for file in files(folders) if file not in before]
         assert not any(file.endswith(".part") for file in written), where
         outcomes[k] = outcome(case, found, waiting, expected, [f for f in written if "interrupted" in f], where)
-        if not case.slow or n % 4 == 3 or k == points[-1]:
+        if EVERY or not case.slow or n % 4 == 3 or k == points[-1]:
             assert same_bits(case.run(), expected), f"{where}: the next run is another"
     remains.check("after all", case.draws)
     # from some point on there is something to keep, and from then on it is kept
