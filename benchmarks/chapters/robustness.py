@@ -10,6 +10,8 @@ RESULTS = ("benchmarks/results/robustness.json",)
 COMMAND = "`python run.py bench robustness`"
 FOLDER = "tests/robustness"
 KEPT = ("outcome", "seconds")
+GREATEST = ("peak_growth_mb", "slowest", "growth in percent", "seconds without a client")  # no sums
+MOST_ROWS = 25  # of a table
 
 
 def _by_file(result: dict) -> dict[str, dict[str, dict]]:
@@ -46,7 +48,12 @@ def _figure(value) -> str:
 
 
 def _figures(entry: dict) -> str:
-    return "; ".join(f"{name.replace('_', ' ')}: {_figure(value)}" for name, value in entry.items() if name not in KEPT)
+    return "; ".join(f"{_named(name)}: {_figure(value)}" for name, value in entry.items() if name not in KEPT)
+
+
+def _named(figure: str) -> str:
+    words = figure.removesuffix("_mb").replace("_", " ")
+    return f"{words}, MB" if figure.endswith("_mb") else f"{words} case, s" if figure == "slowest" else words
 
 
 def _outcomes(tests) -> str:
@@ -60,11 +67,11 @@ def fields(result: dict | None) -> dict[str, str]:
         return {"told": f"**Not measured yet**: {COMMAND} has not been run."}
     parts = [f"{_outcomes(result['tests'].values())}."]
     for file, tests in _by_file(result).items():
-        rows = [[_words(n), _figures(e), e["outcome"], number(e["seconds"], 1)] for n, e in tests.items()]
-        parts += [
-            f"**{_asks(file)}** ([{file}]({FOLDER}/{file}))",
-            table(["test", "figures", "outcome", "seconds"], rows),
-        ]
+        parts.append(f"**{_asks(file)}** ([{file}]({FOLDER}/{file})): {_summary(tests)}.")
+        told = {name: entry for name, entry in tests.items() if set(entry) - set(KEPT)}
+        if 1 < len(told) <= MOST_ROWS:
+            rows = [[_words(n), _figures(e), e["outcome"], number(e["seconds"], 1)] for n, e in told.items()]
+            parts.append(table(["test", "figures", "outcome", "seconds"], rows))
     return {"told": "\n\n".join(parts)}
 
 
@@ -74,18 +81,20 @@ def claims(result: dict | None) -> list[Claim]:
     rows = []
     for file, tests in _by_file(result).items():
         fell_short = any(entry["outcome"] != "passed" for entry in tests.values())
-        rows.append(Claim(_asks(file), _short(tests), price=fell_short))
+        rows.append(Claim(_asks(file), _summary(tests), price=fell_short))
     return rows
 
 
-def _short(tests: dict[str, dict]) -> str:
-    """Outcomes, and of every figure that is a number the least and the greatest that a test recorded."""
+def _summary(tests: dict[str, dict]) -> str:
+    """Outcomes, and of every figure that is a number the sum over the tests, or the greatest where a sum says nothing."""
     found = {}
     for name, value in ((n, v) for entry in tests.values() for n, v in entry.items() if n not in KEPT):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found.setdefault(name, []).append(value)
+        for part, figure in value.items() if isinstance(value, dict) else [(name, value)]:
+            if isinstance(figure, int | float) and not isinstance(figure, bool):
+                found.setdefault(part, []).append(figure)
     told = []
     for name, values in found.items():
-        ends = dict.fromkeys(_figure(v) for v in (min(values), max(values)))
-        told.append(f"{name.replace('_', ' ')}: {' to '.join(ends)}")
+        greatest = name in GREATEST or name.startswith("MiB")
+        total = _figure(max(values) if greatest else sum(values))
+        told.append(f"{_named(name)}: {'at most ' if greatest and len(values) > 1 else ''}{total}")
     return "; ".join([f"tests: {_outcomes(tests.values())}", *told])
