@@ -211,7 +211,20 @@ def test_robustness_shows_whatever_was_recorded():
     assert odd[:2] == ("odd", "tests: 1 passed, 1 skipped; cases tried: 12,345; grown: 0.013")
     assert odd.fell_short and not more.fell_short
     tests["test_odd.py::test_else"]["cases_tried"] = 7
-    assert robustness.claims({"tests": tests})[1].measured.endswith("; cases tried: 7 to 12,345; grown: 0.013")
+    assert robustness.claims({"tests": tests})[1].measured.endswith("; cases tried: 12,352; grown: 0.013")
+    # a dictionary by its parts, and of what a sum says nothing of the greatest
+    tests["test_more.py::test_longer"] = {
+        "outcome": "passed",
+        "seconds": 1,
+        "slowest": 0.5,
+        "kills": {"left": 3, "whole": 4},
+    }
+    tests["test_more.py::test_long"]["slowest"] = 2.0
+    more, _ = robustness.claims({"tests": tests})
+    assert more.measured == "tests: 2 passed; rounds: 2.5; slowest case, s: at most 2; left: 3; whole: 4"
+    many = {f"test_many.py::test_{k}": {"outcome": "passed", "seconds": 1, "cases": 1} for k in range(99)}
+    told = robustness.fields({"tests": many})["told"]
+    assert "tests: 99 passed; cases: 99." in told and "|" not in told
 
 
 def test_the_readme_needs_its_marks():
