@@ -1,18 +1,19 @@
 """What the pack withstands: the robustness tests, and the figures that they record.
 
-python run.py bench robustness          (other arguments go to pytest)
+python run.py bench robustness          (other arguments go to pytest; then only the figures of what ran are renewed)
 
 A figure is what a test hands to pytest's ``record_property``: cases tried, steps interrupted, memory grown. Runs are cancelled at
 every point, where `run.py test` leaves some out.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from .environment import keep
+from .environment import RESULTS, keep
 
 FOLDER = Path(__file__).parents[1] / "tests" / "robustness"
 
@@ -25,17 +26,24 @@ class Figures:
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
-            name = report.nodeid.split("/")[-1]
+            name = report.nodeid.partition(f"{FOLDER.name}/")[2]
             entry = {"outcome": report.outcome, "seconds": round(report.duration, 1), **dict(report.user_properties)}
             self.tests[name] = entry
+
+
+def known() -> dict:
+    """What was recorded before."""
+    file = RESULTS / "robustness.json"
+    return json.loads(file.read_text(encoding="utf-8"))["tests"] if file.exists() else {}
 
 
 def main() -> int:
     os.environ["CHORUS_EVERY_POINT"] = "1"  # see test_interrupts.py
     figures = Figures()
-    code = pytest.main([str(FOLDER), "-q", *sys.argv[1:]], plugins=[figures])
+    arguments, sys.argv[1:] = sys.argv[1:], []  # the command beside the figures is that of all
+    code = pytest.main([str(FOLDER), "-q", *arguments], plugins=[figures])
     if code == 0:
-        print(keep("robustness", {"tests": figures.tests}))
+        print(keep("robustness", {"tests": known() | figures.tests if arguments else figures.tests}))
     return code
 
 
