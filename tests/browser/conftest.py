@@ -68,10 +68,12 @@ def open_page(server, browser, complaints):  # noqa: F811
     return lambda language: page_tools.open_page(browser, server.address, language, on_new=listen)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(open_page):
-    """One page in English for all tests: people too open one workflow after the other."""
-    return open_page("en")
+    """One page in English for all tests of a file: people too open one workflow after the other."""
+    opened = open_page("en")
+    yield opened
+    opened.context.close()
 
 
 @pytest.fixture(autouse=True)
