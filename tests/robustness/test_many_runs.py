@@ -26,8 +26,11 @@ GROWTH = 1.0  # percent
 
 
 @pytest.fixture
-def own_server(tmp_path):
-    """A server that nothing else has used."""
+def own_server(tmp_path, monkeypatch):
+    """A server that nothing else has used, with one thread and one arena, so that its size is what it holds: how threads and
+    arenas share out what was freed moves it by percents."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"):
+        monkeypatch.setenv(name, "1")
     host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
     args = () if torch.cuda.is_available() else ("--cpu",)
     with start_server(host, base=tmp_path, args=args) as running:
