@@ -12,12 +12,16 @@ from chorus.tools.server import server as start_server
 from chorus.tools.setup import Host
 
 
+def fresh_server(base: Path):
+    """A context of a server of its own with its folders in ``base``: .address, .base, .log, .process."""
+    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
+    return start_server(host, base=base, args=() if torch.cuda.is_available() else ("--cpu",))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real ComfyUI with this pack: .address, .base (its models, input, output, ... folders), .log."""
-    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
-    args = () if torch.cuda.is_available() else ("--cpu",)
-    with start_server(host, base=tmp_path_factory.mktemp("comfyui"), args=args) as running:
+    with fresh_server(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 
 

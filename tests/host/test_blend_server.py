@@ -1,16 +1,13 @@
 """The blend of the demo checkpoints in a real server: the same queue gives the same bits, whatever came before."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from chorus.tests.real_comfyui import fresh_server
 from chorus.tools.client import Comfy
-from chorus.tools.server import server as start_server
-from chorus.tools.setup import Host
 
 SAMPLING = {"cfg": 4.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
 
@@ -105,9 +102,7 @@ def test_after_an_interrupt_in_the_middle_of_a_run(server, comfy, first):
 
 
 def test_in_a_fresh_server(tmp_path, first):
-    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
-    args = () if torch.cuda.is_available() else ("--cpu",)
-    with start_server(host, base=tmp_path, args=args) as fresh, Comfy(fresh.address) as client:
+    with fresh_server(tmp_path) as fresh, Comfy(fresh.address) as client:
         assert torch.equal(run(client, fresh.base)[0], first)
 
 

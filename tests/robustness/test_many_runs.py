@@ -1,20 +1,15 @@
 """Two hundred runs of everything, queued at once, up to three times: the server's size swings by percents, and does not grow in
 each."""
 
-import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
+from chorus.tests.real_comfyui import fresh_server
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import TECHNIQUES, Graph
-from chorus.tools.server import server as start_server
-from chorus.tools.setup import Host
 
 RUNS = 200
 # one round; each technique about as often as people use it, none twice in a row
@@ -33,9 +28,7 @@ def own_server(tmp_path, monkeypatch):
     percents."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
-    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
-    args = () if torch.cuda.is_available() else ("--cpu",)
-    with start_server(host, base=tmp_path, args=args) as running:
+    with fresh_server(tmp_path) as running:
         yield running
 
 

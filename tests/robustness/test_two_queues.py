@@ -1,19 +1,15 @@
 """Mixed workflows of two clients on one server, and of two servers at once: each gives the bits that it gives alone."""
 
-import os
 import random
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
+from chorus.tests.real_comfyui import fresh_server
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import Graph, digest
-from chorus.tools.server import server as start_server
-from chorus.tools.setup import Host
 
 # most of them twice; trainings, which take seconds, once
 WORK = {
@@ -38,9 +34,7 @@ WORK = {
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
     """Another server, which starts while the first is at work."""
-    host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
-    args = () if torch.cuda.is_available() else ("--cpu",)
-    opened = start_server(host, base=tmp_path_factory.mktemp("second"), args=args)
+    opened = fresh_server(tmp_path_factory.mktemp("second"))
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(opened.__enter__)
         try:
