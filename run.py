@@ -4,7 +4,7 @@
 python run.py demo         start a real ComfyUI, run the example workflows, write their pictures to output/
 python run.py serve        start ComfyUI with this pack and leave it up (--listen, --port and the like go to ComfyUI)
 python run.py test         ruff, then the tests: unit, in a real ComfyUI, robustness, in its web page (other arguments go to pytest)
-python run.py train-demo   make the checkpoints of demo/ again (arguments go to demo/recipes)
+python run.py train-demo   make the weights of demo/ again, stage by stage (--status, --smoke, --help; --old NAME: the first ones)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it);
                            bench report writes BENCHMARKS.md and the README's tables from what was measured
 python run.py locales      make the nodes' English texts again, say what the translations lack (accept LANG [KEY ...])
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -82,7 +83,12 @@ def test(options, rest: list[str]) -> int:
 
 def train_demo(options, rest: list[str]) -> int:
     host = host_for(options)
-    return call(host, module(host, "chorus.demo.recipes", *rest))
+    need_tools(host)  # resvg-py renders the vector emoji
+    command = module(host, "chorus.dev.recipes", *rest)
+    if os.name != "posix":
+        return call(host, command)
+    os.chdir(ROOT)
+    os.execve(command[0], command, environment(host))  # so that a signal reaches the training, which then saves its state
 
 
 def bench(options, rest: list[str]) -> int:

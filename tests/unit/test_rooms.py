@@ -22,7 +22,7 @@ COMFY = {
     *("comfy", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "nodes", "node_helpers"),
     *("latent_preview", "execution", "server", "app", "utils", "comfyui_version"),
 }
-NOT_PACK = {"tests", "tools", "run", "benchmarks"}
+NOT_PACK = {"tests", "tools", "run", "benchmarks", "dev"}
 
 
 def imports(path: Path, source: str) -> set[str]:

@@ -1,0 +1,132 @@
+"""The autoencoder of the demo world: 8 times smaller, 8 channels.
+
+Encoder and decoder are each a linear map of 8 x 8 patches (at the start of training the exact PCA) plus convolutions (at
+the start zero), so that training begins with the best linear code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PATCH, CHANNELS = 8, 8
+
+
+class ResidualBlock(nn.Module):
+    """[B, C, H, W] -> the same shape; the second convolution starts at zero."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Encoder(nn.Module):
+    """images [B, 3, H, W] in -1..1 -> latents [B, 8, H/8, W/8]"""
+
+    def __init__(self, widths=(32, 64, 96)):
+        super().__init__()
+        a, b, c = widths
+        self.linear = nn.Conv2d(3, CHANNELS, PATCH, stride=PATCH)
+        self.net = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * 3, a, 3, padding=1),
+            nn.SiLU(),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * a, b, 3, padding=1),
+            ResidualBlock(b),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * b, c, 3, padding=1),
+            ResidualBlock(c),
+            nn.SiLU(),
+            nn.Conv2d(c, CHANNELS, 3, padding=1),
+        )
+
+    def forward(self, x):
+        return self.linear(x) + self.net(x)
+
+
+class Decoder(nn.Module):
+    """latents [B, 8, h, w] -> images [B, 3, 8h, 8w] in about -1..1"""
+
+    def __init__(self, widths=(128, 80, 40)):
+        super().__init__()
+        a, b, c = widths
+        self.linear = nn.ConvTranspose2d(CHANNELS, 3, PATCH, stride=PATCH, bias=False)
+        self.mean = nn.Parameter(torch.zeros(3, PATCH, PATCH))
+        self.net = nn.Sequential(
+            nn.Conv2d(CHANNELS, a, 3, padding=1),
+            ResidualBlock(a),
+            ResidualBlock(a),
+            nn.Conv2d(a, 4 * b, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(b),
+            ResidualBlock(b),
+            nn.Conv2d(b, 4 * c, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(c),
+            nn.SiLU(),
+            nn.Conv2d(c, 4 * 3, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, z):
+        return self.linear(z) + self.mean.repeat(1, *z.shape[-2:]) + self.net(z)
+
+
+class Autoencoder(nn.Module):
+    """``encode`` images [B, 3, H, W] in -1..1 to latents [B, 8, H/8, W/8] of mean 0 and variance 1 per channel; ``decode``
+    them. ``shift`` and ``scale`` [8] are the mean and deviation of the trained encoder's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(), Decoder()
+        self.register_buffer("shift", torch.zeros(CHANNELS))
+        self.register_buffer("scale", torch.ones(CHANNELS))
+
+    def encode(self, x):
+        return (self.encoder(x) - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
+
+    def decode(self, z):
+        return self.decoder(z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1))
+
+    def preview_factors(self):
+        """(factors [8, 3], bias [3]) of the linear decoder: the mean colour of a latent's patch, in -1..1, as the host's
+        latent previews expect it."""
+        mean = self.decoder.linear.weight.mean((2, 3))
+        factors = self.scale[:, None] * mean
+        return factors.tolist(), (self.decoder.mean.mean((1, 2)) + self.shift @ mean).tolist()
+
+
+@torch.no_grad()
+def start_as_pca(model, images):
+    """Sets the linear parts to the PCA of the patches of ``images`` [B, 3, H, W] in -1..1, all other layers to the identity.
+
+    The latent's channels keep the order of their variances (their deviations are the fourth root of the PCA's, of mean 1),
+    so that less of a denoiser is spent on fine detail. Returns the share of the variance that the code keeps.
+    """
+    patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
+    order = values.argsort(descending=True)[:CHANNELS]
+    basis, variance = vectors[:, order].T, values[order]
+    basis = basis * basis.sum(1, keepdim=True).sign()  # a fixed direction of every vector
+    kept = variance.sqrt()
+    scale = (kept / kept.mean() / variance).sqrt()
+    encoder, decoder = model.encoder, model.decoder
+    encoder.linear.weight.copy_((basis * scale[:, None]).view(CHANNELS, 3, PATCH, PATCH))
+    encoder.linear.bias.copy_(-(basis @ mean) * scale)
+    decoder.linear.weight.copy_((basis / scale[:, None]).view(CHANNELS, 3, PATCH, PATCH))
+    decoder.mean.copy_(mean.view(3, PATCH, PATCH))
+    for net in (encoder.net, decoder.net):
+        for block in net.modules():
+            if isinstance(block, ResidualBlock):
+                nn.init.zeros_(block.conv2.weight)
+                nn.init.zeros_(block.conv2.bias)
+        last = [layer for layer in net if isinstance(layer, nn.Conv2d)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return (variance.sum() / values.sum()).item()

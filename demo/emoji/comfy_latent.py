@@ -1,0 +1,57 @@
+"""The latent space of the demo world as the host's LatentFormat and VAE."""
+
+import comfy.latent_formats
+import comfy.ldm.models.autoencoder
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from .autoencoder import CHANNELS, PATCH
+
+
+class ChorusEmojiLatent(comfy.latent_formats.LatentFormat):
+    """8 channels, 8 pixels per latent, and the colours of previews."""
+
+    latent_channels = CHANNELS
+    spacial_downscale_ratio = PATCH
+    scale_factor = 1.0
+
+    def __init__(self, autoencoder=None):
+        if autoencoder is not None:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = autoencoder.preview_factors()
+
+
+# The host's VAE accepts the configuration of its own kind of autoencoder; the smallest one is built and then replaced.
+PLACEHOLDER = {
+    "embed_dim": CHANNELS,
+    "ddconfig": {
+        "double_z": True,
+        "z_channels": CHANNELS,
+        "resolution": 128,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    },
+}
+
+
+def make_vae(autoencoder):
+    """The host's VAE object around an ``Autoencoder``."""
+    weights = comfy.ldm.models.autoencoder.AutoencoderKL(**PLACEHOLDER).state_dict()
+    vae = comfy.sd.VAE(sd=weights, config={"params": PLACEHOLDER}, dtype=torch.float32)
+    vae.first_stage_model = autoencoder.eval().requires_grad_(False)
+    vae.latent_channels = CHANNELS
+    # measured on float32 activations: at most 160 channels of a quarter of the pixels at once, in and out of a layer
+    vae.memory_used_encode = lambda shape, dtype: 4 * 64 * shape[2] * shape[3]
+    vae.memory_used_decode = lambda shape, dtype: 4 * 128 * PATCH * PATCH * shape[2] * shape[3]
+    comfy.model_management.archive_model_dtypes(autoencoder)
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        autoencoder, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+    )
+    vae.model_size()
+    return vae

@@ -1,0 +1,68 @@
+"""The demo checkpoints as the host's own objects."""
+
+from .. import weights
+from .autoencoder import Autoencoder
+from .comfy_denoisers import NETWORKS, make_model
+from .comfy_latent import make_vae
+from .comfy_text import make_clip
+
+FOLDER = "emoji"  # in demo/weights
+CHECKPOINTS = tuple(NETWORKS)
+STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
+    "general-4-steps": ("general", "student/general-4-steps"),
+    "general-1-step": ("general", "student/general-1-step"),
+}
+
+
+def load_weights(name):
+    return weights.load(f"{FOLDER}/{name}")
+
+
+def load_autoencoder():
+    model = Autoencoder()
+    with weights.fitting(f"{FOLDER}/autoencoder"):
+        model.load_state_dict(load_weights("autoencoder"))
+    return model
+
+
+def load_model(name, disable_dynamic=False, model_options=None):
+    """The MODEL ``name``; the host calls this again when it needs a copy with weights of its own."""
+    if name not in (*CHECKPOINTS, *STUDENTS):
+        raise ValueError(f"expected one of {', '.join((*CHECKPOINTS, *STUDENTS))}, got {name!r}")
+    base, lora = STUDENTS.get(name, (name, None))
+    with weights.fitting(f"{FOLDER}/{lora or base}"):
+        state = load_weights(base)
+        if lora:
+            state = weights.with_lora(state, load_weights(lora))
+        patcher = make_model(base, state, load_autoencoder(), disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (name,))
+    return patcher
+
+
+def load_text():
+    """The text encoder as a CLIP, for all checkpoints and the masked token model."""
+    with weights.fitting(f"{FOLDER}/text"):
+        return make_clip(load_weights("text"))
+
+
+def load_checkpoint(name):
+    """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
+    return load_model(name), load_text(), make_vae(load_autoencoder())
+
+
+def load_vision():
+    """The image-text encoder as a CLIP_VISION."""
+    from .comfy_vision import make_clip_vision
+
+    with weights.fitting(f"{FOLDER}/vision"):
+        return make_clip_vision(load_weights("vision"))
+
+
+def load_classifier():
+    """The independent evaluator: images [B, 3, 128, 128] in 0..1 to logits of the concepts."""
+    from .classifier import ConceptClassifier
+
+    model = ConceptClassifier()
+    with weights.fitting(f"{FOLDER}/classifier"):
+        model.load_state_dict(load_weights("classifier"))
+    return model.eval().requires_grad_(False)

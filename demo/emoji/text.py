@@ -1,0 +1,86 @@
+"""The text encoder: a word-level vocabulary and a small transformer."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .concepts import PAD, START, UNKNOWN, vocabulary
+
+WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20
+VOCABULARY = vocabulary()
+INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def words_of(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def token_rows(captions):
+    """int64 [B, 20]: start, words, padding. For training: captions of the grammar always fit."""
+    rows = torch.full((len(captions), LENGTH), PAD)
+    for row, caption in zip(rows, captions):
+        ids = [START, *(INDEX.get(word, UNKNOWN) for word in words_of(caption))][:LENGTH]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+class Layer(nn.Module):
+    def __init__(self, dtype, device, operations):
+        super().__init__()
+        kw = {"dtype": dtype, "device": device}
+        self.norm1, self.norm2 = operations.LayerNorm(WIDTH, **kw), operations.LayerNorm(WIDTH, **kw)
+        self.qkv, self.out = operations.Linear(WIDTH, 3 * WIDTH, **kw), operations.Linear(WIDTH, WIDTH, **kw)
+        self.up, self.down = operations.Linear(WIDTH, 4 * WIDTH, **kw), operations.Linear(4 * WIDTH, WIDTH, **kw)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(b, t, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, WIDTH))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class TextModel(nn.Module):
+    """tokens [B, T] -> (states [B, T, 96], the states of ``intermediate_output`` or None, a projection of the summary and
+    the summary [B, 96]); T at most 20, every word sees every other.
+
+    Takes the arguments with which the host's SDClipModel builds and calls its text models.
+    """
+
+    def __init__(self, config_dict=None, dtype=None, device=None, operations=nn):
+        super().__init__()
+        kw = {"dtype": dtype, "device": device}
+        self.num_layers = LAYERS
+        self.embed = operations.Embedding(len(VOCABULARY), WIDTH, **kw)
+        self.position = operations.Embedding(LENGTH, WIDTH, **kw)
+        self.layers = nn.ModuleList(Layer(dtype, device, operations) for _ in range(LAYERS))
+        self.norm = operations.LayerNorm(WIDTH, **kw)
+        self.project = operations.Linear(WIDTH, WIDTH, **kw)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def set_input_embeddings(self, embeddings):
+        self.embed = embeddings
+
+    def forward(self, tokens, attention_mask=None, embeds=None, intermediate_output=None, dtype=None, **_):
+        x = self.embed(tokens) if embeds is None else embeds
+        t = min(x.shape[1], LENGTH)  # a textual inversion may lengthen a chunk: its last tokens are cut
+        x = x[:, :t] + self.position(torch.arange(t, device=x.device)).to(x.dtype)
+        states = []
+        for layer in self.layers:
+            x = layer(x)
+            states.append(x)
+        x = self.norm(x)
+        middle = None
+        if isinstance(intermediate_output, int):
+            middle = self.norm(states[intermediate_output])
+        return x, middle, self.project(x[:, 0]), x[:, 0]
+
+
+def read(model, captions):
+    """(states [B, 20, 96], summary [B, 96]) of captions, on the model's device."""
+    tokens = token_rows(captions).to(next(model.parameters()).device)
+    states, _, projected, _ = model(tokens)
+    return states, projected

@@ -1,0 +1,1 @@
+"""Tools of development; not part of the packed release."""

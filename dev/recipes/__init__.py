@@ -1,0 +1,1 @@
+"""How the weights of the demo checkpoints are made: ``python run.py train-demo``."""

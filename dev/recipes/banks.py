@@ -1,0 +1,41 @@
+"""Latents and tokens of canvases, encoded once and kept in the state folder."""
+
+import hashlib
+
+import torch
+
+from ...demo.emoji.text import token_rows
+from . import autoencoder, state
+from .scenes import Scenes
+
+CHUNK = 256
+
+
+def digest(module):
+    """A short name of a module's weights."""
+    made = hashlib.sha256()
+    for value in module.state_dict().values():
+        made.update(value.detach().cpu().float().numpy().tobytes())
+    return made.hexdigest()[:10]
+
+
+def bank(name, model, count, report=print, **scenes):
+    """{'latents': fp16 [N, 8, h, w], 'tokens': int64 [N, 20]} of the first ``count`` canvases of ``Scenes(**scenes)``.
+
+    ``model``: the frozen autoencoder. The file carries the settings and the autoencoder's digest and is made again when
+    one of them changes.
+    """
+    key = f"{digest(model)} {count} {sorted(scenes.items())}"
+    found = state.load(f"bank-{name}", report)
+    if found is not None and found["key"] == key:
+        return found
+    chosen, latents, captions = Scenes(**scenes), [], []
+    for start in range(0, count, CHUNK):
+        pixels, texts, _ = chosen.batch(start, min(CHUNK, count - start))
+        latents.append(autoencoder.encode(model, pixels))
+        captions += texts
+        if start % (40 * CHUNK) == 0:
+            report(f"bank {name}: {start} of {count} canvases encoded")
+    found = {"key": key, "latents": torch.cat(latents), "tokens": token_rows(captions)}
+    state.save(f"bank-{name}", found, keep_previous=False)
+    return found

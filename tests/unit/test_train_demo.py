@@ -1,0 +1,360 @@
+"""The recipes' loop: it resumes exactly, survives kills, damaged files and full disks, and goes on from a snapshot alone."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chorus.demo import weights
+from chorus.demo.emoji.concepts import load_concepts
+from chorus.dev.recipes import autoencoder, chain, loop, snapshots, sprites, state
+from chorus.dev.recipes.errors import RecipeError
+from chorus.dev.recipes.muon import orthogonalise
+from chorus.dev.recipes.scenes import Scenes
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A state folder and a weights folder of the test's own."""
+    monkeypatch.setenv(state.VARIABLE, str(tmp_path / "state"))
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
+    return tmp_path / "state"
+
+
+class Line:
+    """A task that fits a line; batch k is the same for the same k."""
+
+    def __init__(self, name="line", at=None):
+        self.network = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+        self.name, self.at, self.seen, self.exported = name, at, [], []
+
+    def loss(self, step):
+        if self.at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.seen.append(step)
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        return (self.network(x)[:, 0] - x.sum(1)).square().mean()
+
+    def snapshot(self):
+        return snapshots.load(self.name)
+
+    def sheet(self, network):
+        return None
+
+    def export(self, network, facts):
+        self.exported.append(facts["step"])
+        snapshots.save(self.name, network.state_dict(), style="glossy", **facts)
+
+
+PLAN = loop.Plan(name="line", steps=12, batch=4, warmup=2, muon=0.5)
+
+
+def trained(plan=PLAN, **options):
+    torch.manual_seed(0)
+    task = Line(**options)
+    run = loop.train(plan, task, report=lambda line: None)
+    return task, run
+
+
+def test_interrupted_training_ends_where_uninterrupted_training_does(folder, tmp_path, monkeypatch):
+    _, whole = trained()
+    monkeypatch.setenv(state.VARIABLE, str(tmp_path / "other"))
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "other_weights")
+    with pytest.raises(loop.Interrupted):
+        trained(at=5)
+    task, resumed = trained()
+    assert task.seen[0] == 6  # the step in which the signal came was finished
+    assert resumed.step == whole.step == 12
+    for name, value in whole.average.items():
+        assert torch.equal(value, resumed.average[name])
+    assert resumed.samples == 48
+
+
+def test_training_goes_on_from_the_snapshot_alone(folder):
+    trained()
+    for path in folder.glob("line*"):
+        path.unlink()
+    longer = loop.Plan(name="line", steps=16, batch=4, warmup=2)
+    task, run = trained(longer)
+    assert task.seen == [12, 13, 14, 15]
+    assert run.restarted_at == 12
+    start = snapshots.load("line")
+    assert start[1] == 16
+    assert all(torch.isfinite(v).all() for v in start[0].values())
+    assert loop.rate(longer, 12, 12) == pytest.approx(loop.rate(longer, 12) / loop.RESTART_WARMUP)
+
+
+def test_snapshot_at_half(folder):
+    task = Line()
+    loop.train(PLAN, task, halfway=True, report=lambda line: None)
+    assert task.exported == [6, 12]
+
+
+def test_finished_stage_is_not_trained_again(folder):
+    trained()
+    task, run = trained()
+    assert task.seen == [] and run.step == 12
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
+def test_damaged_state_falls_back_to_the_state_before(folder, keep):
+    for step in (1, 2):
+        state.save("x", {"step": step, "value": torch.arange(1000)})
+    path = folder / "x.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
+    lines = []
+    assert state.load("x", lines.append)["step"] == 1
+    assert len(lines) == 1 and "x.pt is damaged" in lines[0] and "state before it" in lines[0]
+    assert (folder / "x.pt.damaged").exists()
+
+
+def test_state_is_whole_whenever_the_process_dies(folder, monkeypatch):
+    """A kill between any two renames leaves a readable state of the last or of the second-last save."""
+    state.save("x", {"step": 0})
+    for save, calls in itertools.product((1, 2), range(3)):
+        real, left = os.replace, [calls]
+
+        def dying(a, b, real=real, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            real(a, b)
+
+        before = state.load("x")["step"]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            with contextlib.suppress(KeyboardInterrupt):  # a save without a state before it has one rename less
+                state.save("x", {"step": before + save})
+        assert state.load("x")["step"] in (before, before + save)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
+def test_full_disk_is_one_clear_line_and_loses_nothing(folder, monkeypatch, error):
+    state.save("x", {"step": 1})
+
+    def fails(content, part):
+        part.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(RecipeError, match=r"disk of .* is full: free some space") as caught:
+        state.save("x", {"step": 2})
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in folder.iterdir()] == ["x.pt"]
+    assert state.load("x")["step"] == 1
+
+
+def test_state_of_another_network_is_refused(folder):
+    trained()
+    task = Line()
+    task.network = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 1))
+    with pytest.raises(RecipeError, match="belongs to another network"):
+        loop.train(loop.Plan(name="line", steps=20, batch=4), task, report=lambda line: None)
+
+
+def test_not_finite_loss_stops_the_training(folder):
+    task = Line()
+    task.loss = lambda step: (task.network(torch.ones(1, 3)) * float("nan")).sum()
+    with pytest.raises(RecipeError, match="the loss is nan at step 1"):
+        loop.train(PLAN, task, report=lambda line: None)
+
+
+def test_missing_network_is_one_clear_line(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sprites, "CACHE", tmp_path / "emoji")
+    with pytest.raises(RecipeError, match=r"npm could not fetch @twemoji/svg@15.0.0 .*ENOTFOUND.*npm pack") as caught:
+        sprites.tarball(sprites.PACKAGES["flat"])
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "emoji").glob("*.tgz"))
+
+
+def test_altered_download_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sprites, "CACHE", tmp_path)
+    package = sprites.PACKAGES["flat"]
+    package.tarball.write_bytes(b"something else")
+    with pytest.raises(RecipeError, match=r"sha256 .* expected 1d2907"):
+        sprites.tarball(package)
+    assert not package.tarball.exists()
+
+
+def test_unknown_stage_is_refused():
+    with pytest.raises(RecipeError, match="unknown stage generl; expected any of autoencoder"):
+        chain.find(["generl"])
+
+
+@pytest.fixture
+def discs(tmp_path, monkeypatch):
+    """An archive of sprites without any download: a disc of another colour for each concept."""
+    rng, found = np.random.default_rng(0), {}
+    for style, size in itertools.product(("glossy", "flat"), (56, 60, 64, 88, 96, 104)):
+        y, x = np.mgrid[:size, :size] - (size - 1) / 2
+        alpha = ((x**2 + y**2) < (size / 2) ** 2).astype(np.float32)[..., None]
+        for index, concept in enumerate(load_concepts()):
+            for tone in ("", *concept.tones):
+                color = np.array([*rng.integers(0, 256, 3), 255], np.float32)
+                found[f"{style}/{index}/{tone}/{size}"] = (alpha * color).astype(np.uint8)
+    path = tmp_path / "sprites.npz"
+    np.savez(path, **found)
+    monkeypatch.setenv(sprites.BUNDLE, str(path))
+    return path
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+import run
+sys.path.remove({root!r})
+import torch
+from pathlib import Path
+from chorus.demo import weights
+from chorus.dev.recipes import autoencoder, loop, state
+torch.set_num_threads(1)
+weights.FOLDER = Path({weights!r})
+loop.SAVE_SECONDS = 0.5
+plan = autoencoder.Plan(steps=10**6, batch=2, canvases=8)
+print("begun", flush=True)
+try:
+    loop.train(plan, autoencoder.Task(plan), report=lambda line: print(line, flush=True))
+except loop.Interrupted:
+    sys.exit(143)
+"""
+
+
+def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
+    """The autoencoder's stage in a process of its own: SIGKILL, then SIGTERM, then a third start."""
+    code = CHILD.format(root=str(ROOT), weights=str(tmp_path / "weights"))
+
+    def start():
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, **pipe)
+
+    def first_step(process):
+        """The step with which the process begins."""
+        for line in process.stdout:
+            if line.startswith("autoencoder: step"):
+                return int(line.split()[2])
+        raise AssertionError(f"the process ended with status {process.wait()}")
+
+    def saved(above):
+        """The step of the next saved state."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = state.load("autoencoder", report=lambda line: None) if folder.exists() else None
+            if found is not None and found["step"] > above:
+                return found["step"]
+            time.sleep(0.1)
+        raise AssertionError("no state was saved")
+
+    process = start()
+    assert first_step(process) == 0
+    step = saved(above=0)
+    process.kill()
+    process.wait()
+    process = start()
+    resumed = first_step(process)
+    assert resumed >= step
+    saved(above=resumed)
+    process.send_signal(signal.SIGTERM)
+    output = process.stdout.read()
+    assert process.wait() == 143
+    stopped = int(output.rsplit("stopped at step ", 1)[1].split(";")[0])
+    assert state.load("autoencoder")["step"] == stopped  # SIGTERM loses nothing
+    assert json.loads((folder / "autoencoder.json").read_text())["step"] == stopped
+
+
+def test_scenes_are_the_same_for_everyone_and_keep_to_their_rules(discs):
+    scenes, again = Scenes("glossy", seed=3), Scenes("glossy", seed=3)
+    pixels, captions, found = scenes.batch(100, 200)
+    same, texts, _ = again.batch(150, 10)
+    assert np.array_equal(pixels[50:60], same) and captions[50:60] == texts
+    held = {tuple(pair) for pair in scenes.held_pairs}
+    for scene in found:
+        names = tuple(sorted(scenes.concepts[item.concept].name for item in scene.items))
+        assert names not in held and len(set(names)) == len(names)
+        assert "teal" not in scene.colors
+        assert {item.size for item in scene.items} <= ({88, 104} if len(names) == 1 else {56, 64})
+    shares = [len(scene.items) == 1 for scene in found]
+    assert 0.3 < np.mean(shares) < 0.6
+
+
+def test_bystanders_are_named_and_not_drawn(discs):
+    scenes = Scenes("flat", domain="animal", bystanders=1.0, alone=0.0, seed=5)
+    pixels, captions, found = scenes.batch(0, 40)
+    domains = [{scenes.concepts[item.concept].domain for item in scene.items} for scene in found]
+    assert all("animal" in d and len(d) == 2 for d in domains)
+    for image, caption, scene in zip(pixels, captions, found):
+        empty = [item for item in scene.items if not item.drawn]
+        assert len(empty) == 1 and scenes.phrase(empty[0]) in caption
+        n = scene.items.index(empty[0])
+        half = image[:64] if scene.relation in ("above", "below") else image[:, :64]
+        other = image[64:] if scene.relation in ("above", "below") else image[:, 64:]
+        first = (n == 0) == (scene.relation in ("left of", "above"))
+        side = half if first else other
+        plain = len(scene.colors) == 1
+        assert not plain or (side == side[0, 0]).all()
+
+
+def test_relations_place_the_first_concept_as_the_caption_says(discs):
+    scenes = Scenes("glossy", alone=0.0, seed=8)
+    for index in range(60):
+        scene = scenes.scene(index)
+        from chorus.dev.recipes.scenes import corner
+
+        (ax, ay), (bx, by) = corner(scene, 0, 128), corner(scene, 1, 128)
+        assert ax % 8 == ay % 8 == bx % 8 == by % 8 == 0
+        expected = {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}
+        assert expected[scene.relation], scene
+
+
+def test_autoencoder_starts_as_the_exact_pca():
+    """Against numpy's singular value decomposition of the patches."""
+    from chorus.demo.emoji.autoencoder import Autoencoder, start_as_pca
+
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 192, generator=generator)
+    patches = torch.randn(6 * 16, 12, generator=generator) @ mixing * 0.05 + 0.1
+    images = torch.nn.functional.fold(patches.view(6, 16, 192).movedim(1, 2), (32, 32), 8, stride=8)
+    model = Autoencoder().eval()
+    kept = start_as_pca(model, images)
+    centred = patches.double().numpy() - patches.double().numpy().mean(0)
+    _, values, rows = np.linalg.svd(centred, full_matrices=False)
+    assert kept == pytest.approx((values[:8] ** 2).sum() / (values**2).sum(), rel=1e-4)
+    expected = centred @ rows[:8].T @ rows[:8] + patches.double().numpy().mean(0)
+    with torch.no_grad():
+        found = model.decode(model.encode(images))
+    found = torch.nn.functional.unfold(found, 8, stride=8).movedim(1, 2).reshape(-1, 192)
+    assert np.abs(found.numpy() - expected).max() < 1e-4
+
+
+def test_muon_orthogonalises():
+    matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(1))
+    for x in (matrix, matrix.T):
+        values = torch.linalg.svdvals(orthogonalise(x, 6))
+        assert values.min() > 0.6 and values.max() < 1.3
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        cosine = torch.nn.functional.cosine_similarity(orthogonalise(x, 6).flatten(), (u @ v).flatten(), dim=0)
+        assert cosine > 0.97
+
+
+def test_plain_areas_weigh_twice_in_the_gradient_loss():
+    x = torch.zeros(1, 1, 4, 4)
+    y = x.clone()
+    y[..., 1, 1] = 0.1
+    # 16 pixels; 12 differences each way, two of them of 0.1, doubled on the plain picture
+    assert autoencoder.reconstruction(y, x).item() == pytest.approx(0.1 / 16 + 2 * 2 * (2 * 0.1 / 12), rel=1e-5)
