@@ -12,7 +12,7 @@ Measured: Fréchet distance in the encoder's embedding to the canvases themselve
 layers, as in training) to what θ paints of the same noise in 100 steps; the share of pictures whose sign a judge names:
 the classifier, which was trained apart from all of this, and the encoder, whose features the head was trained on.
 
-Heads that do not ship come from `python run.py train-demo cas_dm_ablations`. Pictures are kept in .cache/cas_dm_quality and
+Heads that do not ship come from `python run.py train-demo --old cas_dm_ablations`. Pictures are kept in .cache/cas_dm_quality and
 not painted again.
 """
 

@@ -1,1 +1,1 @@
-"""The recipes that made the weights: `python run.py train-demo [names]`. Never imported by the pack itself."""
+"""The recipes that made the weights: `python run.py train-demo --old [names]`. Never imported by the pack itself."""

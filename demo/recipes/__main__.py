@@ -1,4 +1,4 @@
-"""python run.py train-demo [pca general masked_tokens evaluate ...] [--minutes M]: makes the demo weights again, in order."""
+"""python run.py train-demo --old [pca general masked_tokens evaluate ...] [--minutes M]: makes the demo weights again, in order."""
 
 import argparse
 import importlib
@@ -27,7 +27,7 @@ COMPARED = ("cas_dm_ablations", "face_refiner_unpaired")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="run.py train-demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="run.py train-demo --old", description=__doc__)
     known = ", ".join(ORDER)
     parser.add_argument(
         "names", nargs="*", metavar="recipe", help=f"any of {known} (all when none is named), or {', '.join(COMPARED)}"

@@ -2,7 +2,7 @@
 features of the demo's image encoder.
 
 θ is the checkpoint as the examples sample it, at cfg 4; the losses are those of ``training/``, the loop that of the other
-recipes (AdamW, warm-up and cosine, moving average, resumable). ``python run.py train-demo cas_dm`` writes
+recipes (AdamW, warm-up and cosine, moving average, resumable). ``python run.py train-demo --old cas_dm`` writes
 demo/weights/cas_dm/chorus-demo-general.safetensors, under 2 MB in float16, which Load Cas-DM Head offers.
 
 Chosen in trials of 400 steps: sees_x (the metric of held-out canvases, 0.331 for θ, fell to 0.207 with x_t and to 0.264

@@ -140,7 +140,7 @@ def main(seeds=SETTINGS["seeds"]):
     RESULTS.mkdir(exist_ok=True)
     vision = modules.load_vision()
     report = {
-        "command": "python run.py train-demo evaluate",
+        "command": "python run.py train-demo --old evaluate",
         "settings": {**SETTINGS, "seeds": seeds},
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

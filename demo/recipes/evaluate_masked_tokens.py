@@ -162,7 +162,7 @@ def main(seeds=SEEDS):
             best = replace(best, **{name: max(values, key=lambda value: tables[name][value]["top1"]["share"])})
     measure(best)
     report = {
-        "command": "python run.py train-demo evaluate_masked_tokens",
+        "command": "python run.py train-demo --old evaluate_masked_tokens",
         "default": {**asdict(best), "seeds": seeds},
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

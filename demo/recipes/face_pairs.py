@@ -1,7 +1,7 @@
 """What the face refiners learn from: face signs that the student of one step and its teacher paint of the same prompts and noise.
 
 Painted through the host's sampler, as a user would with Save Training Pairs, and kept in .cache/train; those that come with
-the pack are in demo/data, see demo/face_pairs.py. ``python run.py train-demo face_pairs`` goes on where it stopped.
+the pack are in demo/data, see demo/face_pairs.py. ``python run.py train-demo --old face_pairs`` goes on where it stopped.
 """
 
 import functools
@@ -107,7 +107,7 @@ def load_pairs(numbers):
     """source and target, uint8 [N, 64, 64, 3], of the whole ones."""
     numbers = whole(numbers)
     if not numbers:
-        raise RuntimeError("no pair is painted yet; run `python run.py train-demo face_pairs`")
+        raise RuntimeError("no pair is painted yet; run `python run.py train-demo --old face_pairs`")
     return load(STUDENT, numbers), load(TEACHER, numbers)
 
 

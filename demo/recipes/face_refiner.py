@@ -2,12 +2,12 @@
 
 It is trained on pairs: GRAD to the source, and to the target L1 and the features of the demo's image encoder in LPIPS's place;
 by the trainers of ``training/``, as Train Face Refiner runs them, with a smaller network of the pack's own kind for pictures
-of 64 pixels. ``python run.py train-demo face_pairs face_refiner`` writes demo/weights/face_refiner, for Load Face Refiner.
+of 64 pixels. ``python run.py train-demo --old face_pairs face_refiner`` writes demo/weights/face_refiner, for Load Face Refiner.
 
 The weights were chosen in trials of 300 steps on chunks of pairs that nothing else uses. With the paper's equal weights of GRAD
 and metric the result stays what the source is, blurs and all.
 
-Without pairs (CycleGAN, ``train-demo face_refiner_unpaired``) nothing was learned in the time that a CPU has, see BENCHMARKS.md; it
+Without pairs (CycleGAN, ``train-demo --old face_refiner_unpaired``) nothing was learned in the time that a CPU has, see BENCHMARKS.md; it
 does not ship.
 """
 

@@ -8,7 +8,7 @@ That is progressive distillation (arXiv 2202.00512), from 4 steps to 2 and to 1,
 Consistency training would be free of that, but learns from its own unfinished answers, and slower.
 
 Low-rank factors on every linear layer and convolution are trained and nothing else; the text encoder is frozen.
-``python run.py train-demo student`` writes demo/weights/student/*.safetensors as the host's LoRA loaders read them;
+``python run.py train-demo --old student`` writes demo/weights/student/*.safetensors as the host's LoRA loaders read them;
 ``--minutes`` is for each.
 """
 

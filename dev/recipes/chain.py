@@ -75,11 +75,12 @@ def find(names):
 
 def run(chosen, *, smoke=False, report=print):
     """Run the stages that are not done."""
-    for stage in chosen:
-        if not smoke and stage.done():
-            report(f"{stage.name}: done")
-            continue
-        stage.run(smoke=smoke, report=report)
+    with state.locked():
+        for stage in chosen:
+            if not smoke and stage.done():
+                report(f"{stage.name}: done")
+                continue
+            stage.run(smoke=smoke, report=report)
 
 
 def status():

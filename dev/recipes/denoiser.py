@@ -7,6 +7,7 @@ U-Nets learn v (arXiv 2202.00512, appendix D) on SD's discrete schedule; the tra
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...demo.emoji import denoisers
@@ -103,6 +104,10 @@ class Diffusion:
         """Times of a sampling, without the end."""
         return torch.linspace(999, 0, count + 1).long()[:-1]
 
+    def weight(self, t):
+        """Change of x0 by a change of v."""
+        return (1 - self.bars[t.cpu()]).sqrt().to(t.device)
+
     def move(self, x, v, t, after):
         """A DDIM step; ``after``: the next time or None at the end."""
         a, b = self.factors(t[:1])
@@ -129,6 +134,10 @@ class Flow:
     def steps(self, count):
         return torch.linspace(1, 0, count + 1)[:-1]
 
+    def weight(self, t):
+        """Change of x0 by a change of the velocity."""
+        return t
+
     def move(self, x, v, t, after):
         end = 0.0 if after is None else after.view(-1, 1, 1, 1)
         return x + (end - t.view(-1, 1, 1, 1)) * v
@@ -136,17 +145,19 @@ class Flow:
 
 @torch.no_grad()
 def sample(model, prompts, *, seed=0, steps=SHEET_STEPS, cfg=SHEET_CFG, side=SIZE // 8):
-    """Latents [B, 8, side, side] of prompts from seeded noise, by DDIM or Euler."""
+    """Latents [B, 8, side, side] of prompts from seeded noise, by DDIM or Euler, and the model's saliency [B, side, side]:
+    the mean over steps and channels of the absolute difference that the prompt makes to x0."""
     tokens = torch.cat([token_rows(prompts), token_rows([""] * len(prompts))]).to(device())
     x = torch.randn(len(prompts), 8, side, side, generator=torch.Generator().manual_seed(seed)).to(device())
-    times = model.noise.steps(steps).to(device())
+    times, saliency = model.noise.steps(steps).to(device()), 0.0
     for k, t in enumerate(times):
         with autocast():
             v = model(torch.cat([x, x]), t.expand(2 * len(x)), tokens).float()
         conditional, empty = v.chunk(2)
+        saliency = saliency + model.noise.weight(t) * (conditional - empty).abs().mean(1) / steps
         after = times[k + 1].expand(len(x)) if k + 1 < steps else None
         x = model.noise.move(x, empty + cfg * (conditional - empty), t.expand(len(x)), after)
-    return x
+    return x, saliency
 
 
 class Task:
@@ -198,9 +209,14 @@ class Task:
         return (prediction.float() - target).square().mean()
 
     def sheet(self, network):
-        prompts = list(self.plan.prompts)
-        latents = torch.cat([sample(network, prompts, seed=seed) for seed in (0, 1)])
-        return sheets.to_image(self.autoencoder.decode(latents), len(prompts))
+        """Two rows of pictures by two seeds; below each the saliency, white where it is largest."""
+        prompts, rows = list(self.plan.prompts), []
+        for seed in (0, 1):
+            latents, saliency = sample(network, prompts, seed=seed)
+            shown = saliency / saliency.amax((1, 2), keepdim=True).clamp(min=1e-6)
+            rows.append(self.autoencoder.decode(latents))
+            rows.append(F.interpolate(shown[:, None].expand(-1, 3, -1, -1), scale_factor=8) * 2 - 1)
+        return sheets.to_image(torch.cat(rows), len(prompts))
 
     def export(self, network, facts):
         # first the text encoder: a network without it would be of no use

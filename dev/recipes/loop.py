@@ -109,12 +109,12 @@ class Run:
         if found is None:
             if snapshot := self.task.snapshot():
                 weights, self.step = snapshot
-                self._fit(weights)
+                self._fit(weights, "snapshot in demo/weights")
                 self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
                 self.restarted_at = self.step
                 self.report(f"{self.plan.name}: no state found, going on from the snapshot of step {self.step}")
             return
-        self._fit(found["network"])
+        self._fit(found["network"], f"state in {state.folder()}")
         for optimizer, kept in zip(self.optimizers, found["optimizers"]):
             optimizer.load_state_dict(kept)
         self.average = {k: v.to(device()) for k, v in found["average"].items()}
@@ -123,13 +123,13 @@ class Run:
         if hasattr(self.task, "load_extra"):
             self.task.load_extra(found["extra"])
 
-    def _fit(self, weights):
+    def _fit(self, weights, source):
         try:
             self.network.load_state_dict(weights)
         except RuntimeError as error:
             raise RecipeError(
-                f"the state of {self.plan.name} in {state.folder()} belongs to another network"
-                f" ({str(error).splitlines()[1].strip()[:120]}): move {self.plan.name}*.pt away to begin anew"
+                f"the {source} of {self.plan.name} belongs to another network"
+                f" ({str(error).splitlines()[1].strip()[:120]}): move it away to begin anew"
             ) from error
 
     def learn(self):

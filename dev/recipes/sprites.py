@@ -17,7 +17,7 @@ import numpy as np
 from ...demo.emoji.concepts import load_concepts
 from .errors import RecipeError
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "emoji"
+CACHE = Path(os.environ.get("CHORUS_EMOJI_CACHE") or Path(__file__).resolve().parents[2] / ".cache" / "emoji")
 BUNDLE = "CHORUS_SPRITES"  # environment variable: an archive of rendered sprites, for a machine without network
 
 

@@ -5,6 +5,7 @@ default ``.cache/train``. Every file is written under another name and renamed w
 one is kept, so that a damaged file costs minutes.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -60,6 +61,25 @@ def save(name, content, keep_previous=True):
     if path.exists() and keep_previous:
         os.replace(path, path.with_name(f"{name}.previous.pt"))
     os.replace(path.with_name(f"{name}.fresh.pt"), path)
+
+
+@contextlib.contextmanager
+def locked():
+    """Lets one training at a time use the state folder."""
+    path = folder() / "lock"
+    if not path.exists():
+        write_whole(path, lambda part: part.touch())
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecipeError(
+                    f"another train-demo uses {folder()}: wait for it, or set {VARIABLE} to another folder"
+                ) from error
+        yield
 
 
 def remove_parts(name):

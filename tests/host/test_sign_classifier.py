@@ -16,7 +16,7 @@ NOTO = CACHE / f"{PACKAGES['noto'][0]}-{VERSION}" / "complete"
 def judged():
     """(logits, signs) of 196 pictures like SeedSelect's references."""
     if not NOTO.exists():
-        pytest.skip("the Noto pictures are not there; a recipe fetches them: python run.py train-demo pca")
+        pytest.skip("the Noto pictures are not there; a recipe fetches them: python run.py train-demo --old pca")
     canvases = Canvases("noto", seed=99, balanced=True, unseen=True, one=1.0)
     pixels, _, scenes = canvases.batch(0, 196)
     x = torch.from_numpy(pixels).movedim(3, 1).float() / 255

@@ -17,7 +17,7 @@ from torch import nn
 
 from chorus.demo import weights
 from chorus.demo.emoji.concepts import load_concepts
-from chorus.dev.recipes import autoencoder, chain, loop, snapshots, sprites, state
+from chorus.dev.recipes import autoencoder, bundle, chain, loop, snapshots, sprites, state
 from chorus.dev.recipes.errors import RecipeError
 from chorus.dev.recipes.muon import orthogonalise
 from chorus.dev.recipes.scenes import Scenes
@@ -192,6 +192,13 @@ def test_altered_download_is_refused(tmp_path, monkeypatch):
     assert not package.tarball.exists()
 
 
+def test_second_training_in_one_folder_is_refused(folder):
+    with state.locked(), pytest.raises(RecipeError, match="another train-demo uses"), state.locked():
+        pass
+    with state.locked():
+        pass
+
+
 def test_unknown_stage_is_refused():
     with pytest.raises(RecipeError, match="unknown stage generl; expected any of autoencoder"):
         chain.find(["generl"])
@@ -276,6 +283,62 @@ def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
     stopped = int(output.rsplit("stopped at step ", 1)[1].split(";")[0])
     assert state.load("autoencoder")["step"] == stopped  # SIGTERM loses nothing
     assert json.loads((folder / "autoencoder.json").read_text())["step"] == stopped
+
+
+ALONE = """
+import importlib.machinery, runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("comfy", "safetensors", "PIL", "einops", "kornia", "scipy", "tqdm"):
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError(f"{spec.name} is not on the other machine")
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Blocked())
+sys.argv = [SCRIPT]
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+def test_bundle_trains_with_torch_alone_and_is_collected(folder, discs, tmp_path):
+    stage, place = chain.find(["autoencoder"])[0], tmp_path / "bundle"
+    assert bundle.write(stage, place) < bundle.LIMIT
+    with pytest.raises(RecipeError, match="is not empty"):
+        bundle.write(stage, place)
+    code = ALONE.replace("SCRIPT", repr(str(place / "train.py")))
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CHORUS", "PYTHONPATH"))}
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=clean | {"OMP_NUM_THREADS": "1"}, **pipe)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("autoencoder: step 0 of"):
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143, "".join(lines)
+    lines = []
+    bundle.collect(place, lines.append)
+    assert lines == ["autoencoder.json: state taken over", "autoencoder.pt: state taken over"]
+    assert state.load("autoencoder")["step"] >= 1
+    with pytest.raises(RecipeError, match=r"no train.py"):
+        bundle.collect(tmp_path)
+
+
+def test_bundle_takes_snapshots_along_and_gives_newer_ones_back(folder, discs, tmp_path):
+    model = autoencoder.Autoencoder()
+    snapshots.save("autoencoder", model.state_dict(), style="flat", step=5)
+    place = tmp_path / "bundle"
+    bundle.write(chain.find(["autoencoder"])[0], place)
+    path = place / "snapshots" / "autoencoder.pt"
+    bundle.collect(place, pytest.fail)  # nothing there is newer
+    changed = {k: v + 1 for k, v in model.state_dict().items()}
+    snapshots.write_plain(path, changed, {"step": 9, "style": "flat"})
+    lines = []
+    bundle.collect(place, lines.append)
+    assert lines == ["autoencoder: weights of step 9 taken over"]
+    found, step = snapshots.load("autoencoder")
+    assert step == 9 and torch.allclose(found["decoder.mean"], changed["decoder.mean"].half().float())
 
 
 def test_scenes_are_the_same_for_everyone_and_keep_to_their_rules(discs):
