@@ -27,7 +27,7 @@ UNSEEN = 10**6  # the canvas with which evaluation begins
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
     name: str = NAME
-    steps: int = 24000
+    steps: int = 18000
     batch: int = 16
     lr: float = 1e-3
     warmup: int = 100

@@ -1,4 +1,4 @@
-"""What stops a recipe and can be mended by its user."""
+"""The error of a recipe that its user can mend."""
 
 
 class RecipeError(Exception):

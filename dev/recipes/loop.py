@@ -247,6 +247,9 @@ def train(plan, task, *, halfway=False, report=print):
     torch.manual_seed(plan.seed)
     run = Run(plan, task, report)
     if run.step >= plan.steps:
+        snapshot = task.snapshot()
+        if snapshot is None or snapshot[1] < run.step:  # killed between the last state and the export
+            run.export()
         return run
     report(
         f"{plan.name}: step {run.step} of {plan.steps}, {sum(p.numel() for p in run.network.parameters()):,} parameters"
@@ -288,6 +291,8 @@ def train(plan, task, *, halfway=False, report=print):
             raise Interrupted
         run.export()
         run.write_sheet()
+        if stop:  # it came during the last steps: the stage is complete, what follows it must not begin
+            raise Interrupted
     return run
 
 

@@ -107,6 +107,19 @@ def test_finished_stage_is_not_trained_again(folder):
     assert task.seen == [] and run.step == 12
 
 
+def test_stage_killed_before_its_export_is_exported_by_the_next_run(folder):
+    trained()
+    weights.path("emoji/line").unlink()
+    task, _ = trained()
+    assert task.seen == [] and task.exported == [12]
+
+
+def test_signal_in_the_last_step_completes_the_stage_and_stops_the_chain(folder):
+    with pytest.raises(loop.Interrupted):
+        trained(at=11)
+    assert snapshots.load("line")[1] == 12
+
+
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
 def test_damaged_state_falls_back_to_the_state_before(folder, keep):
     for step in (1, 2):

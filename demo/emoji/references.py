@@ -1,0 +1,33 @@
+"""Renderings of every concept that no training saw, as references for SeedSelect and to train on: sizes and backgrounds are
+the held-out ones of data/held_out.json."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .concepts import DATA, load_concepts, load_frequency, phrase
+
+FILE = DATA / "references.webp"
+EACH, ACROSS, SIZE = 4, 4, 128  # pictures of a concept, concepts in a row of the file, pixels of a picture's side
+
+
+def names():
+    """All concepts, those that training saw least first."""
+    rank = load_frequency()["rank"]
+    return sorted((c.name for c in load_concepts()), key=lambda name: -rank[name])
+
+
+def load_references(*names):
+    """IMAGE [4 N, 128, 128, 3] of N of the names, and a prompt for each picture."""
+    pixels = np.asarray(Image.open(FILE).convert("RGB"))
+    tiles = pixels.reshape(-1, SIZE, ACROSS, EACH, SIZE, 3).transpose(0, 2, 3, 1, 4, 5).reshape(-1, EACH, SIZE, SIZE, 3)
+    places = [c.name for c in load_concepts()]
+    images = np.concatenate([tiles[places.index(name)] for name in names]).astype(np.float32) / 255
+    return torch.from_numpy(images), [phrase(name) for name in names for _ in range(EACH)]
+
+
+def arrange(pictures):
+    """The file's image of ``pictures`` uint8 [N, 4, 128, 128, 3] of the concepts in order, N a multiple of 4."""
+    strips = [np.concatenate(list(mine), 1) for mine in pictures]
+    rows = [np.concatenate(strips[i : i + ACROSS], 1) for i in range(0, len(strips), ACROSS)]
+    return Image.fromarray(np.concatenate(rows))

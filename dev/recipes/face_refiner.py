@@ -1,0 +1,136 @@
+"""The face refiner of the demo world: from the faces that the student of one step generates to those of its teacher.
+
+The losses and crops are those of Train Face Refiner (``training.face_refiner``): GRAD to the source, and to the target L1
+and the features of the image-text encoder in LPIPS's place. The network is the pack's own kind, smaller.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...networks.residual_refiner import RefinerConfig
+from ...training.face_generators import new_generator
+from ...training.face_pairs import FaceData
+from ...training.face_refiner import PairedTrainer, PairedTraining
+from ...training.face_refiner_run import FIRST_WEIGHTS, GENERATOR
+from ...training.metrics import feature_distance
+from ...training.streams import stream
+from . import face_pairs, features, loop, sheets, snapshots
+from .device import device, has_bfloat16
+from .scenes import SIZE
+
+FORMAT = "chorus-face-refiner-1"  # in the metadata, as host/face_refiner_files.py reads it
+CROP = SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(loop.Plan):
+    name: str = "face_refiner"
+    snapshot: str = face_pairs.REFINER
+    steps: int = 4000
+    batch: int = 8
+    lr: float = 1e-3
+    warmup: int = 50
+    decay_from: float = 0.5
+    ema_decay: float = 0.998
+    weight_decay: float = 0.0
+    betas: tuple = (0.9, 0.999)
+    seed: int = 41
+    hours: float = 0.5
+    metric_weight: float = 4.0
+    l1_weight: float = 1.0
+    grad_weight: float = 0.2
+    widths: tuple = (24, 40, 64, 96)
+    pairs: face_pairs.Plan = face_pairs.PLAN
+
+    def small(self, **changes):
+        return super().small(**{"pairs": self.pairs.small(), **changes})
+
+
+PLAN = Plan()
+PLANS, HOURS = (PLAN,), PLAN.hours
+
+
+class Pictures(Sequence):
+    """uint8 [N, H, W, 3] as pictures [3, H, W] in 0..1, made when they are asked for: they take a quarter of the memory."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return self.pixels[index].movedim(-1, 0).float() / 255
+
+
+class Task:
+    def __init__(self, plan, report=print):
+        self.plan = plan
+        pairs = (Pictures(side) for side in face_pairs.load_pairs(plan.pairs, plan.pairs.training))
+        settings = PairedTraining(
+            steps=plan.steps,
+            batch_size=plan.batch,
+            learning_rate=plan.lr,
+            average=plan.ema_decay,
+            seed=plan.seed,
+            metric_weight=plan.metric_weight,
+            l1_weight=plan.l1_weight,
+            grad_weight=plan.grad_weight,
+        )
+        generator = new_generator(RefinerConfig(widths=plan.widths), stream(plan.seed, FIRST_WEIGHTS, GENERATOR))
+        self.trainer = PairedTrainer(
+            generator,
+            FaceData(*pairs, CROP, paired=True, held_out=0.02),
+            settings,
+            feature_distance(features.OfPictures(features.load())),
+            device=device(),
+            precision=torch.bfloat16 if has_bfloat16() else torch.float32,
+        )
+        self.network = self.trainer.generator
+
+    def snapshot(self):
+        return snapshots.load(self.plan.snapshot)
+
+    def loss(self, step):
+        source, target = (side.to(device()) for side in self.trainer.draw(step))
+        x, y = 2 * source - 1, 2 * target - 1
+        return self.trainer.total(self.trainer.parts(x, y, self.trainer.apply(self.network, x)))
+
+    def take_over(self, network, step=0):
+        """Give the averaged weights to the trainer, which evaluates and exports them."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.trainer.average, list(network.parameters()))
+        self.trainer.done = step
+
+    def sheet(self, network):
+        """Sources, refined pictures and targets of pairs that training does not reach."""
+        self.take_over(network)
+        columns = zip(*self.trainer.examples(12))
+        rows = [2 * torch.stack([picture.cpu() for picture in row]) - 1 for row in columns]
+        return sheets.to_image(torch.cat(rows), len(rows[0]))
+
+    def export(self, network, facts):
+        self.take_over(network, facts["step"])
+        found = self.trainer.examine()
+        distances = {"source": found.source, "refined": found.refined}
+        print(f"{self.plan.name}: distance to the target on unseen pairs: {distances}", flush=True)
+        facts = {
+            **facts,
+            **self.trainer.facts(found),
+            "format": FORMAT,
+            "network": str(self.network.config),
+            "unseen": json.dumps(distances),
+        }
+        snapshots.save(self.plan.snapshot, self.trainer.weights(), style="glossy", **facts)
+
+
+def done():
+    return bool(snapshots.facts(PLAN.snapshot))
+
+
+def run(smoke=False, report=print):
+    plan = PLAN.small() if smoke else PLAN
+    loop.train(plan, Task(plan, report), report=report)

@@ -1,0 +1,152 @@
+"""Example seeds: for two rare concepts the best of 64 noises, as files that Load Seed offers.
+
+All rare concepts are generated from the same 64 noises with their bare prompts. The best noise is the one that the
+image-text encoder finds closest to the prompt among all names. The two concepts are those that the independent classifier
+recognises least often, but in the picture of the best noise.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import torch
+
+from ...demo.emoji.autoencoder import CHANNELS
+from ...demo.emoji.classifier import ConceptClassifier
+from ...demo.emoji.concepts import DATA, load_concepts, load_frequency
+from ...demo.emoji.text import token_rows
+from . import autoencoder, banks, chunks, classifier, features, guided, loop, snapshots, state
+from .device import device
+from .errors import RecipeError
+from .scenes import CELL, SIZE
+from .vision import SCALE, names
+
+FOLDER = DATA.parent / "seeds"
+FORMAT, NOISE, ENDING = "chorus-seed-1", "noise", ".seed.safetensors"  # as host/seed_files.py reads them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(loop.Plan):
+    """A step generates one rare concept from all noises; ``count``: concepts that get a file."""
+
+    name: str = "seeds"
+    steps: int = len([name for name, kind in load_frequency()["bin"].items() if kind == "rare"])
+    batch: int = 64
+    seed: int = 1000  # of the first noise; the others follow
+    hours: float = 0.15
+    passes: int = 20
+    cfg: float = guided.CFG
+    count: int = 2
+
+    def small(self, **changes):
+        return super().small(**{"steps": 2, "passes": 2, **changes})
+
+
+PLAN = Plan()
+PLANS, HOURS = (PLAN,), PLAN.hours
+
+
+def noise(seed):
+    """[1, 8, 16, 16]: the noise of an integer seed, as the host makes it for a batch of one."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, CHANNELS, SIZE // CELL, SIZE // CELL, generator=generator)
+
+
+class Search(chunks.Chunks):
+    """Chunks of the pictures from N noises; a chunk has the number of its concept.
+
+    'probabilities' [N]: of the concept's name among all, by the image-text encoder; 'right' [N]: whether the classifier
+    recognises it."""
+
+    def __init__(self, plan):
+        model, self.classifier = guided.load(), load_classifier()
+        self.autoencoder, self.encoder = autoencoder.load(), features.load()
+        parts = (model, self.autoencoder, self.encoder, self.classifier)
+        digests = "-".join(banks.digest(part) for part in parts)
+        super().__init__("seeds", f"{digests}-cfg{plan.cfg:g}-{plan.passes}-seed{plan.seed}-{plan.batch}")
+        self.plan, self.guided = plan, guided.Guided(model, plan.cfg, exact=True)
+
+    @torch.no_grad()
+    def compute(self, number):
+        tokens, found, right = token_rows([names()[number]]), [], []
+        for seeds in torch.arange(self.plan.seed, self.plan.seed + self.plan.batch).split(32):
+            rows = torch.cat([noise(seed) for seed in seeds.tolist()])
+            latents = self.guided.sample(rows, tokens.expand(len(rows), -1), guided.normal(self.plan.passes))
+            pixels = self.autoencoder.decode(latents).clamp(-1, 1)
+            found.append((SCALE * self.encoder.similarity(pixels, names())).softmax(1)[:, number].cpu())
+            right.append(classifier.named(self.classifier, pixels) == number)
+        return {"probabilities": torch.cat(found), "right": torch.cat(right)}
+
+
+def load_classifier():
+    found = snapshots.load(classifier.NAME)
+    if found is None:
+        raise RecipeError("the classifier is not trained yet: run `python run.py train-demo classifier` first")
+    model = ConceptClassifier()
+    model.load_state_dict(found[0])
+    return model.to(device()).eval().requires_grad_(False)
+
+
+def rare(plan):
+    """Numbers of the rare concepts, those that training saw least first."""
+    known = load_frequency()
+    concepts = [(known["rank"][c.name], n) for n, c in enumerate(load_concepts()) if known["bin"][c.name] == "rare"]
+    return [n for _, n in sorted(concepts, reverse=True)][: plan.steps]
+
+
+def choose(found, count):
+    """The ``count`` keys of ``found`` (number: chunk of ``Search``) that are recognised least often, but from the best noise."""
+
+    def order(number):
+        probabilities, right = found[number]["probabilities"], found[number]["right"]
+        wrong = not right[probabilities.argmax()]
+        return wrong, float(right.float().mean()), float(probabilities.mean() - probabilities.max())
+
+    return sorted(found, key=order)[:count]
+
+
+def write(plan, number, found, folder):
+    """The best noise of a concept as a seed file."""
+    from ...demo.weights import write_whole
+
+    probabilities = found["probabilities"]
+    place, name = int(probabilities.argmax()), load_concepts()[number].name
+    seed = plan.seed + place
+    facts = {
+        "format": FORMAT,
+        "seed": seed,
+        "found": f"seed {seed}, best of {plan.batch}",
+        "prompt": names()[number],
+        "score": f"{float(probabilities[place]):.4f}",
+        "mean_score": f"{float(probabilities.mean()):.4f}",
+        "recognised": f"{float(found['right'].float().mean()):.4f} of all noises, by the classifier",
+        "scoring": "probability of the name among all concepts, by the image-text encoder",
+        "model": "ChorusEmojiUNet",
+        "model_file": guided.GENERAL,
+        "patched_weights": "0",
+        "sampling": json.dumps(
+            {"steps": plan.passes, "cfg": plan.cfg, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        ),
+    }
+    path = folder / f"{name.replace(' ', '-')}{ENDING}"
+    write_whole(path, {NOISE: noise(seed)}, {key: str(value) for key, value in facts.items()})
+    return path
+
+
+def done():
+    return len(list(FOLDER.glob(f"*{ENDING}"))) >= PLAN.count
+
+
+def run(smoke=False, report=print):
+    plan, folder = (PLAN.small(), state.folder() / "data") if smoke else (PLAN, FOLDER)
+    search, numbers = Search(plan), rare(plan)
+    jobs = [(search.path(n).exists, functools.partial(search.make, n, search.compute)) for n in numbers]
+    chunks.make_all(plan, jobs, report)
+    found = {number: search.load(number) for number in numbers}
+    for number in choose(found, plan.count):
+        path, scores = write(plan, number, found[number], folder), found[number]["probabilities"]
+        share = float(found[number]["right"].float().mean())
+        report(
+            f"{path.name}: score {float(scores.max()):.3f}, mean of {plan.batch} noises {float(scores.mean()):.3f};"
+            f" the classifier recognises {share:.0%} of them"
+        )

@@ -1,0 +1,157 @@
+"""The image-text encoder: contrastive training on canvases of both styles, all concepts equally often.
+
+Three terms, each a softmax over cosines: the whole caption against the batch's captions (both ways; CLIP, arXiv 2103.00020),
+the concepts of the picture against all names, and the same with the style named ("a cat in glossy style").
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...demo.emoji.concepts import STYLES, load_concepts, phrase
+from ...demo.emoji.text import token_rows
+from ...demo.emoji.vision import ImageText
+from . import autoencoder, loop, snapshots
+from .autoencoder import to_tensor
+from .classifier import single_concepts
+from .device import autocast, device
+from .scenes import Scenes
+
+NAME = "vision"
+SCALE = 16.0  # inverse temperature of all softmaxes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(loop.Plan):
+    name: str = NAME
+    steps: int = 6000
+    batch: int = 96
+    lr: float = 2e-3
+    warmup: int = 100
+    ema_decay: float = 0.995
+    weight_decay: float = 0.02
+    seed: int = 7
+    canvases: int = 8000  # of each style
+    hours: float = 0.6
+
+    def small(self, **changes):
+        return super().small(**{"canvases": 24, **changes})
+
+
+PLAN = Plan()
+
+
+def names(style=None):
+    """'a cat', or 'a cat in glossy style', of all concepts in order."""
+    found = [phrase(c.name) for c in load_concepts()]
+    return [f"{name} in {style} style" for name in found] if style else found
+
+
+def initialise(model, generator):
+    for name, p in model.image.named_parameters():
+        if p.ndim > 1:
+            std = 0.02 if "position_embedding" in name else p[0].numel() ** -0.5
+            p.data.copy_(torch.randn(p.shape, generator=generator) * std)
+        else:
+            p.data.fill_(1.0 if name.endswith("weight") else 0.0)
+    tower = model.image.vision_model.embeddings
+    tower.class_embedding.data.copy_(torch.randn(tower.class_embedding.shape, generator=generator) * 0.02)
+
+
+class Task:
+    def __init__(self, plan):
+        self.plan, self.network = plan, ImageText()
+        initialise(self.network, torch.Generator().manual_seed(plan.seed))
+        pixels, captions, present = [], [], []
+        for style in STYLES:
+            drawn, texts, scenes = Scenes(style, seed=plan.seed, balanced=True, alone=0.65).batch(0, plan.canvases)
+            pixels.append(drawn)
+            captions += [f"{text} in {style} style" for text in texts]
+            present += [[item.concept for item in scene.items] for scene in scenes]
+        self.pool, self.captions, self.present = np.concatenate(pixels), captions, present
+        self.pool[1::2] = decoded(self.pool[1::2], plan.seed)
+        self.tokens = token_rows(captions)
+        self.plain = token_rows(names()).to(device())
+        self.styled = token_rows(names(STYLES[0]) + names(STYLES[1])).to(device())
+
+    def snapshot(self):
+        return snapshots.load(NAME)
+
+    def loss(self, step):
+        """Half of the pictures of each style."""
+        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
+        half = self.plan.batch // 2
+        rows = torch.randint(self.plan.canvases, (2, half), generator=generator)
+        rows = (rows + torch.tensor([[0], [self.plan.canvases]])).flatten()
+        x = distort(to_tensor(self.pool[rows.numpy()]), generator).to(device())
+        tokens, present = self.tokens[rows].to(device()), torch.zeros(len(rows), len(self.plain))
+        for row, k in zip(present, rows.tolist()):
+            row[self.present[k]] = 1 / len(self.present[k])
+        with autocast():
+            image = self.network.image_embeds(x)
+            captions, plain = self.network.text_embeds(tokens), self.network.text_embeds(self.plain)
+            styled = self.network.text_embeds(self.styled)
+        return loss_of(image, captions.float(), tokens, plain.float(), styled.float(), present.to(device()))
+
+    def sheet(self, network):
+        return None
+
+    def export(self, network, facts):
+        found = accuracies(network)
+        print(f"{NAME}: retrieval {found}", flush=True)
+        snapshots.save(NAME, network.state_dict(), style="flat", **found, **facts)
+
+
+def loss_of(image, captions, tokens, plain, styled, present):
+    """image and captions [B, E], tokens [B, T], plain [C, E], styled [2 C, E], present [B, C] of rows that add up to 1; the
+    first half of the batch has the first style."""
+    logits = SCALE * image @ captions.T
+    same = (tokens[:, None] == tokens[None]).all(-1).float()
+    target = same / same.sum(1, keepdim=True)
+    contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    loss = 0.5 * contrast + F.cross_entropy(SCALE * image @ plain.T, present)
+    return loss + F.cross_entropy(SCALE * image @ styled.T, torch.block_diag(*present.chunk(2)))
+
+
+@torch.no_grad()
+def decoded(pixels, seed):
+    """The pictures as the autoencoder gives them back, from latents with up to 0.3 of noise."""
+    model, generator, found = autoencoder.load(), torch.Generator().manual_seed(seed), []
+    for k in range(0, len(pixels), 32):
+        z = model.encode(to_tensor(pixels[k : k + 32]).to(device())).cpu()
+        z = z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
+        y = model.decode(z.to(device())).clamp(-1, 1)
+        found.append(((y + 1) * 127.5).round().byte().movedim(1, 3).cpu().numpy())
+    return np.concatenate(found)
+
+
+def distort(x, generator):
+    """Pictures [B, 3, H, W] in -1..1 with what a generated picture may suffer: shift, zoom, blur, colour, noise."""
+    count = len(x)
+    uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    some = lambda share: uniform(count, 1, 1, 1) < share  # noqa: E731
+    theta, zoom = torch.zeros(count, 2, 3), 1 + 0.2 * (uniform(count) - 0.5)
+    theta[:, 0, 0], theta[:, 1, 1] = zoom, zoom
+    theta[:, :, 2] = 0.16 * (uniform(count, 2) - 0.5)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = torch.where(some(0.5), F.grid_sample(x, grid, padding_mode="border", align_corners=False), x)
+    x = torch.where(some(0.3), F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), x)
+    x = x * (1 + 0.3 * (uniform(count, 3, 1, 1) - 0.5)) + 0.2 * (uniform(count, 3, 1, 1) - 0.5)
+    noise = torch.randn(x.shape, generator=generator) * 0.15 * uniform(count, 1, 1, 1)
+    return (x + torch.where(some(0.5), noise, 0.0)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def accuracies(network, count=800):
+    """{style: [share of canvases of one concept whose name is first, and among the first five, of all names]}, upright as
+    trained and of the held-out split."""
+    text, found = network.text_embeds(token_rows(names()).to(device())), {}
+    for style in STYLES:
+        for kind, unseen in (("", False), ("_held_out", True)):
+            pixels, concepts = single_concepts(style, count, seed=99, unseen=unseen)
+            images = torch.cat([network.image_embeds(part.to(device())) for part in to_tensor(pixels).split(100)])
+            hit = (images @ text.T).argsort(1, descending=True).cpu() == concepts[:, None]
+            found[style + kind] = [round(hit[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)]
+    return found

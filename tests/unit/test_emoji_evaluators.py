@@ -1,0 +1,113 @@
+"""The evaluators of the demo world: shapes, losses against their definition, and batches that depend on the step alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from chorus.demo.emoji.classifier import ConceptClassifier
+from chorus.demo.emoji.concepts import load_concepts
+from chorus.demo.emoji.text import token_rows
+from chorus.demo.emoji.vision import ImageText
+from chorus.dev.recipes import classifier, vision
+
+COUNT = len(load_concepts())
+
+
+def pictures(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 128, 128, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def classifier_task():
+    """A task on a tiny pool of noise."""
+    task = classifier.Task.__new__(classifier.Task)
+    task.plan, task.network = classifier.PLAN.small(batch=6), ConceptClassifier()
+    task.pool, task.again, task.concepts = pictures(8), pictures(4, seed=1), torch.arange(8)
+    return task
+
+
+@pytest.fixture
+def vision_task():
+    task = vision.Task.__new__(vision.Task)
+    task.plan, task.network = vision.PLAN.small(batch=6, canvases=4), ImageText()
+    vision.initialise(task.network, torch.Generator().manual_seed(0))
+    task.pool, task.present = pictures(8), [[0], [1, 2], [3], [4], [0], [5, 6], [7], [8]]
+    task.tokens = token_rows([f"a cat on {c}" for c in "blue white pink green grey black teal purple".split()])
+    task.plain = token_rows(vision.names())
+    task.styled = token_rows(vision.names("glossy") + vision.names("flat"))
+    return task
+
+
+@pytest.mark.parametrize("kind", ["classifier_task", "vision_task"])
+def test_batch_depends_on_the_step_alone(kind, request):
+    task = request.getfixturevalue(kind)
+    first, other = task.loss(3).item(), task.loss(4).item()
+    assert task.loss(3).item() == first != other
+
+
+@pytest.mark.parametrize("kind", ["classifier_task", "vision_task"])
+def test_gradient_reaches_every_parameter_that_is_used(kind, request):
+    task = request.getfixturevalue(kind)
+    task.loss(0).backward()
+    unused = [n for n, p in task.network.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert unused == []
+
+
+def test_classifier_learns_a_tiny_pool(classifier_task):
+    task = classifier_task
+    task.pool[:] = np.linspace(0, 255, 8)[:, None, None, None]
+    task.again = task.pool[::2].copy()
+    optimizer = torch.optim.AdamW(task.network.parameters(), lr=3e-3)
+    losses = []
+    for step in range(25):
+        loss = task.loss(step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
+
+
+def test_classifier_names_any_size():
+    network = ConceptClassifier().eval()
+    assert network(torch.rand(2, 3, 128, 128)).shape == (2, COUNT)
+    assert network(torch.rand(1, 3, 96, 160)).shape == (1, COUNT)
+
+
+def test_distorted_pictures_stay_pictures():
+    x = torch.rand(8, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    found = classifier.distort(x, torch.Generator().manual_seed(2))
+    assert found.shape == x.shape and found.min() >= 0 and found.max() <= 1
+    found = vision.distort(2 * x - 1, torch.Generator().manual_seed(2))
+    assert found.shape == x.shape and found.min() >= -1 and found.max() <= 1
+
+
+def test_contrastive_loss_is_its_definition():
+    """Against numpy: cross entropies of softmaxes over cosines, with equal captions sharing the target."""
+    generator = torch.Generator().manual_seed(3)
+    unit = lambda n: torch.nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=-1)  # noqa: E731
+    image, captions, plain, styled = unit(4), unit(4), unit(3), unit(6)
+    tokens = torch.tensor([[1, 2], [1, 2], [1, 3], [1, 4]])
+    present = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 1], [0, 1, 0]])
+
+    def cross_entropy(logits, target):
+        logits = logits.double().numpy() * vision.SCALE
+        shifted = logits - logits.max(1, keepdims=True)
+        logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        return -(logs * target).sum(1).mean()
+
+    same = np.array([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    both = cross_entropy(image @ captions.T, same) + cross_entropy(captions @ image.T, same)
+    by_style = np.zeros((4, 6))
+    by_style[:2, :3], by_style[2:, 3:] = present[:2], present[2:]
+    expected = 0.25 * both + cross_entropy(image @ plain.T, present.numpy()) + cross_entropy(image @ styled.T, by_style)
+    found = vision.loss_of(image, captions, tokens, plain, styled, present)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_similarity_is_a_cosine_per_caption():
+    model = ImageText().eval()
+    vision.initialise(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model.similarity(torch.rand(2, 3, 128, 128), ["a cat", "a fox on blue", ""])
+    assert found.shape == (2, 3) and found.abs().max() <= 1 + 1e-6
