@@ -1,10 +1,12 @@
 """The demo checkpoints as the host's own objects."""
 
+from ...host.masked_token_files import read_networks
+from ...networks import amused
 from .. import weights
 from .autoencoder import Autoencoder
 from .comfy_denoisers import NETWORKS, make_model
 from .comfy_latent import make_vae
-from .comfy_text import make_clip
+from .comfy_text import KIND, make_clip
 
 FOLDER = "emoji"  # in demo/weights
 CHECKPOINTS = tuple(NETWORKS)
@@ -12,6 +14,7 @@ STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
     "general-4-steps": ("general", "student/general-4-steps"),
     "general-1-step": ("general", "student/general-1-step"),
 }
+MASKED_TOKENS_CFG = 3.0
 
 
 def load_weights(name):
@@ -66,3 +69,12 @@ def load_classifier():
     with weights.fitting(f"{FOLDER}/classifier"):
         model.load_state_dict(load_weights("classifier"))
     return model.eval().requires_grad_(False)
+
+
+def load_masked_tokens():
+    """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model, which reads prompts as the checkpoints do."""
+    folder = weights.FOLDER / FOLDER / "masked_token"
+    for part in ("transformer", "vqvae"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part} is missing: make it with `python run.py train-demo`.")
+    return read_networks(folder, amused, KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG), load_text()

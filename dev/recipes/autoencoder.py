@@ -34,10 +34,14 @@ class Plan(loop.Plan):
     betas: tuple = (0.9, 0.95)
     weight_decay: float = 1e-3
     hours: float = 0.7
+    evaluated: int = 256
     canvases: int = 4000  # of each style
     gan_from: float = 0.5  # share of the steps
     gan_weight: float = 0.05
     regularisation: float = 0.05  # of the latent's mean and variance
+
+    def small(self, **changes):
+        return super().small(**{"canvases": 24, **changes})
 
 
 PLAN = Plan()
@@ -66,6 +70,7 @@ def to_tensor(pixels):
 class Task:
     def __init__(self, plan):
         self.plan = plan
+        torch.manual_seed(plan.seed)
         self.pool = np.concatenate([Scenes(style, seed=1).batch(0, plan.canvases)[0] for style in STYLES])
         self.network = Autoencoder()
         stride = max(1, len(self.pool) // 600)
@@ -134,7 +139,7 @@ class Task:
         state = dict(network.state_dict(), shift=z.mean((0, 2, 3)), scale=z.std((0, 2, 3)))
         model = Autoencoder().to(device()).eval()
         model.load_state_dict(state)
-        found = errors(model)
+        found = errors(model, self.plan.evaluated)
         print(f"{NAME}: mean absolute error of -1..1 on unseen canvases: {found}", flush=True)
         snapshots.save(NAME, state, style="flat", pca_keeps=round(self.kept, 4), **found, **facts)
 
@@ -149,7 +154,7 @@ def reconstruction(y, x):
 
 
 @torch.no_grad()
-def errors(model, count=256):
+def errors(model, count):
     """{style: mean absolute error of reconstructions of unseen canvases, as trained and of the held-out sizes and backgrounds}"""
     found = {}
     for style in STYLES:

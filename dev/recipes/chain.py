@@ -58,8 +58,8 @@ STAGES = (
     Stage("cas_dm", "cas_dm", plan=""),
     Stage("face_pairs", "face_pairs", plan=""),
     Stage("face_refiner", "face_refiner", plan=""),
-    Stage("vq", "vq"),
-    Stage("masked_tokens", "masked_tokens"),
+    Stage("vq", "vq", plan=""),
+    Stage("masked_tokens", "masked_tokens", plan=""),
     Stage("seeds", "seeds", plan=""),
     Stage("references", "references", plan=""),
 )

@@ -72,14 +72,14 @@ class Task:
         """Canvases of the held-out sizes and backgrounds that it names wrongly."""
         wrong = []
         for style in STYLES:
-            pixels, concepts = single_concepts(style, 400, seed=99, unseen=True)
+            pixels, concepts = single_concepts(style, self.plan.evaluated, seed=99, unseen=True)
             x = to_tensor(pixels)
             wrong.append(x[named(network, x) != concepts][:8])
         wrong = torch.cat(wrong)
         return sheets.to_image(wrong, 8) if len(wrong) else None
 
     def export(self, network, facts):
-        found = accuracies(network)
+        found = accuracies(network, self.plan.evaluated)
         print(f"{NAME}: accuracy {found}", flush=True)
         snapshots.save(NAME, network.state_dict(), style="flat", **found, **facts)
 
@@ -127,7 +127,7 @@ def named(network, x):
     return torch.cat([network((part / 2 + 0.5).to(device())).argmax(1).cpu() for part in x.split(100)])
 
 
-def accuracies(network, count=800):
+def accuracies(network, count):
     """{style: share of canvases of one concept that are named right, upright as trained and of the held-out split}"""
     found = {}
     for style in STYLES:

@@ -43,11 +43,12 @@ class Plan:
     betas: tuple = (0.9, 0.99)
     muon: float = 0.0
     seed: int = 1
+    evaluated: int = 800  # unseen canvases of each kind, on which the final weights are measured
     hours: float = 0.0  # expected on two cores, for the table of stages not yet begun
 
     def small(self, **changes):
         """The same plan with a few steps, for the smoke test."""
-        return replace(self, **{"steps": 4, "batch": min(self.batch, 4), "warmup": 1, **changes})
+        return replace(self, **{"steps": 4, "batch": min(self.batch, 4), "warmup": 1, "evaluated": 12, **changes})
 
 
 class Task(Protocol):

@@ -54,6 +54,32 @@ def save(stage, state_dict, *, style, **found):
     weights.save(f"{FOLDER}/{stage}", state_dict, **{**found, "style": style, "license": LICENSES[style]})
 
 
+def load_network(folder):
+    """(fp32 state dict, step) of a network saved as diffusers does, in demo/weights/emoji/<folder>; or None."""
+    found = network_facts(folder)
+    if not found:
+        return None
+    from ...demo import weights
+
+    return weights.load_network(f"{FOLDER}/{folder}")[0], int(found.get("step", 0))
+
+
+def network_facts(folder):
+    from ...demo import weights
+
+    name = f"{FOLDER}/{folder}/{weights.NETWORK}"
+    return weights.metadata(name) if weights.path(name).exists() else {}
+
+
+def save_network(folder, state_dict, config, *, style, **found):
+    """Writes weights and config.json as diffusers does."""
+    from ...demo import weights
+
+    weights.save_network(
+        f"{FOLDER}/{folder}", state_dict, config, **{**found, "style": style, "license": LICENSES[style]}
+    )
+
+
 def write_plain(path, state_dict, found):
     half = {k: v.detach().cpu().half().contiguous() for k, v in state_dict.items()}
     state.write_whole(path, lambda part: torch.save({"weights": half, "facts": found}, part))

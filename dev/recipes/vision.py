@@ -99,7 +99,7 @@ class Task:
         return None
 
     def export(self, network, facts):
-        found = accuracies(network)
+        found = accuracies(network, self.plan.evaluated)
         print(f"{NAME}: retrieval {found}", flush=True)
         snapshots.save(NAME, network.state_dict(), style="flat", **found, **facts)
 
@@ -144,7 +144,7 @@ def distort(x, generator):
 
 
 @torch.no_grad()
-def accuracies(network, count=800):
+def accuracies(network, count):
     """{style: [share of canvases of one concept whose name is first, and among the first five, of all names]}, upright as
     trained and of the held-out split."""
     text, found = network.text_embeds(token_rows(names()).to(device())), {}
