@@ -88,7 +88,8 @@ def train_demo(options, rest: list[str]) -> int:
     if os.name != "posix":
         return call(host, command)
     os.chdir(ROOT)
-    os.execve(command[0], command, environment(host))  # so that a signal reaches the training, which then saves its state
+    # in place of this process, so that a signal reaches the training, which then saves its state
+    os.execve(command[0], command, environment(host))
 
 
 def bench(options, rest: list[str]) -> int:

@@ -239,12 +239,12 @@ GENERAL = Plan(
     network=denoisers.GENERAL,
     style="glossy",
     trains_text=True,
-    small_until=0.12,
+    small_until=0.07,
     steps=45000,
     batch=32,
     lr=1e-3,
     seed=1,
-    hours=6.0,
+    hours=4.5,
 )
 ANIMAL_PROMPTS = (
     *(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .attention import attend
+
 
 class MLPEmbedder(nn.Module):
     def __init__(self, width, hidden):
@@ -68,7 +70,7 @@ def rotate(x, angles):
 
 def attention(q, k, v, angles):
     """-> [B, N, C]"""
-    x = F.scaled_dot_product_attention(rotate(q, angles).to(v), rotate(k, angles).to(v), v)
+    x = attend(rotate(q, angles).to(v), rotate(k, angles).to(v), v)
     return x.transpose(1, 2).flatten(2)
 
 
