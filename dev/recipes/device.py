@@ -11,7 +11,9 @@ def has_bfloat16():
     """Whether the processor multiplies bfloat16 natively; elsewhere emulation takes about 12 times as long as float32."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # private to torch: where a release lacks them, float32 is right and slower
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in probes)
 
 
 def autocast():
