@@ -23,7 +23,7 @@ NAME = "masked_tokens"
 SNAPSHOT = "masked_token/transformer"
 CODES = vq.CONFIG["num_vq_embeddings"]
 CONFIG = {
-    "hidden_size": 104,
+    "hidden_size": 96,
     "encoder_hidden_size": WIDTH,
     "cond_embed_dim": WIDTH,
     "micro_cond_encode_dim": 16,
@@ -37,7 +37,7 @@ CONFIG = {
     "upsample": True,
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
-    "intermediate_size": 152,
+    "intermediate_size": 144,
     "sample_size": 16,
 }
 MICRO = (SIZE, SIZE, 0, 0, 6)  # width, height, the crop's top and left, aesthetic score

@@ -57,7 +57,7 @@ class Plan(loop.Plan):
     passes: int
     snapshot: str = ""
     start: "Plan | None" = None
-    rank: int = 10  # a file of 1 MB
+    rank: int = 8  # a file of 0.85 MB
     trajectories: TrajectoryPlan = TrajectoryPlan()
     batch: int = 64
     lr: float = 2e-3

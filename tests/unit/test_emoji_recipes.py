@@ -12,13 +12,33 @@ import torch
 
 from chorus.demo import weights
 from chorus.demo.emoji import denoisers, face_pairs, references
+from chorus.demo.emoji.autoencoder import Autoencoder
+from chorus.demo.emoji.classifier import ConceptClassifier
 from chorus.demo.emoji.concepts import load_concepts
-from chorus.demo.emoji.text import token_rows
-from chorus.dev.recipes import chunks, denoiser, guided, loop, seeds, snapshots, state, student
+from chorus.demo.emoji.text import TextModel, token_rows
+from chorus.demo.emoji.vision import ImageText
+from chorus.dev.recipes import (
+    cas_dm,
+    chunks,
+    denoiser,
+    face_refiner,
+    guided,
+    loop,
+    masked_tokens,
+    seeds,
+    snapshots,
+    state,
+    student,
+    vq,
+)
 from chorus.dev.recipes import face_pairs as face_pairs_recipe
 from chorus.dev.recipes import references as references_recipe
 from chorus.dev.recipes.errors import RecipeError
+from chorus.dev.recipes.networks.flux import Flux
 from chorus.dev.recipes.networks.unet import UNet
+from chorus.networks.residual_refiner import RefinerConfig
+from chorus.networks.uvit import UViT, UViTConfig
+from chorus.training.face_generators import new_generator
 
 HOST = Path(__file__).parents[2] / "host"
 SMALL = {**denoisers.GENERAL, "model_channels": 32, "num_res_blocks": [1, 1], "transformer_depth": [0, 1]}
@@ -304,3 +324,18 @@ def test_stage_has_what_the_chain_asks_for(stage):
     assert module.HOURS > 0 and len(set(names)) == len(names) and callable(module.run)
     assert module.done() in (True, False)
     assert all(plan.small().steps <= 4 for plan in module.PLANS)
+
+
+def test_all_weights_fit_into_35_megabytes():
+    general = UNet(denoisers.GENERAL)
+    generator = torch.Generator().manual_seed(0)
+    networks = [Autoencoder(), general, UNet(denoisers.ANIMALS), Flux(denoisers.FOOD), TextModel(), ImageText()]
+    networks += [ConceptClassifier(), vq.make_vq(), UViT(UViTConfig(**masked_tokens.CONFIG))]
+    networks += [
+        cas_dm.new(cas_dm.PLAN).network(),
+        new_generator(RefinerConfig(widths=face_refiner.PLAN.widths), generator),
+    ]
+    loras = [student.Factors(general, plan.rank, generator) for plan in student.STUDENTS if plan.snapshot][:1] * 2
+    values = sum(p.numel() for network in networks + loras for p in network.parameters())
+    values -= sum(p.numel() for p in loras[0].parameters())  # general carries the factors, too
+    assert 30e6 < 2 * values <= 35e6, values
