@@ -119,7 +119,8 @@ def main(argv: list[str]) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
     # no abbreviations: what is not ours goes on to ComfyUI or pytest as it is
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    helps = command != "train-demo"  # which has a --help of its own
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False, add_help=helps)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI and the Python that runs run.py")
     if command in ("demo", "serve"):

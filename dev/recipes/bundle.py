@@ -17,7 +17,6 @@ from .scenes import SIZES_ALONE, SIZES_PAIR
 from .sprites import BUNDLE, write_bundle
 
 LIMIT = 60e6
-EARLIER = ("autoencoder", "text")  # snapshots that a stage may stand on
 
 SCRIPT = '''"""Trains {stage} of the demo world here: python train.py. Interrupt it at any time; it goes on where it was."""
 
@@ -46,6 +45,10 @@ def write(stage, folder):
         raise RecipeError(
             f"{stage.name} needs ComfyUI or quick sampling and trains here; a bundle is for the long stages"
         )
+    if missing := [name for name in stage.needs if not snapshots.facts(name)]:
+        raise RecipeError(
+            f"{stage.name} needs the weights of {' and '.join(missing)}: train what comes before it first"
+        )
     root = state.ROOT
     code = [*(root / "dev" / "recipes").rglob("*.py"), *(root / "demo" / "emoji").rglob("*.py")]
     code += [
@@ -63,7 +66,7 @@ def write(stage, folder):
     for name in (f"{stage.name}.pt", f"{stage.name}.json"):
         if (state.folder() / name).exists():
             shutil.copyfile(state.folder() / name, folder / "state" / name)
-    for name in (*EARLIER, stage.name):
+    for name in (*stage.needs, stage.name):
         if found := snapshots.load(name):
             path = folder / "snapshots" / f"{name}.pt"
             path.parent.mkdir(parents=True, exist_ok=True)

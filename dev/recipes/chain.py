@@ -23,6 +23,7 @@ class Stage:
     task: str = "Task"
     halfway: bool = False
     torch_alone: bool = False  # whether a bundle can train it
+    needs: tuple = ("autoencoder",)  # the snapshots that it starts from
 
     def load(self):
         return importlib.import_module(f".{self.module}", __package__)
@@ -48,12 +49,12 @@ class Stage:
 
 # in order: general, on which most hangs, comes right after what measures it
 STAGES = (
-    Stage("autoencoder", "autoencoder", torch_alone=True),
+    Stage("autoencoder", "autoencoder", torch_alone=True, needs=()),
     Stage("vision", "vision", torch_alone=True),
     Stage("classifier", "classifier", torch_alone=True),
     Stage("general", "denoiser", plan="GENERAL", halfway=True, torch_alone=True),
-    Stage("expert-animals", "denoiser", plan="ANIMALS", torch_alone=True),
-    Stage("expert-food", "denoiser", plan="FOOD", torch_alone=True),
+    Stage("expert-animals", "denoiser", plan="ANIMALS", torch_alone=True, needs=("autoencoder", "text")),
+    Stage("expert-food", "denoiser", plan="FOOD", torch_alone=True, needs=("autoencoder", "text")),
     Stage("student", "student", plan=""),
     Stage("cas_dm", "cas_dm", plan=""),
     Stage("face_pairs", "face_pairs", plan=""),

@@ -256,22 +256,21 @@ def train(plan, task, *, halfway=False, report=print):
         f"{plan.name}: step {run.step} of {plan.steps}, {sum(p.numel() for p in run.network.parameters()):,} parameters"
     )
     saved = shown = reported = time.monotonic()
-    first, samples, speed, left = run.step, run.samples, 0.0, plan.hours * (1 - run.step / plan.steps)
+    samples, speed, left = run.samples, 0.0, plan.hours * (1 - run.step / plan.steps)
+    start, began, paused = run.step, reported, 0.0
     with stop_requests() as stop:
         while run.step < plan.steps and not stop:
             run.learn()
             now = time.monotonic()
             if now - reported > REPORT_SECONDS or run.step == plan.steps:
-                passed = now - reported
-                speed, left = (
-                    (run.samples - samples) / passed,
-                    (plan.steps - run.step) * passed / (run.step - first) / 3600,
-                )
+                speed = (run.samples - samples) / (now - reported)
+                # by the mean since the start: the speed of a minute says little on a busy machine
+                left = (plan.steps - run.step) * (now - began - paused) / (run.step - start) / 3600
                 run.log.append([run.step, round(run.mean, 5)])
                 report(
                     f"{plan.name}: step {run.step} of {plan.steps}, loss {run.mean:.4f}, {speed:.1f} samples/s, {left:.1f} h left"
                 )
-                first, samples, reported = run.step, run.samples, now
+                samples, reported = run.samples, now
                 run.write_progress(round(speed, 2), left)
             half = halfway and run.step == plan.steps // 2
             if half or now - saved > SAVE_SECONDS:
@@ -283,7 +282,8 @@ def train(plan, task, *, halfway=False, report=print):
             if now - shown > SHEET_SECONDS:
                 run.write_sheet()
                 shown = time.monotonic()
-                reported += shown - now  # the rate is that of training
+                reported += shown - now  # the speed is that of training
+                paused += shown - now
         run.seconds += time.monotonic() - saved
         run.save()
         run.write_progress(round(speed, 2), left if run.step < plan.steps else 0.0)

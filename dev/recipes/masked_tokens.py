@@ -55,13 +55,13 @@ ZEROED = (
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
     name: str = NAME
-    steps: int = 12000
+    steps: int = 20000
     batch: int = 48
     lr: float = 2e-3
     muon: float = 3.0  # found better than AdamW alone on the first demo world
     warmup: int = 200
     seed: int = 31
-    hours: float = 1.3
+    hours: float = 1.1
     canvases: int = 16000
     alone: float = 0.6
 

@@ -6,7 +6,7 @@ import torch
 
 from chorus.demo import weights
 from chorus.demo.emoji.text import TextModel, token_rows
-from chorus.dev.recipes import banks, denoiser, masked_tokens, snapshots, state, vq
+from chorus.dev.recipes import banks, denoiser, loop, masked_tokens, snapshots, state, vq
 from chorus.dev.recipes.errors import RecipeError
 from chorus.networks.uvit import UViT, UViTConfig
 
@@ -154,6 +154,47 @@ def test_networks_round_trip_through_their_files(trained):
     network.load_state_dict(found)
     assert step == 3 and not masked_tokens.done() and not vq.done()
     assert snapshots.network_facts(masked_tokens.SNAPSHOT)["license"] == "Apache-2.0"
+
+
+def trained_to_the_end(plan, make, monkeypatch, folder, stop_at=None):
+    """The run of a plan; with ``stop_at`` it is saved at that step and taken up by new objects."""
+    monkeypatch.setenv(state.VARIABLE, str(folder))
+    run = loop.Run(plan, make(), report=lambda line: None)
+    while run.step < plan.steps:
+        if run.step == stop_at:
+            run.save()
+            torch.rand(7)  # the global generator is elsewhere in a new process
+            run = loop.Run(plan, make(), report=lambda line: None)
+            assert run.step == stop_at
+            stop_at = None
+        run.learn()
+    return run
+
+
+def assert_same_run(first, second):
+    for one, other in ((first.network.state_dict(), second.network.state_dict()), (first.average, second.average)):
+        assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("stop_at", (2, 3, 9))  # before the codebook is placed, after it, with the discriminator
+def test_vq_resumes_exactly(trained, one_thread, monkeypatch, tmp_path, stop_at):
+    weights.path(f"emoji/{vq.SNAPSHOT}/{weights.NETWORK}").unlink()  # no snapshot to begin from
+    changes = {"steps": 12, "codes_from": 3, "restarts_until": 1.0, "dead": 1.0}
+    plan = vq.PLAN.small(batch=2, canvases=6, **changes)
+    whole = trained_to_the_end(plan, lambda: vq.Task(plan), monkeypatch, tmp_path / "whole")
+    parts = trained_to_the_end(plan, lambda: vq.Task(plan), monkeypatch, tmp_path / "parts", stop_at)
+    assert_same_run(whole, parts)
+    assert torch.equal(whole.task.codebook.counts, parts.task.codebook.counts)
+
+
+def test_masked_tokens_resume_exactly(trained, one_thread, monkeypatch, tmp_path):
+    plan = masked_tokens.PLAN.small(batch=2, canvases=6)
+
+    def make():
+        return masked_tokens.Task(plan, report=lambda line: None)
+
+    whole = trained_to_the_end(plan, make, monkeypatch, tmp_path / "whole")
+    assert_same_run(whole, trained_to_the_end(plan, make, monkeypatch, tmp_path / "parts", 2))
 
 
 def test_missing_stage_is_named(folder):

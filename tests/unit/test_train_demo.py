@@ -334,6 +334,8 @@ def test_bundle_trains_with_torch_alone_and_is_collected(folder, discs, tmp_path
     bundle.collect(place, lines.append)
     assert lines == ["autoencoder.json: state taken over", "autoencoder.pt: state taken over"]
     assert state.load("autoencoder")["step"] >= 1
+    with pytest.raises(RecipeError, match="expert-food needs the weights of autoencoder and text: train"):
+        bundle.write(chain.find(["expert-food"])[0], tmp_path / "other")
     with pytest.raises(RecipeError, match=r"no train.py"):
         bundle.collect(tmp_path)
 
