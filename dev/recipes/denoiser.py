@@ -163,6 +163,7 @@ def sample(model, prompts, *, seed=0, steps=SHEET_STEPS, cfg=SHEET_CFG, side=SIZ
 class Task:
     def __init__(self, plan, report=print):
         self.plan = plan
+        torch.manual_seed(plan.seed)  # of the text encoder's first weights
         self.autoencoder = autoencoder.load()
         self.network = Model(plan.network, plan.seed)
         if not plan.trains_text:

@@ -4,11 +4,13 @@ Three terms, each a softmax over cosines: the whole caption against the batch's 
 the concepts of the picture against all names, and the same with the style named ("a cat in glossy style").
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...demo.emoji.concepts import STYLES, load_concepts, phrase
 from ...demo.emoji.text import token_rows
@@ -34,7 +36,7 @@ class Plan(loop.Plan):
     weight_decay: float = 0.02
     seed: int = 7
     canvases: int = 8000  # of each style
-    hours: float = 0.6
+    hours: float = 0.4
 
     def small(self, **changes):
         return super().small(**{"canvases": 24, **changes})
@@ -62,6 +64,7 @@ def initialise(model, generator):
 
 class Task:
     def __init__(self, plan):
+        torch.manual_seed(plan.seed)
         self.plan, self.network = plan, ImageText()
         initialise(self.network, torch.Generator().manual_seed(plan.seed))
         pixels, captions, present = [], [], []
@@ -89,7 +92,7 @@ class Task:
         tokens, present = self.tokens[rows].to(device()), torch.zeros(len(rows), len(self.plain))
         for row, k in zip(present, rows.tolist()):
             row[self.present[k]] = 1 / len(self.present[k])
-        with autocast():
+        with autocast(), plain_attention():
             image = self.network.image_embeds(x)
             captions, plain = self.network.text_embeds(tokens), self.network.text_embeds(self.plain)
             styled = self.network.text_embeds(self.styled)
@@ -113,6 +116,11 @@ def loss_of(image, captions, tokens, plain, styled, present):
     contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
     loss = 0.5 * contrast + F.cross_entropy(SCALE * image @ plain.T, present)
     return loss + F.cross_entropy(SCALE * image @ styled.T, torch.block_diag(*present.chunk(2)))
+
+
+def plain_attention():
+    """On a CPU, attention without the fused kernel: its backward pass is slow in bfloat16 (attention.py of networks/)."""
+    return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else contextlib.nullcontext()
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The evaluators of the demo world: shapes, losses against their definition, and batches that depend on the step alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from chorus.demo.emoji.classifier import ConceptClassifier
 from chorus.demo.emoji.concepts import load_concepts
 from chorus.demo.emoji.text import token_rows
 from chorus.demo.emoji.vision import ImageText
-from chorus.dev.recipes import classifier, vision
+from chorus.dev.recipes import chain, classifier, vision
 
 COUNT = len(load_concepts())
 
@@ -45,6 +47,29 @@ def test_batch_depends_on_the_step_alone(kind, request):
     assert task.loss(3).item() == first != other
 
 
+class PlainScenes:
+    """Scenes without sprites: a cat on noise."""
+
+    def __init__(self, style, **_):
+        pass
+
+    def batch(self, start, count):
+        scene = SimpleNamespace(items=(SimpleNamespace(concept=0),))
+        return pictures(count), ["a cat"] * count, [scene] * count
+
+
+@pytest.mark.parametrize("module", [classifier, vision])
+def test_initial_weights_depend_on_the_seed_alone(module, monkeypatch):
+    """The training loop sets its seed only after the task, and so its network, is made."""
+    monkeypatch.setattr(module, "Scenes", PlainScenes)
+    monkeypatch.setattr(module, "decoded" if module is vision else "regenerated", lambda pixels, seed: pixels)
+    found = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        found.append(module.Task(module.PLAN.small()).network.state_dict())
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
 @pytest.mark.parametrize("kind", ["classifier_task", "vision_task"])
 def test_gradient_reaches_every_parameter_that_is_used(kind, request):
     task = request.getfixturevalue(kind)
@@ -72,6 +97,21 @@ def test_classifier_names_any_size():
     network = ConceptClassifier().eval()
     assert network(torch.rand(2, 3, 128, 128)).shape == (2, COUNT)
     assert network(torch.rand(1, 3, 96, 160)).shape == (1, COUNT)
+
+
+def test_every_picture_of_the_classifier_is_rotated():
+    """Only so does no picture of another stage occur: the few sizes, places and backgrounds give equal canvases."""
+    degrees = classifier.rotations(torch.linspace(0, 1, 1001)).rad2deg()
+    assert degrees.abs().min() >= 3 - 1e-4 and degrees.abs().max() <= 8 + 1e-4
+    assert (degrees < 0).any() and (degrees > 0).any()
+    x = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = classifier.distort(x, torch.Generator().manual_seed(2))
+    assert (found - x).abs().flatten(1).amax(1).min() > 0.05
+
+
+def test_seed_of_the_classifier_is_its_own():
+    others = [plan.seed for stage in chain.STAGES if stage.name != classifier.NAME for plan in stage.plans]
+    assert classifier.PLAN.seed not in others
 
 
 def test_distorted_pictures_stay_pictures():
