@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from ...demo.emoji.autoencoder import Autoencoder, start_as_pca
 from ...demo.emoji.concepts import STYLES
 from . import loop, sheets, snapshots
 from .device import autocast, device
+from .discriminator import Adversary
+from .errors import RecipeError
 from .scenes import CELL, SIZE, Scenes
 
 NAME = "autoencoder"
@@ -47,21 +46,6 @@ class Plan(loop.Plan):
 PLAN = Plan()
 
 
-class PatchDiscriminator(nn.Module):
-    """images [B, 3, H, W] -> scores [B, 1, H/8 - 1, W/8 - 1] of overlapping patches"""
-
-    def __init__(self, width=32):
-        super().__init__()
-        layers, last = [], 3
-        for k in range(3):
-            layers += [spectral_norm(nn.Conv2d(last, width << k, 4, 2, 1)), nn.LeakyReLU(0.2)]
-            last = width << k
-        self.net = nn.Sequential(*layers, spectral_norm(nn.Conv2d(last, 1, 3, 1, 1)))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 def to_tensor(pixels):
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in -1..1"""
     return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(3, 1).float() / 127.5 - 1
@@ -75,18 +59,16 @@ class Task:
         self.network = Autoencoder()
         stride = max(1, len(self.pool) // 600)
         self.kept = start_as_pca(self.network, to_tensor(self.pool[::stride]))
-        self.discriminator = PatchDiscriminator().to(device())
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9))
+        self.adversary = Adversary()
 
     def snapshot(self):
         return snapshots.load(NAME)
 
     def extra(self):
-        return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return self.adversary.state_dict()
 
     def load_extra(self, found):
-        self.discriminator.load_state_dict(found["discriminator"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        self.adversary.load_state_dict(found)
 
     def crops(self, step):
         """[B, 3, 64, 64] in -1..1: three of four on the grid of latent cells, as the emoji stand, the others anywhere."""
@@ -108,22 +90,9 @@ class Task:
             y = self.network.decode(z + noise.to(z)).float()
         loss = reconstruction(y, x)
         loss = loss + plan.regularisation * (z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean())
-        if step >= plan.gan_from * plan.steps:
-            loss = loss + self.adversarial(y, x, (step - plan.gan_from * plan.steps) / 1500)
+        if (since := step - plan.gan_from * plan.steps) >= 0:
+            loss = loss + plan.gan_weight * min(1.0, since / 1500) * self.adversary.loss(y, x)
         return loss
-
-    def adversarial(self, y, x, progress):
-        """The generator's hinge loss; also trains the discriminator by one step."""
-        self.discriminator.requires_grad_(False)
-        with autocast():
-            generator_loss = -self.discriminator(y).float().mean()
-        self.discriminator.requires_grad_(True)
-        with autocast():
-            real, fake = self.discriminator(x).float(), self.discriminator(y.detach()).float()
-        (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.plan.gan_weight * min(1.0, progress) * generator_loss
 
     def sheet(self, network):
         x = torch.cat([to_tensor(Scenes(style, seed=99).batch(UNSEEN, 8)[0]) for style in STYLES]).to(device())
@@ -167,8 +136,6 @@ def errors(model, count):
 
 def load():
     """The frozen autoencoder of the snapshot, which every later stage stands on."""
-    from .errors import RecipeError
-
     found = snapshots.load(NAME)
     if found is None:
         raise RecipeError("the autoencoder is not trained yet: run `python run.py train-demo autoencoder` first")

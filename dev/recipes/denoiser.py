@@ -4,7 +4,7 @@ U-Nets learn v (arXiv 2202.00512, appendix D) on SD's discrete schedule; the tra
 (arXiv 2210.02747), noise less image. All have one latent space and read the same text states.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -292,20 +292,6 @@ FOOD_PROMPTS = (
     *("an apple", "a doughnut right of a pineapple on grey", "grapes on purple", "a strawberry on black"),
     *("a carrot below an umbrella on orange", "cherries above an egg", "a watermelon on blue"),
 )
-FOOD = Plan(
-    name="expert-food",
-    network=denoisers.FOOD,
-    style="flat",
-    domain="food",
-    balanced=True,
-    bystanders=0.5,
-    small_until=0.15,
-    steps=16000,
-    batch=32,
-    lr=1e-3,
-    seed=3,
-    canvases=20000,
-    small_canvases=6000,
-    prompts=FOOD_PROMPTS,
-    hours=1.5,
+FOOD = replace(
+    ANIMALS, name="expert-food", network=denoisers.FOOD, domain="food", seed=3, prompts=FOOD_PROMPTS, hours=1.2
 )

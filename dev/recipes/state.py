@@ -32,7 +32,7 @@ def write_whole(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:

@@ -24,6 +24,7 @@ from ...demo.emoji.text import token_rows
 from ...training.metrics import huber
 from . import autoencoder, banks, chunks, guided, loop, sheets, snapshots, state
 from .device import device
+from .errors import RecipeError
 from .scenes import CELL, SIZE, Scenes
 
 KEPT = 4  # stretches of a trajectory, both ends of which are kept
@@ -289,8 +290,6 @@ def find_lora(plan):
 
 
 def load_lora(plan):
-    from .errors import RecipeError
-
     found = find_lora(plan)
     if found is None:
         raise RecipeError(f"{plan.name} is not trained yet: run `python run.py train-demo student` first")

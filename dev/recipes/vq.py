@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ...networks.vq import VQGAN, VQConfig
 from . import loop, sheets, snapshots
-from .autoencoder import PatchDiscriminator, to_tensor
+from .autoencoder import to_tensor
 from .device import autocast, device
+from .discriminator import Adversary
+from .errors import RecipeError
 from .scenes import Scenes
 
 NAME = "vq"
@@ -128,24 +129,18 @@ class Task:
             if name.endswith("conv2.weight"):  # residual branches start small
                 p.data.mul_(0.1)
         self.codebook = Codebook(self.network.quantize.embedding.weight, plan.code_decay, plan.dead)
-        self.discriminator = PatchDiscriminator().to(device())
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9))
+        self.adversary = Adversary()
         self.z = self.ids = None
 
     def snapshot(self):
         return snapshots.load_network(SNAPSHOT)
 
     def extra(self):
-        return {
-            "counts": self.codebook.counts,
-            "discriminator": self.discriminator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {"counts": self.codebook.counts, **self.adversary.state_dict()}
 
     def load_extra(self, found):
         self.codebook.counts.copy_(found["counts"])
-        self.discriminator.load_state_dict(found["discriminator"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        self.adversary.load_state_dict(found)
 
     def generator(self, step):
         return torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
@@ -164,23 +159,9 @@ class Task:
         with autocast():
             y = vq.decoder(vq.post_quant_conv(z + (codes - z).detach())).float()
         loss = reconstruction(y, x) + 0.25 * (z - codes).square().mean()
-        first = self.plan.gan_from * self.plan.steps
-        if step >= first:
-            loss = loss + self.adversarial(2 * y - 1, 2 * x - 1, (step - first) / 1000)
+        if (since := step - self.plan.gan_from * self.plan.steps) >= 0:
+            loss = loss + self.plan.gan_weight * min(1.0, since / 1000) * self.adversary.loss(2 * y - 1, 2 * x - 1)
         return loss
-
-    def adversarial(self, y, x, progress):
-        """The generator's hinge loss; also trains the discriminator by one step."""
-        self.discriminator.requires_grad_(False)
-        with autocast():
-            generator_loss = -self.discriminator(y).float().mean()
-        self.discriminator.requires_grad_(True)
-        with autocast():
-            real, fake = self.discriminator(x).float(), self.discriminator(y.detach()).float()
-        (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.plan.gan_weight * min(1.0, progress) * generator_loss
 
     def after_step(self, step):
         if step + 1 == self.plan.codes_from:
@@ -219,8 +200,6 @@ def quality(vq, count):
 
 def load():
     """The frozen VQ-GAN of the snapshot."""
-    from .errors import RecipeError
-
     found = snapshots.load_network(SNAPSHOT)
     if found is None:
         raise RecipeError("the VQ-GAN is not trained yet: run `python run.py train-demo vq` first")
