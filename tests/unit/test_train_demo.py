@@ -298,6 +298,23 @@ def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
     assert json.loads((folder / "autoencoder.json").read_text())["step"] == stopped
 
 
+def test_autoencoder_goes_on_from_its_snapshot_alone(folder, discs):
+    """With the weights of the file, a new optimizer and a short warm-up."""
+    plan = autoencoder.PLAN.small(canvases=4, batch=2, steps=3)
+    loop.train(plan, autoencoder.Task(plan), report=lambda line: None)
+    assert snapshots.load("autoencoder")[1] == 3
+    for path in folder.glob("autoencoder*"):
+        path.unlink()
+    lines, longer = [], autoencoder.PLAN.small(canvases=4, batch=2, steps=5)
+    run = loop.Run(longer, autoencoder.Task(longer), report=lines.append)
+    assert lines == ["autoencoder: no state found, going on from the snapshot of step 3"]
+    assert run.step == run.restarted_at == 3
+    for name, value in snapshots.load("autoencoder")[0].items():
+        assert torch.equal(run.network.state_dict()[name], value)
+    loop.train(longer, autoencoder.Task(longer), report=lambda line: None)
+    assert snapshots.load("autoencoder")[1] == 5
+
+
 ALONE = """
 import importlib.machinery, runpy, sys
 class Blocked:
