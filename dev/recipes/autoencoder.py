@@ -14,7 +14,6 @@ from ...demo.emoji.concepts import STYLES
 from . import loop, sheets, snapshots
 from .device import autocast, device
 from .discriminator import Adversary
-from .errors import RecipeError
 from .scenes import CELL, SIZE, Scenes
 
 NAME = "autoencoder"
@@ -136,12 +135,7 @@ def errors(model, count):
 
 def load():
     """The frozen autoencoder of the snapshot, which every later stage stands on."""
-    found = snapshots.load(NAME)
-    if found is None:
-        raise RecipeError("the autoencoder is not trained yet: run `python run.py train-demo autoencoder` first")
-    model = Autoencoder()
-    model.load_state_dict(found[0])
-    return model.to(device()).eval().requires_grad_(False)
+    return snapshots.frozen(Autoencoder(), snapshots.load(NAME), "autoencoder", NAME)
 
 
 @torch.no_grad()
@@ -149,3 +143,14 @@ def encode(model, pixels):
     """uint8 [B, S, S, 3] -> latents [B, 8, S/8, S/8] in fp16 on the CPU"""
     parts = [model.encode(to_tensor(pixels[k : k + 32]).to(device())).half().cpu() for k in range(0, len(pixels), 32)]
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def pass_through(pixels, disturb):
+    """uint8 [B, S, S, 3] encoded, the latents [N, 8, S/8, S/8] changed by ``disturb`` on the CPU, and decoded."""
+    model, found = load(), []
+    for k in range(0, len(pixels), 32):
+        z = disturb(model.encode(to_tensor(pixels[k : k + 32]).to(device())).cpu())
+        y = model.decode(z.to(device())).clamp(-1, 1)
+        found.append(((y + 1) * 127.5).round().byte().movedim(1, 3).cpu().numpy())
+    return np.concatenate(found)

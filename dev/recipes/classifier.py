@@ -94,20 +94,17 @@ def rotations(u):
     return torch.where(v < 0, -1.0, 1.0) * (low + (high - low) * v.abs())
 
 
-@torch.no_grad()
 def regenerated(pixels, seed):
     """The pictures encoded, disturbed as a denoiser of few steps leaves latents (fine and coarse noise), and decoded."""
-    model, generator = autoencoder.load(), torch.Generator().manual_seed(seed)
-    found = []
-    for k in range(0, len(pixels), 32):
-        z = model.encode(to_tensor(pixels[k : k + 32]).to(device())).cpu()
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(z):
         fine, coarse = torch.randn(z.shape, generator=generator), torch.randn(*z.shape[:2], 4, 4, generator=generator)
         coarse = F.interpolate(coarse, z.shape[2:], mode="bicubic")
         strength = 0.6 * torch.rand(len(z), 1, 1, 1, generator=generator)
-        z = z + strength * torch.where(torch.rand(len(z), 1, 1, 1, generator=generator) < 0.5, fine, coarse)
-        y = model.decode(z.to(device())).clamp(-1, 1)
-        found.append(((y + 1) * 127.5).round().byte().movedim(1, 3).cpu().numpy())
-    return np.concatenate(found)
+        return z + strength * torch.where(torch.rand(len(z), 1, 1, 1, generator=generator) < 0.5, fine, coarse)
+
+    return autoencoder.pass_through(pixels, disturb)
 
 
 def distort(x, generator):

@@ -3,18 +3,12 @@
 from ...demo.emoji.vision import ImageText
 from ...training.metrics import join_features
 from . import snapshots, vision
-from .device import autocast, device
-from .errors import RecipeError
+from .device import autocast
 
 
 def load():
     """The frozen image-text encoder of the snapshot."""
-    found = snapshots.load(vision.NAME)
-    if found is None:
-        raise RecipeError("the image-text encoder is not trained yet: run `python run.py train-demo vision` first")
-    model = ImageText()
-    model.load_state_dict(found[0])
-    return model.to(device()).eval().requires_grad_(False)
+    return snapshots.frozen(ImageText(), snapshots.load(vision.NAME), "image-text encoder", vision.NAME)
 
 
 def joined(encoder, pixels):

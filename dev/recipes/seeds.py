@@ -16,8 +16,6 @@ from ...demo.emoji.classifier import ConceptClassifier
 from ...demo.emoji.concepts import DATA, load_concepts, load_frequency
 from ...demo.emoji.text import token_rows
 from . import autoencoder, banks, chunks, classifier, features, guided, loop, snapshots, state
-from .device import device
-from .errors import RecipeError
 from .scenes import CELL, SIZE
 from .vision import SCALE, names
 
@@ -79,12 +77,7 @@ class Search(chunks.Chunks):
 
 
 def load_classifier():
-    found = snapshots.load(classifier.NAME)
-    if found is None:
-        raise RecipeError("the classifier is not trained yet: run `python run.py train-demo classifier` first")
-    model = ConceptClassifier()
-    model.load_state_dict(found[0])
-    return model.to(device()).eval().requires_grad_(False)
+    return snapshots.frozen(ConceptClassifier(), snapshots.load(classifier.NAME), "classifier", classifier.NAME)
 
 
 def rare(plan):

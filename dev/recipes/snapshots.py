@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from . import state
+from .device import device
+from .errors import RecipeError
 
 FOLDER = "emoji"  # in demo/weights
 PLAIN = "CHORUS_SNAPSHOTS"
@@ -31,6 +33,16 @@ def load(stage):
     if not weights.path(name).exists():
         return None
     return weights.load(name), int(weights.metadata(name).get("step", 0))
+
+
+def frozen(module, found, what, recipe):
+    """``module`` with the weights of ``found`` (a snapshot as ``load`` gives it), on the device and without gradients.
+
+    ``what`` and ``recipe`` name the model and the stage that makes it, where it is missing."""
+    if found is None:
+        raise RecipeError(f"the {what} is not trained yet: run `python run.py train-demo {recipe}` first")
+    module.load_state_dict(found[0])
+    return module.to(device()).eval().requires_grad_(False)
 
 
 def facts(stage):

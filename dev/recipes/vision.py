@@ -123,16 +123,14 @@ def plain_attention():
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else contextlib.nullcontext()
 
 
-@torch.no_grad()
 def decoded(pixels, seed):
     """The pictures as the autoencoder gives them back, from latents with up to 0.3 of noise."""
-    model, generator, found = autoencoder.load(), torch.Generator().manual_seed(seed), []
-    for k in range(0, len(pixels), 32):
-        z = model.encode(to_tensor(pixels[k : k + 32]).to(device())).cpu()
-        z = z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
-        y = model.decode(z.to(device())).clamp(-1, 1)
-        found.append(((y + 1) * 127.5).round().byte().movedim(1, 3).cpu().numpy())
-    return np.concatenate(found)
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(z):
+        return z + 0.3 * torch.rand(len(z), 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
+
+    return autoencoder.pass_through(pixels, disturb)
 
 
 def distort(x, generator):

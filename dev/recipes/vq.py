@@ -14,7 +14,6 @@ from . import loop, sheets, snapshots
 from .autoencoder import to_tensor
 from .device import autocast, device
 from .discriminator import Adversary
-from .errors import RecipeError
 from .scenes import Scenes
 
 NAME = "vq"
@@ -200,12 +199,7 @@ def quality(vq, count):
 
 def load():
     """The frozen VQ-GAN of the snapshot."""
-    found = snapshots.load_network(SNAPSHOT)
-    if found is None:
-        raise RecipeError("the VQ-GAN is not trained yet: run `python run.py train-demo vq` first")
-    vq = make_vq()
-    vq.load_state_dict(found[0])
-    return vq.to(device()).eval().requires_grad_(False)
+    return snapshots.frozen(make_vq(), snapshots.load_network(SNAPSHOT), "VQ-GAN", NAME)
 
 
 @torch.no_grad()
