@@ -5,9 +5,9 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     # imported here, not above: pytest imports this file, and the unit tests run without ComfyUI
-    from .host import needed_host
+    from .host import host_version
 
-    needed_host.check()  # first: an older ComfyUI may lack what the nodes import
+    host_version.check()  # first: an older ComfyUI may lack what the nodes import
 
     from .nodes import ChorusExtension
 

@@ -38,9 +38,9 @@ def import_pack():
 
 import_pack()
 
-from chorus.tools.progress import Problem  # noqa: E402
-from chorus.tools.server import server  # noqa: E402
-from chorus.tools.setup import Host, environment, find_host, module, need_tools  # noqa: E402
+from chorus.dev.tools.progress import Problem  # noqa: E402
+from chorus.dev.tools.server import server  # noqa: E402
+from chorus.dev.tools.setup import Host, environment, find_host, module, need_tools  # noqa: E402
 
 
 def host_for(options) -> Host:
@@ -62,7 +62,7 @@ def demo(options, rest: list[str]) -> int:
     need_tools(host)
     with server(host, port=options.port, args=tuple(rest)) as running:
         files = [str(w) for w in workflows]
-        return call(host, module(host, "chorus.tools.run_workflows", running.address, str(ROOT / "output"), *files))
+        return call(host, module(host, "chorus.dev.tools.run_workflows", running.address, str(ROOT / "output"), *files))
 
 
 def serve(options, rest: list[str]) -> int:
@@ -97,12 +97,12 @@ def bench(options, rest: list[str]) -> int:
     if not rest or rest[0] not in names:
         raise Problem(f"name one of the benchmarks: {', '.join(names)}")
     host = host_for(options)
-    return call(host, module(host, f"chorus.benchmarks.{rest[0]}", *rest[1:]))
+    return call(host, module(host, f"chorus.dev.benchmarks.{rest[0]}", *rest[1:]))
 
 
 def locales(options, rest: list[str]) -> int:
     host = host_for(options)
-    return call(host, module(host, "chorus.tools.locales", *rest))
+    return call(host, module(host, "chorus.dev.tools.locales", *rest))
 
 
 COMMANDS = {

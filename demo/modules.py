@@ -2,8 +2,8 @@
 
 import torch
 
-from ..host.masked_token_files import read_networks
-from ..networks import amused
+from ..techniques.masked_tokens.comfy_files import read_networks
+from ..techniques.masked_tokens.networks import amused
 from . import face_pairs, references, text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
 from .sign_classifier import SignClassifier

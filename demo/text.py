@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..host.masked_token_text import MarkedText
+from ..techniques.masked_tokens.comfy_text import MarkedText
 
 KIND = "chorus-demo"  # of text, for a masked token model
 WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20

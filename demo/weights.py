@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ..networks.state_dict import complaint, shorten
+from ..common.weights import complaint, shorten
 
 FOLDER = Path(__file__).resolve().parent / "weights"
 REMEDY = "get the pack again, or make it with `python run.py train-demo`"

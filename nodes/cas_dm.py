@@ -8,10 +8,10 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..host.cas_dm_files import fingerprint_head, head_files, read_head, save_head, validate_head
-from ..host.cas_dm_hook import CASTING, MadeFor, add_head, check_fits
-from ..networks.cas_dm_head import Head, from_file, to_file
-from ..techniques.cas_dm import refine
+from ..techniques.cas_dm.comfy_files import fingerprint_head, head_files, read_head, save_head, validate_head
+from ..techniques.cas_dm.comfy_hook import CASTING, MadeFor, add_head, check_fits
+from ..techniques.cas_dm.network import Head, from_file, to_file
+from ..techniques.cas_dm.mix import refine
 
 CasDMHeadSocket = io.Custom("CAS_DM_HEAD")  # networks.cas_dm_head.Head
 PREFIX = "cas_dm/head"

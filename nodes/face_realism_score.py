@@ -3,9 +3,9 @@
 import torch
 from comfy_api.latest import io
 
-from ..host.seed_pictures import embeddings
-from ..techniques.face_refiner import check_pictures
-from ..training.frechet import BLOCKS, Frechet, frechet, frechet_both
+from ..host.images import embeddings
+from ..techniques.face_refiner.refine import check_pictures
+from ..techniques.face_refiner.frechet import BLOCKS, Frechet, frechet, frechet_both
 
 FEW = 3  # pictures; an interval needs as many
 SEED = 0  # of the blocks; the same sets give the same interval

@@ -5,23 +5,14 @@ import logging
 import torch
 from comfy_api.latest import io
 
-from ..host.face_refiner_files import FILES, fingerprint, load_refiner, refiner_files, save_refiner, validate
-from ..host.face_refiner_model import Refining
-from ..host.seed_pictures import embeddings
-from ..host.token_files import workflow_metadata
-from ..networks.image_generators import load_generator
-from ..techniques.face_boxes import CHOICES, choose, faces_in, per_image
-from ..techniques.face_identity import feature_guard, structure_guard
-from ..techniques.face_refiner import (
-    FaceRefinerSettings,
-    Refined,
-    check_mask,
-    check_pictures,
-    describe,
-    refine_boxes,
-    refine_mask,
-    refine_whole,
-)
+from ..techniques.face_refiner.comfy_files import FILES, fingerprint, load_refiner, refiner_files, save_refiner, validate
+from ..techniques.face_refiner.comfy_model import Refining
+from ..host.images import embeddings
+from ..techniques.masked_tokens.comfy_token_files import workflow_metadata
+from ..techniques.face_refiner.networks.image_generators import load_generator
+from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, per_image
+from ..techniques.face_refiner.identity import feature_guard, structure_guard
+from ..techniques.face_refiner.refine import FaceRefinerSettings, Refined, check_mask, check_pictures, describe, refine_boxes, refine_mask, refine_whole
 
 FaceRefinerSocket = io.Custom("FACE_REFINER")  # host.face_refiner_model.FaceRefinerModel
 # not the host's class: it has a box for default, which clients that make prompts of saved workflows send for an empty socket

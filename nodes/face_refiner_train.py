@@ -5,21 +5,21 @@ After arXiv 2505.02255, which trains a residual U-Net on pairs and CycleGAN with
 
 from comfy_api.latest import io, ui
 
-from ..host.face_refiner_model import FaceRefinerModel
-from ..host.face_refiner_training import make_room, steps_behind, trained, weights_of
-from ..host.training_pictures import TrainingPictures, training_gradients
+from ..techniques.face_refiner.comfy_model import FaceRefinerModel
+from ..techniques.face_refiner.comfy_training import make_room, steps_behind, trained, weights_of
+from ..host.training_images import TrainingPictures, training_gradients
 from ..host.training_run import training_place
-from ..networks.image_generators import load_generator
-from ..training.face_generators import ARCHITECTURES, generator_of, new_generator
-from ..training.face_pairs import NAMES, FaceData, read_pictures
-from ..training.face_refiner import PairedTrainer, PairedTraining
-from ..training.face_refiner_run import FIRST_WEIGHTS, GENERATOR, RefinerTrainer
-from ..training.face_refiner_unpaired import CycleTrainer, CycleTraining
-from ..training.streams import stream
+from ..techniques.face_refiner.networks.image_generators import load_generator
+from ..techniques.face_refiner.training.generators import ARCHITECTURES, generator_of, new_generator
+from ..techniques.face_refiner.training.pairs import NAMES, FaceData, read_pictures
+from ..techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
+from ..techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR, RefinerTrainer
+from ..techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
+from ..training.generators import stream
 from . import training_widgets as widgets
 from .face_refiner import FaceRefinerSocket
-from .face_refiner_run import RefinerRun, picture_metric
-from .training_metrics import FEATURES, METRICS, NONE, set_features
+from ..techniques.face_refiner.comfy_train_node import RefinerRun, picture_metric
+from ..host.training_metrics import FEATURES, METRICS, NONE, set_features
 from .training_widgets import single
 
 PREFIX = "face_refiner/refiner"

@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..host.masked_token_run import decode_tokens, encode_pictures
-from ..techniques.token_canvas import check_sides, rgb
-from ..techniques.tokens import edit
-from .masked_token_types import MaskedTokenModel, blank
-from .masked_token_types import Tokens as TokensSocket
+from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures
+from ..techniques.masked_tokens.canvas import check_sides, rgb
+from ..techniques.masked_tokens.tokens import edit
+from .sockets import MaskedTokenModel, blank
+from .sockets import Tokens as TokensSocket
 
 
 class MaskedTokenEncode(io.ComfyNode):

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..host.token_files import FILES as TOKEN_FILES
-from ..host.token_files import load_ids, save_ids, workflow_metadata
-from ..techniques.tokens import Tokens
-from .masked_token_types import Tokens as TokensSocket
+from ..techniques.masked_tokens.comfy_token_files import FILES as TOKEN_FILES
+from ..techniques.masked_tokens.comfy_token_files import load_ids, save_ids, workflow_metadata
+from ..techniques.masked_tokens.tokens import Tokens
+from .sockets import Tokens as TokensSocket
 
 
 class SaveMaskedTokens(io.ComfyNode):

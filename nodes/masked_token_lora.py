@@ -9,25 +9,17 @@ from functools import partial
 import torch
 from comfy_api.latest import io
 
-from ..host.kept_files import check_prefix
-from ..host.masked_token_lora_files import NONE, lora_files, read_lora, write_lora
-from ..host.masked_token_run import decode_tokens, encode_pictures, read_prompts
-from ..host.masked_token_training import add_lora, gradients, make_room, merged_weights, release
+from ..host.files import check_prefix
+from ..techniques.masked_tokens.comfy_lora_files import NONE, lora_files, read_lora, write_lora
+from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures, read_prompts
+from ..techniques.masked_tokens.comfy_training import add_lora, gradients, make_room, merged_weights, release
 from ..host.training_run import TrainingRun, training_place
-from ..techniques.masked_tokens import MaskedTokenSettings, decode, draw
-from ..techniques.token_canvas import rgb
-from ..training.lora import Lora, check_fits, from_file, to_file
-from ..training.masked_token_lora import (
-    LoraTrainer,
-    LoraTraining,
-    Pictures,
-    recompute_layers,
-    report,
-    trainable,
-    training_bytes,
-)
+from ..techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
+from ..techniques.masked_tokens.canvas import rgb
+from ..techniques.masked_tokens.lora import Lora, check_fits, from_file, to_file
+from ..techniques.masked_tokens.training import LoraTrainer, LoraTraining, Pictures, recompute_layers, report, trainable, training_bytes
 from . import training_widgets as widgets
-from .masked_token_types import MaskedTokenLora, MaskedTokenModel
+from .sockets import MaskedTokenLora, MaskedTokenModel
 
 PREFIX = "loras/masked_token_lora"
 PREVIEW_STEPS = 8

@@ -3,17 +3,9 @@
 from comfy_api.latest import io
 
 from ..demo import modules
-from ..host.masked_token_files import (
-    FROM_FOLDER,
-    model_folders,
-    pick,
-    read_model,
-    replacements,
-    text_files,
-    weight_files,
-)
-from ..networks import amused
-from .masked_token_types import MaskedTokenModel
+from ..techniques.masked_tokens.comfy_files import FROM_FOLDER, model_folders, pick, read_model, replacements, text_files, weight_files
+from ..techniques.masked_tokens.networks import amused
+from .sockets import MaskedTokenModel
 
 DEMO = "chorus-demo"
 

@@ -3,23 +3,14 @@
 import torch
 from comfy_api.latest import io
 
-from ..host.masked_token_model import MaskedTokenModel as Model
-from ..host.masked_token_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
-from ..techniques import token_preview
-from ..techniques.masked_tokens import (
-    ORDERS,
-    RAMPS,
-    SCHEDULES,
-    MaskedTokenSettings,
-    decode,
-    draw,
-    guidance_scales,
-    guided,
-)
-from ..techniques.token_batch import Batch, stack_texts
-from ..techniques.token_canvas import Given, rgb
-from .masked_token_types import MaskedTokenModel, blank
-from .masked_token_types import Tokens as TokensSocket
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
+from ..techniques.masked_tokens.comfy_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
+from ..techniques.masked_tokens import preview
+from ..techniques.masked_tokens.decode import ORDERS, RAMPS, SCHEDULES, MaskedTokenSettings, decode, draw, guidance_scales, guided
+from ..techniques.masked_tokens.batch import Batch, stack_texts
+from ..techniques.masked_tokens.canvas import Given, rgb
+from .sockets import MaskedTokenModel, blank
+from .sockets import Tokens as TokensSocket
 
 
 class MaskedTokenSampler(io.ComfyNode):
@@ -211,7 +202,7 @@ class MaskedTokenSampler(io.ComfyNode):
             model,
             [tuple(map(batch.spread, text)) for text in stack_texts(*texts)],
             micro(given.area, aesthetic_score).expand(len(batch), -1),
-            token_preview,
+            preview,
         )
         canvas = given.canvas(batch, lambda pictures: encode_pictures(model, pictures))
         ids = decode(

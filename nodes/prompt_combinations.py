@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..training.prompt_combinations import ORDERS, PromptCombinations
+from ..techniques.face_refiner.prompt_combinations import ORDERS, PromptCombinations
 
 MOST = 0xFFFFFFFFFFFFFFFF  # of a seed
 

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.blend_hook import add_expert, blend_chain
-from ..pictures.blend_view import draw_blend
-from ..techniques.blend_trace import BlendTrace
-from ..techniques.saliency_noise_blend import ExpertSettings, JointSettings, SaliencyBlendRun, Schedule
+from ..techniques.saliency_blend.comfy_hook import add_expert, blend_chain
+from ..techniques.saliency_blend.view import draw_blend
+from ..techniques.saliency_blend.trace import BlendTrace
+from ..techniques.saliency_blend.blend import ExpertSettings, JointSettings, SaliencyBlendRun, Schedule
 
 Trace = io.Custom("BLEND_TRACE")
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..demo.modules import found_seeds
-from ..host.seed_files import FILES, SeedNoise, load_seed, read_seed, save_seed
+from ..techniques.seed_select.comfy_files import FILES, SeedNoise, load_seed, read_seed, save_seed
 
 
 class SaveSeed(io.ComfyNode):

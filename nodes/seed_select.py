@@ -6,12 +6,12 @@ import math
 
 from comfy_api.latest import io
 
-from ..host.misfit import explained
-from ..host.seed_files import model_details
-from ..host.seed_generate import SAMPLERS, SCHEDULERS, SeedRun
-from ..techniques.seed_optimize import OptimizeSettings
-from ..techniques.seed_select import MODES, STARTS, SeedSelectSettings
-from .seed_run import Score, find, outputs
+from ..host.shape_errors import explained
+from ..techniques.seed_select.comfy_files import model_details
+from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, SeedRun
+from ..techniques.seed_select.optimize import OptimizeSettings
+from ..techniques.seed_select.select import MODES, STARTS, SeedSelectSettings
+from ..techniques.seed_select.comfy_run import Score, find, outputs
 
 
 class SeedSelect(io.ComfyNode):

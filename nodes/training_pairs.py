@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..demo import modules
-from ..host.token_files import workflow_metadata
-from ..host.training_pairs import chosen, fingerprint, load_pairs, pair_folders, save_pairs
+from ..techniques.masked_tokens.comfy_token_files import workflow_metadata
+from ..techniques.face_refiner.comfy_pairs import chosen, fingerprint, load_pairs, pair_folders, save_pairs
 
 
 def offered() -> list[str]:

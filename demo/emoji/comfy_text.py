@@ -6,7 +6,7 @@ import comfy.sd
 import comfy.sd1_clip
 import torch
 
-from ...host.masked_token_text import MarkedText
+from ...techniques.masked_tokens.comfy_text import MarkedText
 from .concepts import PAD, START, UNKNOWN
 from .text import HEADS, INDEX, LAYERS, LENGTH, VOCABULARY, WIDTH, TextModel, words_of
 

@@ -1,7 +1,7 @@
 """The demo checkpoints as the host's own objects."""
 
-from ...host.masked_token_files import read_networks
-from ...networks import amused
+from ...techniques.masked_tokens.comfy_files import read_networks
+from ...techniques.masked_tokens.networks import amused
 from .. import weights
 from .autoencoder import Autoencoder
 from .comfy_denoisers import NETWORKS, make_model

@@ -27,7 +27,7 @@ def main(argv=None):
     )
     options = parser.parse_args(argv)
     if options.old is not None:
-        from ...demo.recipes.__main__ import main as old
+        from ..first_recipes.__main__ import main as old
 
         old(options.old)
         return 0

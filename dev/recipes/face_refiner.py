@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ...networks.residual_refiner import RefinerConfig
-from ...training.face_generators import new_generator
-from ...training.face_pairs import FaceData
-from ...training.face_refiner import PairedTrainer, PairedTraining
-from ...training.face_refiner_run import FIRST_WEIGHTS, GENERATOR
+from ...techniques.face_refiner.networks.residual import RefinerConfig
+from ...techniques.face_refiner.training.generators import new_generator
+from ...techniques.face_refiner.training.pairs import FaceData
+from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
+from ...techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR
 from ...training.metrics import feature_distance
-from ...training.streams import stream
+from ...training.generators import stream
 from . import face_pairs, features, loop, sheets, snapshots
 from .device import device, has_bfloat16
 from .scenes import SIZE
 
-FORMAT = "chorus-face-refiner-1"  # in the metadata, as host/face_refiner_files.py reads it
+FORMAT = "chorus-face-refiner-1"  # in the metadata, as techniques/face_refiner/comfy_files.py reads it
 CROP = SIZE
 
 

@@ -1,4 +1,4 @@
-"""The small U-ViT: masked tokens of the VQ-GAN and a caption in, the tokens out, in aMUSEd's layout (networks/uvit.py).
+"""The small U-ViT: masked tokens of the VQ-GAN and a caption in, the tokens out, in aMUSEd's layout (techniques/masked_tokens/networks/uvit.py).
 
 The objective is aMUSEd's (arXiv 2401.01808, section 3.2): r uniform in 0..1, a share cos(pi r / 2) of the tokens masked,
 cross entropy on those. The text encoder is that of the demo checkpoints, frozen.
@@ -13,8 +13,8 @@ from torch import nn
 
 from ...demo.emoji.concepts import PAD, START
 from ...demo.emoji.text import WIDTH, TextModel, token_rows
-from ...networks.uvit import UViT, UViTConfig
-from ...techniques import masked_tokens as technique
+from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
+from ...techniques.masked_tokens import decode as technique
 from . import banks, denoiser, loop, sheets, snapshots, state, vq
 from .device import device, has_bfloat16
 from .scenes import SIZE, Scenes

@@ -1,4 +1,4 @@
-"""The VQ-GAN: canvases as 16 x 16 token ids of 512 codes, in aMUSEd's layout (networks/vq.py).
+"""The VQ-GAN: canvases as 16 x 16 token ids of 512 codes, in aMUSEd's layout (techniques/masked_tokens/networks/vq.py).
 
 Absolute, squared and gradient error, a commitment, a codebook that follows the means of its tokens (VQ-VAE,
 arXiv 1711.00937, appendix A.1), and late a patch discriminator.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...networks.vq import VQGAN, VQConfig
+from ...techniques.masked_tokens.networks.vq import VQGAN, VQConfig
 from . import loop, sheets, snapshots
 from .autoencoder import to_tensor
 from .device import autocast, device

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from chorus.tools.setup import ROOT
+from chorus.dev.tools.setup import ROOT
 
 HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from chorus.tools import page as page_tools
-from chorus.tools.setup import ROOT
+from chorus.dev.tools import page as page_tools
+from chorus.dev.tools.setup import ROOT
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from chorus.host import headless
-from chorus.tests.real_comfyui import comfy, server  # noqa: F401 (fixtures)
+from chorus.dev import headless
+from chorus.tests.support.real_comfyui import comfy, server  # noqa: F401 (fixtures)
 
 headless.start()
 

@@ -17,13 +17,14 @@ from PIL import Image
 
 from chorus.demo import modules
 from chorus.demo import weights as demo_weights
-from chorus.host import seed_files, training_pairs
-from chorus.networks.cas_dm_head import CasDMHeadConfig, HeadFacts, new_head, to_file
-from chorus.networks.image_generators import NETWORKS
-from chorus.networks.residual_refiner import RefinerConfig
-from chorus.networks.resnet_generator import ResnetConfig
-from chorus.networks.unet_generator import UnetConfig
-from chorus.techniques.tokens import Tokens
+from chorus.techniques.seed_select import comfy_files
+from chorus.techniques.face_refiner import comfy_pairs
+from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
+from chorus.techniques.face_refiner.networks.image_generators import NETWORKS
+from chorus.techniques.face_refiner.networks.residual import RefinerConfig
+from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
+from chorus.techniques.face_refiner.networks.unet import UnetConfig
+from chorus.techniques.masked_tokens.tokens import Tokens
 
 from .loader import Loader, finite, generator, node
 from .masked_token_loaders import VQ, Lora, TextEncoder, Transformer
@@ -109,7 +110,7 @@ class Seed(Loader):
     def __init__(self, home):
         super().__init__(home)
         noise = torch.randn(1, 4, 6, 5, generator=generator())
-        self.sample = {"noise": noise}, {"format": seed_files.FORMAT, "seed": "5", "score": "0.1", "settings": "{}"}
+        self.sample = {"noise": noise}, {"format": comfy_files.FORMAT, "seed": "5", "score": "0.1", "settings": "{}"}
 
     def write(self, rng):
         (self.home / "input/case.seed.safetensors").write_bytes(self.content(rng, *self.sample))
@@ -147,7 +148,7 @@ class Pairs(Loader):
     def __init__(self, home):
         super().__init__(home)
         self.root = home / "input/pairs"
-        self.pictures = {(side, n): png(6 + n, 5, n) for side in training_pairs.SIDES for n in (1, 2)}
+        self.pictures = {(side, n): png(6 + n, 5, n) for side in comfy_pairs.SIDES for n in (1, 2)}
         self.lines = b"".join(json.dumps({"number": n, "prompt": f"p{n}"}).encode() + b"\n" for n in (1, 2))
 
     def write(self, rng):
@@ -155,15 +156,15 @@ class Pairs(Loader):
         for (side, number), data in self.pictures.items():
             (self.root / side).mkdir(parents=True, exist_ok=True)
             (self.root / side / f"{number:05}.png").write_bytes(data)
-        (self.root / training_pairs.LIST).write_bytes(self.lines)
+        (self.root / comfy_pairs.LIST).write_bytes(self.lines)
         side, number = rng.choice(list(self.pictures))
         picture = self.root / side / f"{number:05}.png"
         kind = rng.randrange(8)
         if kind == 0:
-            (self.root / training_pairs.LIST).write_bytes(damaged_bytes(rng, self.lines))
+            (self.root / comfy_pairs.LIST).write_bytes(damaged_bytes(rng, self.lines))
         elif kind < 4:
             lines = [other_json(rng, json.dumps({"number": n, "prompt": f"p{n}"})).encode() for n in (1, 2)]
-            (self.root / training_pairs.LIST).write_bytes(
+            (self.root / comfy_pairs.LIST).write_bytes(
                 b"\n".join([*lines, self.lines if rng.random() < 0.3 else b""])
             )
         elif kind < 6:

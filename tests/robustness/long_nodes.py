@@ -14,20 +14,21 @@ import torch
 
 from chorus.demo import modules
 from chorus.demo.latent import ChorusDemoLatent
-from chorus.networks.patch_gan import PatchGanConfig
-from chorus.nodes import NODES, face_refiner_train, seed_run
-from chorus.techniques import seed_path, seed_select
-from chorus.tests.host import tiny_masked_tokens as tiny
-from chorus.tests.host.test_cas_dm import head_for, put
-from chorus.tests.host.test_cas_dm_training import latents, train
-from chorus.tests.host.test_face_refiner import OWN, box
-from chorus.tests.host.test_face_refiner import refiner as face_refiner
-from chorus.tests.host.test_face_refiner_training import images, tinted
-from chorus.tests.host.test_face_refiner_training import train as train_refiner
-from chorus.tests.host.test_seed_gradients import tiny_encoder
-from chorus.tests.host.tiny_models import blend, conditioning, defaults, ksample, latent, lora, unet
+from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
+from chorus.nodes import NODES, face_refiner_train
+from chorus.techniques.seed_select import comfy_run
+from chorus.techniques.seed_select import path, select
+from chorus.tests.support import tiny_masked_tokens as tiny
+from chorus.tests.cas_dm.test_comfy_hook import head_for, put
+from chorus.tests.cas_dm.test_comfy_training import latents, train
+from chorus.tests.face_refiner.test_comfy_nodes import OWN, box
+from chorus.tests.face_refiner.test_comfy_nodes import refiner as face_refiner
+from chorus.tests.face_refiner.test_comfy_training import images, tinted
+from chorus.tests.face_refiner.test_comfy_training import train as train_refiner
+from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
+from chorus.tests.support.tiny_models import blend, conditioning, defaults, ksample, latent, lora, unet
 from chorus.tests.robustness.remains import same_bits
-from chorus.training import face_refiner_run
+from chorus.techniques.face_refiner.training import base as face_refiner_run
 
 NODE = {node.define_schema().node_id: node for node in NODES}
 WORDS, OTHER_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
@@ -234,14 +235,14 @@ def small(monkeypatch) -> None:
     """Few weights and steps where the nodes have no widget for it."""
     monkeypatch.setitem(face_refiner_train.ARCHITECTURES, "residual", OWN)
     monkeypatch.setattr(face_refiner_run, "PatchGanConfig", partial(PatchGanConfig, ndf=8))
-    monkeypatch.setattr(seed_run, "INVERSION_STEPS", 3)
+    monkeypatch.setattr(comfy_run, "INVERSION_STEPS", 3)
     known: list = []  # centroids take a second each, and are of the same noises in every run
 
     def centroid(noises):
         for asked, found in known:
             if same_bits(asked, list(noises)):
                 return found
-        known.append(([x.clone() for x in noises], seed_path.norm_aware_centroid(noises)))
+        known.append(([x.clone() for x in noises], path.norm_aware_centroid(noises)))
         return known[-1][1]
 
-    monkeypatch.setattr(seed_select, "norm_aware_centroid", centroid)
+    monkeypatch.setattr(select, "norm_aware_centroid", centroid)

@@ -8,8 +8,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from chorus.tools.client import Comfy, WorkflowError, refusal
-from chorus.tools.server import open_local
+from chorus.dev.tools.client import Comfy, WorkflowError, refusal
+from chorus.dev.tools.server import open_local
 
 
 @dataclass

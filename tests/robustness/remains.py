@@ -7,7 +7,7 @@ import comfy.utils
 import numpy
 import torch
 
-from chorus.host.blend_hook import blend_chain
+from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 
 
 def patchers_of(*wired) -> list:

@@ -12,7 +12,7 @@ import folder_paths
 import pytest
 import torch
 
-from chorus.host.masked_token_files import model_folders, text_files, weight_files
+from chorus.techniques.masked_tokens.comfy_files import model_folders, text_files, weight_files
 from chorus.tests.robustness.loader import NODES
 from chorus.tests.robustness.loaders import LOADERS
 from chorus.tests.robustness.workshop import workers

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from chorus.tests.real_comfyui import fresh_server
+from chorus.tests.support.real_comfyui import fresh_server
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import TECHNIQUES, Graph
 

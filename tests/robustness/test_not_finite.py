@@ -6,11 +6,11 @@ import contextlib
 import pytest
 import torch
 
-from chorus.host import head_watch
-from chorus.techniques import blend_watch
-from chorus.tests.host import tiny_masked_tokens as tiny
-from chorus.tests.host.test_cas_dm import head_for, put
-from chorus.tests.host.tiny_models import blend, ksample, latent, unet
+from chorus.techniques.cas_dm import non_finite
+from chorus.techniques.saliency_blend import non_finite as blend_watch
+from chorus.tests.support import tiny_masked_tokens as tiny
+from chorus.tests.cas_dm.test_comfy_hook import head_for, put
+from chorus.tests.support.tiny_models import blend, ksample, latent, unet
 from chorus.tests.robustness.long_nodes import CASES, NODE, OTHER_WORDS, WORDS, folders, small  # noqa: F401 (fixtures)
 from chorus.tests.robustness.remains import Remains, same_bits
 
@@ -24,7 +24,7 @@ STEPS = list(enumerate(["14.61", "1.616", "0.02917"]))  # sigmas of three steps
 def looks(request, monkeypatch):
     """Where a look would wait for the device, it is taken later."""
     if request.param == "on a GPU":
-        for place in (blend_watch, head_watch):
+        for place in (blend_watch, non_finite):
             monkeypatch.setattr(place, "at_hand", lambda numbers: False)
 
 

@@ -7,7 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from chorus.nodes.cas_dm_run import HeadRun
+from chorus.techniques.cas_dm.comfy_train_node import HeadRun
 from chorus.tests.robustness.long_nodes import CASES, folders, small  # noqa: F401 (fixtures)
 from chorus.tests.robustness.remains import Remains, same_bits
 from chorus.tests.robustness.stopping import BackwardPoints, Points, run_out_of_memory

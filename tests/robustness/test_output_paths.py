@@ -13,7 +13,7 @@ import torch
 
 from chorus.tests.robustness.loader import NODES
 from chorus.tests.robustness.savers import savers
-from chorus.tools.client import WorkflowError
+from chorus.dev.tools.client import WorkflowError
 
 OUTSIDE = [
     *("../x", "../../x", "a/../../x", "a/b/../../../x", "./../x", "..//x", "../output2/x", "../output", "/x", "//x"),

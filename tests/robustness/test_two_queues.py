@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chorus.tests.real_comfyui import fresh_server
+from chorus.tests.support.real_comfyui import fresh_server
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import Graph, digest
 

@@ -29,7 +29,7 @@ def start() -> None:
     spec = importlib.util.spec_from_file_location("chorus_run", root / "run.py")
     sys.modules["chorus_run"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["chorus_run"])
-    from chorus.host import headless
+    from chorus.dev import headless
 
     sys.argv = sys.argv[:1]  # the host reads it
     headless.start()

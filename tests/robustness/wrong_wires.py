@@ -6,7 +6,7 @@ import nodes as host_nodes
 import torch
 
 from chorus.nodes import NODES
-from chorus.tests.host.tiny_models import CONTEXT, defaults, flux, ksample, unet
+from chorus.tests.support.tiny_models import CONTEXT, defaults, flux, ksample, unet
 
 NODE = {node.define_schema().node_id: node for node in NODES}
 NAN, INFINITY = float("nan"), float("inf")

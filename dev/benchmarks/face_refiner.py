@@ -1,0 +1,215 @@
+"""Seconds per face of the networks that refine faces, against the same network in plain eager float32 in one run.
+
+Plain is what the published code would run: its layers one after the other with torch's own norms, in float32 and in the
+memory layout that torch makes. The pack's is what FaceRefiner runs: the host's casting layers and its memory, channels_last,
+the dtype of the device, or that of ``--dtype``. Both have the same random weights, of the published sizes; what they cost is
+real. Rounds alternate, who begins changes. ``--step`` also times one sampling step (both predictions of a guided sampler) of
+an SD1.5-sized model at 512 x 512, in the dtype in which the host would load it.
+"""
+
+import argparse
+import dataclasses
+import gc
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import headless
+
+headless.start()
+
+import comfy.model_management  # noqa: E402
+import comfy.ops  # noqa: E402
+
+from ...techniques.face_refiner.comfy_model import Refining, wrap  # noqa: E402
+from ...techniques.face_refiner.networks.layers import EPS, BatchNorm, ImageGenerator, InstanceNorm  # noqa: E402
+from ...techniques.face_refiner.networks.image_generators import NETWORKS, load_generator  # noqa: E402
+from ...techniques.face_refiner.networks.residual import RefinerConfig  # noqa: E402
+from ...techniques.face_refiner.networks.resnet import ResnetConfig  # noqa: E402
+from ...techniques.face_refiner.networks.unet import UnetConfig  # noqa: E402
+from .environment import facts, keep  # noqa: E402
+from .stopwatch import median  # noqa: E402
+
+TARGET = {"cuda": 2.0, "cpu": 1.2}  # times the plain speed
+CONFIGS = {"resnet9": ResnetConfig(), "unet256": UnetConfig(), "own": RefinerConfig()}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST, MOST = 4, 40  # rounds of a case
+STEP = (2, 4, 64, 64)  # latents of 512 x 512
+LEVEL = 1.0 / 255.0  # of a picture of 8 bits
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=CONFIGS, default=["resnet9", "own"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtype", choices=DTYPES, help="of the pack's layers; the device's own unless given")
+    parser.add_argument("--seconds", type=float, default=25.0, help="for a case, which gets 4 to 40 rounds")
+    parser.add_argument("--step", action="store_true", help="time a sampling step as well")
+    parser.add_argument("--name", default="face_refiner", help="of the result file")
+    return parser.parse_args()
+
+
+class PlainInstanceNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, eps=EPS)
+
+
+class Plain(nn.Module):
+    """The layers of a network of the pack as the published code runs them, pictures of 0..1 to pictures."""
+
+    def __init__(self, network: ImageGenerator, device: torch.device):
+        super().__init__()
+        for parent in list(network.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, InstanceNorm):
+                    setattr(parent, name, PlainInstanceNorm())
+                elif isinstance(layer, BatchNorm):
+                    own = nn.BatchNorm2d(len(layer.weight), EPS)
+                    own.load_state_dict(layer.state_dict(), strict=False)  # but for torch's count of batches
+                    setattr(parent, name, own)
+        self.network, self.device = network.to(device).eval(), device
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x = 2.0 * pictures.to(self.device) - 1.0
+        if isinstance(self.network.config, RefinerConfig):
+            out = (x + self.network.change(x)).clamp(-1.0, 1.0)
+        else:
+            # not the network's own forward, which makes the layout
+            out = torch.tanh(self.network.model(x))
+        return (0.5 * out + 0.5).to(pictures.device)
+
+
+def runs(name: str, device: torch.device, dtype: torch.dtype | None) -> tuple[dict[str, Callable], torch.dtype]:
+    """Both as functions of pictures, and what the pack's layers compute in."""
+    config = CONFIGS[name]
+    generator, weights = torch.Generator().manual_seed(0), NETWORKS[type(config)](config).state_dict()
+    for key, weight in weights.items():
+        if weight.ndim == 4:
+            scale = (1.5 / weight[0].numel()) ** 0.5
+            weights[key] = torch.randn(weight.shape, generator=generator) * scale
+    model = wrap(name, load_generator({k: w.clone() for k, w in weights.items()}, comfy.ops.manual_cast))
+    if dtype is not None:
+        model = dataclasses.replace(model, dtype=dtype)
+    return {"plain": Plain(load_generator(weights), device), "chorus": Refining(model)}, model.dtype
+
+
+def faces(batch: int, size: int) -> Tensor:
+    """Shading and grain, in 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    shading = F.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (size, size), mode="bicubic")
+    grain = 0.05 * torch.randn(shading.shape, generator=generator)
+    return ((shading + grain).clamp(0.0, 1.0) / LEVEL).round() * LEVEL
+
+
+def seconds(run: Callable[[], object], cuda: bool) -> float:
+    gc.collect()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(name: str, size: int, batch: int, options: argparse.Namespace, device: torch.device) -> dict:
+    cuda = device.type == "cuda"
+    both, dtype = runs(name, device, DTYPES.get(options.dtype))
+    pictures, found = faces(batch, size), {}
+    for _ in range(3 if cuda else 1):
+        both_once = sum(seconds(lambda kind=kind: found.update({kind: both[kind](pictures)}), cuda) for kind in both)
+    if not torch.isfinite(found["chorus"]).all():
+        raise SystemExit(f"the pictures of {name} in {dtype} are not finite")
+    apart = (found["chorus"] - found["plain"]).abs().flatten() / LEVEL
+    taken = {kind: [] for kind in both}
+    for n in range(min(MOST, max(LEAST, int(options.seconds / both_once)))):
+        for kind in list(both) if n % 2 == 0 else list(both)[::-1]:
+            taken[kind].append(seconds(lambda run=both[kind]: run(pictures), cuda) / batch)
+    out = {
+        "case": {"network": name, "size": size, "batch": batch, "dtype": str(dtype).removeprefix("torch.")},
+        "seconds_per_face": taken,
+        "median": {kind: median(values) for kind, values in taken.items()},
+        "speedup": median([a / b for a, b in zip(taken["plain"], taken["chorus"])]),
+        "levels_apart": {"mean": apart.mean().item(), "99.9 %": apart.kthvalue(int(0.999 * len(apart)))[0].item()},
+    }
+    print(f"{name} {size} x {batch}: {out['speedup']['median']:.2f} times", flush=True)
+    return out
+
+
+def step(device: torch.device) -> dict:
+    """Seconds of one step of a model of Stable Diffusion 1.5's size: both predictions of a guided sampler."""
+    from .random_models import sd15
+
+    model = sd15(0, comfy.model_management.unet_dtype(device))
+    comfy.model_management.load_models_gpu([model])
+    dtype = model.model.get_dtype()
+    x, context = torch.randn(STEP).to(device, dtype), torch.randn(STEP[0], 77, 768).to(device, dtype)
+    sigma = torch.ones(STEP[0], device=device)
+
+    def run():
+        return model.model.apply_model(x, sigma, c_crossattn=context)
+
+    cuda = device.type == "cuda"
+    for _ in range(3 if cuda else 1):
+        run()
+    taken = [seconds(run, cuda) for _ in range(MOST if cuda else LEAST)]
+    return {"dtype": str(dtype).removeprefix("torch."), "seconds": taken, "median": median(taken)}
+
+
+def title(case: dict) -> str:
+    return f"{case['network']}, {case['size']} x {case['size']}, batch {case['batch']}"
+
+
+def table(found: list[dict], target: float) -> str:
+    lines = [
+        "| faces | dtype | plain, ms (quartiles) | chorus, ms (quartiles) | speed-up (95 %) | apart, of 255: mean, 99.9 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        case = one["case"]
+        cells = [title(case), case["dtype"]]
+        for m in one["median"].values():
+            cells.append("{:,.1f} ({:,.1f}-{:,.1f})".format(*(1e3 * v for v in (m["median"], *m["quartiles"]))))
+        cells.append("{:.2f} x ({:.2f}-{:.2f})".format(one["speedup"]["median"], *one["speedup"]["interval"]))
+        cells.append("{:.2g}, {:.2g}".format(*one["levels_apart"].values()))
+        lines.append(f"| {' | '.join(cells)} |")
+    reached = min(one["speedup"]["median"] for one in found)
+    lines.append(f"\nAt least {target:g} times the plain speed wanted; {reached:.2f} times reached at the slowest.")
+    return "\n".join(lines)
+
+
+def steps(found: list[dict], one_step: dict) -> str:
+    """What a face costs in sampling steps."""
+    second = one_step["median"]["median"]
+    lines = [
+        f"\nOne step of an SD1.5-sized model at 512 x 512, guided, {one_step['dtype']}: {second:.3f} s. A face takes"
+    ]
+    for one in found:
+        lines.append(f"  {one['median']['chorus']['median'] / second:6.1%} of it: {title(one['case'])}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = arguments()
+    device = comfy.model_management.get_torch_device()
+    if (busy := psutil.cpu_percent(interval=1.0)) > 20.0:
+        print(f"other work keeps the processor {busy:.0f} % busy: the times will jitter", flush=True)
+    with torch.inference_mode():
+        cases = [(n, s, b) for n in options.networks for s in options.sizes for b in options.batches]
+        found = [measure(*case, options, device) for case in cases]
+        results = {"busy_percent_before": busy, "measured": found}
+        text = table(found, TARGET["cuda" if device.type == "cuda" else "cpu"])
+        if options.step:
+            results["sd15_step"] = step(device)
+            text += f"\n{steps(found, results['sd15_step'])}"
+    path = keep(options.name, results)
+    print(f"\n{text}\n\n{facts()['device']}; kept in {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The pairs of checkpoints that the fusion is measured on, ready to sample."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.sample
+import psutil
+import torch
+
+from ...demo.modules import load_checkpoint
+from .random_models import SD15_PARAMETERS, conditioning, sd15
+from .saliency_effect import blend
+
+KINDS = ("base", "expert", "fusion")
+CFG, SEED = 5.0, 1
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+GIB = 2**30
+# what a process needs beside the weights: Python, libraries and activations; the host keeps some VRAM free
+ROOM = {"ram": 2 * GIB, "vram": 4 * GIB}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair of checkpoints and how it is sampled."""
+
+    name: str
+    size: int  # side of the latent
+    steps: int
+    dtype: str
+    batch: int
+
+    @property
+    def title(self) -> str:
+        models = {
+            "sd15": f"two SD 1.5-sized checkpoints of {SD15_PARAMETERS / 1e6:.0f} M random parameters",
+            "demo": "the demo checkpoints general and expert-animals",
+        }[self.name]
+        return (
+            f"{models}, {self.dtype}, latent {self.size} x {self.size}, batch {self.batch}, euler, steps:"
+            f" {self.steps}, cfg {CFG:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """The models of a setting, ready to sample."""
+
+    setting: Setting
+    base: Any
+    expert: Any
+    fusion: Any
+    trace: Any
+    positive: list
+    negative: list
+
+    def runs(self) -> dict[str, Callable]:
+        return {kind: partial(self.paint, getattr(self, kind)) for kind in KINDS}
+
+    def paint(self, model) -> torch.Tensor:
+        """What the KSampler node does."""
+        s = self.setting
+        channels = model.get_model_object("latent_format").latent_channels
+        latent = torch.zeros(s.batch, channels, s.size, s.size)
+        noise = comfy.sample.prepare_noise(latent, SEED)
+        prompts = self.positive, self.negative
+        return comfy.sample.sample(
+            model, noise, s.steps, CFG, "euler", "normal", *prompts, latent, disable_pbar=True, seed=SEED
+        )
+
+    def networks(self) -> list[torch.nn.Module]:
+        return [m.model.diffusion_model for m in (self.base, self.expert)]
+
+    def weights(self) -> int:
+        """Bytes of both models' weights."""
+        return sum(p.numel() * p.element_size() for n in self.networks() for p in n.parameters())
+
+    def expert_share(self) -> float:
+        """The part of the mask that the expert held in the last run."""
+        return float(self.trace.record.mean_shares()[1].mean())
+
+
+def prepare(setting: Setting) -> Case:
+    if setting.name == "sd15":
+        base, expert = (sd15(seed, DTYPES[setting.dtype]) for seed in (1, 2))
+        positive, negative = conditioning(3), conditioning(4)
+    else:
+        base, clip, _ = load_checkpoint("general")
+        expert, _, _ = load_checkpoint("expert-animals")
+        positive, negative = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a cat left of a tree on blue", "")
+        )
+    fusion, trace = blend(base, expert, None, None, {})
+    return Case(setting, base, expert, fusion, trace, positive, negative)
+
+
+def check_room(setting: Setting, device: str) -> None:
+    if setting.name != "sd15":
+        return
+    weights = 2 * SD15_PARAMETERS * DTYPES[setting.dtype].itemsize
+    free = {"ram": psutil.virtual_memory().available}
+    if device == "cuda":
+        free["vram"] = torch.cuda.mem_get_info()[0]
+    for kind, available in free.items():
+        if available < (needed := weights + ROOM[kind]):
+            raise SystemExit(
+                f"two SD 1.5-sized models in {setting.dtype} need {needed / GIB:.1f} GiB of {kind.upper()} and"
+                f" {available / GIB:.1f} GiB are free; free some, or use --models demo"
+            )

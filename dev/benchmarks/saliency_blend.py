@@ -1,0 +1,320 @@
+"""How fast is the blend? The definition, the torch path and Triton on the same predictions, next to a copy of them.
+
+Every implementation must first give what the definition gives in float64, away from ties; a wrong one is not timed.
+Hard mask, blur 4, k 1. The bytes of a blend: 2 N predictions read once, two outputs and the mask written. The copy
+moves as many, half of them read and half written. Inputs rotate, so that a large case does not find them in the cache.
+
+A CPU is timed call by call, all implementations in turn. A GPU is timed twice: eager calls by the wall clock, from the
+host's first call until the GPU is done, and replays of CUDA graphs between events, which leave out what the host costs.
+
+On a CPU that has other work too, set OMP_WAIT_POLICY=passive: threads that spin while they wait for one that is not
+running make every number, the definition's most of all, a matter of luck.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...kernels.saliency_blend import fused_torch, reference
+from ..statistics import quartiles
+from .environment import clocks, facts, keep, last_level_cache, load
+
+SHAPES = [(1, 4, 64, 64), (4, 4, 128, 128), (1, 16, 128, 128), (4, 16, 256, 256)]
+MODELS = [2, 4]
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.float16, torch.float32]}
+TIE = 1e-5  # scores nearer than this may fall to either side in float32
+CALLS = 8  # in one timing on a GPU, where a single call is too short for its clock
+DEFINITION, TORCH, TRITON, COPY = "definition", "fused torch", "Triton", "copy"
+
+
+class Case:
+    """Predictions of one size, in as many sets as it takes to fill the cache three times, eight at most."""
+
+    def __init__(self, shape: tuple[int, ...], models: int, dtype: torch.dtype, device: torch.device, cache: int):
+        self.shape, self.models, self.dtype = shape, models, dtype
+        batch, channels, *axes = shape
+        prediction = batch * channels * int(np.prod(axes)) * dtype.itemsize
+        self.bytes = (2 * models + 2) * prediction + batch * int(np.prod(axes))
+        self.beyond_cache = self.bytes > cache
+        generator = torch.Generator().manual_seed(0)
+        self.sets = [self._draw(generator, device) for _ in range(int(np.clip(-(-3 * cache // self.bytes), 2, 8)))]
+        half = torch.zeros(self.bytes // 2, dtype=torch.uint8, device=device)
+        self.copies = [(half.clone(), half.clone()) for _ in self.sets]
+
+    def _draw(self, generator: torch.Generator, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        uncond = [torch.randn(self.shape, generator=generator) for _ in range(self.models)]
+        cond = [u + torch.randn(self.shape, generator=generator) for u in uncond]
+        sigma = torch.linspace(0.5, 3.0, self.shape[0])
+        cond, uncond = ([t.to(device, self.dtype) for t in side] for side in (cond, uncond))
+        return cond, uncond, sigma.to(device)
+
+    def blend(self, function: Callable, i: int) -> tuple[Tensor, ...]:
+        ones, zeros, none = [1.0] * self.models, [0.0] * self.models, [None] * self.models
+        options = {"blur": 4, "shared": False, "softness": None}
+        return function(*self.sets[i % len(self.sets)], ones, zeros, none, ones, **options)
+
+    def copy(self, i: int) -> Tensor:
+        target, source = self.copies[i % len(self.copies)]
+        return target.copy_(source)
+
+
+def contenders(device: torch.device) -> dict[str, Callable]:
+    found = {DEFINITION: reference.saliency_blend, TORCH: fused_torch.saliency_blend}
+    if device.type == "cuda":
+        from ...kernels.saliency_blend import fused
+
+        found[TRITON] = fused.saliency_blend
+    return found
+
+
+def check(case: Case, name: str, function: Callable) -> None:
+    """Raise unless ``function`` paints what the definition in float64 paints, away from ties."""
+    cond, uncond, sigma = case.sets[0]
+    pairs = zip(cond, uncond, strict=True)
+    scores = torch.stack([reference.log_saliency(c.double(), u.double(), sigma.double(), 1.0, 4) for c, u in pairs])
+    (first, second), order = scores.topk(2, dim=0)
+    certain, owner = first - second > TIE, order[0]
+    got_cond, got_uncond, weights, *_ = case.blend(function, 0)
+    got = weights if weights.dtype == torch.uint8 else weights.argmax(0)
+    wrong = int((got != owner)[certain].sum())
+    if wrong or certain.double().mean() < 0.99:
+        raise ValueError(f"{name} gives {wrong} positions of {list(case.shape)} to the wrong model; not timed")
+    where = owner[None, :, None].expand(1, *case.shape)
+    exact = name != DEFINITION  # it multiplies by the mask and guides by u + 1 (c - u), which rounds
+    for blended, predictions in ((got_cond, cond), (got_uncond, uncond)):
+        wanted = torch.stack(predictions).gather(0, where)[0]
+        bound = 0.0 if exact else 8 * torch.finfo(case.dtype).eps * float(wanted.abs().max())
+        error = (blended.double() - wanted.double()).abs().movedim(1, 0)[:, certain].max()
+        if not error <= bound:
+            raise ValueError(f"{name} is off by {float(error):.3g} at {list(case.shape)}; not timed")
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the ops that reach the dispatcher, without views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def launches(run: Callable, device: torch.device) -> int:
+    """Of one call: kernels, copies and fills on a GPU; on a CPU, ops."""
+    if device.type == "cpu":
+        with CountOps() as counter:
+            run(0)
+        return counter.count
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):  # the first profile of a process may miss events
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            run(0)
+            torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
+
+
+class Constants(TorchFunctionMode):
+    """Makes every ``torch.tensor`` once and hands it out again: a capture allows no copy from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.tensor:
+            return func(*args, **(kwargs or {}))
+        key = repr((args, kwargs))
+        if key not in self._made:
+            self._made[key] = func(*args, **(kwargs or {}))
+        return self._made[key]
+
+
+def capture(run: Callable) -> Callable | None:
+    """A CUDA graph of ``CALLS`` calls that go through the sets in turn; None, and why, where it cannot be captured."""
+    constants, side, graph = Constants(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with constants, torch.cuda.stream(side):
+            for i in range(CALLS):
+                run(i)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        with constants, torch.cuda.graph(graph):
+            for i in range(CALLS):
+                run(i)
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}", flush=True)
+        return None
+    return graph.replay
+
+
+def eager_gpu(run: Callable) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(CALLS):
+        run(i)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / CALLS
+
+
+def replayed(replay: Callable) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / CALLS
+
+
+def eager_cpu(run: Callable, i: int) -> float:
+    start = time.perf_counter()
+    run(i)
+    return time.perf_counter() - start
+
+
+def time_all(runs: dict[str, Callable], device: torch.device, count: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of one call, by implementation, ``count`` times each and in turn: "eager", on a GPU also "graph"."""
+    cuda = device.type == "cuda"
+    graphs = {name: capture(run) if cuda else None for name, run in runs.items()}
+    times = {name: {"eager": [], "graph": []} for name in runs}
+    for i in range(-5, count):  # the first five warm up
+        for name, run in runs.items():
+            eager = eager_gpu(run) if cuda else eager_cpu(run, i)
+            graph = replayed(graphs[name]) if graphs[name] else None
+            if i >= 0:
+                times[name]["eager"].append(eager)
+                times[name]["graph"] += [] if graph is None else [graph]
+    return times
+
+
+def measure(case: Case, device: torch.device, count: int) -> list[dict]:
+    """One row per implementation, the copy last."""
+    found = contenders(device)
+    for name, function in found.items():
+        check(case, name, function)
+    runs = {name: partial(case.blend, function) for name, function in found.items()}
+    counts = {name: launches(run, device) for name, run in runs.items()}
+    runs[COPY] = case.copy
+    times = {
+        n: {k: quartiles(v) if v else None for k, v in t.items()} for n, t in time_all(runs, device, count).items()
+    }
+    clock = "graph" if times[COPY]["graph"] else "eager"
+    rows = []
+    for name, time_of in times.items():
+        best = time_of[clock]
+        rows.append(
+            {
+                "shape": list(case.shape),
+                "models": case.models,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "bytes": case.bytes,
+                "beyond_cache": case.beyond_cache,
+                "sets": len(case.sets),
+                "implementation": name,
+                "seconds": time_of,
+                "launches": counts.get(name),
+                "speedup": {k: _ratio(times[DEFINITION][k], q) for k, q in time_of.items() if name != COPY},
+                "bytes_per_second": case.bytes / best[1] if best else None,
+                "share_of_copy": _ratio(times[COPY][clock], best),
+            }
+        )
+    return rows
+
+
+def _ratio(a: list[float] | None, b: list[float] | None) -> float | None:
+    """Of the medians."""
+    return a[1] / b[1] if a and b else None
+
+
+def verdicts(rows: list[dict], device: torch.device) -> dict[str, str]:
+    """What was aimed at, and whether it holds."""
+
+    def judge(numbers: list[float], target: float, form: str) -> str:
+        if not numbers:
+            return "not measured"
+        return f"{'yes' if min(numbers) >= target else 'no'}: {form.format(min(numbers))} at least"
+
+    if device.type == "cpu":
+        speed = [r["speedup"]["eager"] for r in rows if r["implementation"] == TORCH]
+        return {
+            "fused torch at least 3 x the definition at every size on the CPU": judge(speed, 3.0, "{:.1f} x"),
+            "Triton": "not run: it needs a GPU",
+        }
+    triton = [r for r in rows if r["implementation"] == TRITON]
+    small = [r["speedup"] for r in triton if r["shape"] == [1, 4, 64, 64]]
+    large = [r["share_of_copy"] for r in triton if r["beyond_cache"] and r["share_of_copy"] is not None]
+    aim = "Triton at least 10 x the definition at 1x4x64x64"
+    return {
+        f"{aim}, eager calls": judge([s["eager"] for s in small], 10.0, "{:.1f} x"),
+        f"{aim}, CUDA graphs": judge([s["graph"] for s in small if s["graph"]], 10.0, "{:.1f} x"),
+        "Triton at least 80 % of the speed of the copy once data exceed the cache": judge(large, 0.8, "{:.0%}"),
+    }
+
+
+def markdown(rows: list[dict], device: torch.device) -> str:
+    cuda = device.type == "cuda"
+    head = ["predictions", "MB", "implementation", "eager, us (quartiles)"]
+    head += ["CUDA graph, us (quartiles)", "launches"] if cuda else ["aten ops"]
+    head += ["against the definition", "GB/s", "of the copy"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        size = f"{2 * row['models']} x {'x'.join(map(str, row['shape']))} {row['dtype']}"
+        cells = [size, f"{row['bytes'] / 1e6:.2f}{' > cache' if row['beyond_cache'] else ''}", row["implementation"]]
+        cells += [_microseconds(row["seconds"][k]) for k in (("eager", "graph") if cuda else ("eager",))]
+        cells.append("" if row["launches"] is None else str(row["launches"]))
+        cells.append(", ".join(f"{s:.1f} x" for s in row["speedup"].values() if s))
+        cells.append("-" if row["bytes_per_second"] is None else f"{row['bytes_per_second'] / 1e9:.2f}")
+        cells.append("-" if row["share_of_copy"] is None else f"{100 * row['share_of_copy']:.0f} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _microseconds(times: list[float] | None) -> str:
+    if times is None:
+        return "-"
+    digits = 1 if times[1] < 1e-4 else 0
+    first, middle, third = (f"{1e6 * t:.{digits}f}" for t in times)
+    return f"{middle} ({first}-{third})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=30, help="timings of each implementation and size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--name", default="saliency_blend", help="of the result file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    cache = last_level_cache(device)
+
+    rows, states = [], []
+    with torch.inference_mode():  # as in the host
+        for dtype in DTYPES[device.type]:
+            for shape in SHAPES:
+                for models in MODELS:
+                    rows += measure(Case(shape, models, dtype, device, cache), device, options.runs)
+                    states.append(clocks() if device.type == "cuda" else load())
+                    print(f"{'x'.join(map(str, shape))}, {models} models, {dtype}", flush=True)
+    found = verdicts(rows, device)
+    threads = {"threads": torch.get_num_threads(), **{k: v for k, v in os.environ.items() if k.startswith("OMP_")}}
+    state = {"clocks" if device.type == "cuda" else "load": states, "cache_bytes": cache, **threads}
+    path = keep(
+        options.name, {"settings": vars(options), "device": str(device), **state, "verdicts": found, "rows": rows}
+    )
+    print(f"\n{markdown(rows, device)}\n")
+    for aim, verdict in found.items():
+        print(f"{aim}: {verdict}")
+    print(f"\n{facts()['device']}; the last cache holds {cache / (1 << 20):.0f} MiB; kept in {path.name}")
+
+
+if __name__ == "__main__":
+    main()

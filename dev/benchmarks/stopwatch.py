@@ -1,0 +1,80 @@
+"""Times sampling runs and the forwards inside them; medians with their intervals."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..statistics import quartiles
+
+
+@dataclass(frozen=True)
+class Timing:
+    seconds: float  # the whole run
+    forwards: float  # of them inside the networks' forwards
+    batches: tuple[int, ...]  # rows of each forward
+
+    @property
+    def between(self) -> float:
+        """Seconds of everything around the forwards."""
+        return self.seconds - self.forwards
+
+
+class Stopwatch:
+    """Times runs that call ``networks``. A GPU is waited for at both ends of a run only: marks lie in its stream."""
+
+    def __init__(self, networks: list[torch.nn.Module], device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks, self._batches = [], []
+        self._handles = []
+        for network in networks:
+            self._handles.append(network.register_forward_pre_hook(self._enter))
+            self._handles.append(network.register_forward_hook(lambda *_: self._mark()))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def time(self, run: Callable) -> Timing:
+        self._marks, self._batches = [], []
+        gc.collect()  # not in the middle of a run that did not make the garbage
+        self._wait()
+        start = time.perf_counter()
+        run()
+        self._wait()
+        seconds = time.perf_counter() - start
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        forwards = sum(a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairs)
+        return Timing(seconds, forwards, tuple(self._batches))
+
+    def _enter(self, network, args) -> None:
+        self._batches.append(args[0].shape[0])
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def median(values: list[float], draws: int = 4000) -> dict:
+    """Median, quartiles, and the 95 % bootstrap interval of the median."""
+    array = np.array(values)
+    drawn = np.median(array[np.random.default_rng(0).integers(0, len(array), (draws, len(array)))], axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    first, middle, third = quartiles(array)
+    return {
+        "median": middle,
+        "quartiles": [first, third],
+        "interval": [float(low), float(high)],
+    }

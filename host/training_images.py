@@ -1,0 +1,115 @@
+"""What a training sees: decoded crops and the features of pictures, both with gradients.
+
+Shapes: B samples, C channels, h and w positions; H and W pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from . import images
+from .gradients import Recorder, gradients, make_room
+from .autograd_copies import NormalWeights
+
+KEPT_PER_DECODED = 3  # what a gradient through a VAE keeps, in what the host reckons for decoding
+
+
+@contextmanager
+def training_gradients() -> Iterator[None]:
+    """Autograd inside a node, with the host's differentiable kernels; copies that were made in it are gone after it."""
+    with gradients():
+        try:
+            yield
+        finally:
+            comfy.model_management.cleanup_models_gc()
+
+
+class TrainingPictures:
+    """Latents in the model's scale as pictures, and pictures as features, open to gradients. Make and use it in
+    ``training_gradients``.
+
+    ``model``: whose latents ``vae`` decodes; features alone need neither. ``checkpoint``: compute again in the backward pass
+    what it would else keep: less memory for more time.
+    """
+
+    def __init__(self, model=None, vae=None, clip_vision=None, checkpoint: bool = True):
+        self.model, self.vae, self.clip_vision = model, vae, clip_vision
+        if vae is not None:
+            vae.throw_exception_if_invalid()
+            if vae.latent_dim != 2:
+                raise ValueError(
+                    f"the VAE ({type(vae.first_stage_model).__name__}) decodes video or sound, whose pictures no metric"
+                    " compares; set metric to l1 or none and leave vae unwired"
+                )
+        if clip_vision is not None:
+            images.check_clip_vision(clip_vision)
+        weights = NormalWeights()
+        wired = {"VAE": vae, "image encoder": clip_vision}
+        self._patchers = {name: weights(one.patcher) for name, one in wired.items() if one is not None}
+        self.recorder = Recorder(checkpoint, self._make_room)
+
+    def _make_room(self, what: str, size: int) -> None:
+        remedy = "use a smaller crop or batch_size, switch gradient_checkpointing on, or set metric to none"
+        make_room(what, size, self._patchers[what].load_device, list(self._patchers.values()), remedy)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Where pictures and features are made of latents, and the backward pass runs."""
+        self._load()  # before: what the host moves for it is none of autograd's business
+        with self.recorder.recording():
+            yield
+
+    def _load(self) -> None:
+        """As a whole: a gradient cannot pass through weights that are brought for a moment."""
+        if self._patchers:
+            comfy.model_management.load_models_gpu(list(self._patchers.values()), force_full_load=True)
+
+    def _module(self, name: str) -> torch.nn.Module:
+        self._load()
+        self.recorder.add_weights(self._patchers[name].model)
+        return self._patchers[name].model
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pictures [B, H, W, 3] in 0..1 of latents [B, C, h, w]."""
+        module, vae = self._module("VAE"), self.vae
+        latent = self.model.model.process_latent_out(latent)
+
+        def decoded(z: Tensor) -> Tensor:
+            return images.decode(vae, module, z)
+
+        return torch.cat([self.recorder("VAE", decoded, rows) for rows in latent.split(self._at_once(latent))])
+
+    def _at_once(self, latent: Tensor) -> int:
+        one = KEPT_PER_DECODED * self.vae.memory_used_decode((1, *latent.shape[1:]), self.vae.vae_dtype)
+        free = comfy.model_management.get_free_memory(self.vae.device)
+        return max(1, min(len(latent), int(free / 2 / max(1, one))))
+
+    def features(self, pictures: Tensor, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """``join(layers)`` of the encoder's layers [B, T, W] each and, last, its embedding [B, D]."""
+        module, encoder = self._module("image encoder"), self.clip_vision
+
+        def joined(rows: Tensor) -> Tensor:
+            layers: list[Tensor] = []
+
+            def remember(pixel_values, intermediate_output):
+                found = module(pixel_values=pixel_values, intermediate_output="all")
+                layers.extend(found[1].unbind(1))
+                return found
+
+            embedding = images.embed(encoder, remember, rows)
+            return join([*(layer.to(embedding) for layer in layers), embedding])
+
+        return self.recorder("image encoder", joined, pictures)
+
+
+def rough_pictures(model, latents: Tensor) -> Tensor | None:
+    """[B, h, w, 3] in 0..1 of latents [B, C, h, w] without a VAE, as the host's previews are; None where it has none."""
+    latent_format = model.get_model_object("latent_format")
+    if latent_format.latent_rgb_factors is None or latent_format.latent_rgb_factors_reshape is not None:
+        return None
+    factors, bias = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+    pictures = latents.float().cpu().movedim(1, -1) @ torch.tensor(factors)
+    return ((pictures + (0.0 if bias is None else torch.tensor(bias)) + 1.0) / 2.0).clamp(0.0, 1.0)

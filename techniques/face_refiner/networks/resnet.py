@@ -1,0 +1,108 @@
+"""The ResNet generators of pytorch-CycleGAN-and-pix2pix (arXiv 1703.10593) and of CUT (arXiv 2007.15651), which blurs
+where it scales.
+
+Module names are those of the published state dicts, so that the files load unchanged. ReLUs work in place, as theirs.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Block, Blur, BlurUp, Chain, Draws, Dropout, ImageGenerator, features, norm
+from ....common.weights import shape_of
+
+NETWORK = "a ResNet generator"
+FIRST = 4  # layers, to the first ReLU
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResnetConfig:
+    ngf: int = 64  # channels at full size
+    blocks: int = 9
+    norm: str = "instance"
+    dropout: bool = False
+    blur_down: bool = False  # CUT's antialiasing
+    blur_up: bool = False
+
+    def __str__(self) -> str:
+        extra = [name for name in ("dropout", "blur_down", "blur_up") if getattr(self, name)]
+        return " ".join([f"ResNet {self.blocks} blocks, ngf {self.ngf}, {self.norm} norm", *extra])
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "ResnetConfig":
+        blocks, filters = _places(state_dict, r"conv_block\..*"), _places(state_dict, "filt")
+        if not blocks:
+            raise ValueError(f"This is not {NETWORK}: none of its blocks has a number (model.10.conv_block...)")
+        first = f"model.{blocks[0]}.conv_block"
+        return cls(
+            ngf=shape_of(state_dict, "model.1.weight", 4, NETWORK)[0],
+            blocks=len(blocks),
+            # instance norms have no weights, and the convolutions before batch norms no bias
+            norm="batch" if "model.2.weight" in state_dict else "instance",
+            dropout=getattr(state_dict.get(f"{first}.6.weight"), "ndim", 0) == 4,
+            blur_down=any(index < blocks[0] for index in filters),
+            blur_up=any(index > blocks[-1] for index in filters),
+        )
+
+
+def _places(state_dict: Mapping[str, Tensor], end: str) -> list[int]:
+    """Where in the chain the layers are whose names end so."""
+    found = (re.fullmatch(rf"model\.([0-9]{{1,9}})\.{end}", name) for name in state_dict)
+    return sorted({int(match[1]) for match in found if match})
+
+
+class ResnetBlock(Block):
+    def __init__(self, channels: int, config: ResnetConfig, operations):
+        super().__init__()
+
+        def conv():
+            return operations.Conv2d(channels, channels, 3, bias=config.norm != "batch")
+
+        self.conv_block = Chain(
+            *(nn.ReflectionPad2d(1), conv(), norm(config.norm, channels), nn.ReLU(True)),
+            *([Dropout()] if config.dropout else []),
+            *(nn.ReflectionPad2d(1), conv(), norm(config.norm, channels)),
+        )
+
+    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
+        return x + self.conv_block(x, draws)
+
+
+class ResnetGenerator(ImageGenerator):
+    multiple, least, size = 4, 8, 256
+
+    def __init__(self, config: ResnetConfig, operations=torch.nn):
+        super().__init__()
+        self.config, self.width = config, config.ngf
+        ngf, biased = config.ngf, config.norm != "batch"
+        model = Chain(
+            nn.ReflectionPad2d(3), operations.Conv2d(3, ngf, 7, bias=biased), norm(config.norm, ngf), nn.ReLU(True)
+        )
+        for channels in (ngf, 2 * ngf):
+            stride = 1 if config.blur_down else 2
+            model.append(operations.Conv2d(channels, 2 * channels, 3, stride, 1, bias=biased))
+            model.append(norm(config.norm, 2 * channels))
+            model.append(nn.ReLU(True))
+            if config.blur_down:
+                model.append(Blur(2 * channels))
+        for _ in range(config.blocks):
+            model.append(ResnetBlock(4 * ngf, config, operations))
+        for channels in (2 * ngf, ngf):
+            if config.blur_up:
+                model.append(BlurUp(2 * channels))
+                model.append(operations.Conv2d(2 * channels, channels, 3, 1, 1, bias=biased))
+            else:
+                model.append(operations.ConvTranspose2d(2 * channels, channels, 3, 2, 1, 1, bias=biased))
+            model.append(norm(config.norm, channels))
+            model.append(nn.ReLU(True))
+        model.append(nn.ReflectionPad2d(3))
+        model.append(operations.Conv2d(ngf, 3, 7))
+        self.model = model
+
+    def forward(self, x: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:
+        # the first layers in the picture's own dtype: where it is nearly flat, their norm would enlarge what bfloat16 rounds
+        y = self.model[:FIRST](features(x, x.dtype), draws)
+        return torch.tanh(self.model[FIRST:](features(y, dtype), draws).to(x.dtype))

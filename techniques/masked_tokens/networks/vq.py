@@ -1,0 +1,196 @@
+"""The VQ-GAN of aMUSEd (arXiv 2401.01808, section 3): pictures as grids of token ids, and back.
+
+Module names are those of the published state dict (diffusers' VQModel), so that the file loads unchanged.
+
+Pictures are [B, 3, H, W] with values 0..1, not -1..1; token grids are [B, h, w] with h = H // 16 in the published file.
+Everything is computed in float32, as the published config asks (force_upcast).
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ....common.weights import check_config, count, load, setting, shape_of
+
+EPS = 1e-6  # of every group norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig:
+    """Sizes, under the names of the published config.json."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    vq_embed_dim: int
+    num_vq_embeddings: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int = 32
+
+    @property
+    def downscale(self) -> int:
+        """Pixels along one side of a token."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> "VQConfig":
+        """The sizes that the weights show; of ``config`` (a config.json), which must agree, also norm_num_groups."""
+        # JSON has no tuples
+        config = {key: tuple(v) if isinstance(v, list) else v for key, v in (config or {}).items()}
+        sizes = visible_sizes(state_dict)
+        # with what else a config can ask for, and the published one does not
+        check_config(config, {**sizes, "act_fn": "silu", "norm_type": "group", "mid_block_add_attention": False})
+        groups = setting(config, "norm_num_groups", cls.norm_num_groups)
+        if any(channels % groups for channels in sizes["block_out_channels"]):
+            raise ValueError(
+                f"{sizes['block_out_channels']} channels cannot be split into {groups} groups; "
+                "give norm_num_groups in the config"
+            )
+        return cls(**sizes, norm_num_groups=groups)
+
+
+def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    def shape(name, dims=4):
+        return shape_of(state_dict, name, dims, "aMUSEd's VQ-GAN")
+
+    codes, code_size = shape("quantize.embedding.weight", 2)
+    blocks = range(max(1, count(state_dict, "encoder.down_blocks.")))  # the error of none names the first
+    return {
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "latent_channels": shape("encoder.conv_out.weight")[0],
+        "vq_embed_dim": code_size,
+        "num_vq_embeddings": codes,
+        "block_out_channels": tuple(shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in blocks),
+        "layers_per_block": count(state_dict, "encoder.down_blocks.0.resnets."),
+    }
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, channels: int, out: int, groups: int, operations):
+        super().__init__()
+        self.norm1 = operations.GroupNorm(groups, channels, eps=EPS)
+        self.conv1 = operations.Conv2d(channels, out, 3, padding=1)
+        self.norm2 = operations.GroupNorm(groups, out, eps=EPS)
+        self.conv2 = operations.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = operations.Conv2d(channels, out, 1) if channels != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halves the picture; a border of zeros at the right and the bottom only."""
+
+    def __init__(self, channels: int, operations):
+        super().__init__()
+        self.conv = operations.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the picture."""
+
+    def __init__(self, channels: int, operations):
+        super().__init__()
+        self.conv = operations.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def block(channels: int, out: int, number: int, groups: int, operations, **sampler: nn.Module) -> nn.Sequential:
+    """``number`` residual blocks, then the ``sampler``, if there is one, under its name."""
+    widths = [channels] + [out] * (number - 1)
+    parts = {"resnets": [ResnetBlock(width, out, groups, operations) for width in widths]}
+    parts |= {name: [module] for name, module in sampler.items()}
+    return nn.Sequential(OrderedDict((name, nn.Sequential(*modules)) for name, modules in parts.items()))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQConfig, operations):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = operations.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.Sequential()
+        for i, (channels, out) in enumerate(zip((widths[0], *widths), widths)):
+            sampler = {"downsamplers": Downsample(out, operations)} if i < len(widths) - 1 else {}
+            self.down_blocks.append(block(channels, out, config.layers_per_block, groups, operations, **sampler))
+        self.mid_block = block(widths[-1], widths[-1], 2, groups, operations)
+        self.conv_norm_out = operations.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = operations.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VQConfig, operations):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = operations.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = block(widths[0], widths[0], 2, groups, operations)
+        self.up_blocks = nn.Sequential()
+        for i, (channels, out) in enumerate(zip((widths[0], *widths), widths)):
+            sampler = {"upsamplers": Upsample(out, operations)} if i < len(widths) - 1 else {}
+            self.up_blocks.append(block(channels, out, config.layers_per_block + 1, groups, operations, **sampler))
+        self.conv_norm_out = operations.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = operations.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Codebook(nn.Module):
+    def __init__(self, codes: int, size: int, operations):
+        super().__init__()
+        self.embedding = operations.Embedding(codes, size)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """The codes [B, C, h, w] of ``ids`` [B, h, w]."""
+        return self.embedding(ids).float().movedim(-1, 1).contiguous()
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The ids [B, h, w] of the codes with the smallest Euclidean distance to ``x`` [B, C, h, w]."""
+        # through the layer, which knows where its weights are
+        codes = self.embedding(torch.arange(self.embedding.num_embeddings, device=x.device)).float()
+        x = x.movedim(1, -1)
+        return torch.cdist(x.reshape(-1, x.shape[-1]), codes).argmin(1).reshape(x.shape[:-1])
+
+
+class VQGAN(nn.Module):
+    """Pictures to token ids and back."""
+
+    def __init__(self, config: VQConfig, operations=torch.nn):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, operations)
+        self.quant_conv = operations.Conv2d(config.latent_channels, config.vq_embed_dim, 1)
+        self.quantize = Codebook(config.num_vq_embeddings, config.vq_embed_dim, operations)
+        self.post_quant_conv = operations.Conv2d(config.vq_embed_dim, config.latent_channels, 1)
+        self.decoder = Decoder(config, operations)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Token ids [B, h, w] of ``images`` [B, 3, H, W], 0..1; a rest that fills no token is not seen whole."""
+        return self.quantize.nearest(self.quant_conv(self.encoder(images.float())))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of token ids [B, h, w]; their values may lie a little outside of 0..1."""
+        return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens)))
+
+
+def load_vq(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations=torch.nn) -> VQGAN:
+    """The published VQ-GAN, from its state dict and, where there is one, its config.json."""
+    return load(VQGAN, VQConfig.from_state_dict(state_dict, config), state_dict, operations)

@@ -1,0 +1,247 @@
+"""Experts: further models that predict beside the base during one sampling run, with everything of their own."""
+
+import copy
+import logging
+import uuid
+from collections.abc import Callable
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...host.parametrization import Conversion
+
+log = logging.getLogger("comfyui-chorus")
+
+
+class Expert:
+    """A MODEL with its conditioning, as wired, and its copy if it needs one. Shared by all clones of the blended MODEL."""
+
+    def __init__(self, patcher, positive, negative, label: str):
+        self.patcher, self.positive, self.negative, self.label = patcher, positive, negative, label
+        self._own_copy = None
+
+    def conditionings(self) -> list:
+        return [entry for cond in (self.positive, self.negative) if cond is not None for entry in cond]
+
+    def with_own_weights(self):
+        """The expert on a module of its own, made on first need and kept as long as the expert."""
+        if self._own_copy is None:
+            log.info("'%s' shares a checkpoint with other patches; its weights are copied", self.label)
+            self._own_copy = _copy_with_module(self.patcher)
+        return self._own_copy
+
+
+def _same_objects(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+
+
+def same_weights(a, b) -> bool:
+    """Whether two patchers ask the same of their modules; what differs only in model_options may share one."""
+    return (
+        a.patches_uuid == b.patches_uuid
+        and _same_objects(a.object_patches, b.object_patches)
+        and a.weight_wrapper_patches.keys() == b.weight_wrapper_patches.keys()
+        and a.injections.keys() == b.injections.keys()
+    )
+
+
+def _copy_with_module(patcher):
+    """A clone of ``patcher`` with its own nn.Module: one module holds one set of patches at a time."""
+    with torch.inference_mode(False):
+        if patcher.cached_patcher_init is not None:
+            return patcher.deepclone_multigpu()  # the host reloads the file and keeps the patches
+        comfy.model_management.unload_model_and_clones(patcher)  # the module goes back to its unpatched weights
+        # the config answers None to every unknown attribute, __deepcopy__ included
+        config = patcher.model.model_config
+        module = copy.deepcopy(patcher.model, {id(config): config})
+        clone = patcher.clone(model_override=(module, ({}, {}, {}, set())))
+        clone.hook_backup = {}
+        return clone
+
+
+def resolve_patchers(base, experts: list[Expert], conds: dict[str, list[dict]]) -> list:
+    """One patcher per expert, such that no two models of the run want different weights on one module.
+
+    ``conds``: the sampler's. Decided when sampling starts, because a LoRA may be put on the base after the expert was
+    wired. A clone does not see which hooks another clone has left on the module: hooks too need weights of their own.
+    """
+    base_hooked = any("hooks" in c for cond in conds.values() for c in cond)
+    placed, patchers = [(base, base_hooked)], []
+    for expert in experts:
+        patcher = expert.patcher
+        hooked = comfy.sampler_helpers.cond_has_hooks(expert.conditionings()) or (
+            base_hooked and (expert.positive is None or expert.negative is None or len(conds) > 2)
+        )
+        if any(
+            patcher.is_clone(other) and (hooked or other_hooked or not same_weights(patcher, other))
+            for other, other_hooked in placed
+        ):
+            patcher = expert.with_own_weights()
+        if patcher.is_dynamic() and hooked:
+            patcher = patcher.get_non_dynamic_delegate()  # as CFGGuider does for the base
+        placed.append((patcher, hooked))
+        patchers.append(patcher)
+    return patchers
+
+
+def check_latent_space(base, expert, label: str) -> None:
+    """Refuse an expert that cannot read the base's latents."""
+    ours, theirs = (m.get_model_object("latent_format") for m in (base, expert))
+
+    def describe(f) -> str:
+        return f"{type(f).__name__} ({f.latent_channels} channels, scale {getattr(f, 'scale_factor', 1.0):g})"
+
+    same = (
+        type(ours) is type(theirs)
+        and ours.latent_channels == theirs.latent_channels
+        and getattr(ours, "scale_factor", 1.0) == getattr(theirs, "scale_factor", 1.0)
+    )
+    if not same:
+        raise ValueError(
+            f"'{label}' works on latents of the format {describe(theirs)}, the base on {describe(ours)};"
+            " only checkpoints of one latent space can be blended"
+        )
+    Conversion(base.get_model_object("model_sampling"), expert.get_model_object("model_sampling"))
+
+
+def _fresh(conds: list[dict], controls: dict) -> list[dict]:
+    """Copies of converted conditionings under new ids; ControlNets are copied too, since they remember one model.
+
+    ``controls`` keeps the copies by the id of their original: one object stays one over all conditionings of a model,
+    since the host batches those that share it.
+    """
+    out = []
+    for cond in conds:
+        cond = {**cond, "model_conds": dict(cond.get("model_conds", {})), "uuid": uuid.uuid4()}
+        if "control" in cond:
+            control = cond["control"]
+            if id(control) not in controls:
+                controls[id(control)] = _copy_controls(control)
+            cond["control"] = controls[id(control)]
+        out.append(cond)
+    return out
+
+
+def _copy_controls(control):
+    duplicate = control.copy()
+    if control.previous_controlnet is not None:
+        duplicate.set_previous_controlnet(_copy_controls(control.previous_controlnet))
+    return duplicate
+
+
+class ExpertRun:
+    """One expert during one sampling run: its patches, hooks, controls and conditioning, ready to predict x0."""
+
+    def __init__(self, patcher, expert: Expert, guider, sigmas, noise, latent_image, denoise_mask, seed):
+        self.patcher, self.inner, self.label = patcher, patcher.model, expert.label
+        self.device = patcher.load_device
+        base = guider.model_patcher
+        self.convert = Conversion(base.get_model_object("model_sampling"), patcher.get_model_object("model_sampling"))
+
+        given = {"positive": expert.positive, "negative": expert.negative}
+        conds, controls = {}, {}
+        for name, original in guider.original_conds.items():
+            wired = given.get(name)
+            conds[name] = _fresh(original if wired is None else comfy.sampler_helpers.convert_cond(wired), controls)
+        comfy.samplers.preprocess_conds_hooks(conds)
+
+        self._hook_mode = patcher.hook_mode
+        if comfy.samplers.get_total_hook_groups_in_conds(conds) <= 1:
+            patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+        self.conds = conds
+        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        try:
+            comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
+            comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
+            comfy.samplers.cast_to_load_options(self.options, device=self.device, dtype=patcher.model_dtype())
+            self.options["transformer_options"]["sample_sigmas"] = self.convert.sigmas(sigmas).to(self.device)
+            patcher.pre_run()
+            self.conds = comfy.samplers.process_conds(
+                self.inner,
+                noise.to(self.device),
+                conds,
+                self.device,
+                None if latent_image is None else latent_image.to(self.device),
+                None if denoise_mask is None else denoise_mask.to(self.device),
+                seed,
+                latent_shapes=[tuple(noise.shape)],
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def shares_forward_with(self, guider, base_options: dict, own_key: str) -> bool:
+        """Whether the expert's conditionings may ride in the base's batch: one module, nothing else of its own."""
+        base = guider.model_patcher
+        plain = not any("hooks" in c or "control" in c for conds in self.conds.values() for c in conds)
+        return (
+            plain
+            and self.inner is base.model
+            and self.convert.identity
+            and same_weights(self.patcher, base)
+            and not _has_patches(self.options, None)
+            and not _has_patches(base_options, own_key)
+        )
+
+    def fingerprint(self) -> tuple[float, ...]:
+        """Tells this expert's prompts from another's, whatever its place in the chain."""
+        texts = [c["cross_attn"] for conds in self.conds.values() for c in conds if c.get("cross_attn") is not None]
+        return tuple(float(text.double().sum()) for text in texts)
+
+    @property
+    def can_crop(self) -> bool:
+        """Whether its conditionings can be evaluated on a part of the latent; these know the whole picture only."""
+        whole = ("area", "control", "default", "gligen")
+        return not any(k in c for conds in self.conds.values() for c in conds for k in whole)
+
+    def ask(self, names: list[str], x: Tensor, sigma: Tensor, box=None) -> Callable[[], list[Tensor]]:
+        """The question for the base's (x, sigma), ready on the expert's device; called, it gives its answers there.
+
+        ``box`` (top, left, height, width): the part of the latent to evaluate; the answers are 0 elsewhere.
+        """
+        x_own, sigma_own = self.convert(x, sigma)
+        x_own, sigma_own = x_own.to(self.device), sigma_own.to(self.device)
+        conds = [self.conds[n] for n in names]
+        if box is not None:
+            top, left, height, width = box
+            area = (*x.shape[2:-2], height, width, *[0] * (x.ndim - 4), top, left)
+            conds = [[{**c, "area": area} for c in cond] for cond in conds]
+
+        def answer() -> list[Tensor]:
+            previous, self.inner.current_patcher = getattr(self.inner, "current_patcher", None), self.patcher
+            try:
+                return comfy.samplers.calc_cond_batch(self.inner, conds, x_own, sigma_own, self.options)
+            finally:
+                self.inner.current_patcher = previous
+
+        return answer
+
+    def predict(self, names: list[str | None], x: Tensor, sigma: Tensor) -> list[Tensor | None]:
+        """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
+        wanted = [n for n in names if n is not None]
+        found = dict(zip(wanted, (o.to(x) for o in self.ask(wanted, x, sigma)()), strict=True))
+        return [found.get(n) for n in names]
+
+    def close(self) -> None:
+        """Undo everything the run changed on the expert's patcher and its controls."""
+        comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
+        self.patcher.hook_mode = self._hook_mode
+        self.patcher.restore_hook_patches()
+        self.patcher.cleanup()
+        comfy.sampler_helpers.cleanup_models(self.conds, [])
+
+
+def _has_patches(options: dict, own_key: str | None) -> bool:
+    """Whether model_options carry anything that looks at which rows of a batch are conditional."""
+    transformer = options.get("transformer_options", {})
+    wrappers = transformer.get("wrappers", {})
+    foreign = any(key != own_key and found for kind in wrappers.values() for key, found in kind.items())
+    hooked = any(transformer.get(k) for k in ("patches", "patches_replace")) or any(
+        found for kind in transformer.get("callbacks", {}).values() for found in kind.values()
+    )
+    return foreign or hooked or "model_function_wrapper" in options or "multigpu_clones" in options

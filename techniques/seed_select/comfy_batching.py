@@ -1,0 +1,60 @@
+"""Which noises may be sampled in one batch without looking at each other."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from ..saliency_blend.comfy_hook import blend_chain
+
+# samplers that draw nothing after the first noise and decide nothing over the batch; dpm_adaptive, whose step size
+# looks at all samples, is not among them
+DETERMINISTIC = frozenset(
+    "euler euler_cfg_pp heun heunpp2 exp_heun_2_x0 dpm_2 lms dpm_fast dpmpp_2m dpmpp_2m_cfg_pp ipndm ipndm_v deis"
+    " res_multistep res_multistep_cfg_pp gradient_estimation gradient_estimation_cfg_pp ddim uni_pc uni_pc_bh2".split()
+)
+
+# of the samplers that ask the model more than once in a step; the last step of most asks once less, and dpm_adaptive
+# asks as often as it likes
+CALLS_PER_STEP = dict.fromkeys(
+    "heun dpm_2 dpm_2_ancestral dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu exp_heun_2_x0"
+    " exp_heun_2_x0_sde seeds_2 sa_solver_pece".split(),
+    2,
+) | dict.fromkeys(("heunpp2", "seeds_3"), 3)
+
+
+def rows_are_independent(model, positive: Sequence, negative: Sequence) -> bool:
+    """Whether what hangs on ``model`` and its conditionings treats every row of a batch as if it were alone."""
+    if "easycache" in model.model_options.get("transformer_options", {}):
+        return False  # it skips by a mean over the batch
+    chain = blend_chain(model)
+    if not all(_expert_treats_rows_alone(settings) for settings, *_ in chain.settings):
+        return False
+    entries = [*positive, *negative, *(e for expert in chain.experts for e in expert.conditionings())]
+    return all(_is_for_every_row(e) for e in entries)
+
+
+def _expert_treats_rows_alone(settings) -> bool:
+    """Leaving and cropping are decided for the whole batch, and several masks of a region are dealt out to its rows."""
+    region = getattr(settings, "region", None)
+    several = region is not None and region.numel() > region.shape[-1] * region.shape[-2]
+    return not (several or getattr(settings, "skip_below", 0) or getattr(settings, "crop", 0))
+
+
+def _is_for_every_row(entry: Sequence) -> bool:
+    """Whether an entry of a CONDITIONING means the same for every row of a batch, and nothing of it is drawn."""
+    tensor, options = entry
+    control = options.get("control")
+    while control is not None:
+        hint = getattr(control, "cond_hint_original", None)
+        if hint is not None and len(hint) != 1:
+            return False
+        control = control.previous_controlnet
+    return "unclip_conditioning" not in options and _is_single(tensor) and _is_single(options)
+
+
+def _is_single(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim < 2 or len(value) == 1
+    if isinstance(value, Mapping):
+        return all(_is_single(v) for v in value.values())
+    return not isinstance(value, (list, tuple)) or all(_is_single(v) for v in value)

@@ -1,0 +1,42 @@
+"""One progress bar with previews for a node that samples many times."""
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+from comfy_execution.utils import get_executing_context
+from torch import Tensor
+
+from ...host.previews import as_preview
+
+InterruptProcessingException = comfy.model_management.InterruptProcessingException
+
+
+class SeedProgress:
+    """Counts in steps of samplers, over all that a node does. Every call ends the node if the user interrupts."""
+
+    def __init__(self, model, total: int):
+        self.bar, self.done = comfy.utils.ProgressBar(total), 0
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def callback(self, step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
+        """For SeedRun.generate: one step is done; shows the estimate of x0 if the user wants previews."""
+        show = self._previewer and self._previewer.decode_latent_to_preview_image("JPEG", x0)
+        self._advance(1, show)
+
+    def show(self, picture: Tensor | None = None, steps: int = 0, text: str = "") -> None:
+        """``steps`` more are done; ``picture`` [H, W, 3] in 0..1, the best so far, and ``text`` show on the node."""
+        if text:
+            self._tell(text)
+        self._advance(steps, None if picture is None else as_preview(picture))
+
+    @staticmethod
+    def _tell(text: str) -> None:
+        if (context := get_executing_context()) is not None:
+            from server import PromptServer  # only a node that runs has one; recipes and tests need not load it
+
+            PromptServer.instance.send_progress_text(text, context.node_id)
+
+    def _advance(self, steps: int, image) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.done += steps
+        self.bar.update_absolute(self.done, preview=image)

@@ -1,0 +1,319 @@
+"""SeedSelect: the right initial noise for a rare concept, from a few reference pictures, without fine-tuning.
+
+Generating images of rare concepts using pre-trained diffusion models (arXiv 2304.14530), with the starts of Norm-guided
+latent space exploration (NAO, arXiv 2306.08687). Everything but the noise stays as it is. The parts:
+- ``seed_losses``: how far a picture is from the references;
+- ``seed_search``: many seeds, little spent on bad ones;
+- ``seed_optimize``: the gradient on one noise through the sampling;
+- ``seed_inversion``: the noise from which a reference would come, for a start;
+- ``seed_path``: the centroid of such noises, and the noises between two found ones, for more than one picture;
+- ``seed_prior``: which norms a noise may have.
+This file joins them: candidates by ``start``, found noises by ``mode``, pictures by ``count``.
+
+A score is a loss: lower is better. An evaluation is one call of the denoiser with its guidance, per candidate.
+Shapes: B samples, C channels, S spatial axes (H, W).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .optimize import GradientCost, OptimizeSettings, SeedGradients, SeedOptimization
+from .path import norm_aware_centroid, norm_aware_path
+from .records import Candidate, Found, Progress, ScoreSeries, seed_candidates
+from .search import SearchPlan, SeedSearch, plan_search
+
+MODES = ("search", "optimize", "search+optimize")
+STARTS = ("noise", "inversion", "centroid")
+
+
+@dataclass(frozen=True)
+class SeedSelectSettings:
+    """What to find. ``start`` names the candidates: noises of seeds, the references' inversions, or their centroid and
+    points on the way from it to the inversions."""
+
+    mode: str = "search"
+    start: str = "noise"
+    seed: int = 0  # of the first candidate
+    candidates: int = 16
+    pick: int = 1  # which of the ranking; where nothing is searched, which of the candidates
+    count: int = 1  # pictures; more than one lie between the two best noises
+    steps: int = 20
+    first_steps: int = 1  # of the first round of a search
+    keep: float = 0.25  # share of the candidates that a round of a search keeps
+    optimized: int = 1  # how many noises are optimised; with more than one picture at least two
+    optimize: OptimizeSettings = field(default_factory=OptimizeSettings)
+
+    def __post_init__(self):
+        for name, known in (("mode", MODES), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}")
+        for name in ("candidates", "pick", "count", "steps", "optimized"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is less than 1; use at least 1")
+        if self.searches and self.pick + self.needed - 1 > self.candidates:
+            raise ValueError(
+                f"pick {self.pick} and {self.needed} noises need {self.pick + self.needed - 1} candidates and there are"
+                f" {self.candidates}; raise candidates or lower pick, count or optimized"
+            )
+        if self.searches:
+            self.plan(self.candidates)
+
+    def plan(self, candidates: int, calls_per_step: int = 1) -> SearchPlan:
+        return plan_search(
+            candidates, self.steps, first_steps=self.first_steps, keep=self.keep, calls_per_step=calls_per_step
+        )
+
+    @property
+    def searches(self) -> bool:
+        return "search" in self.mode
+
+    @property
+    def optimizes(self) -> bool:
+        return "optimize" in self.mode
+
+    @property
+    def needed(self) -> int:
+        """Noises to be found: two are the ends of the path on which more than one picture lie."""
+        ends = min(self.count, 2)
+        return max(ends, self.optimized) if self.optimizes else ends
+
+
+@dataclass(frozen=True, eq=False)
+class SeedSampling:
+    """What SeedSelect asks of a model; the host answers.
+
+    ``noise_of(seed)``: the noise [1, C, *S] that a plain sampler draws for this seed at batch 1.
+    ``generate(noises, steps, seeds)``: the finished latents [B, C, *S] of a plain run, ``seeds`` for what a stochastic
+    sampler draws besides the noise; called without gradients. ``score(latents) -> [B]``: ``seed_losses.ReferenceLoss``
+    of a list of such latents.
+    ``session(work)``: calls ``work(gradients)`` where a gradient can be had, with ``SeedGradients``; of mode optimize.
+    ``inversions()``: the noises [1, C, *S] of the references, in their order; asked once, by starts other than noise.
+    """
+
+    noise_of: Callable[[int], Tensor]
+    generate: Callable[[Tensor, int, Sequence[int]], Tensor]
+    score: Callable[[Sequence[Tensor]], Tensor]
+    session: Callable[[Callable[[SeedGradients], None]], None] | None = None
+    inversions: Callable[[], Sequence[Tensor]] | None = None
+    batch: int = 1  # noises that generate() gets at once
+    calls_per_step: int = 1
+    gradient_cost: GradientCost = field(default_factory=GradientCost)
+
+
+class SeedSelect:
+    """One run. What it knows is in its attributes at any time, so that an interrupted one has its ``best`` too."""
+
+    def __init__(self, settings: SeedSelectSettings, sampling: SeedSampling):
+        if settings.optimizes and sampling.session is None:
+            raise ValueError(f"mode {settings.mode} needs a sampling that is open to gradients; use mode search")
+        if settings.start != "noise" and sampling.inversions is None:
+            raise ValueError(f"start {settings.start} needs the references' inversions; use start noise")
+        self.settings, self.sampling = settings, sampling
+        self.search: SeedSearch | None = None
+        self.optimizations: list[SeedOptimization] = []
+        self.pictures: list[Found] = []
+        self.planned = 0  # evaluations, without those of the inversions; known when run() begins
+        self._spent_on_pictures = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Spent so far, without those of the inversions."""
+        searched = self.search.evaluations if self.search else 0
+        return searched + sum(o.evaluations for o in self.optimizations) + self._spent_on_pictures
+
+    @property
+    def best(self) -> Found | None:
+        """The first picture when there is one, before that the best noise so far with its latent, else None."""
+        if self.pictures:
+            return self.pictures[0]
+        optimized = [o.best for o in self.optimizations if o.best is not None]
+        if optimized:
+            return min(optimized, key=lambda found: found.score)
+        return self.search.best if self.search else None
+
+    def run(self, progress: Progress | None = None) -> list[Found]:
+        """``count`` pictures, that of the best noise first, each from a run of all steps at batch 1.
+
+        ``progress(done, total, score, picture)``: evaluations, the best score so far of what is running, and what gives
+        its latent. What it raises ends the run.
+        """
+        s = self.settings
+        pool = self._pool()
+        self._plan(pool)
+        chosen = self._search(progress) if self.search else pool[s.pick - 1 :]
+        chosen = chosen[: s.needed]
+        if s.optimizes:
+            chosen = self._optimize(chosen, progress)
+        elif self.search:
+            self.pictures = [self.search.best]
+        self._draw(chosen, progress)
+        return self.pictures
+
+    @torch.no_grad()
+    def settle(self) -> list[Found]:
+        """After an interrupt: the pictures so far, or else that of the best noise so far, from a run of all steps.
+
+        Needs a ``best``.
+        """
+        if not self.pictures:
+            best, optimized = self.best, any(o.best is not None for o in self.optimizations)
+            if not optimized and self.search.done:
+                self.pictures = [best]
+            else:
+                label = f"{best.label}, optimised" if optimized else best.label
+                self._picture(Candidate(label, lambda: best.noise, best.seed, best.sampler_seed))
+        return self.pictures
+
+    def _pool(self) -> list[Candidate]:
+        """The candidates by ``start``: as many as are searched, else as many as are needed; fewer if there are fewer."""
+        s = self.settings
+        wanted = s.pick + s.needed - 1
+        size = s.candidates if s.searches else wanted
+        if s.start == "noise":
+            return seed_candidates(s.seed, size, self.sampling.noise_of)
+        noises = list(self.sampling.inversions())
+        if s.start == "centroid":
+            return centroid_candidates(noises, size, s.seed)
+        if len(noises) < wanted:
+            raise ValueError(
+                f"start inversion gives {len(noises)} noises, one for each reference, and pick {s.pick} with {s.needed} to"
+                f" be found needs {wanted}; add references, lower pick or count, or use start noise"
+            )
+        return [
+            Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed)
+            for k, x in enumerate(noises[:size], start=1)
+        ]
+
+    def _plan(self, pool: Sequence[Candidate]) -> None:
+        s, m = self.settings, self.sampling
+        pictures = s.count
+        if s.searches:
+            plan = s.plan(len(pool), m.calls_per_step)
+            self.search = SeedSearch(pool, m.generate, m.score, plan, pick=s.pick, batch=m.batch)
+            self.planned += plan.evaluations
+            if not s.optimizes:
+                pictures -= 1  # the search ends with it
+        if s.optimizes:
+            self.planned += s.needed * s.optimize.planned(m.gradient_cost)
+        self.planned += pictures * self._cost_of_picture
+
+    @property
+    def _cost_of_picture(self) -> int:
+        return self.settings.steps * self.sampling.calls_per_step
+
+    def _search(self, progress: Progress | None) -> list[Candidate]:
+        self.search.run(self._within(progress))
+        return [self.search.candidates[i] for i in self.search.ranking[self.settings.pick - 1 :]]
+
+    def _optimize(self, starts: Sequence[Candidate], progress: Progress | None) -> list[Candidate]:
+        """The starts, optimised one after the other, the best first."""
+
+        def work(gradients: SeedGradients) -> None:
+            for start in starts:
+                within = self._within(progress)
+                self.optimizations.append(
+                    SeedOptimization(start, gradients, self.settings.optimize, self.sampling.gradient_cost)
+                )
+                self.optimizations[-1].run(within)
+
+        self.sampling.session(work)
+        found = sorted((o.best for o in self.optimizations), key=lambda found: found.score)
+        return [Candidate(f"{f.label}, optimised", lambda f=f: f.noise, f.seed, f.sampler_seed) for f in found]
+
+    @torch.no_grad()
+    def _draw(self, chosen: Sequence[Candidate], progress: Progress | None) -> None:
+        """Make the pictures that are still missing."""
+        for candidate in self._stops(chosen)[len(self.pictures) :]:
+            found = self._picture(candidate)
+            if progress is not None:
+                progress(self.evaluations, self.planned, self.pictures[0].score, lambda x=found.latent: x)
+
+    def _picture(self, c: Candidate) -> Found:
+        noise = c.noise()
+        latent = self.sampling.generate(noise, self.settings.steps, [c.sampler_seed]).cpu()
+        score = float(self.sampling.score([latent]))
+        if not math.isfinite(score):
+            raise ValueError(f"the score of {c.label} is {score}; run the model and the VAE in a wider dtype")
+        self.pictures.append(Found(c.label, c.seed, noise, latent, score, c.sampler_seed))
+        self._spent_on_pictures += self._cost_of_picture
+        return self.pictures[-1]
+
+    def _stops(self, chosen: Sequence[Candidate]) -> list[Candidate]:
+        """A noise for each picture: the best, those evenly on the way to the second, and the second itself."""
+        if self.settings.count == 1:
+            return [chosen[0]]
+        first, second = chosen[:2]
+        path = norm_aware_path(first.noise(), second.noise())
+        shares = [k / (self.settings.count - 1) for k in range(1, self.settings.count - 1)]
+        labels = [f"{100 * t:.0f} % from {first.label} to {second.label}" for t in shares]
+        way = [
+            Candidate(label, lambda t=t: path.at(t), sampler_seed=first.sampler_seed)
+            for label, t in zip(labels, shares)
+        ]
+        return [first, *way, second]
+
+    def _within(self, progress: Progress | None) -> Progress | None:
+        """``progress`` of a part, told in evaluations of the whole."""
+        if progress is None:
+            return None
+        before = self.evaluations
+        return lambda done, total, score, picture: progress(before + done, self.planned, score, picture)
+
+    def series(self) -> list[ScoreSeries]:
+        """The score curve: a line for each round of the search and each optimised noise, over all evaluations."""
+        lines = self.search.series() if self.search else []
+        before = self.search.evaluations if self.search else 0
+        for optimization in self.optimizations:
+            if optimization.scores:  # an interrupted one may have none
+                lines.append(optimization.series(before))
+            before += optimization.evaluations
+        return lines
+
+    def report(self) -> str:
+        """What was found, what it cost, and whether a seed reproduces it."""
+        s = self.settings
+        lines = [f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations"]
+        if self.search:
+            rounds = ", ".join(f"{len(r.scores)} with {r.steps}" for r in self.search.rounds)
+            lines += [
+                f"searched (candidates with steps): {rounds}; all candidates in full: {self.search.plan.best_of_all}",
+                *self.search.lines(),
+            ]
+        for o in self.optimizations:
+            if o.best is not None:
+                lines.append(
+                    f"optimised {o.start.label}: score {o.scores[0]:.4f} to {o.best.score:.4f} in {len(o.scores) - 1} iterations,"
+                    f" best after {o.best_iteration}; norm {o.norms[0]:.2f} to {o.norms[o.best_iteration]:.2f}"
+                )
+        lines += [f"picture {k}, {f.label}: score {f.score:.4f}" for k, f in enumerate(self.pictures, start=1)]
+        if self.pictures:
+            lines.append(self._reproduction(self.pictures[0]))
+        return "\n".join(lines)
+
+    def _reproduction(self, found: Found) -> str:
+        if found.seed is None:
+            return "no seed gives this noise and none reproduces the result; save the noise"
+        if torch.equal(found.noise.cpu(), self.sampling.noise_of(found.seed).cpu()):
+            return f"seed {found.seed} reproduces the result in a plain sampler at batch 1"
+        return f"seed {found.seed} is that of the start and does not reproduce the result; save the noise"
+
+
+def centroid_candidates(seeds: Sequence[Tensor], number: int, sampler_seed: int = 0) -> list[Candidate]:
+    """The norm-aware centroid of at least two seeds, then points of its paths to them, evenly, ``number`` in all.
+
+    As NAO's authors take every point of these paths for a start. The paths' ends are the seeds themselves.
+    """
+    centroid, paths = norm_aware_centroid(seeds)
+    candidates = [Candidate("centroid", lambda: centroid, sampler_seed=sampler_seed)]
+    stops = math.ceil((number - 1) / len(paths))
+    for k in range(number - 1):
+        which, share = k % len(paths), (k // len(paths) + 1) / stops
+        label = f"{100 * share:.0f} % from the centroid to reference {which + 1}"
+        at = functools.partial(paths[which].at, share)
+        candidates.append(Candidate(label, at, sampler_seed=sampler_seed))
+    return candidates

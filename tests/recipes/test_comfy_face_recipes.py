@@ -1,0 +1,87 @@
+"""The recipes of the face refiners, and the one that comes with the pack."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from chorus.demo import face_pairs as shipped
+from chorus.demo import weights
+from chorus.demo.modules import load_sign_classifier
+from chorus.dev.first_recipes import face_pairs, face_refiner
+from chorus.dev.first_recipes.face_refiner import PAIRED, UNPAIRED
+from chorus.techniques.face_refiner import comfy_files
+from chorus.techniques.face_refiner.networks.image_generators import load_generator
+from chorus.nodes.face_refiner import FaceRefiner
+from chorus.techniques.face_refiner.frechet import frechet_distance
+from chorus.training.metrics import feature_distance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PLANS = {"paired": PAIRED, "unpaired": UNPAIRED}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """IMAGEs [128, 64, 64, 3]: no refiner was trained on these."""
+    source, target, _ = shipped.load_face_pairs()
+    return torch.from_numpy(source).float() / 255, torch.from_numpy(target).float() / 255
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_recipe_writes_what_the_loader_reads(plan, tmp_path, monkeypatch):
+    source, target, _ = shipped.load_face_pairs()
+    painted = torch.from_numpy(source[:64]), torch.from_numpy(target[:64])
+    monkeypatch.setattr(face_pairs, "load_pairs", lambda numbers: painted)
+    short = replace(plan.settings, steps=2, batch_size=2)
+    file = tmp_path / "refiner"
+    face_refiner.train(replace(plan, file=str(file), settings=short))
+    tensors, metadata = comfy_files.read(file.with_suffix(".safetensors"))
+    assert all(weight.dtype == torch.float16 for weight in tensors.values())
+    network = load_generator(tensors)
+    assert network.config == plan.config
+    wanted = {"format": comfy_files.FORMAT, "size": "64", "steps": "2", "license": "Apache-2.0"}
+    assert metadata.items() >= wanted.items()
+    assert metadata["pairing"] == ("paired" if plan is PAIRED else "unpaired")
+
+
+def test_steps_fill_the_minutes(monkeypatch):
+    now = iter(range(0, 1000, 3))  # three seconds a step
+
+    class Trial:
+        def train(self, after_step):
+            for done in range(10):
+                after_step(done + 1, 0.0)
+
+    monkeypatch.setattr(face_refiner, "trainer_of", lambda plan: Trial())
+    monkeypatch.setattr(face_refiner.time, "time", lambda: float(next(now)))
+    assert face_refiner.steps_in(PAIRED, 5) == 100
+
+
+def test_what_ships_is_small_and_tells_its_story():
+    assert weights.path(PAIRED.file).stat().st_size <= 7e6
+    facts = weights.metadata(PAIRED.file)
+    assert facts["license"] == "Apache-2.0" and facts["pairing"] == "paired"
+    assert int(facts["steps"]) >= 500
+
+
+@torch.inference_mode()
+def test_what_ships_brings_faces_nearer_to_the_teachers(pairs):
+    """On pairs that it never saw: in the encoder's features pair by pair, and as a set in those of the classifier, which no
+    training knew."""
+    source, target = pairs
+    refiner = comfy_files.load_refiner(weights.path(PAIRED.file).name, load_generator)
+    limits = dict(strength=1.0, padding=0.0, feather=0, identity_guard=0.0)
+    refined = FaceRefiner.execute(source, refiner, color_lock=False, **limits)[0]
+    distance = feature_distance(face_refiner.Features())
+    before, after = (distance(pictures, target) for pictures in (source, refined))
+    assert float(after.mean()) < 0.95 * float(before.mean())
+    classifier = load_sign_classifier()
+    sets = [classifier.blocks(2 * x.movedim(-1, 1) - 1).mean((2, 3)) for x in (source, refined, target)]
+    assert frechet_distance(sets[1], sets[2]) < 0.8 * frechet_distance(sets[0], sets[2])
+
+
+def test_chunks_that_are_measured_are_not_those_of_training():
+    assert face_pairs.CHUNKS < face_pairs.SHIPPED < face_pairs.HELD_OUT
+    one_face = [caption for n in (face_pairs.SHIPPED, face_pairs.HELD_OUT) for caption in face_pairs.captions(n)]
+    assert not any(" of " in caption or " above " in caption or " below " in caption for caption in one_face)
+    assert face_pairs.captions(0) == face_pairs.captions(0) != face_pairs.captions(1)

@@ -1,0 +1,341 @@
+"""The stages of the demo world's training that follow the denoisers: students, head, face pairs, references, seeds."""
+
+import importlib
+import math
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chorus.demo import weights
+from chorus.demo.emoji import denoisers, face_pairs, references
+from chorus.demo.emoji.autoencoder import Autoencoder
+from chorus.demo.emoji.classifier import ConceptClassifier
+from chorus.demo.emoji.concepts import load_concepts
+from chorus.demo.emoji.text import TextModel, token_rows
+from chorus.demo.emoji.vision import ImageText
+from chorus.dev.recipes import (
+    cas_dm,
+    chunks,
+    denoiser,
+    face_refiner,
+    guided,
+    loop,
+    masked_tokens,
+    seeds,
+    snapshots,
+    state,
+    student,
+    vq,
+)
+from chorus.dev.recipes import face_pairs as face_pairs_recipe
+from chorus.dev.recipes import references as references_recipe
+from chorus.dev.recipes.errors import RecipeError
+from chorus.dev.recipes.networks.flux import Flux
+from chorus.dev.recipes.networks.unet import UNet
+from chorus.techniques.face_refiner.networks.residual import RefinerConfig
+from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
+from chorus.techniques.face_refiner.training.generators import new_generator
+
+HOST = Path(__file__).parents[2] / "host"
+SMALL = {**denoisers.GENERAL, "model_channels": 32, "num_res_blocks": [1, 1], "transformer_depth": [0, 1]}
+SMALL["transformer_depth_output"] = [0, 0, 1, 1]
+CAPTIONS = ["a fox on blue", "a cat left of a tree"]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch, one_thread):
+    """State and weights in a folder of the test."""
+    monkeypatch.setenv(state.VARIABLE, str(tmp_path / "state"))
+    monkeypatch.delenv(snapshots.PLAIN, raising=False)
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
+    return tmp_path
+
+
+@torch.no_grad()
+def randomise(module, seed=0):
+    """Random weights also where training starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.ndim > 1:
+            p.copy_(torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5)
+    return module
+
+
+@pytest.fixture
+def model():
+    return randomise(denoiser.Model(SMALL, seed=0)).eval().requires_grad_(False)
+
+
+def inputs(count=2):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 8, 8, 8, generator=generator)
+    return x, torch.full((count,), 700), torch.randn(count, 20, 96, generator=generator), torch.randn(count, 96)
+
+
+def test_lora_changes_the_prediction_as_the_parametrised_student(model):
+    base = {k: v.clone() for k, v in model.net.state_dict().items()}
+    factors = randomise(student.Factors(model.net, 3, torch.Generator().manual_seed(0)), seed=2)
+    lora = factors.to_lora()
+    fresh, plain = UNet(SMALL), UNet(SMALL)
+    fresh.load_state_dict(weights.with_lora(base, lora))
+    plain.load_state_dict(base)
+    given = inputs()
+    expected = model.net(*given)
+    torch.testing.assert_close(fresh(*given), expected, atol=2e-4, rtol=1e-4)
+    assert (plain(*given) - expected).abs().max() > 0.1
+
+
+def test_untrained_factors_change_nothing(model):
+    given = inputs()
+    before = model.net(*given)
+    student.Factors(model.net, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(model.net(*given), before)
+
+
+def test_lora_covers_all_linear_layers_and_convolutions_in_the_shapes_of_the_host(model):
+    shapes = {k.removesuffix(".weight"): v.shape for k, v in model.net.state_dict().items() if v.ndim > 1}
+    lora = student.Factors(model.net, 3, torch.Generator().manual_seed(0)).to_lora()
+    assert {k.split(".lora_")[0].removeprefix("diffusion_model.") for k in lora} == set(shapes)
+    for name, shape in shapes.items():
+        up, down = (lora[f"diffusion_model.{name}.lora_{part}.weight"] for part in ("up", "down"))
+        assert up.shape[0] == shape[0] and down.shape[1:] == shape[1:] and up.shape[1] == down.shape[0] == 3
+        assert up.ndim == down.ndim == len(shape)
+
+
+def test_factors_survive_a_file(model):
+    factors = randomise(student.Factors(model.net, 3, torch.Generator().manual_seed(0)), seed=2)
+    snapshots.save("student/trial", factors.to_lora(), style="glossy", step=7)
+    lora, step = snapshots.load("student/trial")
+    found = factors.state_of(lora)
+    assert step == 7 and found.keys() == factors.state_dict().keys()
+    for name, value in factors.state_dict().items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=1e-3)
+
+
+def test_simple_levels_are_those_of_the_host():
+    assert guided.simple(4).times.tolist() == [999, 749, 499, 249]
+    sigmas = guided.simple(1).sigmas
+    assert sigmas[0].item() == pytest.approx(14.6146, abs=1e-3) and sigmas[1] == 0
+
+
+def test_normal_levels_interpolate_the_logarithm_of_sigma():
+    levels, logs = guided.normal(20), np.log(guided.SIGMAS.double().numpy())
+    expected = np.exp(np.interp(np.linspace(999, 0, 20), np.arange(1000), logs))
+    np.testing.assert_allclose(levels.sigmas[:-1], expected, rtol=1e-4)
+    np.testing.assert_array_equal(levels.times, np.abs(np.log(expected)[:, None] - logs).argmin(1))
+    assert levels.sigmas[-1] == 0
+
+
+def test_guidance_extrapolates_from_the_empty_prompt(model):
+    x, t, *_ = inputs()
+    sigma = guided.SIGMAS[t]
+    one, four = guided.Guided(model, 1.0, exact=True), guided.Guided(model, 4.0, exact=True)
+    conditional = one.v(x, sigma, t, one.read(token_rows(CAPTIONS)))
+    empty = one.v(x, sigma, t, one.read(token_rows(["", ""])))
+    found = four.v(x, sigma, t, four.read(token_rows(CAPTIONS)))
+    torch.testing.assert_close(found, empty + 4 * (conditional - empty), atol=1e-4, rtol=1e-4)
+
+
+def test_v_and_x0_are_inverse():
+    x, x0, sigma = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4), torch.tensor([0.1, 1.0, 14.0])
+    torch.testing.assert_close(guided.x0_of(x, guided.v_of(x, x0, sigma), sigma), x0, atol=1e-4, rtol=1e-4)
+
+
+class Gaussian:
+    """The exact denoiser of latents of mean 0.3 and deviation 0.5, in place of the teacher."""
+
+    MEAN, DEVIATION = 0.3, 0.5
+
+    def read(self, tokens):
+        return None
+
+    def x0(self, x, sigma, t, text):
+        variance = self.DEVIATION**2
+        sigma = sigma.view(-1, 1, 1, 1)
+        return (variance * x + sigma**2 * self.MEAN) / (variance + sigma**2)
+
+
+def test_trajectory_is_that_of_the_solver_recomputed():
+    """DPM-Solver++(2M) as algorithm 2 of arXiv 2211.01095 has it, in terms of alpha, sigma and lambda."""
+    noise, teacher = torch.randn(1, 8, 2, 2), Gaussian()
+    found = student.trajectory(teacher, noise, None).double().numpy()
+    bars, count = guided.BARS.double().numpy()[list(student.SOLVED)], len(student.SOLVED)
+    alphas, sigmas = np.sqrt(bars), np.sqrt(1 - bars)
+    lambdas = np.log(alphas / sigmas)
+    # the host begins with sqrt(1 + s²) noise where x = x0 + s noise; in the paper's x that is noise of variance 1
+    x, before, expected = noise.double().numpy(), None, []
+    for k in range(count):
+        if k in (0, 3, 6, 9):
+            expected.append(x / alphas[k])
+        scaled, level = torch.from_numpy(x / alphas[k]), torch.tensor([sigmas[k] / alphas[k]])
+        data = teacher.x0(scaled, level, None, None).numpy()
+        if k == count - 1:
+            x = data
+            break
+        h, d = lambdas[k + 1] - lambdas[k], data
+        if before is not None:
+            r = (lambdas[k] - lambdas[k - 1]) / h
+            d = (1 + 1 / (2 * r)) * data - 1 / (2 * r) * before
+        x, before = sigmas[k + 1] / sigmas[k] * x - alphas[k + 1] * (math.exp(-h) - 1) * d, data
+    np.testing.assert_allclose(found[0], np.concatenate([*expected, x]), atol=1e-4, rtol=1e-3)
+
+
+def test_trajectory_ends_near_the_exact_solution():
+    noise, teacher = torch.randn(1, 8, 8, 8), Gaussian()
+    end = student.trajectory(teacher, noise, None)[:, -1]
+    exact = teacher.MEAN + teacher.DEVIATION * noise
+    assert (end - exact).square().mean().sqrt() < 0.1 * teacher.DEVIATION
+
+
+def test_chunks_of_trajectories_depend_on_their_number_alone(model):
+    plan = student.TRAJECTORIES.small()
+    made = student.Trajectories(plan, model)
+    for number in (3, 4):
+        made.make(number, made.compute)
+    first, other = made.load(3), made.load(4)
+    made.path(3).unlink()
+    again = student.Trajectories(plan, model)
+    assert again.missing([3, 4]) == [3]
+    again.make(3, again.compute)
+    found = again.load(3)
+    assert found["x"].shape == (2, 5, 8, 16, 16)
+    assert torch.equal(found["x"], first["x"]) and torch.equal(found["tokens"], first["tokens"])
+    assert not torch.equal(found["x"], other["x"])
+
+
+def test_trajectories_of_another_teacher_are_kept_apart(model):
+    plan = student.TRAJECTORIES.small()
+    before = student.Trajectories(plan, model).folder
+    assert student.Trajectories(plan, model).folder == before
+    assert student.Trajectories(plan, randomise(model, seed=5)).folder != before
+
+
+def test_damaged_chunk_is_moved_away_and_made_anew():
+    kept = chunks.Chunks("trial", "key")
+    kept.make(1, lambda number: {"value": torch.tensor(number)})
+    kept.path(1).write_bytes(b"damaged")
+    with pytest.raises(RecipeError, match="run the stage again"):
+        kept.load(1)
+    kept.make(1, lambda number: {"value": torch.tensor(number)})
+    assert kept.load(1)["value"] == 1
+
+
+def test_stopped_chunks_resume():
+    kept, made = chunks.Chunks("trial", "key"), []
+
+    def compute(number):
+        made.append(number)
+        if made == [0, 1]:
+            signal.raise_signal(signal.SIGTERM)
+        return {"value": torch.tensor(number)}
+
+    jobs = [(kept.path(n).exists, lambda n=n: kept.make(n, compute)) for n in range(4)]
+    plan = loop.Plan(name="trial", steps=4, batch=1)
+    with pytest.raises(loop.Interrupted):
+        chunks.make_all(plan, jobs, report=lambda line: None)
+    assert state.read_json("trial.json")["step"] == 2
+    chunks.make_all(plan, jobs, report=lambda line: None)
+    assert made == [0, 1, 2, 3] and state.read_json("trial.json")["step"] == 4
+
+
+def test_missing_checkpoint_names_the_stage_to_run():
+    with pytest.raises(RecipeError, match="train-demo general"):
+        guided.load()
+
+
+def test_face_pairs_survive_their_file(folders):
+    source, target = np.random.default_rng(0).integers(0, 256, (2, 16, 128, 128, 3), dtype=np.uint8)
+    references_recipe.save_below(face_pairs.arrange(source, target), folders / face_pairs.FILE, 10**8)
+    (folders / face_pairs.PROMPTS).write_text('["a baby"]', encoding="utf-8")
+    found = face_pairs.load_face_pairs(folders)
+    assert np.array_equal(found[0], source) and np.array_equal(found[1], target) and found[2] == ["a baby"]
+
+
+def test_face_captions_depend_on_the_number_and_shipped_ones_have_one_face():
+    plan = face_pairs_recipe.PLAN
+    first = face_pairs_recipe.captions(plan, 0)
+    assert first == face_pairs_recipe.captions(plan, 0) != face_pairs_recipe.captions(plan, 1)
+    relations = re.compile("left of|right of|above|below")
+    assert any(map(relations.search, first))
+    assert not any(map(relations.search, face_pairs_recipe.captions(plan, plan.kept[0])))
+    assert len(plan.kept) * plan.batch == face_pairs.COUNT
+
+
+def test_references_survive_their_file(folders, monkeypatch):
+    names = [c.name for c in load_concepts()]
+    pictures = np.arange(len(names) * references.EACH, dtype=np.uint16).astype(np.uint8)
+    pictures = np.broadcast_to(pictures.reshape(-1, 4, 1, 1, 1), (len(names), 4, 128, 128, 3))
+    monkeypatch.setattr(references, "FILE", folders / "references.webp")
+    references_recipe.save_below(references.arrange(pictures), references.FILE, 10**7)
+    found, prompts = references.load_references(names[7], names[2])
+    assert found.shape == (8, 128, 128, 3) and prompts[0] != prompts[4]
+    expected = np.concatenate([pictures[7], pictures[2]]).astype(np.float32) / 255
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-6, rtol=0)
+
+
+def test_large_picture_is_compressed_with_loss(folders):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 128, 128, 3), dtype=np.uint8)
+    image = face_pairs.arrange(noise, noise)
+    references_recipe.save_below(image, folders / "small.webp", 1_000_000)
+    assert (folders / "small.webp").stat().st_size <= 1_000_000
+    with pytest.raises(RecipeError, match="more than 1,000"):
+        references_recipe.save_below(image, folders / "small.webp", 1_000)
+
+
+def test_seed_files_are_of_the_concepts_that_gain_most():
+    chunk = lambda scores, right: {"probabilities": torch.tensor(scores), "right": torch.tensor(right)}  # noqa: E731
+    found = {
+        1: chunk([0.1, 0.2, 0.1], [False, True, True]),
+        2: chunk([0.0, 0.9, 0.0], [False, True, False]),
+        3: chunk([0.8, 0.9, 0.9], [True, True, True]),
+        4: chunk([0.0, 0.9, 0.0], [False, False, False]),  # wrong from the best noise, too
+    }
+    assert seeds.choose(found, 3) == [2, 1, 3]
+
+
+def test_noise_of_a_seed_is_that_of_the_host():
+    generator = torch.manual_seed(1003)
+    assert torch.equal(seeds.noise(1003), torch.randn(1, 8, 16, 16, generator=generator))
+
+
+def test_formats_are_those_of_the_host():
+    """As text: the host's modules need ComfyUI."""
+    refiner = importlib.import_module("chorus.dev.recipes.face_refiner")
+    for name, file in ((seeds.FORMAT, "seed_files.py"), (refiner.FORMAT, "face_refiner_files.py")):
+        assert f'FORMAT = "{name}"' in (HOST / file).read_text(encoding="utf-8")
+
+
+def test_crops_of_pixels_are_made_when_asked_for():
+    refiner = importlib.import_module("chorus.dev.recipes.face_refiner")
+    pixels = torch.randint(0, 256, (3, 8, 6, 3), dtype=torch.uint8)
+    pictures = refiner.Pictures(pixels)
+    assert len(pictures) == 3 and pictures[1].shape == (3, 8, 6)
+    assert torch.equal((pictures[2] * 255).round().byte(), pixels[2].movedim(-1, 0))
+
+
+@pytest.mark.parametrize("stage", ["student", "cas_dm", "face_pairs", "face_refiner", "references", "seeds"])
+def test_stage_has_what_the_chain_asks_for(stage):
+    module = importlib.import_module(f"chorus.dev.recipes.{stage}")
+    names = [plan.name for plan in module.PLANS]
+    assert module.HOURS > 0 and len(set(names)) == len(names) and callable(module.run)
+    assert module.done() in (True, False)
+    assert all(plan.small().steps <= 4 for plan in module.PLANS)
+
+
+def test_all_weights_fit_into_35_megabytes():
+    general = UNet(denoisers.GENERAL)
+    generator = torch.Generator().manual_seed(0)
+    networks = [Autoencoder(), general, UNet(denoisers.ANIMALS), Flux(denoisers.FOOD), TextModel(), ImageText()]
+    networks += [ConceptClassifier(), vq.make_vq(), UViT(UViTConfig(**masked_tokens.CONFIG))]
+    networks += [
+        cas_dm.new(cas_dm.PLAN).network(),
+        new_generator(RefinerConfig(widths=face_refiner.PLAN.widths), generator),
+    ]
+    loras = [student.Factors(general, plan.rank, generator) for plan in student.STUDENTS if plan.snapshot][:1] * 2
+    values = sum(p.numel() for network in networks + loras for p in network.parameters())
+    values -= sum(p.numel() for p in loras[0].parameters())  # general carries the factors, too
+    assert 30e6 < 2 * values <= 35e6, values

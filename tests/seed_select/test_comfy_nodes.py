@@ -1,0 +1,500 @@
+"""SeedSelect, SaveSeed and LoadSeed as the host runs them: a tiny random model, the demo's VAE and image encoder."""
+
+import inspect
+import json
+import re
+import sys
+from collections import namedtuple
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.nested_tensor
+import comfy.samplers
+import comfy.utils
+import comfy_extras.nodes_custom_sampler as custom
+import folder_paths
+import nodes as host_nodes
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from comfy_execution.utils import CurrentNodeContext
+
+from chorus.demo import modules
+from chorus.demo.latent import ChorusDemoLatent
+from chorus.techniques.seed_select.comfy_files import SeedNoise
+from chorus.techniques.seed_select.comfy_sampler import SeedRun
+from chorus.techniques.seed_select.comfy_progress import SeedProgress
+from chorus.nodes.seed_files import LoadSeed, SaveSeed
+from chorus.techniques.seed_select.comfy_run import Score
+from chorus.nodes.seed_select import SeedSelect
+from chorus.techniques.seed_select.inversion import invert
+from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
+from chorus.tests.seed_select.test_comfy_gradients import easy
+from chorus.tests.support.tiny_models import conditioning, defaults, forwards, in_inference_mode, ksample, latent, lora, unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Interrupted = comfy.model_management.InterruptProcessingException
+WORDS = conditioning(10), conditioning(11)
+SETTINGS = dict(
+    steps=4, cfg=3.0, candidates=6, first_steps=1, iterations=2, seed=5
+)  # the search's rounds: 6 x 1, 2 x 2, 1 x 4
+SIDE = 32  # pixels of 8 latents
+Result = namedtuple("Result", "noise seed samples grid preview report")
+
+
+class Scaled(ChorusDemoLatent):
+    """The VAE's latents are not in the model's scale, as of real models."""
+
+    scale_factor = 0.5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return unet(0, latent_format=Scaled)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return modules.make_vae(modules.load_vae_module())
+
+
+@pytest.fixture(scope="module")
+def vision():
+    with torch.inference_mode():
+        return modules.load_vision()
+
+
+def references(count=2):
+    coarse = torch.rand(count, 3, 5, 4, generator=torch.Generator().manual_seed(4))
+    return F.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
+
+
+def empty():
+    return latent(height=8, width=8)
+
+
+@in_inference_mode
+def content():
+    """A latent with something in it and a mask over its left half."""
+    mask = (torch.arange(8) < 4).float().expand(1, 1, 8, 8).clone()
+    return {"samples": torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(5)), "noise_mask": mask}
+
+
+@pytest.fixture
+def select(model, vae, vision):
+    """SeedSelect as ComfyUI calls it."""
+
+    @in_inference_mode
+    def select(**inputs):
+        wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=empty(), vae=vae)
+        wired |= dict(references=references(), clip_vision=vision)
+        return Result(*SeedSelect.execute(**{**defaults(SeedSelect), **wired, **SETTINGS, **inputs}).args)
+
+    return select
+
+
+@in_inference_mode
+def custom_sampled(model, noise, samples, sampler="euler", steps=4):
+    """SamplerCustomAdvanced with CFGGuider, as nodes."""
+    guider = custom.CFGGuider.execute(model, *WORDS, 3.0).args[0]
+    sigmas = custom.BasicScheduler.execute(model, "normal", steps, 1.0).args[0]
+    chosen = custom.KSamplerSelect.execute(sampler).args[0]
+    return custom.SamplerCustomAdvanced.execute(noise, guider, chosen, sigmas, samples).args[0]["samples"]
+
+
+def plain(model, seed, samples=None, **settings):
+    return ksample(model, *WORDS, samples or empty(), **{"steps": 4, "cfg": 3.0, "seed": seed, **settings})
+
+
+@in_inference_mode
+def score_of(model, vae, vision, latents):
+    """10 (1 - cos) + mean square, straight from the host's own VAE and encoder. One number for each latent."""
+
+    def embedding(pictures):
+        return torch.cat([vision.encode_image(p)["image_embeds"] for p in pictures.split(1)]).double()
+
+    squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+    appearance = model.model.process_latent_in(vae.encode(squashed.movedim(1, -1))).mean(0).double()
+    semantic = embedding(references()).mean(0)
+    cosine = F.cosine_similarity(embedding(vae.decode(latents)), semantic[None])
+    off = ((model.model.process_latent_in(latents).double() - appearance) ** 2).flatten(1).mean(1)
+    return (10 * (1 - cosine) + off).tolist()
+
+
+def ranked(model, vae, vision, seeds, steps):
+    scores = {s: score_of(model, vae, vision, plain(model, s, steps=steps))[0] for s in seeds}
+    return sorted(seeds, key=scores.get)
+
+
+def scores_in(report):
+    """(at the start, at the end) of the optimisation."""
+    return tuple(float(v) for v in re.search(r"optimised .*: score (\S+) to (\S+) in", report).groups())
+
+
+# search
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
+def test_search_is_the_best_of_its_rounds_and_its_seed_gives_the_samples_in_ksampler(model, select, sampler):
+    found = select(sampler_name=sampler)
+    assert torch.equal(found.samples["samples"], plain(model, found.seed, sampler=sampler))
+    with torch.inference_mode():
+        common = host_nodes.common_ksampler(model, found.seed, 4, 3.0, sampler, "normal", *WORDS, empty())[0]
+    assert torch.equal(found.samples["samples"], common["samples"])
+    assert torch.equal(custom_sampled(model, found.noise, empty(), sampler), found.samples["samples"])
+    assert f"seed {found.seed} reproduces the result" in found.report
+
+
+def test_search_agrees_with_a_straight_recomputation(model, vae, vision, select):
+    found = select()
+    first = ranked(model, vae, vision, range(5, 11), steps=1)
+    second = ranked(model, vae, vision, first[:2], steps=2)
+    assert found.seed == second[0]
+    expected = score_of(model, vae, vision, found.samples["samples"])[0]
+    assert float(found.noise.details["score"]) == pytest.approx(expected, rel=1e-3)
+    order = [int(s) for s in re.findall(r"^\d+\. seed (\d+):", found.report, re.MULTILINE)]
+    assert order == second + first[2:]
+    assert select(pick=2).seed == second[1]
+    assert select(pick=4).seed == first[3]
+
+
+def test_search_paints_in_a_latent_with_a_mask(model, select):
+    found = select(latent_image=content(), denoise=0.6)
+    assert torch.equal(found.samples["samples"], plain(model, found.seed, content(), denoise=0.6))
+    assert torch.equal(found.samples["noise_mask"], content()["noise_mask"])
+
+
+def test_one_candidate_is_a_plain_run(model, select):
+    found = select(candidates=1)
+    assert found.seed == 5
+    assert torch.equal(found.samples["samples"], plain(model, 5))
+
+
+def test_pictures_of_a_path_are_a_batch(model, select):
+    found = select(count=3)
+    samples = found.samples["samples"]
+    assert samples.shape == found.noise.noise.shape == (3, 12, 8, 8)
+    assert torch.equal(samples[:1], plain(model, found.seed))
+    together = custom_sampled(model, found.noise, latent(3, 8, 8))
+    assert (together - samples).norm() < 1e-4 * samples.norm()
+
+
+def test_a_weight_of_0_needs_no_encoder(select, model):
+    found = select(semantic_weight=0.0, clip_vision=None)
+    assert torch.equal(found.samples["samples"], plain(model, found.seed))
+
+
+def test_the_best_picture_shows_in_the_preview_and_every_candidate_in_the_grid(vae, select):
+    found = select()
+    with torch.inference_mode():
+        best = vae.decode(found.samples["samples"])[0]
+    assert torch.allclose(found.preview[0, 8:200, 8:200][3::6, 3::6], best, atol=1 / 255)
+    assert torch.allclose(found.grid[0, 8:200, 8:200][3::6, 3::6], best, atol=1 / 255)
+    assert select(grid_size=1).grid.numel() < found.grid.numel() / 4
+
+
+def test_a_first_round_of_more_steps_than_all_has_all(model, select):
+    found = select(steps=2, first_steps=4)
+    assert "searched (candidates with steps): 6 with 2, 1 with 2;" in found.report
+    assert torch.equal(found.samples["samples"], plain(model, found.seed, steps=2))
+
+
+# optimisation
+
+
+def test_optimisation_lowers_the_score_and_its_noise_gives_the_samples(model, select):
+    found = select(mode="optimize", iterations=6)
+    before, after = scores_in(found.report)
+    assert after < before
+    assert found.seed == 5
+    assert "seed 5 is that of the start and does not reproduce the result" in found.report
+    assert torch.equal(custom_sampled(model, found.noise, empty()), found.samples["samples"])
+    assert not torch.equal(found.samples["samples"], plain(model, 5))
+    assert re.search(r"rows through the networks: \d+, \d+ of them again for the gradient", found.report)
+
+
+def test_0_iterations_keep_the_noise(model, select):
+    for mode in ("optimize", "search+optimize"):
+        found = select(mode=mode, iterations=0)
+        assert torch.equal(found.samples["samples"], plain(model, found.seed))
+        run = SeedRun(model, *WORDS, empty(), 4, 3.0, "euler", "normal")
+        assert torch.equal(found.noise.noise, run.noise_of(found.seed))
+        assert f"seed {found.seed} reproduces the result" in found.report
+    assert select().seed == found.seed
+
+
+def test_the_appearance_alone_is_the_distance_of_the_samples(model, vae, vision, select):
+    """What optimisation sees of the finished latent is what a straight computation sees of the samples."""
+    found = select(mode="optimize", iterations=3, semantic_weight=0.0, clip_vision=None)
+    with torch.inference_mode():
+        squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True)
+        aim = model.model.process_latent_in(vae.encode(squashed.clamp(0, 1).movedim(1, -1))).mean(0)
+        distances = [
+            float(((model.model.process_latent_in(x) - aim) ** 2).mean())
+            for x in (plain(model, 5), found.samples["samples"])
+        ]
+    assert scores_in(found.report) == pytest.approx(distances, abs=1e-3)
+
+
+def test_without_checkpointing_the_noise_is_the_same_and_nothing_is_computed_again(select):
+    kept, again = (select(mode="optimize", iterations=2, checkpointing=on) for on in (False, True))
+    assert (kept.noise.noise - again.noise.noise).norm() < 1e-4 * again.noise.noise.norm()
+    assert "again for the gradient" in again.report and "again for the gradient" not in kept.report
+    planned = [int(re.search(r"of (\d+) planned", found.report)[1]) for found in (kept, again)]
+    assert planned == [2 * 4 + 4 + 4, 2 * 8 + 4 + 4]  # gradients, the last iterate, the picture
+
+
+def test_shorter_gradients_and_proxies_cost_less(select):
+    def rows(**inputs):
+        report = select(mode="optimize", iterations=1, **inputs).report
+        return [int(n) for n in re.search(r"networks: (\d+), (\d+) of", report).groups()]
+
+    whole, last, proxy = rows(), rows(last_steps=1), rows(optimize_steps=2)
+    assert whole == [2 * (4 + 4 + 4 + 4), 2 * 4]  # two unrolled runs, one recomputed, one picture; guidance doubles
+    assert last == [2 * (4 + 4 + 4 + 1), 2 * 1]
+    assert proxy == [2 * (2 + 2 + 2 + 4), 2 * 2]
+
+
+def test_both(model, select):
+    found = select(mode="search+optimize", optimized=2, iterations=1, count=2)
+    assert found.samples["samples"].shape[0] == 2
+    assert found.report.count("optimised seed") == 2
+    assert found.seed in range(5, 11)
+
+
+def test_a_patched_model_is_optimised_as_it_is(model, select):
+    patched = lora(model, 3)
+    found = select(model=patched, mode="optimize", iterations=2)
+    assert torch.equal(custom_sampled(patched, found.noise, empty()), found.samples["samples"])
+
+
+def test_the_demo_checkpoint(vision):
+    with torch.inference_mode():
+        model, clip, vae = modules.load_checkpoint("general")
+        words = [host_nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a cat", "")]
+        wired = dict(model=model, positive=words[0], negative=words[1], vae=vae, clip_vision=vision)
+        inputs = {**defaults(SeedSelect), **wired, **SETTINGS, "references": references(), "latent_image": latent()}
+        found = Result(*SeedSelect.execute(**{**inputs, "mode": "optimize", "iterations": 2}).args)
+    before, after = scores_in(found.report)
+    assert after < before
+
+
+# starts
+
+
+def test_starts_from_references(model, vae, select):
+    run = SeedRun(model, *WORDS, empty(), 4, 3.0, "euler", "normal")
+    with torch.inference_mode():
+        squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True)
+        latents = vae.encode(squashed.clamp(0, 1).movedim(1, -1))
+
+        def work(s):
+            return [s.noise_of(invert(s.denoise, x * 0.5, s.sigmas)) for x in latents.split(1)]
+
+        expected = run.session(work, gradients=False, cfg=1.0, steps=50)
+    found = select(start="inversion", candidates=2)
+    assert any(torch.equal(found.noise.noise, x.cpu()) for x in expected)
+    assert found.seed == 5
+    assert "no seed gives this noise" in found.report
+    centre = select(start="centroid", mode="optimize", iterations=1)
+    assert "centroid, optimised" in centre.report
+    assert torch.equal(custom_sampled(model, centre.noise, empty()), centre.samples["samples"])
+
+
+# live
+
+
+def test_progress_score_and_preview(select, monkeypatch):
+    seen, told = [], []
+
+    def hook(done, total, preview, node_id=None):
+        seen.append((done, total, preview))
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    monkeypatch.setattr(SeedProgress, "_tell", staticmethod(told.append))
+    select(mode="search+optimize")
+    done = [d for d, *_ in seen]
+    assert done == sorted(done)
+    assert seen[-1][0] == seen[-1][1] == 6 + 4 + 4 + 2 * 8 + 4 + 4
+    assert {p[0] for *_, p in seen if p is not None} == {"JPEG"}
+    assert told[-1] == f"best score {told[-1].split()[2][:-1]}, 38 of 38 model evaluations"
+
+
+def test_the_score_goes_to_the_node_that_runs(model, monkeypatch):
+    sent = []
+    server = SimpleNamespace(send_progress_text=lambda *a: sent.append(a))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    progress = SeedProgress(model, 4)
+    progress.show(text="nobody runs")
+    with CurrentNodeContext("prompt", "7"):
+        progress.show(text="best score 1")
+    assert sent == [("best score 1", "7")]
+
+
+def test_an_interrupt_keeps_the_best_and_finishes_it(model, vae, vision, select):
+    found = select(model=stop_at(model, 3))  # in the second round
+    best = ranked(model, vae, vision, range(5, 11), steps=1)[0]
+    assert found.seed == best
+    assert torch.equal(found.samples["samples"], plain(model, best))
+    assert found.report.startswith("interrupted: this is the best so far")
+    assert not comfy.model_management.processing_interrupted()
+    again = select()
+    assert not again.report.startswith("interrupted")
+
+
+def test_an_interrupt_of_the_last_round_keeps_the_pick(model, select):
+    whole = select(pick=2)
+    assert select(pick=2, model=stop_at(model, 5)).seed == whole.seed
+
+
+def test_an_interrupted_optimisation_keeps_its_best(model, select):
+    found = select(mode="optimize", iterations=5, model=stop_at(model, 10))  # in the second iteration
+    assert found.report.startswith("interrupted")
+    assert torch.equal(found.samples["samples"], plain(model, 5))
+    searched = select(mode="search+optimize", model=stop_at(model, 1 + 2 + 4 + 2))  # before the first gradient
+    assert torch.equal(searched.samples["samples"], plain(model, searched.seed))
+
+
+def test_a_second_interrupt_and_one_before_the_first_score_end_the_node(model, select):
+    for stopping in (stop_at(stop_at(model, 3), 5), stop_at(model, 1)):
+        with pytest.raises(Interrupted):
+            select(model=stopping)
+        assert not comfy.model_management.processing_interrupted()
+
+
+# files
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for kind in ("input", "output"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"get_{kind}_directory", lambda kind=kind: str(tmp_path / kind))
+    return tmp_path
+
+
+def test_what_is_loaded_is_what_was_saved(model, select, folders):
+    found = select(mode="optimize")
+    (saved,) = SaveSeed.execute(found.noise, "seeds/cat").ui["seeds"]
+    name = f"{saved['subfolder']}/{saved['filename']} [output]"
+    assert LoadSeed.define_schema().inputs[0].options == [name, *modules.found_seeds()]
+    assert LoadSeed.validate_inputs(name) is True
+    first = LoadSeed.fingerprint_inputs(name)
+    loaded = LoadSeed.execute(name).args[0]
+    assert torch.equal(loaded.noise, found.noise.noise)
+    assert torch.equal(custom_sampled(model, loaded, empty()), found.samples["samples"])
+    assert loaded.details == found.noise.details
+    assert json.loads(loaded.details["sampling"])["sampler_name"] == "euler"
+    assert json.loads(loaded.details["settings"])["optimize"]["iterations"] == 2
+    assert loaded.details["model"] == "BaseModel"
+    (folders / "output" / saved["subfolder"] / saved["filename"]).write_bytes(b"other")
+    assert LoadSeed.fingerprint_inputs(name) != first
+
+
+@pytest.mark.parametrize("name", modules.found_seeds())
+def test_a_seed_that_comes_with_the_pack_gives_its_picture_again(name, vision):
+    """The score that its file names, with the settings that it names."""
+    assert LoadSeed.validate_inputs(name) is True and LoadSeed.fingerprint_inputs(name) == name
+    with torch.inference_mode():
+        noise = LoadSeed.execute(name).args[0]
+        model, clip, vae = modules.load_checkpoint(noise.details["model_file"])
+        sign, sampling = name.split()[-1], json.loads(noise.details["sampling"])
+        words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (f"a {sign}", "")]
+        size = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
+        run = SeedRun(model, *words, size, json.loads(noise.details["settings"])["steps"], **sampling)
+        score = Score(run, modules.load_references(sign)[0], vae, vision, 10.0, 1.0)
+        found = float(score.score([run.to_model(run.generate(noise.noise))]))
+    assert found == pytest.approx(float(noise.details["score"]), rel=1e-3)
+
+
+def test_files_that_are_not_there_and_noises_without_numbers_are_refused(folders):
+    assert "there is no seed file" in LoadSeed.validate_inputs("gone.seed.safetensors")
+    assert LoadSeed.validate_inputs(None) is True
+    noise = custom.RandomNoise.execute(3).args[0]
+    with pytest.raises(ValueError, match="holds nothing to save; wire that of Seed Select"):
+        SaveSeed.execute(noise, "seeds/cat")
+    with pytest.raises(ValueError, match="names no file"):
+        SaveSeed.execute(SeedNoise(torch.zeros(1, 4, 8, 8), 0), "")
+
+
+# errors
+
+
+def with_nan(model):
+    out = model.clone()
+    out.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * float("nan"))
+    return out
+
+
+def test_a_score_that_is_not_a_number_names_its_seed(model, select):
+    with pytest.raises(ValueError, match=r"the score of seed 5 is nan with 1 step"):
+        select(model=with_nan(model))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (dict(references=torch.zeros(0, 32, 32, 3)), "references holds nothing, its size is 0x32x32x3"),
+        (dict(references=torch.full((2, 32, 32, 3), 0.5)), "reference 1 of 2 is of one colour"),
+        (
+            dict(clip_vision=None),
+            "semantic_weight 10 needs an image encoder; wire clip_vision or set semantic_weight 0",
+        ),
+        (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0 and nothing is scored"),
+        (dict(latent_image=latent(2, 8, 8)), "2 latents.*batch_size to 1"),
+        (dict(latent_image={**latent(1, 8, 8), "noise_mask": torch.ones(2, 8, 8)}), "2 noise masks for one latent"),
+        (dict(latent_image={"samples": torch.zeros(1, 12, 3, 8, 8)}), "as of video or sound"),
+        (dict(mode="optimize", sampler_name="dpmpp_2m_sde"), "no gradient is known through the sampler dpmpp_2m_sde"),
+        (dict(mode="search+optimize", last_steps=9), "last_steps 9 is not in 1 to 4"),
+        (dict(pick=7), "pick 7 and 1 noises need 7 candidates"),
+        (dict(start="centroid", references=references(1)), "1 seed has no path or centroid"),
+    ],
+    ids="none colour encoder weights batch masks video sampler last pick centroid".split(),
+)
+def test_refusals_come_before_a_candidate_is_sampled(model, select, inputs, message):
+    with forwards(model) as rows, pytest.raises(ValueError, match=message):
+        select(**inputs)
+    # an inversion is needed to know that there is one only
+    assert len(rows) == (50 if inputs.get("start") == "centroid" else 0)
+
+
+def test_a_model_without_a_gradient_is_refused_before_the_search(model, select):
+    cached = easy(model)
+    with forwards(model) as rows, pytest.raises(ValueError, match=r"EasyCache.*mode search"):
+        select(model=cached, mode="search+optimize")
+    assert not rows
+
+
+def test_nested_latents_and_the_vae_of_another_model_are_refused(select):
+    nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 8, 5)])
+    with pytest.raises(ValueError, match="several tensors"):
+        select(latent_image={"samples": nested})
+    with pytest.raises(ValueError, match="VAE makes latents of 1x12x8x8 and the model samples 1x4x8x8"):
+        select(model=unet(0))
+
+
+# the schema
+
+
+@pytest.mark.parametrize("node", [SeedSelect, SaveSeed, LoadSeed], ids=lambda node: node.__name__)
+def test_schema_and_signature_agree(node):
+    schema = node.define_schema()
+    assert [i.id for i in schema.inputs if not i.optional] + [i.id for i in schema.inputs if i.optional] == list(
+        inspect.signature(node.execute).parameters
+    )
+    assert schema.node_id == node.__name__
+
+
+def test_the_seed_stays_as_it_is():
+    seed = next(i for i in SeedSelect.define_schema().inputs if i.id == "seed")
+    assert seed.control_after_generate == io.ControlAfterGenerate.fixed
+
+
+@pytest.mark.parametrize("sampler", sorted(set(comfy.samplers.SAMPLER_NAMES) - {"dpm_adaptive"}))
+def test_calls_per_step_are_known(model, sampler):
+    run = SeedRun(model, *WORDS, empty(), 4, 3.0, sampler, "normal")
+    run.generate(run.noise_of(0))
+    calls = run.evaluations / 2  # guidance asks twice
+    assert 4 * (run.calls_per_step - 1) < calls <= 4 * run.calls_per_step + 1

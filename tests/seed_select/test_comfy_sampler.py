@@ -1,0 +1,291 @@
+"""From seed to noise to latent: what KSampler makes of the same seed, bit for bit, and what it cost."""
+
+import comfy.model_management
+import comfy.samplers
+import nodes as host_nodes
+import pytest
+import torch
+
+from chorus.demo import modules
+from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
+from chorus.techniques.seed_select.comfy_sampler import SeedRun
+from chorus.techniques.seed_select.comfy_progress import SeedProgress
+from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
+from chorus.tests.support.tiny_models import blend, conditioning, controlnet, flux, forwards, in_inference_mode, ksample, latent, lora, unet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = conditioning(10), conditioning(11)
+
+
+def run_of(model, samples=None, words=WORDS, **settings):
+    defaults = dict(steps=3, cfg=5.0, sampler_name="euler", scheduler="normal", denoise=1.0)
+    return SeedRun(model, *words, samples or latent(), **{**defaults, **settings})
+
+
+@in_inference_mode
+def generated(model, seed, samples=None, **settings):
+    run = run_of(model, samples, **settings)
+    return run.generate(run.noise_of(seed), seeds=[seed])
+
+
+@in_inference_mode
+def content(mask=False):
+    """A latent with something in it, and a noise mask over its left half if wanted."""
+    out = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5)) * 4}
+    if mask:
+        out["noise_mask"] = (torch.arange(16) < 8).float().expand(1, 1, 16, 16).clone()
+    return out
+
+
+def only(free, monkeypatch):
+    """Let the host believe that ``free`` bytes of memory are left."""
+
+    def get_free_memory(device=None, torch_free_too=False):
+        return (free, free) if torch_free_too else free
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return unet(0)
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "karras", "beta"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "uni_pc", "ddim", "euler_ancestral", "dpmpp_2m_sde", "lcm"])
+def test_a_seed_gives_what_ksampler_gives_to_the_bit(model, sampler, scheduler):
+    expected = ksample(model, *WORDS, latent(), sampler=sampler, scheduler=scheduler, seed=7)
+    assert torch.equal(generated(model, 7, sampler_name=sampler, scheduler=scheduler), expected)
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "dpmpp_2m_sde"])
+def test_image_to_image_and_inpainting_too(model, sampler, mask):
+    expected = ksample(model, *WORDS, content(mask), sampler=sampler, denoise=0.6, seed=7)
+    found = generated(model, 7, content(mask), sampler_name=sampler, denoise=0.6)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_below_denoise_1_fewer_steps_begin_where_all_do(model, steps):
+    other, seen = model.clone(), []
+
+    def watch(apply, args):
+        seen.append(float(args["timestep"].max()))
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    other.set_model_unet_function_wrapper(watch)
+    run = run_of(other, content(), steps=8, denoise=0.55)
+    full, few = run.sigmas(), run.sigmas(steps)
+    run.generate(run.noise_of(1), steps)
+    assert seen == few[:-1].tolist()
+    assert len(few) == steps + 1 and few[0] == full[0] and few[-1] == 0
+    assert set(few.tolist()) <= set(full.tolist())
+
+
+def test_fewer_steps_have_the_levels_of_the_beta_schedule_whatever_the_scheduler(model):
+    run = run_of(model, steps=6, scheduler="karras")
+    expected = ksample(model, *WORDS, latent(), scheduler="beta", steps=3, seed=7)
+    assert torch.equal(run.generate(run.noise_of(7), 3), expected)
+    assert torch.equal(run.sigmas(3), run_of(model, steps=3, scheduler="beta").sigmas())
+    assert torch.equal(run.sigmas(6), run.sigmas())
+
+
+def test_the_largest_seed_and_a_place_in_a_batch(model):
+    place = {**latent(), "batch_index": [3]}
+    for samples in (latent(), place):
+        expected = ksample(model, *WORDS, samples, seed=2**64 - 1)
+        assert torch.equal(generated(model, 2**64 - 1, samples), expected)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: unet(2, "v"), lambda: unet(3, "flow"), lambda: flux(4)], ids="v flow flux".split()
+)
+def test_every_parametrisation(make):
+    other = make()
+    channels = other.get_model_object("latent_format").latent_channels
+    samples = latent(channels=channels)
+    assert torch.equal(generated(other, 3, samples), ksample(other, *WORDS, samples, seed=3))
+
+
+def test_an_empty_latent_gets_the_models_channels():
+    """EmptyLatentImage makes four channels, whatever model is wired after it."""
+    other = flux(4)
+    empty = host_nodes.EmptyLatentImage().generate(128, 128, 1)[0]
+    assert torch.equal(generated(other, 3, empty), ksample(other, *WORDS, empty, seed=3))
+
+
+def test_patches_and_a_blend_act(model):
+    """A blend whose expert shares the base's module rides in its batch: counting must not change that."""
+    words = conditioning(30), conditioning(31)
+    for other in (lora(model, 1), blend(model, model, *words)[0], blend(lora(model, 1), unet(1), *words)[0]):
+        assert torch.equal(generated(other, 4), ksample(other, *WORDS, latent(), seed=4))
+
+
+def test_the_demo_checkpoint():
+    with torch.inference_mode():
+        model, clip, _ = modules.load_checkpoint("general")
+        words = [host_nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a cat", "")]
+        empty = host_nodes.EmptyLatentImage().generate(64, 64, 1)[0]
+    settings = dict(sampler="dpmpp_2m", scheduler="karras", steps=4)
+    expected = ksample(model, *words, empty, seed=9, cfg=4.0, **settings)
+    run = run_of(model, empty, words, steps=4, cfg=4.0, sampler_name="dpmpp_2m", scheduler="karras")
+    assert torch.equal(run.generate(run.noise_of(9)), expected)
+
+
+@pytest.mark.parametrize("sampler", sorted(DETERMINISTIC))
+def test_samples_of_deterministic_samplers_share_a_batch(model, sampler):
+    run = run_of(model, sampler_name=sampler, steps=4)
+    noise = torch.cat([run.noise_of(k) for k in range(3)])
+    with forwards(model) as batches:
+        together = run.generate(noise, seeds=[0, 1, 2])
+    assert set(batches) == {2 * 3}
+    rows = run.evaluations
+    alone = torch.cat([run.generate(noise[k : k + 1], seeds=[100 + k]) for k in range(3)])
+    assert (together - alone).norm() < 2e-5 * alone.norm()
+    assert rows == run.evaluations - rows
+
+
+def test_no_more_noises_share_a_batch_than_memory_allows(model, monkeypatch):
+    free = 1.001 * model.memory_required([2 * 2, 4, 16, 16])
+    only(free, monkeypatch)
+    run = run_of(model, cfg=1.0)
+    with forwards(model) as batches:
+        run.generate(torch.cat([run.noise_of(k) for k in range(5)]), steps=1)
+    assert batches == [2, 2, 1]
+
+
+def test_every_sampler_of_the_host_is_known():
+    stochastic = {
+        s for s in comfy.samplers.SAMPLER_NAMES if any(k in s for k in ("ancestral", "sde", "seeds_", "sa_solver"))
+    }
+    assert set(comfy.samplers.SAMPLER_NAMES) == DETERMINISTIC | stochastic | {"ddpm", "lcm", "dpm_adaptive"}
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpm_adaptive"])
+def test_samples_of_other_samplers_run_one_by_one(model, sampler):
+    run = run_of(model, sampler_name=sampler, steps=2)
+    noise = torch.cat([run.noise_of(k) for k in range(2)])
+    together = run.generate(noise, seeds=[5, 6])
+    for k in range(2):
+        assert torch.equal(together[k : k + 1], run.generate(noise[k : k + 1], seeds=[5 + k]))
+
+
+def test_a_stochastic_sampler_draws_from_the_seed_of_the_noise_or_the_runs(model):
+    run = run_of(model, sampler_name="euler_ancestral", seed=8)
+    noise = torch.cat([run.noise_of(k) for k in (3, 4)])
+    found = run.generate(torch.cat([noise, noise[:1] * 0.5]))
+    for k in range(2):
+        assert torch.equal(found[k : k + 1], ksample(model, *WORDS, latent(), sampler="euler_ancestral", seed=3 + k))
+    assert torch.equal(found[2:], run.generate(noise[:1] * 0.5, seeds=[8]))
+    assert not torch.equal(found[2:], run.generate(noise[:1] * 0.5, seeds=[9]))
+
+
+def test_scales_of_latents_are_those_of_the_model(model):
+    run, x = run_of(model), content()["samples"]
+    assert torch.equal(run.to_model(x), x * model.get_model_object("latent_format").scale_factor)
+    assert torch.allclose(run.to_latent(run.to_model(x)), x)
+
+
+@in_inference_mode
+def with_control(words):
+    hint = torch.rand(2, 128, 128, 3, generator=torch.Generator().manual_seed(3))
+    node = host_nodes.ControlNetApplyAdvanced()
+    return node.apply_controlnet(*words, controlnet(3), hint, 1.0, 0.0, 1.0)
+
+
+def test_what_differs_from_row_to_row_keeps_candidates_apart(model):
+    """Two hints, or two masks of a region, would be dealt out to the rows of a batch."""
+    pair = torch.cat([WORDS[0][0][0], WORDS[1][0][0]])
+    masks = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(3))
+    regional = blend(model, unet(1), region=masks)[0]
+    cropping = blend(model, unet(1), crop=1)[0]
+    cases = [(model, with_control(WORDS)), (model, ([[pair, {}]], WORDS[1])), (regional, WORDS), (cropping, WORDS)]
+    for other, words in cases:
+        run = run_of(other, words=words, steps=2)
+        noise = torch.cat([run.noise_of(k) for k in range(2)])
+        together = run.generate(noise)
+        assert torch.equal(together[1:], ksample(other, *words, latent(), steps=2, seed=1))
+
+
+def test_evaluations_are_the_rows_of_forward_passes(model):
+    run = run_of(model)
+    run.generate(run.noise_of(0))
+    assert run.evaluations == 3 * 2  # guidance asks twice
+    run.generate(torch.cat([run.noise_of(k) for k in range(4)]), steps=2)
+    assert run.evaluations == 6 + 4 * 2 * 2
+    plain = run_of(model, cfg=1.0, sampler_name="heun")
+    plain.generate(plain.noise_of(0))
+    assert plain.evaluations == 2 + 2 + 1
+
+
+def test_evaluations_of_experts_count(model):
+    words = conditioning(30), conditioning(31)
+    for expert in (unet(1), lora(model, 1), model):
+        run = run_of(blend(model, expert, *words)[0])
+        run.generate(run.noise_of(0))
+        assert run.evaluations == 2 * 3 * 2
+
+
+def test_the_hosts_progress_preview_and_interrupt(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "comfy.utils.PROGRESS_BAR_HOOK", lambda done, total, preview, node_id=None: seen.append((done, total))
+    )
+    run = run_of(model)
+    run.generate(run.noise_of(0))
+    assert seen[0] == (1, 3)
+    assert seen[-1] == (3, 3)
+    seen.clear()
+    progress = SeedProgress(model, total=8)
+    run.generate(run.noise_of(0), callback=progress.callback)
+    progress.show(torch.rand(16, 16, 3), steps=5)
+    assert seen[-1] == (8, 8)
+
+    before = run.generate(run.noise_of(0))
+    stopped = run_of(stop_at(model, 2))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stopped.generate(stopped.noise_of(0))
+    assert not model.model.diffusion_model._forward_pre_hooks
+    assert torch.equal(run.generate(run.noise_of(0)), before)
+
+
+def test_what_comes_out_may_start_a_gradient(model):
+    with torch.inference_mode():
+        run = run_of(model)
+        noise = run.noise_of(0)
+        found = run.generate(noise)
+    assert not noise.is_inference()
+    assert not found.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "message"),
+    [
+        ({"samples": torch.zeros(2, 4, 16, 16)}, {}, "2 latents.*batch_size to 1"),
+        ({"samples": torch.zeros(1, 4, 3, 16, 16)}, {}, "1x4x3x16x16, as of video or sound"),
+        ({**latent(), "noise_mask": torch.ones(2, 16, 16)}, {}, "2 noise masks for one latent"),
+        (latent(), {"denoise": 0.0}, "denoise 0 paint nothing"),
+        (latent(), {"steps": 0}, "0 steps"),
+    ],
+    ids="batch video masks denoise steps".split(),
+)
+def test_refusals(model, samples, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_of(model, samples, **settings)
+
+
+def test_nested_latents_and_image_to_image_models_are_refused(model):
+    nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 16, 16), torch.zeros(1, 8, 5)])
+    with pytest.raises(ValueError, match="several tensors"):
+        run_of(model, {"samples": nested})
+    with pytest.raises(ValueError, match="no known way from noise"):
+        run_of(unet(0, "img_to_img"))
+
+
+def test_noise_of_another_size_and_missing_seeds_are_refused(model):
+    run = run_of(model)
+    with pytest.raises(ValueError, match="1x4x8x8 does not fit the latent 1x4x16x16"):
+        run.generate(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="1 seeds for 2 noises"):
+        run.generate(torch.zeros(2, 4, 16, 16), seeds=[1])

@@ -1,0 +1,364 @@
+"""SeedSelect as a whole, on a small model whose every picture is known."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from chorus.techniques.seed_select.inversion import invert
+from chorus.techniques.seed_select.losses import ReferenceLoss, embedding_centroid, latent_centroid, vp_scale
+from chorus.techniques.seed_select.optimize import GradientCost, OptimizeSettings, SeedGradients
+from chorus.techniques.seed_select.path import norm_aware_centroid, norm_aware_path
+from chorus.techniques.seed_select.select import SeedSampling, SeedSelect, SeedSelectSettings, centroid_candidates
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (1, 3, 4, 4)
+FEW = OptimizeSettings(iterations=3)
+
+
+def noise_of(seed):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+PROTOTYPES = torch.cat([noise_of(1000 + k) for k in range(5)])
+REFERENCES = PROTOTYPES[:2] * 0.9 + 0.1 * torch.cat([noise_of(2000 + k) for k in range(2)])
+
+
+def denoise(x, sigma):
+    """The exact denoiser of five pictures with a little spread: which one it becomes is a matter of the noise."""
+    s = sigma.view(-1, 1)
+    spread = 0.3**2 + s**2
+    distance = ((x.flatten(1)[:, None] - PROTOTYPES.flatten(1)) ** 2).sum(-1)
+    weights = torch.softmax(-distance / (2 * spread), dim=1)
+    mean = (weights @ PROTOTYPES.flatten(1)).view_as(x)
+    return mean + (x - mean) * (0.3**2 / spread).view(-1, 1, 1, 1)
+
+
+def schedule(steps):
+    return torch.cat([torch.linspace(math.log(8), math.log(0.05), steps).exp(), torch.zeros(1)])
+
+
+def embed(x):
+    return torch.cat([x.mean((2, 3)), (x**2).mean((2, 3))], dim=1)
+
+
+class Toy:
+    def __init__(self, steps=20):
+        self.steps, self.evaluations, self.inverted, self.sessions = steps, 0, 0, 0
+        self.generated, self.sampler_seeds = [], []
+        self.loss = ReferenceLoss(latent_centroid(REFERENCES), embedding_centroid(embed(REFERENCES)), embed)
+
+    def walk(self, noise, steps):
+        """The latents after each step, in the scale of the losses."""
+        sigmas, late = schedule(steps), []
+        x = noise * (1 + sigmas[0] ** 2).sqrt()
+        for now, then in itertools.pairwise(sigmas):
+            self.evaluations += len(x)
+            x = x + (x - denoise(x, now.expand(len(x)))) / now * (then - now)
+            late.append(vp_scale(x, then))
+        return late
+
+    def generate(self, noises, steps, seeds):
+        assert not torch.is_grad_enabled()
+        self.generated.append((len(noises), steps))
+        self.sampler_seeds += seeds
+        return self.walk(noises, steps)[-1]
+
+    def session(self, work):
+        self.sessions += 1
+        work(SeedGradients(lambda noise: self.walk(noise, self.steps)[-3:], self.loss))
+
+    def inversions(self):
+        self.inverted += 1
+        sigmas = schedule(50)
+        return [vp_scale(invert(denoise, x[None], sigmas), sigmas[0]) for x in REFERENCES]
+
+    def sampling(self, **changes):
+        return SeedSampling(
+            noise_of, self.generate, self.loss, self.session, self.inversions, 4, 1, GradientCost(20, 20), **changes
+        )
+
+
+def select(toy=None, **settings):
+    toy = toy or Toy()
+    settings.setdefault("optimize", FEW)
+    return SeedSelect(SeedSelectSettings(**settings), toy.sampling()), toy
+
+
+def in_full(noise, toy):
+    with torch.no_grad():
+        latent = Toy().generate(noise, 20, [0])
+        return latent, float(toy.loss([latent]))
+
+
+@pytest.mark.parametrize("start", ["noise", "inversion", "centroid"])
+@pytest.mark.parametrize("mode", ["search", "optimize", "search+optimize"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_mode_and_start_gives_finished_pictures_and_spends_what_it_planned(mode, start, count):
+    run, toy = select(mode=mode, start=start, count=count, candidates=16, seed=30)
+    told = []
+    pictures = run.run(lambda done, total, score, picture: told.append((done, total, score, picture())))
+    assert len(pictures) == count
+    for found in pictures:
+        latent, score = in_full(found.noise, toy)
+        assert torch.equal(found.latent, latent)
+        assert found.score == score
+        assert found.noise.shape == SHAPE
+    assert run.best is pictures[0]
+    assert toy.evaluations == run.evaluations == run.planned
+    assert [done for done, *_ in told] == sorted({done for done, *_ in told})
+    assert told[-1][0] == run.planned
+    assert {total for _, total, *_ in told} == {run.planned}
+    assert toy.inverted == (start != "noise")
+    assert toy.sessions == ("optimize" in mode)
+    assert run.report().count("picture ") == count
+
+
+def test_a_search_gives_the_seed_that_reproduces_it():
+    run, toy = select(candidates=16, seed=30)
+    (found,) = run.run()
+    assert toy.generated[-1] == (1, 20)
+    assert 30 <= found.seed < 46
+    assert torch.equal(found.noise, noise_of(found.seed))
+    assert torch.equal(found.latent, in_full(noise_of(found.seed), toy)[0])
+
+
+def test_a_search_of_64_comes_near_to_the_best_of_all_for_an_eighth():
+    run, toy = select(candidates=64, seed=0)
+    (found,) = run.run()
+    scores = sorted(in_full(noise_of(s), toy)[1] for s in range(64))
+    assert found.score <= scores[6]
+    assert toy.evaluations * 8 <= 64 * 20
+
+
+def test_optimisation_falls_below_its_start():
+    run, toy = select(mode="optimize", seed=3, optimize=OptimizeSettings(iterations=20))
+    (found,) = run.run()
+    assert found.seed == 3
+    assert found.label == "seed 3, optimised"
+    _, before = in_full(noise_of(3), toy)
+    assert found.score < before
+    assert "does not reproduce the result" in run.report()
+
+
+@pytest.mark.parametrize("pick", [1, 3])
+def test_0_iterations_are_the_plain_run(pick):
+    none = OptimizeSettings(iterations=0)
+    run, toy = select(mode="optimize", seed=3, pick=pick, optimize=none)
+    (found,) = run.run()
+    assert torch.equal(found.noise, noise_of(2 + pick))
+    assert torch.equal(found.latent, in_full(noise_of(2 + pick), toy)[0])
+    both, toy = select(mode="search+optimize", candidates=16, pick=pick, optimize=none)
+    search, _ = select(mode="search", candidates=16, pick=pick)
+    (a,), (b,) = both.run(), search.run()
+    assert torch.equal(a.noise, b.noise)
+    assert torch.equal(a.latent, b.latent)
+    assert (a.seed, a.score) == (b.seed, b.score)
+
+
+def test_the_best_candidates_become_starts():
+    run, _ = select(mode="search+optimize", candidates=16, pick=2, optimized=3)
+    (found,) = run.run()
+    starts = [run.search.candidates[i] for i in run.search.ranking[1:4]]
+    assert [o.best.seed for o in run.optimizations] == [c.seed for c in starts]
+    assert [o.start for o in run.optimizations] == starts
+    best = min(run.optimizations, key=lambda o: o.best.score)
+    assert torch.equal(found.noise, best.best.noise)
+
+
+def test_pictures_lie_between_the_two_best():
+    run, toy = select(candidates=16, count=4)
+    pictures = run.run()
+    first, second = (run.search.candidates[i] for i in run.search.ranking[:2])
+    assert torch.equal(pictures[0].noise, first.noise())
+    assert torch.equal(pictures[3].noise, second.noise())
+    assert [p.seed for p in pictures] == [first.seed, None, None, second.seed]
+    path = norm_aware_path(first.noise(), second.noise())
+    for share, found in ((1 / 3, pictures[1]), (2 / 3, pictures[2])):
+        assert torch.equal(found.noise, path.at(share))
+        assert found.label == f"{100 * share:.0f} % from {first.label} to {second.label}"
+    assert [p.score for p in pictures] == [in_full(p.noise, toy)[1] for p in pictures]
+
+
+def test_a_stochastic_sampler_draws_from_the_seed_of_the_noise_or_else_of_the_settings():
+    run, toy = select(candidates=4, seed=50, count=3)
+    pictures = run.run()
+    best = pictures[0].seed
+    assert toy.sampler_seeds == [50, 51, 52, 53, best, best, pictures[2].seed]
+    assert [p.sampler_seed for p in pictures] == toy.sampler_seeds[4:]
+    for start in ("inversion", "centroid"):
+        run, toy = select(candidates=4, seed=50, start=start)
+        run.run()
+        assert set(toy.sampler_seeds) == {50}
+    run, toy = select(mode="optimize", seed=7)
+    assert run.run()[0].sampler_seed == 7
+    assert toy.sampler_seeds == [7]
+
+
+def test_starts_from_references():
+    run, toy = select(start="inversion", candidates=16)
+    (found,) = run.run()
+    inverted = toy.inversions()
+    assert found.label in ("reference 1", "reference 2")
+    assert found.seed is None
+    assert torch.equal(found.noise, inverted[int(found.label[-1]) - 1])
+    centroid, _ = norm_aware_centroid(inverted)
+    run, _ = select(mode="optimize", start="centroid", optimize=OptimizeSettings(iterations=0))
+    assert torch.equal(run.run()[0].noise, centroid)
+
+
+def test_an_inverted_reference_gives_its_own_picture_a_better_score_than_most_seeds():
+    run, toy = select(start="inversion", candidates=2)
+    (found,) = run.run()
+    scores = sorted(in_full(noise_of(s), toy)[1] for s in range(20))
+    assert found.score < scores[5]
+
+
+def test_centroid_candidates_go_out_to_the_seeds():
+    seeds = [noise_of(1), noise_of(2), noise_of(3)]
+    centroid, paths = norm_aware_centroid(seeds)
+    candidates = centroid_candidates(seeds, 7)
+    assert [c.label for c in candidates] == [
+        "centroid",
+        *(f"50 % from the centroid to reference {k}" for k in (1, 2, 3)),
+        *(f"100 % from the centroid to reference {k}" for k in (1, 2, 3)),
+    ]
+    expected = [centroid, *(p.at(0.5) for p in paths), *seeds]
+    assert all(torch.equal(c.noise(), noise) for c, noise in zip(candidates, expected, strict=True))
+    assert len(centroid_candidates(seeds, 1)) == 1
+    assert [c.label[:2] for c in centroid_candidates(seeds, 6)] == ["ce", "50", "50", "50", "10", "10"]
+
+
+def test_an_interrupt_leaves_the_best_at_any_time():
+    class Interrupt(Exception):
+        pass
+
+    whole, toy = select(mode="search+optimize", candidates=16, count=2)
+    marks = []
+    whole.run(lambda done, total, score, picture: marks.append((done, score)))
+    for done, score in marks:
+        run, _ = select(mode="search+optimize", candidates=16, count=2)
+
+        def progress(now, *_, at=done):
+            if now == at:
+                raise Interrupt
+
+        assert run.best is None
+        with pytest.raises(Interrupt):
+            run.run(progress)
+        assert run.evaluations == done
+        assert run.best is not None
+        if not run.optimizations:
+            assert run.best.score == score
+        elif not run.pictures:
+            assert run.best.score == min(o.best.score for o in run.optimizations)
+        assert run.series()
+        best, spent, made = run.best, run.evaluations, len(run.pictures)
+        settled = run.settle()
+        assert settled is run.pictures and len(settled) == max(made, 1)
+        assert torch.equal(settled[0].noise, best.noise)
+        latent, score = in_full(best.noise, toy)
+        assert torch.equal(settled[0].latent, latent) and settled[0].score == score
+        finished = made or (run.search.done and not run.optimizations)
+        assert run.evaluations == spent + 20 * (not finished)
+        reproduces = torch.equal(best.noise, noise_of(best.seed))
+        said = "reproduces the result in" if reproduces else "does not reproduce the result"
+        assert f"seed {best.seed} " in run.report() and said in run.report()
+
+
+def test_an_interrupt_in_the_last_round_keeps_the_picked_one():
+    class Stubborn(Toy):
+        def generate(self, noises, steps, seeds):
+            if steps == 20 and not self.stopped:
+                self.stopped = True
+                raise InterruptedError
+            return super().generate(noises, steps, seeds)
+
+    toy = Stubborn()
+    toy.stopped = False
+    run, _ = select(toy, candidates=16, pick=3)
+    with pytest.raises(InterruptedError):
+        run.run()
+    assert run.best.seed == run.search.ranking[2]
+    [picture] = run.settle()
+    assert picture.seed == run.search.ranking[2]
+    whole, _ = select(candidates=16, pick=3)
+    assert torch.equal(picture.latent, whole.run()[0].latent)
+
+
+def test_what_is_settled_after_a_whole_search_costs_nothing_more():
+    run, toy = select(candidates=4)
+    pool = run._pool()
+    run._plan(pool)
+    found = run.search.run()
+    spent = run.evaluations
+    assert run.settle()[0].latent is found.latent
+    assert run.evaluations == toy.evaluations == spent
+
+
+def test_series_go_on_where_the_last_one_ended():
+    run, _ = select(mode="search+optimize", candidates=16, optimized=2)
+    run.run()
+    labels, ends = [s.label for s in run.series()], [(s.evaluations[0], s.evaluations[-1]) for s in run.series()]
+    assert labels[:3] == ["16 candidates, 1 step", "4 candidates, 4 steps", "1 candidate, 20 steps"]
+    assert labels[3:] == [f"{o.start.label}, optimised" for o in run.optimizations]
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
+    assert ends[-1][1] == run.evaluations - 20  # the picture's own run comes last
+
+
+def test_the_whole_runs_in_inference_mode_as_nodes_do():
+    expected = select(mode="search+optimize", start="centroid", candidates=4, count=3)[0].run()
+    with torch.inference_mode():
+        pictures = select(mode="search+optimize", start="centroid", candidates=4, count=3)[0].run()
+    for a, b in zip(pictures, expected, strict=True):
+        assert torch.equal(a.noise, b.noise)
+        assert torch.equal(a.latent, b.latent)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(mode="anneal"), "mode 'anneal' is unknown; use one of search, optimize, search"),
+        (dict(start="mean"), "start 'mean' is unknown; use one of noise, inversion, centroid"),
+        (dict(candidates=0), "candidates 0 is less than 1"),
+        (dict(candidates=5000), "candidates 5000 is not in 1 to 4096"),
+        (dict(count=0), "count 0 is less than 1"),
+        (dict(steps=0), "steps 0 is less than 1"),
+        (dict(pick=0), "pick 0 is less than 1"),
+        (dict(pick=17), "pick 17 and 1 noises need 17 candidates and there are 16; raise candidates or lower pick"),
+        (dict(candidates=1, count=2), "pick 1 and 2 noises need 2 candidates and there are 1"),
+        (dict(mode="search+optimize", optimized=4, candidates=3), "pick 1 and 4 noises need 4 candidates"),
+        (dict(first_steps=30), "first_steps 30 is not in 1 to steps 20"),
+        (dict(keep=0.9), "keep 0.9 is not above 0 and at most 0.5"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SeedSelectSettings(**settings)
+
+
+def test_models_that_are_refused():
+    sampling = Toy().sampling()
+    with pytest.raises(ValueError, match="mode optimize needs a sampling that is open to gradients; use mode search"):
+        SeedSelect(SeedSelectSettings(mode="optimize"), replace(sampling, session=None))
+    with pytest.raises(ValueError, match="start centroid needs the references' inversions; use start noise"):
+        SeedSelect(SeedSelectSettings(start="centroid"), replace(sampling, inversions=None))
+    one = replace(sampling, inversions=lambda: [noise_of(1)])
+    with pytest.raises(ValueError, match="1 seed has no path or centroid"):
+        SeedSelect(SeedSelectSettings(start="centroid"), one).run()
+    for settings in (dict(pick=2), dict(count=2)):
+        with pytest.raises(ValueError, match=r"start inversion gives 1 noises, .* needs 2; add references"):
+            SeedSelect(SeedSelectSettings(start="inversion", **settings), one).run()
+
+
+def test_a_picture_whose_score_is_not_finite_is_refused():
+    toy = Toy()
+    sampling = replace(toy.sampling(), generate=lambda noises, steps, seeds: noises * math.nan)
+    with pytest.raises(ValueError, match="the score of seed 0, optimised is nan"):
+        SeedSelect(SeedSelectSettings(mode="optimize", optimize=OptimizeSettings(iterations=1)), sampling).run()
+    with pytest.raises(ValueError, match="the score of seed 0 is nan with 1 step;"):
+        SeedSelect(SeedSelectSettings(), sampling).run()

@@ -1,0 +1,106 @@
+"""The grid of candidates and the score curves."""
+
+import pytest
+import torch
+
+from chorus.common.sheets import PAPER, Sheet
+from chorus.techniques.seed_select.view import BEST, NARROWEST, POINT, WIDEST, Tile, _fitting, draw_grid, draw_preview
+from chorus.techniques.seed_select.records import ScoreSeries
+
+
+def tile(value=0.5, size=(64, 64), captions=("1: seed 0", "score 0.1")):
+    return Tile(torch.full((*size, 3), value), captions)
+
+
+def has(sheet, colour):
+    return (sheet - torch.tensor(colour) / 255).abs().amax(-1) < 1e-3
+
+
+def rows_of(sheet, colour):
+    return has(sheet, colour).any(1).nonzero().flatten()
+
+
+def columns_of(sheet, colour):
+    return has(sheet, colour).any(0).nonzero().flatten()
+
+
+def test_the_grid_goes_row_by_row_and_shows_every_picture():
+    values = [k / 10 for k in range(1, 8)]
+    sheet = draw_grid([tile(v) for v in values])
+    centres = []
+    for v in values:
+        found = (sheet - round(v * 255) / 255).abs().amax(-1) < 1e-3
+        assert found.sum() > 100 * 100
+        y, x = (found.nonzero().float().median(0).values).tolist()
+        centres.append((round(y), x))
+    assert centres == sorted(centres)
+    assert len({y for y, _ in centres}) == 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (32, 48), (64, 8), (512, 512), (1024, 512), (700, 3000)], ids=str)
+def test_pictures_of_any_size_keep_their_form(size):
+    sheet = draw_grid([tile(1.0, size, ())])
+    height, width = (int(has(sheet, (255, 255, 255)).sum(d).max()) for d in (0, 1))
+    assert width / height == pytest.approx(size[1] / size[0], rel=0.02)
+    assert max(width, height) <= WIDEST
+    assert max(width, height) >= NARROWEST or max(size) < NARROWEST
+
+
+def test_a_small_picture_keeps_its_pixels_and_a_large_one_is_averaged():
+    small = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+    sheet = draw_grid([Tile(small, ())])
+    assert torch.allclose(sheet[8 : 8 + 192, 8 : 8 + 192][12::24, 12::24], small, atol=1e-3)
+    stripes = (torch.arange(1024) % 2).float()[:, None, None].expand(1024, 1024, 3)
+    shown = draw_grid([Tile(stripes, ())])[100:400, 100:400]
+    assert float((shown - 0.5).abs().max()) < 0.02
+
+
+def test_the_longest_seed_is_readable_in_the_narrowest_tile():
+    caption = f"16: seed {2**64 - 1}"
+    assert Sheet.text_width(caption, _fitting(caption, NARROWEST)) <= NARROWEST
+    assert _fitting("1: seed 7", NARROWEST) == 13
+    plain, written = (draw_grid([tile(captions=c)]) for c in (("", ""), (caption, "")))
+    assert not torch.equal(plain, written)
+    assert torch.equal(plain[:, -8:], written[:, -8:])  # nothing runs over the edge
+
+
+def test_low_scores_lie_low_and_the_best_so_far_never_rises():
+    series = ScoreSeries("one", (10, 20, 30, 40), (3.0, 1.0, 2.0, 0.0))
+    sheet = draw_preview(tile(), [series])
+    points = [columns_of(sheet[rows], POINT) for rows in (slice(None),)]
+    assert len(points[0]) >= 4 * 5 - 4
+    rows = rows_of(sheet, POINT)
+    top = columns_of(sheet[rows[:5]], POINT).float().mean()
+    bottom = columns_of(sheet[rows[-5:]], POINT).float().mean()
+    assert top < bottom  # the first score is the highest, the last the lowest
+    line = [rows_of(sheet[:, [x]], BEST) for x in columns_of(sheet, BEST).tolist()]
+    tops = [float(r.min()) for r in line]
+    assert tops == sorted(tops)
+
+
+def test_every_series_has_its_own_scale():
+    """Scores of different step counts must not be compared: a shift of one changes nothing but its labels."""
+    first = ScoreSeries("a", (1, 2, 3), (5.0, 4.0, 4.5))
+    sheets = [draw_preview(tile(), [first, ScoreSeries("b", (4, 5, 6), (s, s + 1, s + 2))]) for s in (0.0, 5000.0)]
+    assert torch.equal(has(sheets[0], POINT), has(sheets[1], POINT))
+    alone = draw_preview(tile(), [first])
+    height = alone.shape[0] // 2
+    assert torch.equal(has(sheets[0], POINT)[:height, : alone.shape[1]], has(alone, POINT)[:height])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("points", [1, 2, 200])
+def test_any_number_of_series_and_points(count, points):
+    scores = torch.rand(points, generator=torch.Generator().manual_seed(1)).tolist()
+    series = [ScoreSeries(f"series {k}", tuple(range(k, k + points)), tuple(scores)) for k in range(count)]
+    sheet = draw_preview(tile(), series)
+    assert sheet.dtype == torch.float32 and sheet.shape[-1] == 3
+    assert 0 <= float(sheet.min()) <= float(sheet.max()) <= 1
+    assert bool(has(sheet, POINT).any()) == (count > 0)
+    for edge in (sheet[:2], sheet[-2:], sheet[:, :2], sheet[:, -2:]):
+        assert has(edge, PAPER).all()
+
+
+def test_equal_scores_are_a_level_line():
+    sheet = draw_preview(tile(), [ScoreSeries("same", (1, 2, 3), (0.5, 0.5, 0.5))])
+    assert len(rows_of(sheet, BEST)) <= 2
