@@ -93,7 +93,9 @@ def train_demo(options, rest: list[str]) -> int:
 
 
 def bench(options, rest: list[str]) -> int:
-    names = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "def main" in p.read_text(encoding="utf-8"))
+    names = sorted(
+        p.stem for p in (ROOT / "dev" / "benchmarks").glob("*.py") if "def main" in p.read_text(encoding="utf-8")
+    )
     if not rest or rest[0] not in names:
         raise Problem(f"name one of the benchmarks: {', '.join(names)}")
     host = host_for(options)

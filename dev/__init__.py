@@ -1,1 +1,1 @@
-"""Tools of development; not part of the packed release."""
+"""Development: benchmarks, recipes of the demo weights, tools of run.py. Not packed in releases."""

@@ -1,1 +1,1 @@
-"""The only room that talks to ComfyUI's internals."""
+"""Adapters to ComfyUI that several techniques share."""

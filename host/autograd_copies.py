@@ -1,15 +1,27 @@
-"""Weights and tensors that autograd may save: the host makes its own in inference mode, of which nothing may be saved."""
+"""Copies of weights and tensors for gradients: autograd cannot save the inference tensors that the host makes."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..techniques.saliency_blend.comfy_hook import KEY, BlendChain, blend_chain
-from ..techniques.saliency_blend.comfy_experts import Expert, same_weights
+from .attachments import Attachment
+
+
+def _same_objects(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+
+
+def same_weights(a, b) -> bool:
+    """Whether two patchers ask the same of their modules; what differs only in model_options may share one."""
+    return (
+        a.patches_uuid == b.patches_uuid
+        and _same_objects(a.object_patches, b.object_patches)
+        and a.weight_wrapper_patches.keys() == b.weight_wrapper_patches.keys()
+        and a.injections.keys() == b.injections.keys()
+    )
 
 
 def own_tensors(value: Any) -> Any:
@@ -48,43 +60,13 @@ class NormalWeights:
             clone.additional_models[name] = [self(m) for m in models]
         return clone
 
-    def blended(self, model):
-        """``__call__`` for a MODEL that may carry a blend: its experts come along, its trace stays as it is."""
-        out, chain = self(model), blend_chain(model)
-        if chain.experts:
-            experts = tuple(
-                Expert(self(e.patcher), own_tensors(e.positive), own_tensors(e.negative), e.label)
-                for e in chain.experts
-            )
-            settings = tuple((own, *(_Untraced() for _ in traces)) for own, *traces in chain.settings)
-            out.set_attachments(KEY, BlendChain(experts, settings, _without_record(chain.begin)))
+    def with_attachments(self, model):
+        """``__call__`` for a MODEL, and its attachments on copies of their models."""
+        out = self(model)
+        for key, attachment in model.attachments.items():
+            if isinstance(attachment, Attachment):
+                out.set_attachments(key, attachment.for_gradients(self))
         return out
-
-
-class _Untraced:
-    """Takes a trace's place: what an optimisation tries is no run that a user wants to see."""
-
-    def clear(self) -> None:
-        pass
-
-    def finish(self, record) -> None:
-        pass
-
-
-class _Forgetful(list):
-    def append(self, item) -> None:
-        pass
-
-
-def _without_record(begin: Callable) -> Callable:
-    """``begin`` of a technique that keeps no steps: soft masks would keep the graph of every prediction alive."""
-
-    def begun(*args, **kwargs):
-        technique = begin(*args, **kwargs)
-        technique.record.steps = _Forgetful()
-        return technique
-
-    return begun
 
 
 def _needs_copy(patcher) -> bool:

@@ -1,13 +1,16 @@
 """Safetensors that nodes keep between runs: written whole or not at all, found again in the input and output folders."""
 
 import hashlib
+import json
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 import safetensors.torch
+from comfy.cli_args import args
 from torch import Tensor
 
 LONGEST = 180  # bytes of a name; file systems have room for 255, and number, ending and .part come behind
@@ -135,3 +138,33 @@ class KeptFiles:
     def fingerprint(self, name: str | None) -> str | float:
         """What fingerprint_inputs gives: another value when the file changes, or always where the name is wired."""
         return float("nan") if name is None else hashlib.sha256(self.find(name).read_bytes()).hexdigest()
+
+
+def workflow_metadata(hidden) -> dict[str, str]:
+    """What the host saves beside its own results, so that a file dropped on the canvas opens its workflow; nothing
+    where the user forbids it, or where there is no workflow. ``hidden``: a node's, with prompt and extra_pnginfo."""
+    if hidden is None or args.disable_metadata:
+        return {}
+    found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {key: json.dumps(value) for key, value in found.items() if value is not None}
+
+
+def diagnosis(path: Path, error: Exception | None = None, weights_only: bool = False) -> str:
+    """Why a file of weights cannot be read, by how it begins and by the ``error`` of reading it.
+
+    ``weights_only``: pickles of plain weights (.pth) are read too; otherwise only safetensors are.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    pickled = start.startswith((b"PK\x03\x04", b"\x80"))
+    if not start:
+        return "it is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is only git's pointer to the file; download the file itself (git lfs pull)"
+    if pickled and not weights_only:
+        return "it is a pickle under another name; only safetensors are read, which cannot run code"
+    if pickled and path.suffix == ".safetensors":
+        return "it is a pickle under another name; name it .pth, so that only its weights are read"
+    if pickled and isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
+        return "it holds more than weights, and code from a file is never run; save net.state_dict() alone"
+    return "it is damaged or not whole; download it again" + (f" ({str(error)[:200]})" if error else "")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import images
-from .gradients import Recorder, gradients, make_room
 from .autograd_copies import NormalWeights
+from .gradients import Recorder, gradients, make_room
 
 KEPT_PER_DECODED = 3  # what a gradient through a VAE keeps, in what the host reckons for decoding
 

@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from .training_images import TrainingPictures
 from ..training.metrics import BACKBONES, Distance, feature_distance, huber, join_features, l1, lpips_distance
+from .training_images import TrainingPictures
 
 FEATURES, LPIPS, NONE = "clip_vision", "lpips ", "none"
 OF_NUMBERS = {"l1": l1, "huber": huber}

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..training.trainer import AveragingTrainer
 from .files import check_prefix
 from .training_run import TrainingRun
-from ..training.trainer import AveragingTrainer
 
 EXAMPLE = "training/mine"  # of a prefix
 

@@ -20,7 +20,6 @@ from . import (
     seed_select,
     training_pairs,
 )
-from .checked_inputs import checked
 
 NODES: list[type[io.ComfyNode]] = [
     *saliency_noise_blend.NODES,
@@ -40,10 +39,6 @@ NODES: list[type[io.ComfyNode]] = [
     *face_realism_score.NODES,
     *demo.NODES,
 ]
-
-
-for node in NODES:
-    checked(node)
 
 
 class ChorusExtension(ComfyExtension):

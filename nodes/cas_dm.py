@@ -10,8 +10,9 @@ from comfy_api.latest import io
 
 from ..techniques.cas_dm.comfy_files import fingerprint_head, head_files, read_head, save_head, validate_head
 from ..techniques.cas_dm.comfy_hook import CASTING, MadeFor, add_head, check_fits
-from ..techniques.cas_dm.network import Head, from_file, to_file
 from ..techniques.cas_dm.mix import refine
+from ..techniques.cas_dm.network import Head, from_file, to_file
+from .checked_inputs import checks_inputs
 
 CasDMHeadSocket = io.Custom("CAS_DM_HEAD")  # networks.cas_dm_head.Head
 PREFIX = "cas_dm/head"
@@ -22,6 +23,7 @@ def made_for(head: Head) -> MadeFor:
     return MadeFor(facts.latent_format, head.config.channels, facts.prediction, facts.cfg)
 
 
+@checks_inputs
 class LoadCasDMHead(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -55,6 +57,7 @@ class LoadCasDMHead(io.ComfyNode):
         return io.NodeOutput(read_head(file, from_file))
 
 
+@checks_inputs
 class SaveCasDMHead(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -83,6 +86,7 @@ class SaveCasDMHead(io.ComfyNode):
         return io.NodeOutput()
 
 
+@checks_inputs
 class CasDMHead(io.ComfyNode):
     @classmethod
     def define_schema(cls):

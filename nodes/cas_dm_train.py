@@ -5,10 +5,12 @@ Cas-DM (arXiv 2401.02414), a reconstruction: the paper has no public code.
 
 from comfy_api.latest import io, ui
 
-from ..techniques.cas_dm.comfy_hook import check_fits, made_for
-from ..techniques.cas_dm.comfy_training import Guided, process_of, read_latents
 from ..host.training_images import TrainingPictures, training_gradients
+from ..host.training_metrics import FEATURES, METRICS, NONE
 from ..host.training_run import training_place
+from ..techniques.cas_dm.comfy_hook import check_fits, made_for
+from ..techniques.cas_dm.comfy_train_node import HeadRun, latent_metric
+from ..techniques.cas_dm.comfy_training import Guided, process_of, read_latents
 from ..techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head
 from ..techniques.cas_dm.training import GATE_WEIGHTS, CasDMTrainer, CasDMTraining
 from ..techniques.cas_dm.training_data import FIRST_WEIGHTS, Latents, Process
@@ -16,13 +18,13 @@ from ..training.generators import stream
 from . import training_widgets as widgets
 from .cas_dm import PREFIX, CasDMHeadSocket
 from .cas_dm import made_for as of_head
-from ..techniques.cas_dm.comfy_train_node import HeadRun, latent_metric
-from ..host.training_metrics import FEATURES, METRICS, NONE
+from .checked_inputs import checks_inputs
 from .training_widgets import single
 
 SIZES = {"small": (32, 32, 48), "normal": (64, 64, 96), "large": (96, 128, 192)}
 
 
+@checks_inputs
 class TrainCasDMHead(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -1,5 +1,7 @@
-"""What ComfyUI lets through and no node can use, refused before a node begins: a value that stands in a prompt where a
-wire belongs, and a number that is NaN, which is neither below a minimum nor above a maximum.
+"""A decorator of nodes that refuses inputs which ComfyUI lets through and no node can use.
+
+These are values in a prompt where a link belongs, non-finite numbers, which are neither below a minimum nor above a
+maximum, and images, masks, latents and conditionings without content.
 """
 
 import functools
@@ -15,8 +17,8 @@ OWN_READER = {"BOUNDING_BOX"}  # a box may stand in the prompt itself, and its r
 JSON = (bool, int, float, str, list, dict, type(None))
 
 
-def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The ``node``, whose execute looks at its inputs first. A ValueError names the input, what it is and the remedy."""
+def checks_inputs(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """Let ``execute`` of a node check its inputs first. A ValueError names the input, its value and the remedy."""
     execute = node.execute.__func__
     signature = inspect.signature(execute)
 
@@ -37,6 +39,7 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         return execute(cls, *args, **kwargs)
 
     node.execute = classmethod(checking)
+    node.checks_inputs = True
     return node
 
 

@@ -3,8 +3,10 @@
 from comfy_api.latest import io
 
 from ..demo import modules
+from .checked_inputs import checks_inputs
 
 
+@checks_inputs
 class ChorusDemoCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -36,6 +38,7 @@ class ChorusDemoCheckpoint(io.ComfyNode):
         return io.NodeOutput(*modules.load_checkpoint(name))
 
 
+@checks_inputs
 class ChorusDemoVision(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -54,6 +57,7 @@ class ChorusDemoVision(io.ComfyNode):
         return io.NodeOutput(modules.load_vision())
 
 
+@checks_inputs
 class ChorusDemoReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -4,13 +4,15 @@ import torch
 from comfy_api.latest import io
 
 from ..host.images import embeddings
-from ..techniques.face_refiner.refine import check_pictures
 from ..techniques.face_refiner.frechet import BLOCKS, Frechet, frechet, frechet_both
+from ..techniques.face_refiner.refine import check_pictures
+from .checked_inputs import checks_inputs
 
 FEW = 3  # pictures; an interval needs as many
 SEED = 0  # of the blocks; the same sets give the same interval
 
 
+@checks_inputs
 class FaceRealismScore(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -5,20 +5,38 @@ import logging
 import torch
 from comfy_api.latest import io
 
-from ..techniques.face_refiner.comfy_files import FILES, fingerprint, load_refiner, refiner_files, save_refiner, validate
-from ..techniques.face_refiner.comfy_model import Refining
+from ..host.files import workflow_metadata
 from ..host.images import embeddings
-from ..techniques.masked_tokens.comfy_token_files import workflow_metadata
-from ..techniques.face_refiner.networks.image_generators import load_generator
 from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, per_image
+from ..techniques.face_refiner.comfy_files import (
+    FILES,
+    fingerprint,
+    load_refiner,
+    refiner_files,
+    save_refiner,
+    validate,
+)
+from ..techniques.face_refiner.comfy_model import Refining
 from ..techniques.face_refiner.identity import feature_guard, structure_guard
-from ..techniques.face_refiner.refine import FaceRefinerSettings, Refined, check_mask, check_pictures, describe, refine_boxes, refine_mask, refine_whole
+from ..techniques.face_refiner.networks.image_generators import load_generator
+from ..techniques.face_refiner.refine import (
+    FaceRefinerSettings,
+    Refined,
+    check_mask,
+    check_pictures,
+    describe,
+    refine_boxes,
+    refine_mask,
+    refine_whole,
+)
+from .checked_inputs import checks_inputs
 
 FaceRefinerSocket = io.Custom("FACE_REFINER")  # host.face_refiner_model.FaceRefinerModel
 # not the host's class: it has a box for default, which clients that make prompts of saved workflows send for an empty socket
 BoxesSocket = io.Custom(io.BoundingBox.io_type)
 
 
+@checks_inputs
 class LoadFaceRefiner(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -54,6 +72,7 @@ class LoadFaceRefiner(io.ComfyNode):
         return io.NodeOutput(load_refiner(file, load_generator))
 
 
+@checks_inputs
 class SaveFaceRefiner(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -81,6 +100,7 @@ class SaveFaceRefiner(io.ComfyNode):
         return io.NodeOutput(ui={"face_refiner": [saved]})
 
 
+@checks_inputs
 class FaceRefiner(io.ComfyNode):
     @classmethod
     def define_schema(cls):

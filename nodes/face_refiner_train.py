@@ -5,21 +5,22 @@ After arXiv 2505.02255, which trains a residual U-Net on pairs and CycleGAN with
 
 from comfy_api.latest import io, ui
 
-from ..techniques.face_refiner.comfy_model import FaceRefinerModel
-from ..techniques.face_refiner.comfy_training import make_room, steps_behind, trained, weights_of
 from ..host.training_images import TrainingPictures, training_gradients
+from ..host.training_metrics import FEATURES, METRICS, NONE, set_features
 from ..host.training_run import training_place
+from ..techniques.face_refiner.comfy_model import FaceRefinerModel
+from ..techniques.face_refiner.comfy_train_node import RefinerRun, picture_metric
+from ..techniques.face_refiner.comfy_training import make_room, steps_behind, trained, weights_of
 from ..techniques.face_refiner.networks.image_generators import load_generator
-from ..techniques.face_refiner.training.generators import ARCHITECTURES, generator_of, new_generator
-from ..techniques.face_refiner.training.pairs import NAMES, FaceData, read_pictures
-from ..techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ..techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR, RefinerTrainer
+from ..techniques.face_refiner.training.generators import ARCHITECTURES, generator_of, new_generator
+from ..techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
+from ..techniques.face_refiner.training.pairs import NAMES, FaceData, read_pictures
 from ..techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
 from ..training.generators import stream
 from . import training_widgets as widgets
+from .checked_inputs import checks_inputs
 from .face_refiner import FaceRefinerSocket
-from ..techniques.face_refiner.comfy_train_node import RefinerRun, picture_metric
-from ..host.training_metrics import FEATURES, METRICS, NONE, set_features
 from .training_widgets import single
 
 PREFIX = "face_refiner/refiner"
@@ -27,6 +28,7 @@ PAIRED, UNPAIRED = "paired", "unpaired"
 PASSES = {PAIRED: 1, UNPAIRED: 6}  # of a generator in a step
 
 
+@checks_inputs
 class TrainFaceRefiner(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -2,13 +2,15 @@
 
 from comfy_api.latest import io
 
-from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures
 from ..techniques.masked_tokens.canvas import check_sides, rgb
+from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures
 from ..techniques.masked_tokens.tokens import edit
+from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel, blank
 from .sockets import Tokens as TokensSocket
 
 
+@checks_inputs
 class MaskedTokenEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -32,6 +34,7 @@ class MaskedTokenEncode(io.ComfyNode):
         return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
 
 
+@checks_inputs
 class MaskedTokenDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -55,6 +58,7 @@ class MaskedTokenDecode(io.ComfyNode):
         return io.NodeOutput(decode_tokens(model, tokens.ids))
 
 
+@checks_inputs
 class MaskedTokenEdit(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -2,12 +2,15 @@
 
 from comfy_api.latest import io
 
+from ..host.files import workflow_metadata
 from ..techniques.masked_tokens.comfy_token_files import FILES as TOKEN_FILES
-from ..techniques.masked_tokens.comfy_token_files import load_ids, save_ids, workflow_metadata
+from ..techniques.masked_tokens.comfy_token_files import load_ids, save_ids
 from ..techniques.masked_tokens.tokens import Tokens
+from .checked_inputs import checks_inputs
 from .sockets import Tokens as TokensSocket
 
 
+@checks_inputs
 class SaveMaskedTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -36,6 +39,7 @@ class SaveMaskedTokens(io.ComfyNode):
         return io.NodeOutput(ui={"tokens": [saved]})
 
 
+@checks_inputs
 class LoadMaskedTokens(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -10,21 +10,31 @@ import torch
 from comfy_api.latest import io
 
 from ..host.files import check_prefix
+from ..host.training_run import TrainingRun, training_place
+from ..techniques.masked_tokens.canvas import rgb
 from ..techniques.masked_tokens.comfy_lora_files import NONE, lora_files, read_lora, write_lora
 from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures, read_prompts
 from ..techniques.masked_tokens.comfy_training import add_lora, gradients, make_room, merged_weights, release
-from ..host.training_run import TrainingRun, training_place
 from ..techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
-from ..techniques.masked_tokens.canvas import rgb
 from ..techniques.masked_tokens.lora import Lora, check_fits, from_file, to_file
-from ..techniques.masked_tokens.training import LoraTrainer, LoraTraining, Pictures, recompute_layers, report, trainable, training_bytes
+from ..techniques.masked_tokens.training import (
+    LoraTrainer,
+    LoraTraining,
+    Pictures,
+    recompute_layers,
+    report,
+    trainable,
+    training_bytes,
+)
 from . import training_widgets as widgets
+from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenLora, MaskedTokenModel
 
 PREFIX = "loras/masked_token_lora"
 PREVIEW_STEPS = 8
 
 
+@checks_inputs
 class LoadMaskedTokenLora(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -93,6 +103,7 @@ def _from_file(name: str) -> Lora:
     return lora
 
 
+@checks_inputs
 class SaveMaskedTokenLora(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -122,6 +133,7 @@ class SaveMaskedTokenLora(io.ComfyNode):
         return io.NodeOutput()
 
 
+@checks_inputs
 class TrainMaskedTokenLora(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -3,13 +3,23 @@
 from comfy_api.latest import io
 
 from ..demo import modules
-from ..techniques.masked_tokens.comfy_files import FROM_FOLDER, model_folders, pick, read_model, replacements, text_files, weight_files
+from ..techniques.masked_tokens.comfy_files import (
+    FROM_FOLDER,
+    model_folders,
+    pick,
+    read_model,
+    replacements,
+    text_files,
+    weight_files,
+)
 from ..techniques.masked_tokens.networks import amused
+from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel
 
 DEMO = "chorus-demo"
 
 
+@checks_inputs
 class LoadMaskedTokenModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -3,16 +3,27 @@
 import torch
 from comfy_api.latest import io
 
-from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
-from ..techniques.masked_tokens.comfy_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
 from ..techniques.masked_tokens import preview
-from ..techniques.masked_tokens.decode import ORDERS, RAMPS, SCHEDULES, MaskedTokenSettings, decode, draw, guidance_scales, guided
 from ..techniques.masked_tokens.batch import Batch, stack_texts
 from ..techniques.masked_tokens.canvas import Given, rgb
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
+from ..techniques.masked_tokens.comfy_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
+from ..techniques.masked_tokens.decode import (
+    ORDERS,
+    RAMPS,
+    SCHEDULES,
+    MaskedTokenSettings,
+    decode,
+    draw,
+    guidance_scales,
+    guided,
+)
+from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel, blank
 from .sockets import Tokens as TokensSocket
 
 
+@checks_inputs
 class MaskedTokenSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):

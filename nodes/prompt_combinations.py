@@ -3,10 +3,12 @@
 from comfy_api.latest import io
 
 from ..techniques.face_refiner.prompt_combinations import ORDERS, PromptCombinations
+from .checked_inputs import checks_inputs
 
 MOST = 0xFFFFFFFFFFFFFFFF  # of a seed
 
 
+@checks_inputs
 class PromptCombinationsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):

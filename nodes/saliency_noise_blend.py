@@ -2,14 +2,18 @@
 
 from comfy_api.latest import io, ui
 
+from ..techniques.saliency_blend.blend import JointSettings
+from ..techniques.saliency_blend.comfy_experts import Expert
 from ..techniques.saliency_blend.comfy_hook import add_expert, blend_chain
-from ..techniques.saliency_blend.view import draw_blend
+from ..techniques.saliency_blend.experts import ExpertSettings
 from ..techniques.saliency_blend.trace import BlendTrace
-from ..techniques.saliency_blend.blend import ExpertSettings, JointSettings, SaliencyBlendRun, Schedule
+from ..techniques.saliency_blend.view import draw_blend
+from .checked_inputs import checks_inputs
 
 Trace = io.Custom("BLEND_TRACE")
 
 
+@checks_inputs
 class SaliencyNoiseBlend(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -213,19 +217,16 @@ class SaliencyNoiseBlend(io.ComfyNode):
             region_mode=region_mode,
             refresh=refresh,
             skip_below=skip_below,
-            crop=crop,
+            crop_margin=crop,
         )
         joint = JointSettings(general_strength, mask_mode, softness, saliency, blur)
         trace = BlendTrace()
 
-        def begin(chain, **run):
-            experts, traces = zip(*chain, strict=True)
-            return SaliencyBlendRun(experts, joint, Schedule(**run), traces)
-
-        blended = add_expert(model, expert, positive, negative, settings.label, (settings, trace), begin)
+        blended = add_expert(model, Expert(expert, positive, negative, settings, trace), joint)
         return io.NodeOutput(blended, trace)
 
 
+@checks_inputs
 class SaliencyBlendView(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -4,8 +4,10 @@ from comfy_api.latest import io
 
 from ..demo.modules import found_seeds
 from ..techniques.seed_select.comfy_files import FILES, SeedNoise, load_seed, read_seed, save_seed
+from .checked_inputs import checks_inputs
 
 
+@checks_inputs
 class SaveSeed(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -37,6 +39,7 @@ class SaveSeed(io.ComfyNode):
         return io.NodeOutput(ui={"seeds": [save_seed(noise, filename_prefix)]})
 
 
+@checks_inputs
 class LoadSeed(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -8,12 +8,14 @@ from comfy_api.latest import io
 
 from ..host.shape_errors import explained
 from ..techniques.seed_select.comfy_files import model_details
+from ..techniques.seed_select.comfy_run import Score, find, outputs
 from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, SeedRun
 from ..techniques.seed_select.optimize import OptimizeSettings
 from ..techniques.seed_select.select import MODES, STARTS, SeedSelectSettings
-from ..techniques.seed_select.comfy_run import Score, find, outputs
+from .checked_inputs import checks_inputs
 
 
+@checks_inputs
 class SeedSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls):

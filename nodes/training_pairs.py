@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from ..demo import modules
-from ..techniques.masked_tokens.comfy_token_files import workflow_metadata
+from ..host.files import workflow_metadata
 from ..techniques.face_refiner.comfy_pairs import chosen, fingerprint, load_pairs, pair_folders, save_pairs
+from .checked_inputs import checks_inputs
 
 
 def offered() -> list[str]:
@@ -12,6 +13,7 @@ def offered() -> list[str]:
     return [*pair_folders(), modules.FACE_PAIRS]
 
 
+@checks_inputs
 class SaveTrainingPairs(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -59,6 +61,7 @@ class SaveTrainingPairs(io.ComfyNode):
         return io.NodeOutput(ui={"images": saved})
 
 
+@checks_inputs
 class LoadTrainingPairs(io.ComfyNode):
     @classmethod
     def define_schema(cls):

@@ -1,1 +1,1 @@
-"""The algorithms: plain torch on tensors and callables. No host, no files."""
+"""The five techniques, one folder each. Files named comfy_*.py are adapters to ComfyUI, the others are pure torch."""

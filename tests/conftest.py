@@ -1,8 +1,10 @@
 """Make this folder importable as ``chorus`` and, where there is a ComfyUI, its modules by their own names.
 
-The ComfyUI is $COMFYUI_PATH, else the one that run.py puts into .host/. Without one, only tests/unit is left.
+The ComfyUI is $COMFYUI_PATH, else the one that run.py puts into .host/. Without one, only the tests of pure code are
+left: those of adapters lie in files named test_comfy_*.py, as the adapters in files named comfy_*.py.
 """
 
+import errno
 import importlib.util
 import os
 import sys
@@ -19,7 +21,8 @@ if (HOST / "main.py").is_file():
     # first on the path: our nodes/ folder must not shadow the host's nodes.py
     sys.path.insert(0, str(HOST))
 else:
-    collect_ignore = ["host", "robustness", "browser"]
+    collect_ignore = ["robustness", "browser"]
+    collect_ignore_glob = ["*/test_comfy_*.py"]
 
 # without a GPU the Triton kernels run in its CPU interpreter; this must be set before they are imported
 if not torch.cuda.is_available():
@@ -30,9 +33,15 @@ spec = importlib.util.spec_from_file_location("chorus_run", ROOT / "run.py")
 sys.modules["chorus_run"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["chorus_run"])  # makes this folder the package chorus
 
+if "COMFYUI_PATH" in os.environ:
+    from chorus.dev import headless  # ComfyUI as a library in this process
+    from chorus.tests.support.real_comfyui import comfy, server  # noqa: F401 (fixtures: one real server)
+
+    headless.start()
+
 
 def pytest_report_header():
-    return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none, only tests/unit is left"
+    return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none; test_comfy_*.py are left out"
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +62,14 @@ def one_thread():
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every file is half written, then there is no room."""
+
+    def full(file):
+        os.truncate(file, os.fstat(file).st_size // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)

@@ -1,1 +1,1 @@
-"""Loops, losses and statistics that the training nodes, the recipes and the benchmarks share."""
+"""Pure code that several trainings share: the loop, metrics, random generators."""

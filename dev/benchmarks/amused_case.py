@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import comfy.model_management
 import torch
 
-from ...techniques.masked_tokens.comfy_model import MaskedTokenModel, wrap
 from ...host.operations import casting_operations
 from ...kernels.linear import linear
+from ...nodes.masked_tokens import MaskedTokenSampler
+from ...techniques.masked_tokens.comfy_model import MaskedTokenModel, wrap
 from ...techniques.masked_tokens.networks.uvit import load_uvit
 from ...techniques.masked_tokens.networks.vq import load_vq
-from ...nodes.masked_tokens import MaskedTokenSampler
 from .diffusers_pipelines import diffusers_pipelines
 from .random_models import fill
 

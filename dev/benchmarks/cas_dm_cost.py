@@ -35,10 +35,10 @@ import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 
 from ...demo.modules import load_checkpoint  # noqa: E402
-from ...techniques.cas_dm.comfy_hook import CASTING, made_for  # noqa: E402
-from ...techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head  # noqa: E402
 from ...nodes.cas_dm import CasDMHead  # noqa: E402
+from ...techniques.cas_dm.comfy_hook import CASTING, made_for  # noqa: E402
 from ...techniques.cas_dm.mix import refine  # noqa: E402
+from ...techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head  # noqa: E402
 from .environment import facts, keep  # noqa: E402
 from .fresh_process import forget_peak, in_fresh_process, resident  # noqa: E402
 from .fusion_case import DTYPES, GIB, ROOM  # noqa: E402

@@ -37,18 +37,18 @@ import comfy.utils  # noqa: E402
 from ...demo import weights  # noqa: E402
 from ...demo.canvas import Canvases  # noqa: E402
 from ...demo.modules import load_checkpoint, load_sign_classifier, load_vision  # noqa: E402
+from ...nodes.cas_dm import CasDMHead  # noqa: E402
+from ...techniques.cas_dm.comfy_files import read_head_file  # noqa: E402
+from ...techniques.cas_dm.network import Head, from_file  # noqa: E402
+from ...techniques.face_refiner.frechet import frechet, frechet_difference  # noqa: E402
 from ..first_recipes.cas_dm import ABLATIONS, PLAN  # noqa: E402
 from ..first_recipes.encoder import seen_by  # noqa: E402
 from ..first_recipes.evaluate import encode, joined, ranks_of, sample  # noqa: E402
-from ...techniques.cas_dm.comfy_files import read_head_file  # noqa: E402
-from ...techniques.cas_dm.network import Head, from_file  # noqa: E402
-from ...nodes.cas_dm import CasDMHead  # noqa: E402
-from ...techniques.face_refiner.frechet import frechet, frechet_difference  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .fresh_process import in_fresh_process  # noqa: E402
 
-PAINTED = Path(__file__).parents[1] / ".cache" / "cas_dm_quality"
+PAINTED = Path(__file__).parents[2] / ".cache" / "cas_dm_quality"
 SAMPLER, SCHEDULER, REFERENCE = "euler", "normal", 100
 STEPS = (4, 8, 20)
 FIXED = 0.5

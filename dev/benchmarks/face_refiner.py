@@ -26,8 +26,8 @@ import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 
 from ...techniques.face_refiner.comfy_model import Refining, wrap  # noqa: E402
-from ...techniques.face_refiner.networks.layers import EPS, BatchNorm, ImageGenerator, InstanceNorm  # noqa: E402
 from ...techniques.face_refiner.networks.image_generators import NETWORKS, load_generator  # noqa: E402
+from ...techniques.face_refiner.networks.layers import EPS, BatchNorm, ImageGenerator, InstanceNorm  # noqa: E402
 from ...techniques.face_refiner.networks.residual import RefinerConfig  # noqa: E402
 from ...techniques.face_refiner.networks.resnet import ResnetConfig  # noqa: E402
 from ...techniques.face_refiner.networks.unet import UnetConfig  # noqa: E402

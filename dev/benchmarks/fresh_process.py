@@ -38,7 +38,7 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
     """What a module's ``function`` gives in a new process with ComfyUI; arguments and result travel as JSON."""
     code = (
         # this folder leaves the path again: its nodes/ would shadow the host's nodes.py
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import run; del sys.path[0];"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import run; del sys.path[0];"
         " from chorus.host import headless; headless.start();"
         " from chorus.dev.benchmarks.fresh_process import answer; answer(sys.argv[1])"
     )

@@ -21,9 +21,7 @@ from .writing import ROOT, UNRECORDED, ReportError, anchor, fill, listed, on_gpu
 PAGE, README = ROOT / "BENCHMARKS.md", ROOT / "README.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 TEMPLATES = Path(__file__).parent / "chapters"
-NOTE = (
-    "<!-- Written by `python run.py bench report` out of the result files: change dev/benchmarks/chapters/, not this. -->"
-)
+NOTE = "<!-- Written by `python run.py bench report` out of the result files: change dev/benchmarks/chapters/, not this. -->"
 VERSIONS = {"python": "Python", "torch": "torch", "triton": "Triton", "comfyui": "ComfyUI"}
 OPTIONAL = ("triton",)
 

@@ -15,7 +15,7 @@ import pytest
 
 from .environment import RESULTS, keep
 
-FOLDER = Path(__file__).parents[1] / "tests" / "robustness"
+FOLDER = Path(__file__).parents[2] / "tests" / "robustness"
 
 
 class Figures:

@@ -12,8 +12,8 @@ import comfy.sd
 import torch
 
 from ...demo.modules import load_checkpoint, load_references, load_vision
-from ...techniques.seed_select.comfy_sampler import SeedRun
 from ...techniques.seed_select.comfy_run import Score, find
+from ...techniques.seed_select.comfy_sampler import SeedRun
 from ...techniques.seed_select.optimize import OptimizeSettings
 from ...techniques.seed_select.select import SeedSelectSettings
 from .random_models import conditioning, fill, sd15

@@ -33,18 +33,18 @@ import comfy.utils  # noqa: E402
 
 from ...demo.canvas import phrase  # noqa: E402
 from ...demo.modules import load_checkpoint, load_references, load_sign_classifier, load_vision  # noqa: E402
-from ..first_recipes.evaluate import encode, ranks_of  # noqa: E402
 from ...demo.signs import load_bins, load_signs  # noqa: E402
-from ...techniques.seed_select.comfy_sampler import SeedRun  # noqa: E402
 from ...techniques.seed_select.comfy_run import Score, find  # noqa: E402
+from ...techniques.seed_select.comfy_sampler import SeedRun  # noqa: E402
 from ...techniques.seed_select.optimize import OptimizeSettings  # noqa: E402
 from ...techniques.seed_select.select import SeedSelectSettings  # noqa: E402
+from ..first_recipes.evaluate import encode, ranks_of  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference, ratio_of_means  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .fresh_process import in_fresh_process  # noqa: E402
 from .generated_training import accuracies  # noqa: E402
 
-PAINTED = Path(__file__).parents[1] / ".cache" / "seed_rare_signs"
+PAINTED = Path(__file__).parents[2] / ".cache" / "seed_rare_signs"
 BINS = ("rare", "medium", "frequent")
 WAYS = ("random", "search", "optimise", "both")
 JUDGES = ("classifier", "encoder")

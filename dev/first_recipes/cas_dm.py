@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
-from ...techniques.cas_dm.mix import losses, mix, predict, total
-from ...training.metrics import feature_distance
 from ...demo import modules, weights
 from ...demo.canvas import Canvases
 from ...demo.latent import CHANNELS
 from ...demo.text import TextModel, token_rows
 from ...demo.unet import make_unet
+from ...techniques.cas_dm.mix import losses, mix, predict, total
+from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
+from ...training.metrics import feature_distance
 from . import loop
 from .device import DEVICE
 from .encoder import seen_by

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..statistics import wilson
 from ...demo import modules, weights
 from ...demo.data_source import ROOT
 from ...demo.signs import load_bins, load_signs
+from ..statistics import wilson
 from .vision import STYLES, names
 
 RESULTS = ROOT / "demo" / "results"

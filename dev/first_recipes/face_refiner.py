@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
+from ...demo import modules, weights
 from ...techniques.face_refiner.comfy_files import FORMAT
 from ...techniques.face_refiner.networks.residual import RefinerConfig
-from ...techniques.face_refiner.training.generators import new_generator
-from ...techniques.face_refiner.training.pairs import FaceData
-from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ...techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR
+from ...techniques.face_refiner.training.generators import new_generator
+from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
+from ...techniques.face_refiner.training.pairs import FaceData
 from ...techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
-from ...training.metrics import feature_distance
 from ...training.generators import stream
-from ...demo import modules, weights
+from ...training.metrics import feature_distance
 from . import face_pairs, loop
 from .device import DEVICE
 from .encoder import seen_by

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
-from ...techniques.masked_tokens.networks.vq import load_vq
 from ...demo import weights
 from ...demo.canvas import SIZE, Canvases
 from ...demo.text import WIDTH, TextModel, token_rows
+from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
+from ...techniques.masked_tokens.networks.vq import load_vq
 from . import vq
 from .device import autocast
 from .loop import train

@@ -27,11 +27,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from ...training.metrics import huber
 from ...demo import weights
 from ...demo.canvas import Canvases
 from ...demo.latent import CHANNELS
 from ...demo.text import token_rows
+from ...training.metrics import huber
 from . import loop
 from .cas_dm import Guided
 from .device import DEVICE, autocast

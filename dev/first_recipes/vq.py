@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...techniques.masked_tokens.networks.vq import VQGAN, VQConfig
 from ...demo import weights
 from ...demo.canvas import Canvases
+from ...techniques.masked_tokens.networks.vq import VQGAN, VQConfig
 from .device import autocast
 from .loop import train
 

@@ -12,8 +12,8 @@ import torch
 
 from ...demo.emoji.autoencoder import CHANNELS
 from ...demo.emoji.text import token_rows
-from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ...techniques.cas_dm.mix import losses, mix, predict, total
+from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ...training.metrics import feature_distance
 from . import autoencoder, banks, features, guided, loop, sheets, snapshots
 from .device import autocast, device

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from ...techniques.face_refiner.networks.residual import RefinerConfig
-from ...techniques.face_refiner.training.generators import new_generator
-from ...techniques.face_refiner.training.pairs import FaceData
-from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ...techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR
-from ...training.metrics import feature_distance
+from ...techniques.face_refiner.training.generators import new_generator
+from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
+from ...techniques.face_refiner.training.pairs import FaceData
 from ...training.generators import stream
+from ...training.metrics import feature_distance
 from . import face_pairs, features, loop, sheets, snapshots
 from .device import device, has_bfloat16
 from .scenes import SIZE

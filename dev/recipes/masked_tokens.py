@@ -13,8 +13,8 @@ from torch import nn
 
 from ...demo.emoji.concepts import PAD, START
 from ...demo.emoji.text import WIDTH, TextModel, token_rows
-from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from ...techniques.masked_tokens import decode as technique
+from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from . import banks, denoiser, loop, sheets, snapshots, state, vq
 from .device import device, has_bfloat16
 from .scenes import SIZE, Scenes

@@ -20,7 +20,11 @@ from .scenes import CELL, SIZE
 from .vision import SCALE, names
 
 FOLDER = DATA.parent / "seeds"
-FORMAT, NOISE, ENDING = "chorus-seed-1", "noise", ".seed.safetensors"  # as techniques/seed_select/comfy_files.py reads them
+FORMAT, NOISE, ENDING = (
+    "chorus-seed-1",
+    "noise",
+    ".seed.safetensors",
+)  # as techniques/seed_select/comfy_files.py reads them
 
 
 @dataclass(frozen=True, kw_only=True)

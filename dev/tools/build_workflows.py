@@ -22,7 +22,7 @@ from PIL import Image
 from . import page as comfy
 from .workflows import WORKFLOWS
 
-FOLDER = Path(__file__).resolve().parents[1] / "example_workflows"
+FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 WINDOW = {"width": 1800, "height": 2100}
 PLACE = {"x": 80, "y": 320, "width": 1600, "height": 1600}  # of the graph; what the page lays upon it is at the edges
 

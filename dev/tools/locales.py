@@ -18,7 +18,7 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "locales"
+FOLDER = Path(__file__).resolve().parents[2] / "locales"
 FILES = ("nodeDefs", "main")  # of the host's; the other two hold commands and settings, of which the pack has none
 SOURCE = "english"  # not read by the host
 PROPER = "chorus"  # the category that is our name and has no translation

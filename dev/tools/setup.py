@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .progress import Problem, step
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
 VENV = ROOT / ".venv"
 TOOLS = ROOT / ".tools"

@@ -10,14 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...host.files import KeptFiles, need_name
-from ..masked_tokens.comfy_files import diagnosis
+from ...host.files import KeptFiles, diagnosis, need_name
 from ...host.model_folders import register_folder
 
 FOLDER, SUFFIX = "cas_dm", ".safetensors"
 FILES = KeptFiles(".cas_dm.safetensors", "Cas-DM head", "Save Cas-DM Head", "cas_dm/head")  # those that were saved
 OUTPUT = " [output]"  # the host's mark for its output folder
-SHIPPED = Path(__file__).parents[1] / "demo" / "weights" / FOLDER  # heads that come with the pack
+SHIPPED = Path(__file__).parents[2] / "demo" / "weights" / FOLDER  # heads that come with the pack
 
 T = TypeVar("T")
 Make = Callable[[dict[str, Tensor], dict[str, str]], T]

@@ -18,8 +18,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from .non_finite import HeadWatch
+from ...host.attachments import Attachment
 from ...host.parametrization import FLOW, family
+from .non_finite import HeadWatch
 
 KEY = "chorus_cas_dm"  # the additional models are this with the place in the chain
 CASTING = comfy.ops.manual_cast  # the layers of a head that the host may leave elsewhere, in another dtype
@@ -61,6 +62,16 @@ def prediction_of(sampling) -> str:
         if isinstance(sampling, getattr(comfy.model_sampling, kind)):
             return name
     return "rflow"  # the other one that family() knows
+
+
+class HeadAttachment(Attachment):
+    """Says of a MODEL that heads hang on it."""
+
+    def refusal_as_expert(self, label):
+        return (
+            f"the model wired in as '{label}' carries a Cas-DM head, which a blend does not evaluate; put CasDMHead after"
+            " SaliencyNoiseBlend, where it refines the blended prediction"
+        )
 
 
 def heads_on(model) -> int:
@@ -106,6 +117,7 @@ def add_head(
     key = f"{KEY}_{heads_on(model)}"
     patcher = _patcher(network, model.load_device)
     out.set_additional_models(key, [patcher])
+    out.set_attachments(KEY, HeadAttachment())
     out.set_model_sampler_post_cfg_function(_Hook(key, patcher, refine, wanted, start_percent, end_percent))
     return out
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from .comfy_files import save_head
 from ...host.training_images import TrainingPictures, rough_pictures
-from .network import Head, to_file
-from .view import draw_examples
-from .training import CasDMTrainer, Examined
-from .report import report
-from ...training.metrics import CropMetric
 from ...host.training_metrics import FEATURES, NONE, OF_NUMBERS, distance_of
 from ...host.training_node import TrainingNodeRun
+from ...training.metrics import CropMetric
+from .comfy_files import save_head
+from .network import Head, to_file
+from .report import report
+from .training import CasDMTrainer, Examined
+from .view import draw_examples
 
 
 def latent_metric(kind: str, pictures: TrainingPictures, crop: int):

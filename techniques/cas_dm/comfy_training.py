@@ -11,9 +11,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..saliency_blend.comfy_hook import blend_chain
-from ...host.shape_errors import explained
+from ...host.attachments import attached
 from ...host.parametrization import FLOW, family
+from ...host.shape_errors import explained
 
 # what an entry of a CONDITIONING may hold that acts by the noise level, by the place, or by memory
 BY_LEVEL = frozenset("control hooks gligen start_percent end_percent area mask timestep_start timestep_end".split())
@@ -70,7 +70,7 @@ class Guided:
             raise ValueError(
                 f"{len(positive)} prompts in positive for {count} latents; wire one prompt for all, or one for each"
             )
-        if negative is None and (cfg != 1.0 or blend_chain(model).experts):
+        if negative is None and (cfg != 1.0 or any(a.needs_negative for a in attached(model))):
             why = f"cfg {cfg:g} guides away from it" if cfg != 1.0 else "the blend on the model compares with it"
             raise ValueError(f"negative is not wired, and {why}; wire it (an empty prompt), or set cfg to 1")
         self.model, self.positive, self.cfg = model, list(positive), cfg

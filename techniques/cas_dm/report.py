@@ -1,7 +1,7 @@
 """What a training of a Cas-DM head did, in a few lines for people."""
 
-from .training import CasDMTrainer, Examined
 from ...training.report_lines import TRAINED_ON, settled, started, verdict
+from .training import CasDMTrainer, Examined
 
 UNUSED = 0.1  # below this r everywhere a head does next to nothing
 

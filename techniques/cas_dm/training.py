@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .network import Head
-from .mix import losses, mix, predict, total
-from .training_data import LEVELS, Draw, Latents
 from ...training.finite import NotFiniteError
 from ...training.trainer import AveragingTrainer, Training, weighted_means
+from .mix import losses, mix, predict, total
+from .network import Head
+from .training_data import LEVELS, Draw, Latents
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.99), 1e-2, 1.0
 WARM_UP = 100  # steps of rising learning rate, at most a tenth of the run

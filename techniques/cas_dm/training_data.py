@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mix import alpha_bar, amplitudes, posterior_weight
 from ...training.generators import stream
+from .mix import alpha_bar, amplitudes, posterior_weight
 
 FIRST_WEIGHTS, DRAWS, HELD_OUT = 10, 11, 12  # what a stream of random numbers is for
 MOST_HELD_OUT = 32  # pictures

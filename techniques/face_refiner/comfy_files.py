@@ -3,7 +3,6 @@
 The published generators are .pth files. Those are read by torch's weights-only loading, which runs no code.
 """
 
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,15 +14,15 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
-from .comfy_model import FaceRefinerModel, wrap
-from ...host.files import KeptFiles, need_name
+from ...host.files import KeptFiles, diagnosis, need_name
 from ...host.model_folders import register_folder
+from .comfy_model import FaceRefinerModel, wrap
 
 MODELS = "face_refiner"
 SUFFIXES = {".safetensors", ".pth"}
 FILES = KeptFiles(".refiner.safetensors", "face refiner", "Save Face Refiner", "face_refiner/ComfyUI")
 FORMAT = "chorus-face-refiner-1"  # in the metadata
-SHIPPED = Path(__file__).parents[1] / "demo" / "weights" / MODELS  # refiners that come with the pack
+SHIPPED = Path(__file__).parents[2] / "demo" / "weights" / MODELS  # refiners that come with the pack
 NONE = "none"  # a combo without any file must still have an entry
 
 Load = Callable[..., nn.Module]  # load(state_dict, operations), as networks.image_generators.load_generator
@@ -109,7 +108,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         _check_plain(found, path)
         return found, {}
     except Exception as error:  # torch, pickle and safetensors raise many kinds
-        raise ValueError(f"{path} cannot be read: {diagnosis(path, error)}") from error
+        raise ValueError(f"{path} cannot be read: {diagnosis(path, error, weights_only=True)}") from error
 
 
 def _check_packed(path: Path) -> None:
@@ -128,19 +127,3 @@ def _check_plain(found: Any, path: Path) -> None:
         raise ValueError("it holds tensors that are sparse, quantized, nested or without numbers")
     if (size := sum(t.nbytes for t in tensors)) > path.stat().st_size:
         raise ValueError(f"its tensors are of {size} bytes, more than it has")
-
-
-def diagnosis(path: Path, error: Exception) -> str:
-    """Why a file is not read, by how it begins and what reading it raised."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        return "it is empty; download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is only git's pointer to the file; download the file itself (git lfs pull)"
-    if path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "it is a pickle under another name; name it .pth, so that only its weights are read"
-    pickled = start.startswith((b"PK\x03\x04", b"\x80"))
-    if pickled and isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
-        return "it holds more than weights, and code from a file is never run; save net.state_dict() alone"
-    return f"it is damaged or not whole; download it again ({str(error)[:200]})"

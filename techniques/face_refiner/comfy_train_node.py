@@ -4,16 +4,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .comfy_model import FaceRefinerModel
-from .comfy_training import save, trained
 from ...host.training_images import TrainingPictures
-from .networks.image_generators import load_generator
-from .view import PAIRED, UNPAIRED, draw_refined
-from .training import paired as face_refiner, unpaired
-from .training.base import Examined, RefinerTrainer
-from ...training.metrics import Distance
 from ...host.training_metrics import FEATURES, NONE, distance_of
 from ...host.training_node import TrainingNodeRun
+from ...training.metrics import Distance
+from .comfy_model import FaceRefinerModel
+from .comfy_training import save, trained
+from .networks.image_generators import load_generator
+from .training import paired as face_refiner
+from .training import unpaired
+from .training.base import Examined, RefinerTrainer
+from .view import PAIRED, UNPAIRED, draw_refined
 
 
 def picture_metric(kind: str, pictures: TrainingPictures, device) -> Distance | None:

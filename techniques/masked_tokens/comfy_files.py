@@ -21,10 +21,11 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from .comfy_model import MaskedTokenModel, wrap
-from .comfy_text import CLIP_L, load_clip, openai_clip_l
+from ...host.files import diagnosis
 from ...host.model_folders import register_folder
 from ...host.operations import casting_operations
+from .comfy_model import MaskedTokenModel, wrap
+from .comfy_text import CLIP_L, load_clip, openai_clip_l
 
 MODELS = "masked_token"
 # the parts of a model, and what their files are called
@@ -176,17 +177,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:  # the host and safetensors raise several kinds
         raise ValueError(f"{path} cannot be read: {diagnosis(path)} ({str(error)[:200]})") from error
-
-
-def diagnosis(path: Path) -> str:
-    """Why a file is not safetensors, by how it begins."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "it is a pickle under another name; only safetensors are read, which cannot run code"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is only git's pointer to the file; download the file itself (git lfs pull)"
-    return "it is damaged or not whole; download it again"
 
 
 def transformer_dtype(state_dict: Mapping[str, Tensor]) -> torch.dtype:

@@ -14,9 +14,9 @@ from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 from torch import Tensor
 
+from ...host.previews import as_preview
 from .comfy_model import MaskedTokenModel
 from .comfy_text import read_text
-from ...host.previews import as_preview
 
 Text = tuple[Tensor, Tensor]  # states [B, L, C] and pooled [B, C] of one prompt for each sample
 ENCODE_BYTES, DECODE_BYTES = 56, 34  # per pixel and channel at full size, as the host reckons for its VAEs in float32

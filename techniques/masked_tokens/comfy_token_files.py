@@ -1,11 +1,9 @@
 """Files of token ids: safetensors with one int64 tensor and what it takes to read it, in the host's output folder."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from comfy.cli_args import args
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,15 +20,6 @@ def save_ids(ids: Tensor, sizes: Mapping[str, int], prefix: str, metadata: Mappi
     """Write ``ids`` [B, h, w] as KeptFiles.save does; ``sizes`` has the SIZES, ``metadata`` what else shall go along."""
     metadata = {**metadata, **{key: str(sizes[key]) for key in SIZES}}
     return FILES.save(prefix, {NAME: ids.contiguous()}, metadata)
-
-
-def workflow_metadata(hidden) -> dict[str, str]:
-    """What the host saves beside its own results, so that a file dropped on the canvas opens its workflow; nothing
-    where the user forbids it, or where there is no workflow. ``hidden``: a node's, with prompt and extra_pnginfo."""
-    if hidden is None or args.disable_metadata:
-        return {}
-    found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
-    return {key: json.dumps(value) for key, value in found.items() if value is not None}
 
 
 def load_ids(name: str, make: Callable[..., T]) -> T:

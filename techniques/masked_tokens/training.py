@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .networks.uvit import UViT
-from .lora import Lora, attach, check_resume, fresh, learned
-from ...training.resize import fit_short_side
-from ...training.report_lines import verdict
 from ...training.generators import stream
+from ...training.report_lines import verdict
+from ...training.resize import fit_short_side
 from ...training.trainer import Trainer
+from .lora import Lora, attach, check_resume, fresh, learned
+from .networks.uvit import UViT
 
 AESTHETIC = 6.0  # the score with which aMUSEd is trained and sampled
 FIXED_MASKS = 8  # per picture, to compare before and after

@@ -1,9 +1,10 @@
-"""Experts: further models that predict beside the base during one sampling run, with everything of their own."""
+"""Experts of a blend: further models that predict beside the base, with patches, hooks and conditioning of their own."""
 
 import copy
 import logging
 import uuid
 from collections.abc import Callable
+from functools import cached_property
 
 import comfy.hooks
 import comfy.model_management
@@ -13,17 +14,29 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...host.autograd_copies import own_tensors, same_weights
 from ...host.parametrization import Conversion
+from .experts import ExpertParticipant, ExpertSettings
+from .regions import LatentBox
+from .trace import BlendTrace
 
 log = logging.getLogger("comfyui-chorus")
 
 
 class Expert:
-    """A MODEL with its conditioning, as wired, and its copy if it needs one. Shared by all clones of the blended MODEL."""
+    """A MODEL with its conditioning and settings, as wired; its node's trace; its copy if it needs one.
 
-    def __init__(self, patcher, positive, negative, label: str):
-        self.patcher, self.positive, self.negative, self.label = patcher, positive, negative, label
+    Shared by all clones of the blended MODEL.
+    """
+
+    def __init__(self, patcher, positive, negative, settings: ExpertSettings, trace: BlendTrace | None = None):
+        self.patcher, self.positive, self.negative = patcher, positive, negative
+        self.settings, self.trace = settings, trace
         self._own_copy = None
+
+    @property
+    def label(self) -> str:
+        return self.settings.label
 
     def conditionings(self) -> list:
         return [entry for cond in (self.positive, self.negative) if cond is not None for entry in cond]
@@ -35,19 +48,9 @@ class Expert:
             self._own_copy = _copy_with_module(self.patcher)
         return self._own_copy
 
-
-def _same_objects(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-
-
-def same_weights(a, b) -> bool:
-    """Whether two patchers ask the same of their modules; what differs only in model_options may share one."""
-    return (
-        a.patches_uuid == b.patches_uuid
-        and _same_objects(a.object_patches, b.object_patches)
-        and a.weight_wrapper_patches.keys() == b.weight_wrapper_patches.keys()
-        and a.injections.keys() == b.injections.keys()
-    )
+    def for_gradients(self, copy: Callable) -> "Expert":
+        """The expert on a copy whose weights autograd may save, without the trace of its node."""
+        return Expert(copy(self.patcher), own_tensors(self.positive), own_tensors(self.negative), self.settings)
 
 
 def _copy_with_module(patcher):
@@ -134,14 +137,18 @@ def _copy_controls(control):
     return duplicate
 
 
-class ExpertRun:
+class ExpertRun(ExpertParticipant):
     """One expert during one sampling run: its patches, hooks, controls and conditioning, ready to predict x0."""
 
-    def __init__(self, patcher, expert: Expert, guider, sigmas, noise, latent_image, denoise_mask, seed):
-        self.patcher, self.inner, self.label = patcher, patcher.model, expert.label
-        self.device = patcher.load_device
+    def __init__(self, index: int, patcher, expert: Expert, guider, sigmas, noise, latent_image, denoise_mask, seed):
         base = guider.model_patcher
-        self.convert = Conversion(base.get_model_object("model_sampling"), patcher.get_model_object("model_sampling"))
+        sampling = base.get_model_object("model_sampling")
+        super().__init__(index, expert.settings, lambda percent: float(sampling.percent_to_sigma(percent)))
+        self.patcher, self.inner, self.device = patcher, patcher.model, patcher.load_device
+        self.convert = Conversion(sampling, patcher.get_model_object("model_sampling"))
+        # a thread of its own lets it compute while the base does; one module cannot do both
+        self.has_own_device = self.device != base.load_device and self.inner is not guider.inner_model
+        self.batched_with_base = False  # see shares_forward_with()
 
         given = {"positive": expert.positive, "negative": expert.negative}
         conds, controls = {}, {}
@@ -175,8 +182,11 @@ class ExpertRun:
             self.close()
             raise
 
+    def can_run(self, sigma: float) -> bool:
+        return self.convert.covers(sigma)
+
     def shares_forward_with(self, guider, base_options: dict, own_key: str) -> bool:
-        """Whether the expert's conditionings may ride in the base's batch: one module, nothing else of its own."""
+        """Whether the expert's conditionings may join the base's batch: one module, nothing else of its own."""
         base = guider.model_patcher
         plain = not any("hooks" in c or "control" in c for conds in self.conds.values() for c in conds)
         return (
@@ -188,21 +198,28 @@ class ExpertRun:
             and not _has_patches(base_options, own_key)
         )
 
-    def fingerprint(self) -> tuple[float, ...]:
-        """Tells this expert's prompts from another's, whatever its place in the chain."""
+    @cached_property
+    def sort_key(self) -> tuple[float, ...]:
+        """Orders the experts that join the base's batch by their prompts, whatever their order in the chain.
+
+        The place of a row in a batch can change its last bits.
+        """
         texts = [c["cross_attn"] for conds in self.conds.values() for c in conds if c.get("cross_attn") is not None]
         return tuple(float(text.double().sum()) for text in texts)
 
-    @property
+    @cached_property
     def can_crop(self) -> bool:
-        """Whether its conditionings can be evaluated on a part of the latent; these know the whole picture only."""
+        """Whether its conditionings can be evaluated on a part of the latent; these need the whole image."""
         whole = ("area", "control", "default", "gligen")
         return not any(k in c for conds in self.conds.values() for c in conds for k in whole)
 
-    def ask(self, names: list[str], x: Tensor, sigma: Tensor, box=None) -> Callable[[], list[Tensor]]:
-        """The question for the base's (x, sigma), ready on the expert's device; called, it gives its answers there.
+    def prediction_of(
+        self, names: list[str], x: Tensor, sigma: Tensor, box: LatentBox | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """A function that predicts x0 [B, C, *S] for each named conditioning at the base's (x, sigma).
 
-        ``box`` (top, left, height, width): the part of the latent to evaluate; the answers are 0 elsewhere.
+        Its inputs are on the expert's device already, where it leaves its results. ``box``: the part of the latent to
+        evaluate; results are 0 elsewhere.
         """
         x_own, sigma_own = self.convert(x, sigma)
         x_own, sigma_own = x_own.to(self.device), sigma_own.to(self.device)
@@ -212,19 +229,19 @@ class ExpertRun:
             area = (*x.shape[2:-2], height, width, *[0] * (x.ndim - 4), top, left)
             conds = [[{**c, "area": area} for c in cond] for cond in conds]
 
-        def answer() -> list[Tensor]:
+        def predict() -> list[Tensor]:
             previous, self.inner.current_patcher = getattr(self.inner, "current_patcher", None), self.patcher
             try:
                 return comfy.samplers.calc_cond_batch(self.inner, conds, x_own, sigma_own, self.options)
             finally:
                 self.inner.current_patcher = previous
 
-        return answer
+        return predict
 
     def predict(self, names: list[str | None], x: Tensor, sigma: Tensor) -> list[Tensor | None]:
         """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
         wanted = [n for n in names if n is not None]
-        found = dict(zip(wanted, (o.to(x) for o in self.ask(wanted, x, sigma)()), strict=True))
+        found = dict(zip(wanted, (o.to(x) for o in self.prediction_of(wanted, x, sigma)()), strict=True))
         return [found.get(n) for n in names]
 
     def close(self) -> None:

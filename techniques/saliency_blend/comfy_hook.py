@@ -1,42 +1,73 @@
 """Hooks a blend of several models into ComfyUI's sampling: four wrappers on the base MODEL, one attachment.
 
 PREPARE_SAMPLING loads base and experts in one call, so none evicts another. SAMPLER_SAMPLE readies the experts and
-hands their state to the run. CALC_COND_BATCH lets them predict beside the base and puts the blend in its place.
+begins the run of the technique. CALC_COND_BATCH plans, predicts and blends in place of the base's predictions.
 OUTER_SAMPLE publishes the trace with the finished latent.
 """
 
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..cas_dm.comfy_hook import heads_on
-from .comfy_workers import Workers
+from ...host.attachments import Attachment, attached
+from ...host.shape_errors import explained
+from .blend import JointSettings, SaliencyBlendRun, Schedule
 from .comfy_experts import Expert, ExpertRun, check_latent_space, resolve_patchers
 from .comfy_kernel_backend import kernel_backend
-from ...host.shape_errors import explained
+from .comfy_workers import Workers
 
 KEY = "chorus_blend"  # attachment, wrapper key, and where a run's state lies in model_options
 log = logging.getLogger("comfyui-chorus")
 
 
 @dataclass(frozen=True, eq=False)
-class BlendChain:
-    """What hangs on a blended MODEL.
-
-    ``begin(settings, sigmas=, percent_to_sigma=, cfg=, seed=, backend=)`` makes the technique's state of one run; cfg
-    is None where the guider has no single scale.
-    """
+class BlendChain(Attachment):
+    """The blend that a MODEL carries: its experts in the order of the chain, and the settings of the chain's last node."""
 
     experts: tuple[Expert, ...] = ()
-    settings: tuple[Any, ...] = ()
-    begin: Callable[..., Any] | None = None
+    joint: JointSettings = field(default_factory=JointSettings)
+    record: bool = True  # keep the steps of a run and publish them in the experts' traces
+
+    needs_negative = True  # saliency is the difference to it
+
+    @property
+    def models(self):
+        return tuple(expert.patcher for expert in self.experts)
+
+    @property
+    def conditionings(self):
+        return tuple((expert.positive, expert.negative) for expert in self.experts)
+
+    def patchers(self, base, conds):
+        return resolve_patchers(base, self.experts, conds)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        return all(expert.settings.rows_are_independent for expert in self.experts)
+
+    @property
+    def depends_on_history(self) -> str:
+        return next(filter(None, (expert.settings.depends_on_history for expert in self.experts)), "")
+
+    def for_gradients(self, copy):
+        return replace(self, experts=tuple(expert.for_gradients(copy) for expert in self.experts), record=False)
+
+    def refusal_as_expert(self, label):
+        return (
+            f"the model wired in as '{label}' is itself a blend; chain instead: wire the blended MODEL into 'model'"
+            " and each single checkpoint into 'expert'"
+        )
+
+    def begin(self, experts: list[ExpertRun], schedule: Schedule) -> SaliencyBlendRun[ExpertRun]:
+        """The technique's state of one run."""
+        traces = [expert.trace for expert in self.experts if expert.trace is not None] if self.record else []
+        return SaliencyBlendRun(experts, self.joint, schedule, traces, self.record)
 
 
 def blend_chain(model) -> BlendChain:
@@ -44,23 +75,17 @@ def blend_chain(model) -> BlendChain:
     return model.get_attachment(KEY) or BlendChain()
 
 
-def add_expert(model, expert_model, positive, negative, label: str, settings, begin):
-    """A clone of ``model`` whose sampling lets ``expert_model`` take part, beside the experts it already has."""
-    if blend_chain(expert_model).experts:
-        raise ValueError(
-            f"the model wired in as '{label}' is itself a blend; chain instead: wire the blended MODEL into 'model'"
-            " and each single checkpoint into 'expert'"
-        )
-    if heads_on(expert_model):
-        raise ValueError(
-            f"the model wired in as '{label}' carries a Cas-DM head, which a blend does not ask; put CasDMHead after"
-            " SaliencyNoiseBlend, where it refines what both have painted"
-        )
-    check_latent_space(model, expert_model, label)
-    chain = blend_chain(model)
+def add_expert(model, expert: Expert, joint: JointSettings):
+    """A clone of ``model`` whose sampling blends ``expert`` in, beside the experts that it already has.
+
+    Errors (ValueError): an expert of another latent space, or one whose MODEL carries a blend or a head.
+    """
+    for attachment in attached(expert.patcher):
+        if refusal := attachment.refusal_as_expert(expert.label):
+            raise ValueError(refusal)
+    check_latent_space(model, expert.patcher, expert.label)
     out = model.clone()
-    expert = Expert(expert_model, positive, negative, label)
-    out.set_attachments(KEY, BlendChain((*chain.experts, expert), (*chain.settings, settings), begin))
+    out.set_attachments(KEY, BlendChain((*blend_chain(model).experts, expert), joint))
     for kind, wrapper in (
         (WrappersMP.PREPARE_SAMPLING, _prepare_sampling),
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
@@ -130,68 +155,53 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
     _check_run(guider, noise)
     base, chain = guider.model_patcher, blend_chain(guider.model_patcher)
-    sampling = base.get_model_object("model_sampling")
-    technique = chain.begin(
-        chain.settings,
-        sigmas=tuple(sigmas.tolist()),
-        percent_to_sigma=lambda percent: float(sampling.percent_to_sigma(percent)),
-        cfg=_guidance_scale(guider),
-        seed=extra_args.get("seed"),
-        backend=kernel_backend(),
-    )
+    seed = extra_args.get("seed")
+    schedule = Schedule(tuple(sigmas.tolist()), _guidance_scale(guider), seed, kernel_backend())
     patchers = guider.model_options.pop(KEY, None) or resolve_patchers(base, chain.experts, guider.conds)
     options = extra_args["model_options"]
-    runs: list[ExpertRun] = []
+    experts: list[ExpertRun] = []
     workers = Workers()
     try:
-        for patcher, expert in zip(patchers, chain.experts, strict=True):
-            runs.append(
-                ExpertRun(patcher, expert, guider, sigmas, noise, latent_image, denoise_mask, extra_args.get("seed"))
-            )
+        for index, (patcher, expert) in enumerate(zip(patchers, chain.experts, strict=True), start=1):
+            experts.append(ExpertRun(index, patcher, expert, guider, sigmas, noise, latent_image, denoise_mask, seed))
+            experts[-1].batched_with_base = experts[-1].shares_forward_with(guider, options, KEY)
         guider.inner_model.current_patcher = base  # an expert on the same module has put itself there
-        options[KEY] = _BlendRun(guider, runs, technique, options, workers)
+        technique = chain.begin(experts, schedule)
+        options[KEY] = _BlendSampling(guider, technique, workers)
         output = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
         guider.model_options[f"{KEY}_run"] = technique
         return output
     finally:
         options.pop(KEY, None)
         workers.close()
-        for run in runs:
-            run.close()
+        for expert in experts:
+            expert.close()
         guider.inner_model.current_patcher = base  # the host's own cleanup still needs it
 
 
 def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     run = model_options.get(KEY)
-    if not isinstance(run, _BlendRun):
+    if not isinstance(run, _BlendSampling):
         raise ValueError(
-            "this sampler does not go through ComfyUI's guiders, so the blend has no experts to ask;"
+            "this sampler does not go through ComfyUI's guiders, so the blend has no experts to evaluate;"
             " sample with KSampler, SamplerCustom or SamplerCustomAdvanced, or remove SaliencyNoiseBlend"
         )
     if model is not run.inner:
         return executor(model, conds, x, sigma, model_options)
-    return run.calc(lambda asked: executor(model, asked, x, sigma, model_options), conds, x, sigma)
+    return run.predict(lambda conds: executor(model, conds, x, sigma, model_options), conds, x, sigma)
 
 
-class _BlendRun:
-    """Base, experts and technique during one run, seen from the sampler's calls."""
+class _BlendSampling:
+    """Base, experts and technique during one run, as the sampler calls them."""
 
-    def __init__(self, guider, experts: list[ExpertRun], technique, base_options: dict, workers: Workers):
-        self.inner, self.conds, self.experts, self.technique = guider.inner_model, guider.conds, experts, technique
-        self.workers = workers
-        self.labels = [expert.label for expert in blend_chain(guider.model_patcher).experts]
-        here = guider.model_patcher.load_device
-        self.elsewhere = [run.device != here and run.inner is not self.inner for run in experts]
-        self.can_crop = [run.can_crop for run in experts]
+    def __init__(self, guider, technique: SaliencyBlendRun[ExpertRun], workers: Workers):
+        self.inner, self.conds, self.technique, self.workers = guider.inner_model, guider.conds, technique, workers
         self.names = {c[0]["uuid"]: name for name, c in guider.conds.items() if c}
-        self.together = [run.shares_forward_with(guider, base_options, KEY) for run in experts]
-        prints = {i: run.fingerprint() for i, run in enumerate(experts, start=1) if self.together[i - 1]}
-        self.places = {i: place for place, i in enumerate(sorted(prints, key=prints.get))}  # riders in the base's batch
         self._x, self._sigma = None, None  # of the last blended prediction
         self._warned = False
 
-    def calc(self, base: Callable, conds: list, x: Tensor, sigma: Tensor) -> list[Tensor]:
-        """The host's answer for ``conds`` with the blend in its place; ``base(conds)`` asks the base model."""
+    def predict(self, base: Callable, conds: list, x: Tensor, sigma: Tensor) -> list[Tensor]:
+        """The host's predictions for ``conds``, with the blend in their place; ``base(conds)`` are the base model's."""
         names = [self.names.get(c[0]["uuid"]) if c else None for c in conds]
         if not any(names):
             if any(c for c in conds) and not self._warned:
@@ -199,104 +209,103 @@ class _BlendRun:
                 log.warning("a conditioning the sampler did not name is predicted by the base model alone")
             return base(conds)
         level = float(sigma[0])
-        here = x is self._x and level == self._sigma
-        if "positive" in names and not here:
+        same_input = x is self._x and level == self._sigma
+        if "positive" in names and not same_input:
             self._x, self._sigma = x, level
             return self._blend(base, conds, names, x, sigma, level)
-        return self._mix(base, conds, names, x, sigma, here)
+        return self._mix(base, conds, names, x, sigma, same_input)
 
     def _blend(self, base, conds, names, x, sigma, level) -> list[Tensor]:
-        """The prediction of a step: saliency, mask, blend."""
-        covered = [run.convert.covers(level) for run in self.experts]
-        plan = self.technique.plan(level, x, covered, self.can_crop)
+        """The prediction of a step: plan, predict, blend."""
+        plan = self.technique.plan(level, x)
         if not plan:
             return base(conds)
-        running = [i for i, action in plan.items() if action == "run"]
-        boxes = {i: self.technique.box(i) for i in running}
         others = [n for n in names if n not in (None, "positive", "negative")]  # DualCFG's middle, PerpNeg's empty
         # in the sampler's order: a row's place in a batch can change its last bits
         wanted = list(dict.fromkeys([*filter(None, names), "positive", "negative"]))
-        # riders keep their places in any order of the chain, for the same reason
-        riding = sorted((i for i in running if self.together[i - 1] and boxes[i] is None), key=self.places.get)
+        batched = sorted((e for e in plan.run if e.batched_with_base and e.box is None), key=lambda e: e.sort_key)
+        alone = [e for e in plan.run if e not in batched]
 
-        with self._asked(running, riding, wanted, x, sigma, boxes) as answers_of:
+        with self._started(alone, wanted, x, sigma) as results:
             with explained("the base model of the blend, or an expert of the same weights,"):
-                own, predicted, out = self._ask_base(base, conds, names, wanted, riding)
-            for i in running:
-                if i not in predicted:
-                    with explained(f"'{self.labels[i - 1]}'"):
-                        predicted[i] = dict(zip(wanted, (o.to(x) for o in answers_of[i]()), strict=True))
+                own, predicted, out = self._predict_with_base(base, conds, names, wanted, batched)
+            for expert in alone:
+                with explained(f"'{expert.label}'"):
+                    found = (o.to(x) for o in results[expert]())
+                    predicted[expert] = dict(zip(wanted, found, strict=True))
 
         cond, uncond = self.technique.blend(
             sigma,
             (own["positive"], own["negative"]),
-            {i: (p["positive"], p["negative"]) for i, p in predicted.items()},
-            [i for i, action in plan.items() if action == "reuse"],
+            {expert: (p["positive"], p["negative"]) for expert, p in predicted.items()},
         )
         blended = {"positive": cond, "negative": uncond}
         for n in others:
-            blended[n] = self.technique.mix(own[n], {i: p[n] for i, p in predicted.items()})
+            blended[n] = self.technique.mix(own[n], {expert: p[n] for expert, p in predicted.items()})
         return [blended.get(n, o) for n, o in zip(names, out, strict=True)]
 
     @contextlib.contextmanager
-    def _asked(self, running, riding, wanted, x, sigma, boxes):
-        """By expert, how to get the answers of those that do not ride; those on other devices have been started.
+    def _started(
+        self, experts: list[ExpertRun], wanted, x, sigma
+    ) -> Iterator[dict[ExpertRun, Callable[[], list[Tensor]]]]:
+        """By expert, a function that gives its predictions; those on other devices have been started.
 
         Whatever ends the block, none of them is still at work after it.
         """
-        answers = {i: self.experts[i - 1].ask(wanted, x, sigma, boxes[i]) for i in running if i not in riding}
-        started = {}
-        for i, answer in answers.items():
-            # gradients are recorded by the thread that computes, so a run that wants them has one
-            if self.elsewhere[i - 1] and not torch.is_grad_enabled():
-                started[i] = self.workers.submit(self.experts[i - 1].device, answer)
+        results = {expert: expert.prediction_of(wanted, x, sigma, expert.box) for expert in experts}
+        futures = []
+        # gradients are recorded by the thread that computes, so a run that wants them has one
+        for expert in (e for e in experts if e.has_own_device and not torch.is_grad_enabled()):
+            futures.append(self.workers.submit(expert.device, results[expert]))
+            results[expert] = futures[-1].result
         try:
-            yield answers | {i: future.result for i, future in started.items()}
+            yield results
         finally:
-            concurrent.futures.wait(started.values())
+            concurrent.futures.wait(futures)
 
-    def _ask_base(self, base, conds, names, wanted, riding) -> tuple[dict, dict[int, dict], list]:
-        """The base's predictions by name, the riders' by expert and name, and the base's in the order of ``conds``.
+    def _predict_with_base(
+        self, base, conds, names, wanted, batched: list[ExpertRun]
+    ) -> tuple[dict[str, Tensor], dict[ExpertRun, dict[str, Tensor]], list[Tensor]]:
+        """The base's predictions by name, those of ``batched`` by expert and name, the base's in the order of ``conds``.
 
-        What rides with the base shares its batch; the negative that cfg 1 left out is asked for apart, so that the
-        base's own rows are computed exactly as without the blend.
+        The experts of ``batched`` share the base's batch. The negative that cfg 1 left out is predicted separately, so
+        that the base's own rows are computed exactly as without the blend.
         """
         missing = [n for n in ("positive", "negative") if n not in names]
-        guests = [self.experts[i - 1].conds[n] for i in riding for n in wanted]
+        further = [expert.conds[n] for expert in batched for n in wanted]
         if missing:
             out = list(base(conds))
-            answers = base([self.conds[n] for n in missing] + guests)
-            extra, answers = dict(zip(missing, answers, strict=False)), answers[len(missing) :]
+            rows = base([self.conds[n] for n in missing] + further)
+            extra, rows = dict(zip(missing, rows, strict=False)), rows[len(missing) :]
         else:
-            answers = base([*conds, *guests])
-            out, answers, extra = list(answers[: len(conds)]), answers[len(conds) :], {}
+            rows = base([*conds, *further])
+            out, rows, extra = list(rows[: len(conds)]), rows[len(conds) :], {}
         own = {n: out[k] for k, n in enumerate(names) if n is not None} | extra
         size = len(wanted)
         predicted = {
-            i: dict(zip(wanted, answers[slot * size : (slot + 1) * size], strict=True)) for slot, i in enumerate(riding)
+            expert: dict(zip(wanted, rows[slot * size : (slot + 1) * size], strict=True))
+            for slot, expert in enumerate(batched)
         }
         return own, predicted, out
 
-    def _mix(self, base, conds, names, x, sigma, here: bool) -> list[Tensor]:
+    def _mix(self, base, conds, names, x, sigma, same_input: bool) -> list[Tensor]:
         """A further prediction (PAG, SAG, skipped layers): the base's by its own patches, mixed by the last mask.
 
-        ``here``: at the very x and sigma of the last blended prediction.
+        ``same_input``: at the x and sigma of the last blended prediction, which the experts have already predicted.
         """
         out = list(base(conds))
-        painting = self.technique.painting
-        if not painting:
+        experts = self.technique.active_experts
+        if not experts:
             return out
-        if here:  # the experts have already predicted
-            side = {"positive": 0, "negative": 1}
-            predicted = {
-                i: [pair[side[n]] if n in side else None for n in names]
-                for i, pair in self.technique.predictions.items()
-                if i in painting
-            }
-        else:
-            predicted = {i: self.experts[i - 1].predict(names, x, sigma) for i in painting}
+        side = {"positive": 0, "negative": 1}
+        predicted: dict[ExpertRun, list[Tensor | None]] = {}
+        for expert in experts:
+            if same_input:
+                predicted[expert] = [expert.prediction[side[n]] if n in side else None for n in names]
+            else:
+                predicted[expert] = expert.predict(names, x, sigma)
         for k, n in enumerate(names):
             if n is not None:
-                experts = {i: p[k] for i, p in predicted.items() if p[k] is not None}
-                out[k] = self.technique.mix(out[k], experts)
+                found = {expert: p[k] for expert, p in predicted.items() if p[k] is not None}
+                out[k] = self.technique.mix(out[k], found)
         return out

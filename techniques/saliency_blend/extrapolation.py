@@ -1,4 +1,4 @@
-"""What stands in for an expert between its evaluations: its distance to the base, followed into the present."""
+"""Predictions of an expert between its evaluations: its offset from the base, extrapolated to the present sigma."""
 
 import math
 
@@ -21,18 +21,18 @@ class Offsets:
         return bool(self._known)
 
     def add(self, sigma: float, expert: Pair, base: Pair) -> None:
-        """Keep what the expert answered at ``sigma``, and the answer before it."""
+        """Keep the offset of a prediction at ``sigma``, and the one before it."""
         offset = tuple(e - b for e, b in zip(expert, base, strict=True))
         self._known = [*(k for k in self._known[-1:] if k[0] != sigma), (sigma, offset)]
 
-    def last(self, base: Pair) -> Pair:
-        """The expert as far from ``base`` as it last was."""
+    def reuse(self, base: Pair) -> Pair:
+        """The expert's predictions with its last offset from ``base``."""
         return tuple(b + o for b, o in zip(base, self._known[-1][1], strict=True))
 
-    def ahead(self, sigma: float, base: Pair) -> Pair:
-        """The expert at ``sigma``: its offset extrapolated to first order in ln sigma from the last two."""
+    def extrapolate(self, sigma: float, base: Pair) -> Pair:
+        """The expert's predictions at ``sigma``: its offset extrapolated to first order in ln sigma from the last two."""
         if len(self._known) < 2 or self.damping == 0.0:
-            return self.last(base)
+            return self.reuse(base)
         (s0, o0), (s1, o1) = self._known
         steps = math.log(sigma / s1) / math.log(s1 / s0)
         t = self.damping * min(max(steps, 0.0), 1.0)  # never farther than the two are apart

@@ -37,7 +37,7 @@ def log_region(mask: Tensor | None, mode: str, label: str, x: Tensor) -> Tensor 
     return region.reshape(batch, *x.shape[2:])
 
 
-class Box(NamedTuple):
+class LatentBox(NamedTuple):
     """A part of the latent: positions [top : top + height, left : left + width] of every frame."""
 
     top: int
@@ -54,11 +54,11 @@ class Box(NamedTuple):
         return self.height * self.width / (x.shape[-2] * x.shape[-1])
 
 
-ALIGNED = 4  # latent positions; odd boxes cost a U-Net or a patch embedding padding at every level
-WORTH_IT = 0.8  # a box with more of the picture saves less than what cropping loses
+BOX_ALIGNMENT = 4  # latent positions; odd boxes cost a U-Net or a patch embedding padding at every level
+MAX_CROP_AREA = 0.8  # share of the latent; a larger box saves less than cropping loses
 
 
-def box_around(where: Tensor, margin: int) -> Box | None:
+def box_around(where: Tensor, margin: int) -> LatentBox | None:
     """The smallest aligned box that holds every true position of ``where`` [..., H, W] with ``margin`` around it.
 
     None where nothing is true or the box is most of the picture.
@@ -68,16 +68,16 @@ def box_around(where: Tensor, margin: int) -> Box | None:
         hits = found.reshape(-1, n).any(0).nonzero().flatten().tolist()
         if not hits:
             return None
-        low = max(0, hits[0] - margin) // ALIGNED * ALIGNED
-        high = min(n, -(-(hits[-1] + 1 + margin) // ALIGNED) * ALIGNED)
+        low = max(0, hits[0] - margin) // BOX_ALIGNMENT * BOX_ALIGNMENT
+        high = min(n, -(-(hits[-1] + 1 + margin) // BOX_ALIGNMENT) * BOX_ALIGNMENT)
         spans.append((low, high - low))
     (top, height), (left, width) = spans
-    if height * width > WORTH_IT * where.shape[-2] * where.shape[-1]:
+    if height * width > MAX_CROP_AREA * where.shape[-2] * where.shape[-1]:
         return None
-    return Box(top, left, height, width)
+    return LatentBox(top, left, height, width)
 
 
-def barred_outside(region: Tensor | None, box: Box, x: Tensor) -> Tensor:
+def barred_outside(region: Tensor | None, box: LatentBox, x: Tensor) -> Tensor:
     """The log score ``region`` for the latent ``x`` inside ``box``, -inf outside it: [B, *S]."""
     out = torch.full((x.shape[0], *x.shape[2:]), float("-inf"), device=x.device)
     box.of(out).copy_(torch.zeros((), device=x.device) if region is None else box.of(region))

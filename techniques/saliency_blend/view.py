@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .trace import BlendRecord
 from ...common.sheets import FAINT, Sheet, model_colour
+from .trace import BlendRecord
 
 TILE, GAP, COLUMNS, MOST_STEPS, CAPTION, NARROWEST = 96, 8, 8, 24, 18, 480
 

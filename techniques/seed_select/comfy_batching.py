@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..saliency_blend.comfy_hook import blend_chain
+from ...host.attachments import attached
 
 # samplers that draw nothing after the first noise and decide nothing over the batch; dpm_adaptive, whose step size
 # looks at all samples, is not among them
@@ -26,18 +26,10 @@ def rows_are_independent(model, positive: Sequence, negative: Sequence) -> bool:
     """Whether what hangs on ``model`` and its conditionings treats every row of a batch as if it were alone."""
     if "easycache" in model.model_options.get("transformer_options", {}):
         return False  # it skips by a mean over the batch
-    chain = blend_chain(model)
-    if not all(_expert_treats_rows_alone(settings) for settings, *_ in chain.settings):
+    if not all(attachment.rows_are_independent for attachment in attached(model)):
         return False
-    entries = [*positive, *negative, *(e for expert in chain.experts for e in expert.conditionings())]
-    return all(_is_for_every_row(e) for e in entries)
-
-
-def _expert_treats_rows_alone(settings) -> bool:
-    """Leaving and cropping are decided for the whole batch, and several masks of a region are dealt out to its rows."""
-    region = getattr(settings, "region", None)
-    several = region is not None and region.numel() > region.shape[-1] * region.shape[-2]
-    return not (several or getattr(settings, "skip_below", 0) or getattr(settings, "crop", 0))
+    pairs = [(positive, negative), *(pair for attachment in attached(model) for pair in attachment.conditionings)]
+    return all(_is_for_every_row(entry) for pair in pairs for cond in pair if cond is not None for entry in cond)
 
 
 def _is_for_every_row(entry: Sequence) -> bool:

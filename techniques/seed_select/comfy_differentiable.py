@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import comfy.model_base
 from comfy.ldm.modules import attention
 
-from ..saliency_blend.comfy_hook import blend_chain
+from ...host.attachments import attached
 
 NO_DERIVATIVE = ("CosmosPredict2", "Anima", "JoyImage")  # their rotary embedding is a fused kernel in training too
 NO_DERIVATIVE_ATTENTION = {"attention_sage": "--use-sage-attention", "attention_flash": "--use-flash-attention"}
@@ -13,17 +13,17 @@ NO_DERIVATIVE_ATTENTION = {"attention_sage": "--use-sage-attention", "attention_
 
 def check_differentiable(model, positive: list, negative: list) -> None:
     """Refuse, with the reason, what has no gradient or would get a wrong one."""
-    conditionings = positive, negative
-    chain = blend_chain(model)
-    for patcher in (model, *(e.patcher for e in chain.experts)):
+    conditionings, attachments = (positive, negative), attached(model)
+    for patcher in (model, *(further for attachment in attachments for further in attachment.models)):
         if (obstacle := _obstacle(patcher)) is not None:
             raise ValueError(f"{obstacle}; use mode search, which needs no gradient")
-    for expert, (settings, *_) in zip(chain.experts, chain.settings, strict=True):
-        _check_without_history(expert.label, settings)
+    for attachment in attachments:
+        # it cannot be computed again out of the order of the steps
+        if attachment.depends_on_history:
+            raise ValueError(f"{attachment.depends_on_history} for optimising, or use mode search")
     _check_conditionings(conditionings)
-    for expert in chain.experts:
-        wired = zip((expert.positive, expert.negative), conditionings, strict=True)
-        _check_conditionings([theirs if own is None else own for own, theirs in wired])
+    for wired in (pair for attachment in attachments for pair in attachment.conditionings):
+        _check_conditionings([theirs if own is None else own for own, theirs in zip(wired, conditionings, strict=True)])
 
 
 def _check_conditionings(conditionings: Iterable[list]) -> None:
@@ -57,14 +57,3 @@ def _obstacle(patcher) -> str | None:
     if used in NO_DERIVATIVE_ATTENTION:
         return f"the attention kernel has no gradient; start ComfyUI without {NO_DERIVATIVE_ATTENTION[used]}"
     return None
-
-
-def _check_without_history(label: str, settings) -> None:
-    """A blend's expert whose answer depends on earlier steps cannot be computed again out of their order."""
-    for name, neutral in (("refresh", 1), ("skip_below", 0), ("crop", 0)):
-        value = getattr(settings, name, neutral)
-        if value != neutral:
-            raise ValueError(
-                f"{name} {value:g} of the expert '{label}' answers from earlier steps, and its gradient would be wrong;"
-                f" set it to {neutral} for optimising, or use mode search"
-            )

@@ -7,9 +7,9 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 
 from ...host import images
-from .comfy_differentiable import check_differentiable
-from ...host.gradients import Recorder, make_room
 from ...host.autograd_copies import NormalWeights, own_tensors
+from ...host.gradients import Recorder, make_room
+from .comfy_differentiable import check_differentiable
 from .comfy_session import SessionSampler, SessionSettings
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def check_session(run: "SeedRun", settings: SessionSettings, vae, clip_vision) -
 def open_session(run: "SeedRun", work: Callable, settings: SessionSettings, vae, clip_vision):
     """What ``work(session)`` returns; MemoryError where a gradient does not fit."""
     weights = NormalWeights() if settings.gradients else None
-    model = run.model.clone() if weights is None else weights.blended(run.model)
+    model = run.model.clone() if weights is None else weights.with_attachments(run.model)
     wired = {"vae": vae, "clip_vision": clip_vision}
     wired = {k: (v, weights(v.patcher) if weights else v.patcher.clone()) for k, v in wired.items() if v is not None}
     sigmas = run.sigmas(settings.steps, settings.sampler)

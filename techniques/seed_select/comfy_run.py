@@ -4,17 +4,17 @@ from collections.abc import Callable
 
 import torch
 
-from .comfy_files import SeedNoise
-from .comfy_sampler import SeedRun
 from ...host.images import check_vae, embeddings, encode
-from .comfy_progress import InterruptProcessingException, SeedProgress
-from .view import Tile, draw_grid, draw_preview
 from . import select as technique
+from .comfy_files import SeedNoise
+from .comfy_progress import InterruptProcessingException, SeedProgress
+from .comfy_sampler import SeedRun
 from .inversion import invert
 from .losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
 from .optimize import GradientCost, SeedGradients
 from .records import Found
 from .search import SeedSearch
+from .view import Tile, draw_grid, draw_preview
 
 INVERSION_STEPS = 50  # of NAO's authors, without guidance
 LATE_STEPS = 3  # whose latents the authors' loss sees

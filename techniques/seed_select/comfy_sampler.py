@@ -17,13 +17,12 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ..saliency_blend.comfy_hook import blend_chain
-from ..saliency_blend.comfy_experts import resolve_patchers
+from ...host.attachments import attached
 from ...host.gradients import Recorder, gradients
+from ...host.images import size_of
 from ...host.parametrization import FLOW, family
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_opening import check_session, open_session
-from ...host.images import size_of
 from .comfy_session import SeedSession, SessionSettings
 
 SHORT_RUNS = "beta"  # scheduler
@@ -226,7 +225,7 @@ class SeedRun:
             "positive": comfy.sampler_helpers.convert_cond(self.positive),
             "negative": comfy.sampler_helpers.convert_cond(self.negative),
         }
-        patchers = [model, *resolve_patchers(model, blend_chain(model).experts, conds)]
+        patchers = [model, *(p for attachment in attached(model) for p in attachment.patchers(model, conds))]
         if model.is_dynamic() and any("hooks" in c for cond in conds.values() for c in cond):
             patchers.append(model.get_non_dynamic_delegate())  # where the guider goes then
         networks = {id(n): n for n in (p.get_model_object("diffusion_model") for p in patchers)}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .records import ScoreSeries
 from ...common.sheets import FAINT, INK, Sheet, model_colour
+from .records import ScoreSeries
 
 GAP, LINE, NARROWEST, WIDEST = 8, 16, 192, 512
 PANEL, MARGIN = (320, 132), 56  # pixels of a score curve, and of its labels on the left

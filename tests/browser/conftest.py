@@ -5,9 +5,9 @@ import re
 import pytest
 from PIL import Image
 
-from chorus.tests.support.real_comfyui import server  # noqa: F401 (fixture)
 from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.client import Comfy
+from chorus.tests.support.real_comfyui import server  # noqa: F401 (fixture)
 
 # what the page itself complains of on every fresh ComfyUI, by message and address, and why
 HARMLESS = [

@@ -19,15 +19,27 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from chorus.nodes import cas_dm
 from chorus.techniques.cas_dm import comfy_files, comfy_hook
 from chorus.techniques.cas_dm.comfy_files import find_head, head_files
 from chorus.techniques.cas_dm.comfy_hook import heads_on, made_for, prediction_of
-from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head, to_file
-from chorus.nodes import cas_dm
 from chorus.techniques.cas_dm.mix import amplitudes, noise_level
+from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head, to_file
 from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
 from chorus.tests.seed_select.test_comfy_gradients import direction_of, finite_difference, gradient, run_of
-from chorus.tests.support.tiny_models import blend, conditioning, controlnet, flux, forwards, in_inference_mode, ksample, latent, lora, recording, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    controlnet,
+    flux,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    lora,
+    recording,
+    unet,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from chorus.demo.references import load_references
+from chorus.dev.tools.client import WorkflowError
+from chorus.dev.tools.setup import ROOT
 from chorus.nodes.cas_dm import CasDMHead
 from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.tests.support.tiny_models import defaults
-from chorus.dev.tools.client import WorkflowError
-from chorus.dev.tools.setup import ROOT
 
 SHIPPED, FEW = "chorus-demo-general.safetensors", "few signs"
 SAMPLING = {"steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 7}

@@ -14,21 +14,30 @@ from comfy_extras.nodes_train import LossGraphNode
 
 from chorus.demo import modules
 from chorus.demo.latent import ChorusDemoLatent
-from chorus.techniques.cas_dm.comfy_files import head_files, read_head
-from chorus.techniques.cas_dm.comfy_training import Guided, process_of, read_latents
+from chorus.host import training_metrics
 from chorus.host.training_images import TrainingPictures, training_gradients
 from chorus.host.training_run import training_place
-from chorus.techniques.cas_dm.network import from_file
 from chorus.nodes import cas_dm, cas_dm_train
-from chorus.techniques.cas_dm import comfy_train_node
-from chorus.host import training_metrics
 from chorus.nodes.cas_dm_train import TrainCasDMHead
-from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
-from chorus.tests.cas_dm.test_comfy_hook import MODELS, WORDS, channels_of, head_for, put, sample
-from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
-from chorus.tests.support.tiny_models import blend, conditioning, defaults, forwards, in_inference_mode, lora, recording, unet
+from chorus.techniques.cas_dm import comfy_train_node
+from chorus.techniques.cas_dm.comfy_files import head_files, read_head
+from chorus.techniques.cas_dm.comfy_training import Guided, process_of, read_latents
+from chorus.techniques.cas_dm.network import from_file
 from chorus.techniques.cas_dm.training import CasDMTrainer
 from chorus.techniques.cas_dm.training_data import Process
+from chorus.tests.cas_dm.test_comfy_hook import MODELS, WORDS, channels_of, head_for, put, sample
+from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
+from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    defaults,
+    forwards,
+    in_inference_mode,
+    lora,
+    recording,
+    unet,
+)
 from chorus.training.metrics import join_features, l1
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders")
@@ -403,7 +412,9 @@ def test_bfloat16_is_for_devices_that_have_it(monkeypatch):
 def test_held_out_pictures_are_shown(vae, with_vae, monkeypatch):
     sheets = []
     draw = comfy_train_node.draw_examples
-    monkeypatch.setattr(comfy_train_node, "draw_examples", lambda rows: sheets.append((rows, draw(rows))) or sheets[-1][1])
+    monkeypatch.setattr(
+        comfy_train_node, "draw_examples", lambda rows: sheets.append((rows, draw(rows))) or sheets[-1][1]
+    )
     model = unet(0, latent_format=Scaled) if with_vae else unet(0)
     result = train(model, steps=4, preview_every=2, **({"vae": vae} if with_vae else {}))
     assert len(result.ui.as_dict()["images"]) == 1

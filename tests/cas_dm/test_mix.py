@@ -5,8 +5,21 @@ import math
 import pytest
 import torch
 
+from chorus.techniques.cas_dm.mix import (
+    MAX_LEVEL,
+    alpha_bar,
+    amplitudes,
+    losses,
+    mix,
+    noise_level,
+    objective,
+    posterior,
+    posterior_weight,
+    predict,
+    refine,
+    total,
+)
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet
-from chorus.techniques.cas_dm.mix import MAX_LEVEL, alpha_bar, amplitudes, losses, mix, noise_level, objective, posterior, posterior_weight, predict, refine, total
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = 2, 3, 5, 4

@@ -8,7 +8,17 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from chorus.techniques.cas_dm.network import FORMAT, GATES, CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, from_file, new_head, to_file
+from chorus.techniques.cas_dm.network import (
+    FORMAT,
+    GATES,
+    CasDMHeadConfig,
+    CasDMHeadNet,
+    Head,
+    HeadFacts,
+    from_file,
+    new_head,
+    to_file,
+)
 from chorus.tests.support.casting import CASTING
 
 pytestmark = pytest.mark.usefixtures("one_thread")

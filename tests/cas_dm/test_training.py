@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, from_file, new_head, to_file
 from chorus.techniques.cas_dm.mix import alpha_bar, amplitudes, mix, posterior_weight, refine
+from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, from_file, new_head, to_file
+from chorus.techniques.cas_dm.report import report
 from chorus.techniques.cas_dm.training import CasDMTrainer, CasDMTraining
 from chorus.techniques.cas_dm.training_data import Latents, Process
-from chorus.techniques.cas_dm.report import report
 from chorus.training.finite import NotFiniteError
 from chorus.training.metrics import (
     BACKBONES,

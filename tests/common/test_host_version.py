@@ -43,7 +43,7 @@ def refusal() -> str:
 def test_each_name_is_missed(monkeypatch, missing):
     stand_in(monkeypatch, "0.26.0", tuple(name for name in host_version.NEWEST if name != missing))
     assert refusal() == (
-        f"ComfyUI-Chorus needs ComfyUI {needed_host.TESTED} or newer; this is 0.26.0, without {missing}. Update ComfyUI"
+        f"ComfyUI-Chorus needs ComfyUI {host_version.TESTED} or newer; this is 0.26.0, without {missing}. Update ComfyUI"
     )
 
 

@@ -6,8 +6,8 @@ import torch
 from chorus.demo import modules, weights
 from chorus.demo.canvas import Canvases
 from chorus.demo.data_source import CACHE, PACKAGES, VERSION
-from chorus.dev.first_recipes import sign_classifier
 from chorus.demo.signs import load_signs
+from chorus.dev.first_recipes import sign_classifier
 
 NOTO = CACHE / f"{PACKAGES['noto'][0]}-{VERSION}" / "complete"
 

@@ -14,9 +14,13 @@ from chorus.dev.benchmarks.chapters import ORDER, face_refiner_quality, fusion_e
 from chorus.dev.benchmarks.writing import Claim, ReportError
 
 ROOT = Path(__file__).parents[2]
-CHAPTERS = ROOT / "benchmarks" / "chapters"
+CHAPTERS = ROOT / "dev" / "benchmarks" / "chapters"
 TEMPLATES = sorted(CHAPTERS.glob("*.md"))
-MODULES = [*sorted(CHAPTERS.glob("*.py")), ROOT / "benchmarks" / "writing.py", ROOT / "benchmarks" / "report.py"]
+MODULES = [
+    *sorted(CHAPTERS.glob("*.py")),
+    ROOT / "dev" / "benchmarks" / "writing.py",
+    ROOT / "benchmarks" / "report.py",
+]
 PAGES = ("README.md", "BENCHMARKS.md")
 
 # definitions and names; an aim comes from its script or from the chapter's module

@@ -15,12 +15,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from chorus.nodes.face_refiner import NODES, FaceRefiner, LoadFaceRefiner, SaveFaceRefiner
 from chorus.techniques.face_refiner import comfy_model as held
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, load_generator
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
-from chorus.nodes.face_refiner import NODES, FaceRefiner, LoadFaceRefiner, SaveFaceRefiner
 from chorus.tests.support.tiny_models import defaults
 
 pytestmark = pytest.mark.usefixtures("one_thread")

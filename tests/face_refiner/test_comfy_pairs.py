@@ -15,9 +15,9 @@ from comfy_extras.nodes_dataset import LoadImageDataSetFromFolderNode
 from PIL import Image
 
 from chorus.demo.modules import FACE_PAIRS
+from chorus.nodes.training_pairs import LoadTrainingPairs, SaveTrainingPairs
 from chorus.techniques.face_refiner import comfy_pairs as module
 from chorus.techniques.face_refiner.comfy_pairs import PairFolder, load_pairs, pair_folders
-from chorus.nodes.training_pairs import LoadTrainingPairs, SaveTrainingPairs
 
 NAME = "pairs/faces"
 HERE = f"{NAME} [output]"

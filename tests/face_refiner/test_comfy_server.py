@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 
 from chorus.demo.face_pairs import load_face_pairs
 from chorus.demo.modules import FACE_PAIRS
-from chorus.techniques.face_refiner.comfy_files import MODELS, SHIPPED
+from chorus.dev.tools.client import WorkflowError
+from chorus.dev.tools.face_workflows import FAST, FEW, HEAD, MANY, STUDENT, TEACHER
+from chorus.dev.tools.run_workflows import main
+from chorus.dev.tools.setup import ROOT
 from chorus.host.model_folders import register_folder
 from chorus.nodes.face_realism_score import FaceRealismScore
 from chorus.nodes.face_refiner import FaceRefiner
 from chorus.nodes.face_refiner_train import TrainFaceRefiner
 from chorus.nodes.prompt_combinations import PromptCombinationsNode
+from chorus.techniques.face_refiner.comfy_files import MODELS, SHIPPED
 from chorus.tests.support.tiny_models import defaults
-from chorus.dev.tools.client import WorkflowError
-from chorus.dev.tools.face_workflows import FAST, FEW, HEAD, MANY, STUDENT, TEACHER
-from chorus.dev.tools.run_workflows import main
-from chorus.dev.tools.setup import ROOT
 
 QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "held_out": 0.2, "seed": 1}
 TEMPLATE = {"template": "a {tone} {who} on blue", "variables": "tone = light | dark\nwho = man | woman"}

@@ -11,20 +11,19 @@ import pytest
 import torch
 from comfy_extras.nodes_train import LossGraphNode
 
-from chorus.host import training_run
+from chorus.host import training_metrics, training_run
+from chorus.nodes import face_refiner_train
+from chorus.nodes.face_refiner import FaceRefiner, LoadFaceRefiner, SaveFaceRefiner
+from chorus.nodes.face_refiner_train import TrainFaceRefiner
+from chorus.techniques.face_refiner import comfy_train_node
 from chorus.techniques.face_refiner.comfy_files import refiner_files
 from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
-from chorus.techniques.face_refiner import comfy_train_node
-from chorus.nodes import face_refiner_train
-from chorus.host import training_metrics
-from chorus.nodes.face_refiner import FaceRefiner, LoadFaceRefiner, SaveFaceRefiner
-from chorus.nodes.face_refiner_train import TrainFaceRefiner
+from chorus.techniques.face_refiner.training import base as training
 from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
 from chorus.tests.support.tiny_models import defaults, in_inference_mode
-from chorus.techniques.face_refiner.training import base as training
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
 Result = namedtuple("Result", "refiner loss_map report ui")

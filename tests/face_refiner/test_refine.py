@@ -10,7 +10,17 @@ from chorus.techniques.face_refiner import refine as face_refiner
 from chorus.techniques.face_refiner.boxes import Face, choose, faces_in, faces_of_mask, per_image, window
 from chorus.techniques.face_refiner.identity import feature_guard, hold_identity, structure_guard
 from chorus.techniques.face_refiner.paste import crop, edges, extend, ramp
-from chorus.techniques.face_refiner.refine import FaceRefinerSettings, apply, check_mask, check_pictures, describe, lock_colors, refine_boxes, refine_mask, refine_whole
+from chorus.techniques.face_refiner.refine import (
+    FaceRefinerSettings,
+    apply,
+    check_mask,
+    check_pictures,
+    describe,
+    lock_colors,
+    refine_boxes,
+    refine_mask,
+    refine_whole,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,18 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chorus.techniques.face_refiner.networks.layers import BatchNorm, ImageGenerator
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, load_generator
+from chorus.techniques.face_refiner.networks.layers import BatchNorm, ImageGenerator
 from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.face_refiner.training import base
-from chorus.techniques.face_refiner.training.generators import ARCHITECTURES, TrainedBatchNorm, generator_of, new_generator, trainable
-from chorus.techniques.face_refiner.training.pairs import MOST_HELD_OUT, SOURCE, FaceData, read_pictures
-from chorus.techniques.face_refiner.training.paired import PairedTrainer, PairedTraining, report
 from chorus.techniques.face_refiner.training.base import RefinerTraining
-from chorus.techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining, ImagePool, colours_and_detail, energy_distance
+from chorus.techniques.face_refiner.training.generators import (
+    ARCHITECTURES,
+    TrainedBatchNorm,
+    generator_of,
+    new_generator,
+    trainable,
+)
+from chorus.techniques.face_refiner.training.paired import PairedTrainer, PairedTraining, report
+from chorus.techniques.face_refiner.training.pairs import MOST_HELD_OUT, SOURCE, FaceData, read_pictures
+from chorus.techniques.face_refiner.training.unpaired import (
+    CycleTrainer,
+    CycleTraining,
+    ImagePool,
+    colours_and_detail,
+    energy_distance,
+)
 from chorus.techniques.face_refiner.training.unpaired import report as unpaired_report
 from chorus.training.finite import NotFiniteError
 from chorus.training.metrics import grad, l1

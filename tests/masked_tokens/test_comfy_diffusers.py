@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from chorus.dev.benchmarks.diffusers_pipelines import diffusers_pipelines
-from chorus.techniques.masked_tokens.comfy_model import wrap
 from chorus.host.operations import casting_operations
 from chorus.kernels.linear import linear
+from chorus.nodes.masked_tokens import MaskedTokenSampler
+from chorus.techniques.masked_tokens.comfy_model import wrap
+from chorus.techniques.masked_tokens.decode import draw
 from chorus.techniques.masked_tokens.networks.uvit import load_uvit
 from chorus.techniques.masked_tokens.networks.vq import load_vq
-from chorus.nodes.masked_tokens import MaskedTokenSampler
-from chorus.techniques.masked_tokens.decode import draw
 from chorus.tests.support.tiny_masked_tokens import VQ as VQ_SIZES
 from chorus.tests.support.tiny_masked_tokens import WIDTH, counted, fill, prompt, run
 

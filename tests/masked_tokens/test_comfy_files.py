@@ -16,14 +16,14 @@ from comfy.cli_args import args
 from utils.extra_config import load_extra_path_config
 
 from chorus.demo import modules, weights
+from chorus.dev.tools.client import WorkflowError
+from chorus.nodes.masked_token_model import DEMO, LoadMaskedTokenModel
 from chorus.techniques.masked_tokens import comfy_files as files
 from chorus.techniques.masked_tokens.comfy_model import loaded
 from chorus.techniques.masked_tokens.comfy_text import read_text
 from chorus.techniques.masked_tokens.networks import amused
-from chorus.nodes.masked_token_model import DEMO, LoadMaskedTokenModel
 from chorus.tests.support import masked_token_folder as written
 from chorus.tests.support.tiny_models import defaults
-from chorus.dev.tools.client import WorkflowError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

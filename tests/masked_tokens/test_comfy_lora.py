@@ -15,18 +15,18 @@ import torch
 from comfy_extras.nodes_train import LossGraphNode
 from PIL import Image
 
-from chorus.techniques.masked_tokens.comfy_model import loaded, wrap
+from chorus.dev.tools.client import WorkflowError
 from chorus.host.operations import casting_operations
 from chorus.kernels.linear import linear
-from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig, load_uvit
 from chorus.nodes.masked_token_lora import LoadMaskedTokenLora, SaveMaskedTokenLora, TrainMaskedTokenLora
 from chorus.nodes.masked_token_model import LoadMaskedTokenModel
 from chorus.nodes.masked_tokens import MaskedTokenSampler
+from chorus.techniques.masked_tokens import training as masked_token_lora
+from chorus.techniques.masked_tokens.comfy_model import loaded, wrap
+from chorus.techniques.masked_tokens.lora import Lora, LoraWeights, attach, from_file, target_modules, to_file
+from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig, load_uvit
 from chorus.tests.support.tiny_masked_tokens import HEADS, UVIT, fill, hooked, picture, run, tiny_model
 from chorus.tests.support.tiny_masked_tokens import prompt as encoded
-from chorus.dev.tools.client import WorkflowError
-from chorus.techniques.masked_tokens import training as masked_token_lora
-from chorus.techniques.masked_tokens.lora import Lora, LoraWeights, attach, from_file, target_modules, to_file
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders")
 

@@ -7,14 +7,26 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 
 from chorus.demo import modules
-from chorus.techniques.masked_tokens.comfy_run import code_colors, decode_tokens, encode_pictures
 from chorus.nodes.masked_token_editing import MaskedTokenDecode, MaskedTokenEdit, MaskedTokenEncode
 from chorus.nodes.masked_tokens import MaskedTokenSampler
 from chorus.techniques.masked_tokens import preview as token_preview
+from chorus.techniques.masked_tokens.comfy_run import code_colors, decode_tokens, encode_pictures
 from chorus.techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
 from chorus.techniques.masked_tokens.paste import paste
 from chorus.techniques.masked_tokens.tokens import Tokens, cells
-from chorus.tests.support.tiny_masked_tokens import CODES, MASK, SIDE, WIDTH, counted, hooked, picture, prompt, run, tiny_model, tokens
+from chorus.tests.support.tiny_masked_tokens import (
+    CODES,
+    MASK,
+    SIDE,
+    WIDTH,
+    counted,
+    hooked,
+    picture,
+    prompt,
+    run,
+    tiny_model,
+    tokens,
+)
 
 SIZE = dict(width=24, height=32)
 

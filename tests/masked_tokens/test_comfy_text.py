@@ -7,9 +7,9 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from transformers import CLIPTokenizer
 
+from chorus.common.weights import check
 from chorus.demo import modules
 from chorus.techniques.masked_tokens.comfy_text import MARK, ClipL, load_clip, openai_clip_l, read_text
-from chorus.common.weights import check
 from chorus.tests.support import masked_token_folder as folder
 from chorus.tests.support.tiny_models import conditioning, ksample, unet
 

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from comfy.cli_args import args
 
+from chorus.dev.tools.client import Comfy
 from chorus.nodes.masked_token_files import LoadMaskedTokens, SaveMaskedTokens
 from chorus.tests.support.tiny_masked_tokens import CODES, MASK, SIDE, run, tokens
-from chorus.dev.tools.client import Comfy
 
 METADATA = {"codebook": str(CODES), "mask_id": str(MASK), "downscale": str(SIDE)}
 

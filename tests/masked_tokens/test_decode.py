@@ -12,7 +12,17 @@ import pytest
 import torch
 from scipy import stats
 
-from chorus.techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw, guidance_scales, guided, halton_rank, mask_ratio, reveal_plan, sample_ids
+from chorus.techniques.masked_tokens.decode import (
+    MaskedTokenSettings,
+    decode,
+    draw,
+    guidance_scales,
+    guided,
+    halton_rank,
+    mask_ratio,
+    reveal_plan,
+    sample_ids,
+)
 from chorus.techniques.masked_tokens.paste import paste
 
 CODES, MASK = 37, 40

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from chorus.techniques.masked_tokens.lora import ADAPTER, Lora, LoraLinear, LoraWeights, attach, check_fits, check_resume, fresh, from_file, learned, target_modules, to_file
+from chorus.techniques.masked_tokens.lora import (
+    ADAPTER,
+    Lora,
+    LoraLinear,
+    LoraWeights,
+    attach,
+    check_fits,
+    check_resume,
+    fresh,
+    from_file,
+    learned,
+    target_modules,
+    to_file,
+)
 
 
 class Net(nn.Module):

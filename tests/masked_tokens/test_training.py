@@ -6,12 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from chorus.techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
+from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
+from chorus.techniques.masked_tokens.training import (
+    LoraTrainer,
+    LoraTraining,
+    Pictures,
+    mask_of,
+    masked_loss,
+    recompute_layers,
+    report,
+    trainable,
+)
 from chorus.training.finite import NotFiniteError
-from chorus.techniques.masked_tokens.training import LoraTrainer, LoraTraining, Pictures, mask_of, masked_loss, recompute_layers, report, trainable
-from chorus.training.resize import fit_short_side
 from chorus.training.generators import stream
+from chorus.training.resize import fit_short_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

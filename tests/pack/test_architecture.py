@@ -1,4 +1,9 @@
-"""Who may import whom. The rooms are the folders of the pack; the table says what each may use besides itself."""
+"""The one import rule of the pack, read from the syntax tree: relative imports and those inside functions count too.
+
+Pure code imports pure code. Adapters (``comfy_*.py``, host/, nodes/, demo/) import pure code and lower adapters:
+nodes/ and demo/ -> techniques/*/comfy_*.py -> host/. A technique imports no other technique, host/ imports none.
+dev/ and tests/ are imported by nothing that ships; Triton only by a kernel's fused.py.
+"""
 
 import ast
 from pathlib import Path
@@ -6,115 +11,128 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-MAY_IMPORT = {
-    "nodes": {"comfy_api", "host", "techniques", "networks", "training", "pictures", "demo.modules"},
-    "host": {"comfy", "comfy_api"},
-    "techniques": {"kernels"},
-    "networks": {"kernels"},
-    "training": {"techniques", "networks", "kernels"},
-    "kernels": set(),
-    "pictures": {"techniques"},
-    "demo": {"comfy", "host", "techniques", "networks", "training", "kernels"},
+SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")
+NOT_SHIPPED = ("dev", "tests", "run")
+SHARED = ("common", "training", "kernels")  # pure code that is no technique
+# everything of ComfyUI; its nodes.py is told from our nodes/ by the import being absolute
+COMFYUI = {
+    *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "nodes"),
+    *("node_helpers", "latent_preview", "execution", "server", "app", "utils", "comfyui_version"),
 }
-# everything of the host that is not its node API; its nodes.py is told from our nodes/ by the import being absolute
-COMFY = {
-    *("comfy", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "nodes", "node_helpers"),
-    *("latent_preview", "execution", "server", "app", "utils", "comfyui_version"),
-}
-NOT_PACK = {"tests", "tools", "run", "benchmarks", "dev"}
+FILES = sorted(path.relative_to(ROOT) for folder in SHIPPED for path in (ROOT / folder).rglob("*.py"))
 
 
-def imports(path: Path, source: str) -> set[str]:
-    """What a file imports, as names of the table: a room (with the file for demo), comfy, comfy_api or triton."""
+def imported(path: Path, source: str) -> set[str]:
+    """Every module that a file imports: "techniques.cas_dm.mix" for one of ours, "ComfyUI", "triton", or "chorus"."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {absolute(alias.name) for alias in node.names}
+            found |= {outside(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            # `from chorus import host` names a room only in what it imports
-            found |= {absolute(f"{node.module}.{alias.name}") for alias in node.names}
+            found.add(outside(node.module))
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT).parent.parts
-            package = package[: len(package) - node.level + 1]
-            parts = [*package, *(node.module or "").split(".")] if node.module else [*package]
-            found |= {room(".".join([*parts, alias.name])) for alias in node.names}
+            folder = path.parent.parts[: len(path.parent.parts) - node.level + 1]
+            base = [*folder, *(node.module or "").split(".")] if node.module else [*folder]
+            for alias in node.names:
+                name = [*base, alias.name]
+                found.add(".".join(name if is_module(name) else base))
     return found - {""}
 
 
-def absolute(name: str) -> str:
-    first, _, rest = name.partition(".")
-    if first == "chorus":
-        return room(rest)
-    if first in COMFY:
-        return "comfy"
-    return first if first in {"comfy_api", "triton"} else ""
+def outside(name: str) -> str:
+    first = name.partition(".")[0]
+    return "ComfyUI" if first in COMFYUI else first if first in ("triton", "chorus") else ""
 
 
-def room(name: str) -> str:
+def is_module(name: list[str]) -> bool:
+    path = ROOT.joinpath(*name)
+    return path.is_dir() or path.with_suffix(".py").is_file() or len(name) == 1
+
+
+def technique(name: str) -> str:
     parts = name.split(".")
-    if parts[0] == "demo":
-        return ".".join(parts[:2])
-    return parts[0] if parts[0] in {*MAY_IMPORT, *NOT_PACK} else ""
+    return parts[1] if parts[0] == "techniques" and len(parts) > 1 else ""
+
+
+def is_adapter(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] in ("host", "nodes", "demo") or parts[-1].startswith("comfy_")
+
+
+def allowed(here: str, name: str) -> bool:
+    """Whether the module ``here`` may import ``name``, both dotted from the root of the pack."""
+    folder, other = here.split(".")[0], name.split(".")[0]
+    if name == "triton":
+        return folder == "kernels" and here.endswith(".fused")
+    if name == "ComfyUI":
+        return is_adapter(here)
+    if other not in SHIPPED:
+        return False  # dev, tests, run; chorus: the pack's name in ComfyUI is made of its path
+    if folder in ("nodes", "demo"):
+        return other != "nodes" or folder == "nodes"
+    if other in ("nodes", "demo") or (is_adapter(name) and not is_adapter(here)):
+        return False
+    if folder == "techniques":
+        return other != "techniques" or technique(name) == technique(here)
+    if folder == "host":
+        return other == "host" or other in SHARED
+    return other in SHARED and (folder == "training" or other in (folder, "kernels"))
 
 
 def forbidden(path: Path, source: str) -> set[str]:
-    """The imports of a file that the table does not allow."""
-    here = path.relative_to(ROOT).parts[0]
-    allowed = MAY_IMPORT[here] | {here}
-    if here == "kernels" and path.name == "fused.py":
-        allowed = allowed | {"triton"}
-    return {name for name in imports(path, source) if name not in allowed and name.split(".")[0] not in allowed}
+    here = ".".join(path.with_suffix("").parts)
+    return {name for name in imported(path, source) if not allowed(here, name)}
 
 
-FILES = sorted(path for here in MAY_IMPORT for path in (ROOT / here).rglob("*.py"))
+def test_imports_follow_the_rule():
+    wrong = {str(path): forbidden(path, (ROOT / path).read_text(encoding="utf-8")) for path in FILES}
+    assert {path: names for path, names in wrong.items() if names} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_file_keeps_to_its_room(path):
-    assert not forbidden(path, path.read_text(encoding="utf-8"))
+def test_only_adapters_are_named_comfy():
+    adapters = [path for path in FILES if path.name.startswith("comfy_")]
+    sources = {path: imported(path, (ROOT / path).read_text(encoding="utf-8")) for path in adapters}
+    assert adapters
+    assert [str(p) for p, names in sources.items() if not any(n == "ComfyUI" or is_adapter(n) for n in names)] == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_pack_imports_itself_relatively(path):
-    # ComfyUI loads the pack under a name made of its path; `chorus` exists only in tests and recipes
-    if path.is_relative_to(ROOT / "demo" / "recipes"):
-        return
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
-    assert "chorus" not in {name.split(".")[0] for name in names}
+CASES = [
+    ("nodes/a.py", "from comfy_api.latest import io\nimport folder_paths", set()),
+    ("nodes/a.py", "from ..techniques.cas_dm import comfy_hook, mix\nfrom ..demo import modules", set()),
+    ("nodes/a.py", "from ..dev.tools.client import Comfy", {"dev.tools.client"}),
+    ("nodes/a.py", "from chorus.host import files", {"chorus"}),
+    ("demo/a.py", "import comfy.sd\nfrom ..techniques.masked_tokens import comfy_files", set()),
+    ("demo/a.py", "from ..nodes import demo", {"nodes.demo"}),
+    ("host/a.py", "import nodes, comfy.utils\nfrom ..common import weights\nfrom ..training import finite", set()),
+    ("host/a.py", "def f():\n    from ..techniques.cas_dm.mix import mix", {"techniques.cas_dm.mix"}),
+    ("host/a.py", "def f():\n    from .. import techniques", {"techniques"}),
+    ("techniques/cas_dm/comfy_a.py", "import comfy.sd\nfrom ...host import files\nfrom . import mix", set()),
+    ("techniques/cas_dm/comfy_a.py", "from ...nodes import cas_dm", {"nodes.cas_dm"}),
+    (
+        "techniques/cas_dm/comfy_a.py",
+        "from ..saliency_blend import comfy_hook",
+        {"techniques.saliency_blend.comfy_hook"},
+    ),
+    ("techniques/cas_dm/a.py", "from ...kernels.linear import linear\nfrom .network import Head", set()),
+    ("techniques/cas_dm/a.py", "def f():\n    import comfy.utils", {"ComfyUI"}),
+    (
+        "techniques/cas_dm/a.py",
+        "class A:\n    def f(self):\n        from . import comfy_hook",
+        {"techniques.cas_dm.comfy_hook"},
+    ),
+    ("techniques/cas_dm/a.py", "from ...host import files", {"host.files"}),
+    ("techniques/cas_dm/a.py", "from ..seed_select.search import SeedSearch", {"techniques.seed_select.search"}),
+    ("techniques/cas_dm/a.py", "import triton", {"triton"}),
+    ("training/a.py", "from ..techniques.cas_dm import mix", {"techniques.cas_dm.mix"}),
+    ("training/a.py", "from ..common.weights import complaint", set()),
+    ("common/a.py", "from ..training import metrics", {"training.metrics"}),
+    ("common/a.py", "from ..host.files import KeptFiles", {"host.files"}),
+    ("kernels/blend/__init__.py", "import triton", {"triton"}),
+    ("kernels/blend/fused.py", "import triton.language as tl\nfrom . import reference", set()),
+    ("kernels/blend/fused.py", "from ...common import weights", {"common.weights"}),
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "source", "expected"),
-    [
-        ("nodes/a.py", "import comfy.samplers", {"comfy"}),
-        ("nodes/a.py", "import folder_paths", {"comfy"}),
-        ("nodes/a.py", "from comfy_api.latest import io", set()),
-        ("nodes/a.py", "from ..kernels.blend import blend", {"kernels"}),
-        ("nodes/a.py", "from ..host import blend\nfrom ..techniques.blend import mix", set()),
-        ("nodes/a.py", "from ..demo.modules import Net\nfrom ..demo import modules", set()),
-        ("nodes/a.py", "from ..demo.recipes.vae import main", {"demo.recipes"}),
-        ("nodes/a.py", "from ..demo import recipes", {"demo.recipes"}),
-        ("nodes/a.py", "from . import demo, other", set()),
-        ("nodes/a.py", "from .demo import NODES", set()),
-        ("host/a.py", "from ..techniques import blend", {"techniques"}),
-        ("host/a.py", "import nodes, comfy.utils", set()),
-        ("techniques/a.py", "def f():\n    import comfy.utils", {"comfy"}),
-        ("techniques/a.py", "from ..networks.head import Head", {"networks"}),
-        ("networks/a.py", "from .. import techniques", {"techniques"}),
-        ("training/a.py", "from ..host.memory import load", {"host"}),
-        ("training/a.py", "from chorus.host import memory", {"host"}),
-        ("training/a.py", "from chorus import host", {"host"}),
-        ("kernels/blend/__init__.py", "import triton", {"triton"}),
-        ("kernels/blend/fused.py", "import triton.language as tl\nfrom triton import jit", set()),
-        ("kernels/blend/fused.py", "from ...techniques import blend\nfrom . import reference", {"techniques"}),
-        ("demo/a.py", "from comfy_api.latest import io", {"comfy_api"}),
-        ("dev/first_recipes/a.py", "from ...nodes.demo import NODES", {"nodes"}),
-        ("dev/first_recipes/a.py", "from ..modules import Net\nimport comfy.sd", set()),
-        ("techniques/a.py", "from ..tools.client import Comfy", {"tools"}),
-    ],
-)
-def test_the_guard_sees(file, source, expected):
-    assert forbidden(ROOT / file, source) == expected
+@pytest.mark.parametrize(("file", "source", "expected"), CASES)
+def test_rule_sees(file, source, expected):
+    assert forbidden(Path(file), source) == expected

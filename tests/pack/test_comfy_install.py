@@ -21,10 +21,10 @@ import nodes as comfy_nodes
 import pytest
 from comfy_config import config_parser
 
-from chorus.host import host_version
-from chorus.nodes import NODES
 from chorus.dev.tools.server import free_port, open_local, stop, wait_for
 from chorus.dev.tools.setup import ROOT, Host, environment
+from chorus.host import host_version
+from chorus.nodes import NODES
 
 FOLDER = "chorus-clone-2"  # not the repository's name, and nothing that Python could import
 IDS = sorted(node.define_schema().node_id for node in NODES)
@@ -124,7 +124,7 @@ def test_comfyui_reads_pyproject():
     project, comfy = config.project, config.tool_comfy
     assert (project.name, project.license.file) == ("comfyui-chorus", "LICENSE")
     assert project.supported_os == ["OS Independent"] and project.urls.repository.startswith("https://")
-    assert project.supported_comfyui_version == f">={needed_host.TESTED}"
+    assert project.supported_comfyui_version == f">={host_version.TESTED}"
     assert comfy.publisher_id and comfy.display_name == "ComfyUI-Chorus" and not comfy.web
 
 

@@ -39,6 +39,10 @@ def test_node_ids_are_unique():
     assert len(ids) == len(set(ids))
 
 
+def test_every_node_checks_its_inputs():
+    assert [node.__name__ for node in nodes.NODES if not getattr(node, "checks_inputs", False)] == []
+
+
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
 def test_help_is_served(node, comfy):
     file = ROOT / "web" / "docs" / f"{node.define_schema().node_id}.md"

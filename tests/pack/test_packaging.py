@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chorus.host import host_version
 from chorus.dev.tools import setup
+from chorus.host import host_version
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("nodes", "host", "techniques", "training", "networks", "kernels", "pictures", "demo")
@@ -46,7 +46,7 @@ def test_the_registry_can_read_it(pyproject):
 
 
 def test_the_host_that_is_asked_for_is_the_one_tested(pyproject):
-    assert pyproject["tool"]["comfy"]["requires-comfyui"] == f">={needed_host.TESTED}"
+    assert pyproject["tool"]["comfy"]["requires-comfyui"] == f">={host_version.TESTED}"
     assert host_version.TESTED == setup.HOST_VERSION
 
 

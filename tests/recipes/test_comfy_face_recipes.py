@@ -10,10 +10,10 @@ from chorus.demo import weights
 from chorus.demo.modules import load_sign_classifier
 from chorus.dev.first_recipes import face_pairs, face_refiner
 from chorus.dev.first_recipes.face_refiner import PAIRED, UNPAIRED
-from chorus.techniques.face_refiner import comfy_files
-from chorus.techniques.face_refiner.networks.image_generators import load_generator
 from chorus.nodes.face_refiner import FaceRefiner
+from chorus.techniques.face_refiner import comfy_files
 from chorus.techniques.face_refiner.frechet import frechet_distance
+from chorus.techniques.face_refiner.networks.image_generators import load_generator
 from chorus.training.metrics import feature_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread")

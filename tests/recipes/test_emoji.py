@@ -37,8 +37,8 @@ from chorus.dev.recipes.errors import RecipeError
 from chorus.dev.recipes.networks.flux import Flux
 from chorus.dev.recipes.networks.unet import UNet
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
-from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from chorus.techniques.face_refiner.training.generators import new_generator
+from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 
 HOST = Path(__file__).parents[2] / "host"
 SMALL = {**denoisers.GENERAL, "model_channels": 32, "num_res_blocks": [1, 1], "transformer_depth": [0, 1]}

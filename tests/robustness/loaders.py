@@ -17,14 +17,14 @@ from PIL import Image
 
 from chorus.demo import modules
 from chorus.demo import weights as demo_weights
-from chorus.techniques.seed_select import comfy_files
-from chorus.techniques.face_refiner import comfy_pairs
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
+from chorus.techniques.face_refiner import comfy_pairs
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.masked_tokens.tokens import Tokens
+from chorus.techniques.seed_select import comfy_files
 
 from .loader import Loader, finite, generator, node
 from .masked_token_loaders import VQ, Lora, TextEncoder, Transformer
@@ -164,9 +164,7 @@ class Pairs(Loader):
             (self.root / comfy_pairs.LIST).write_bytes(damaged_bytes(rng, self.lines))
         elif kind < 4:
             lines = [other_json(rng, json.dumps({"number": n, "prompt": f"p{n}"})).encode() for n in (1, 2)]
-            (self.root / comfy_pairs.LIST).write_bytes(
-                b"\n".join([*lines, self.lines if rng.random() < 0.3 else b""])
-            )
+            (self.root / comfy_pairs.LIST).write_bytes(b"\n".join([*lines, self.lines if rng.random() < 0.3 else b""]))
         elif kind < 6:
             picture.write_bytes(damaged_bytes(rng, self.pictures[side, number]))
         else:

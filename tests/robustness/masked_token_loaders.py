@@ -6,10 +6,10 @@ import random
 import safetensors.torch
 import torch
 
+from chorus.techniques.masked_tokens import lora as loras
 from chorus.techniques.masked_tokens.comfy_files import read_clip, read_networks
 from chorus.techniques.masked_tokens.networks import amused
 from chorus.tests.support import masked_token_folder, tiny_masked_tokens
-from chorus.techniques.masked_tokens import lora as loras
 
 from .loader import Loader, finite, node
 from .mutations import damaged_bytes, other_json

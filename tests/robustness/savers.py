@@ -14,21 +14,21 @@ import folder_paths
 import torch
 
 from chorus.techniques.cas_dm.comfy_files import SUFFIX, head_files, read_head, save_head
+from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, from_file, new_head, to_file
 from chorus.techniques.face_refiner.comfy_files import load_refiner, refiner_files, save_refiner
 from chorus.techniques.face_refiner.comfy_model import wrap
-from chorus.techniques.masked_tokens.comfy_lora_files import lora_files, read_lora, write_lora
-from chorus.techniques.seed_select.comfy_files import FILES as SEEDS
-from chorus.techniques.seed_select.comfy_files import SeedNoise, load_seed, save_seed
-from chorus.techniques.masked_tokens.comfy_token_files import FILES as TOKENS
-from chorus.techniques.masked_tokens.comfy_token_files import load_ids, save_ids
 from chorus.techniques.face_refiner.comfy_pairs import MARK, load_pairs, pair_folders, save_pairs
-from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, from_file, new_head, to_file
 from chorus.techniques.face_refiner.networks.image_generators import load_generator
 from chorus.techniques.face_refiner.networks.residual import FaceRefinerNet, RefinerConfig
-from chorus.techniques.masked_tokens.tokens import Tokens
+from chorus.techniques.masked_tokens.comfy_lora_files import lora_files, read_lora, write_lora
+from chorus.techniques.masked_tokens.comfy_token_files import FILES as TOKENS
+from chorus.techniques.masked_tokens.comfy_token_files import load_ids, save_ids
 from chorus.techniques.masked_tokens.lora import Lora, LoraWeights
 from chorus.techniques.masked_tokens.lora import from_file as lora_from_file
 from chorus.techniques.masked_tokens.lora import to_file as lora_to_file
+from chorus.techniques.masked_tokens.tokens import Tokens
+from chorus.techniques.seed_select.comfy_files import FILES as SEEDS
+from chorus.techniques.seed_select.comfy_files import SeedNoise, load_seed, save_seed
 
 
 @dataclass

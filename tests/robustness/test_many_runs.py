@@ -7,9 +7,9 @@ import time
 import psutil
 import pytest
 
-from chorus.tests.support.real_comfyui import fresh_server
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import TECHNIQUES, Graph
+from chorus.tests.support.real_comfyui import fresh_server
 
 RUNS = 200
 # one round; each technique about as often as people use it, none twice in a row

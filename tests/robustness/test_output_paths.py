@@ -11,9 +11,9 @@ import folder_paths
 import pytest
 import torch
 
+from chorus.dev.tools.client import WorkflowError
 from chorus.tests.robustness.loader import NODES
 from chorus.tests.robustness.savers import savers
-from chorus.dev.tools.client import WorkflowError
 
 OUTSIDE = [
     *("../x", "../../x", "a/../../x", "a/b/../../../x", "./../x", "..//x", "../output2/x", "../output", "/x", "//x"),

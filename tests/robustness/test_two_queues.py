@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from chorus.tests.support.real_comfyui import fresh_server
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import Graph, digest
+from chorus.tests.support.real_comfyui import fresh_server
 
 # most of them twice; trainings, which take seconds, once
 WORK = {

@@ -5,9 +5,9 @@ import traceback
 import pytest
 import torch
 
+from chorus.dev.tools.setup import ROOT
 from chorus.tests.robustness import wrong_wires as wrong
 from chorus.tests.robustness.wrong_wires import boxes, conditionings, images, latents, masks, models, only
-from chorus.dev.tools.setup import ROOT
 
 NO_PICTURES = ("no picture", "no width", "grey with alpha", "no batch", "a video")
 # those that a node must refuse; all others it may refuse in words of its own, or work with

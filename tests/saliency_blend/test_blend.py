@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from chorus.techniques.saliency_blend.experts import REUSE, RUN, ExpertSettings
-from chorus.techniques.saliency_blend.regions import Box
-from chorus.techniques.saliency_blend.trace import BlendTrace
 from chorus.techniques.saliency_blend.blend import JointSettings, SaliencyBlendRun, Schedule
+from chorus.techniques.saliency_blend.experts import REUSE, RUN, ExpertParticipant, ExpertSettings
+from chorus.techniques.saliency_blend.regions import LatentBox
+from chorus.techniques.saliency_blend.trace import BlendTrace
 
 SIGMAS = (8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
 
@@ -18,9 +18,24 @@ def percent_to_sigma(percent):
     return 1e9 if percent <= 0.0 else 0.0 if percent >= 1.0 else 10.0 * (1.0 - percent)
 
 
+class Toy(ExpertParticipant):
+    """An expert whose model can run, or cannot."""
+
+    runs = True
+
+    def can_run(self, sigma):
+        return self.runs
+
+
 def technique(*experts, cfg=5.0, sigmas=SIGMAS, traces=(), **joint):
-    experts = [ExpertSettings(**{"label": f"expert {i}", **e}) for i, e in enumerate(experts, start=1)]
-    return SaliencyBlendRun(experts, JointSettings(**joint), Schedule(sigmas, percent_to_sigma, cfg, seed=3), traces)
+    settings = [ExpertSettings(**{"label": f"expert {i}", **e}) for i, e in enumerate(experts, start=1)]
+    toys = [Toy(i, s, percent_to_sigma) for i, s in enumerate(settings, start=1)]
+    return SaliencyBlendRun(toys, JointSettings(**joint), Schedule(sigmas, cfg, seed=3), traces)
+
+
+def actions(plan):
+    """What a plan wants of the experts that take part, by index."""
+    return {e.index: RUN for e in plan.run} | {e.index: REUSE for e in plan.reuse}
 
 
 X = torch.zeros(2, 4, 6, 5)
@@ -32,14 +47,13 @@ def pair(seed, shape=X.shape, spread=1.0):
     return uncond + spread * torch.randn(shape, generator=generator), uncond
 
 
-def step(run, sigma, base, *experts, can_run=None, can_crop=None, x=X):
-    """One call of a sampler: plan, then blend what the plan asks for -> (cond, uncond), plan."""
-    plan = run.plan(sigma, x, can_run or [True] * len(experts), can_crop)
-    fresh = {i: experts[i - 1] for i, action in plan.items() if action == RUN}
-    reused = [i for i, action in plan.items() if action == REUSE]
+def step(run, sigma, base, *experts, x=X):
+    """One call of a sampler: plan, then blend what the plan asks for -> (cond, uncond), the plan's actions."""
+    plan = run.plan(sigma, x)
     if not plan:
-        return base, plan
-    return run.blend(torch.full((len(x),), sigma), base, fresh, reused), plan
+        return base, {}
+    predicted = {expert: experts[expert.index - 1] for expert in plan.run}
+    return run.blend(torch.full((len(x),), sigma), base, predicted), actions(plan)
 
 
 @pytest.mark.parametrize(
@@ -56,18 +70,19 @@ def step(run, sigma, base, *experts, can_run=None, can_crop=None, x=X):
 )
 def test_window_is_closed_at_its_start_and_open_at_its_end(window, active):
     run = technique(dict(start_percent=window[0], end_percent=window[1]))
-    assert [s for s in SIGMAS[:-1] if run.plan(s, X, [True])] == active
+    assert [s for s in SIGMAS[:-1] if run.plan(s, X)] == active
     assert run.record.spent == [5, len(active)]
     assert run.record.saved == [0, 5 - len(active)]
 
 
 def test_nobody_is_asked_at_sigma_0():
-    assert technique({}).plan(0.0, X, [True]) == {}
+    assert not technique({}).plan(0.0, X)
 
 
 def test_expert_that_cannot_run_here_is_left_out():
     run = technique({}, {})
-    assert run.plan(4.0, X, [False, True]) == {2: RUN}
+    run.experts[0].runs = False
+    assert actions(run.plan(4.0, X)) == {2: RUN}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +172,7 @@ LARGE = torch.zeros(2, 4, 16, 20)
 
 def corner_run(**settings):
     """The expert is loud in rows 0-4 and columns 0-5, the base elsewhere; the run after its first prediction."""
-    run = technique(dict(crop=1, bias=-4.0, **settings), blur=1)
+    run = technique(dict(crop_margin=1, bias=-4.0, **settings), blur=1)
     base, expert = loud_in((4, 16), (0, 20), 0), loud_in((0, 4), (0, 5), 1)
     first, _ = step(run, 8.0, base, expert, x=LARGE)
     return run, base, expert, first
@@ -165,11 +180,11 @@ def corner_run(**settings):
 
 def test_crop_follows_the_last_mask_with_its_margin():
     run, *_ = corner_run()
-    assert run.box(1) is None
+    assert run.experts[0].box is None
     owned = run.record.steps[0].weights == 1
     rows, columns = (owned.any(0).any(axis).nonzero().flatten() for axis in (1, 0))
-    run.plan(6.0, LARGE, [True])
-    box = run.box(1)
+    run.plan(6.0, LARGE)
+    box = run.experts[0].box
     # one position of margin, then out to the next multiple of four
     assert (box.top, box.left) == (0, 0)
     assert box.height == -(-(int(rows.max()) + 2) // 4) * 4 < 16
@@ -179,13 +194,13 @@ def test_crop_follows_the_last_mask_with_its_margin():
 
 def test_outside_the_box_the_base_paints_and_inside_the_expert_is_fresh():
     run, base, expert, _ = corner_run()
-    run.plan(6.0, LARGE, [True])
-    box = run.box(1)
+    run.plan(6.0, LARGE)
+    box = run.experts[0].box
     louder = tuple(torch.full_like(p, 7.0) for p in expert)  # zeros or anything else outside the box are not looked at
     cropped = tuple(torch.zeros_like(p) for p in louder)
     for whole, part in zip(louder, cropped, strict=True):
         box.of(part).copy_(box.of(whole))
-    cond, _ = run.blend(torch.full((2,), 6.0), base, {1: cropped}, [])
+    cond, _ = run.blend(torch.full((2,), 6.0), base, {run.experts[0]: cropped})
     owner = run.record.steps[-1].weights
     outside = torch.ones(16, 20, dtype=torch.bool)
     box.of(outside).fill_(False)
@@ -198,47 +213,48 @@ def test_what_is_not_evaluated_stays_as_salient_as_it_was():
     """Differences that shrink with sigma, as a model's do: the mask of the whole evaluation, at every step."""
     masks = {}
     for crop in (0, 1):
-        run = technique(dict(crop=crop, bias=-4.0), blur=1)
+        run = technique(dict(crop_margin=crop, bias=-4.0), blur=1)
         for sigma in SIGMAS[:-1]:
             pairs = [loud_in((4, 16), (0, 20), 0), loud_in((0, 4), (0, 5), 1)]
             base, expert = [(u + (c - u) * sigma / 8.0, u) for c, u in pairs]
-            run.plan(sigma, LARGE, [True])
-            if (box := run.box(1)) is not None:
+            run.plan(sigma, LARGE)
+            if (box := run.experts[0].box) is not None:
                 whole, expert = expert, tuple(torch.zeros_like(p) for p in expert)
                 for part, all_of_it in zip(expert, whole, strict=True):
                     box.of(part).copy_(box.of(all_of_it))
-            run.blend(torch.full((2,), sigma), base, {1: expert}, [])
+            run.blend(torch.full((2,), sigma), base, {run.experts[0]: expert})
         masks[crop] = [s.weights for s in run.record.steps]
         assert (run.record.cost[1] < 3) == bool(crop)
     assert all(torch.equal(a, b) and a.any() for a, b in zip(masks[0], masks[1], strict=True))
 
 
 def test_a_box_that_is_most_of_the_picture_is_not_cut():
-    run = technique(dict(crop=1), blur=1)
+    run = technique(dict(crop_margin=1), blur=1)
     step(run, 8.0, loud_in((0, 1), (0, 1), 0), loud_in((1, 16), (0, 20), 1), x=LARGE)
-    run.plan(6.0, LARGE, [True])
-    assert run.box(1) is None
+    run.plan(6.0, LARGE)
+    assert run.experts[0].box is None
     assert run.record.cost[1] == 2.0
 
 
-@pytest.mark.parametrize(("mode", "first"), [("force", Box(4, 0, 8, 12)), ("compete", None)])
+@pytest.mark.parametrize(("mode", "first"), [("force", LatentBox(4, 0, 8, 12)), ("compete", None)])
 def test_crop_around_a_region(mode, first):
     """Who competes is asked once for the whole latent, because the softmax is over all of it."""
     region = torch.zeros(1, 16, 20)
     region[:, 5:9, 2:10] = 1.0
-    run = technique(dict(crop=1, region=region, region_mode=mode))
+    run = technique(dict(crop_margin=1, region=region, region_mode=mode))
     base, expert = loud_in((4, 16), (0, 20), 0), loud_in((0, 4), (0, 5), 1)
-    run.plan(8.0, LARGE, [True])
-    assert run.box(1) == first
-    run.blend(torch.full((2,), 8.0), base, {1: expert}, [])
-    run.plan(6.0, LARGE, [True])
-    assert run.box(1) == Box(4, 0, 8, 12)
+    run.plan(8.0, LARGE)
+    assert run.experts[0].box == first
+    run.blend(torch.full((2,), 8.0), base, {run.experts[0]: expert})
+    run.plan(6.0, LARGE)
+    assert run.experts[0].box == LatentBox(4, 0, 8, 12)
 
 
 def test_an_expert_that_cannot_be_cropped_says_so():
     run, base, expert, _ = corner_run(label="painter")
-    step(run, 6.0, base, expert, can_crop=[False], x=LARGE)
-    assert run.box(1) is None
+    run.experts[0].can_crop = False
+    step(run, 6.0, base, expert, x=LARGE)
+    assert run.experts[0].box is None
     run.finish(torch.zeros(1))
     assert any("'painter' was not cropped" in note for note in run.record.notes)
 
@@ -247,10 +263,10 @@ def test_reused_predictions_keep_to_the_box_of_the_last_evaluation():
     run, base, expert, _ = corner_run(refresh=2)
     step(run, 6.0, base, expert, x=LARGE)
     step(run, 4.0, base, expert, x=LARGE)
-    box = run.box(1)
+    box = run.experts[0].box
     assert box is not None
     everywhere = loud_in((0, 16), (0, 20), 1)
-    run._states[0]._offsets.add(4.0, everywhere, base)  # what it would paint if nothing kept it inside
+    run.experts[0]._offsets.add(4.0, everywhere, base)  # what it would paint if nothing kept it inside
     _, plan = step(run, 2.0, base, expert, x=LARGE)
     assert plan == {1: REUSE}
     owner = run.record.steps[-1].weights.clone()
@@ -276,7 +292,7 @@ def test_an_expert_under_skip_below_leaves_after_three_steps():
     assert [quiet(run, s) for s in LONG[:-1]] == [{1: RUN}] * 3 + [{}] * 5
     assert run.record.spent == [8, 3]
     run.finish(torch.zeros(1))
-    assert any("'idle' left at sigma 5" in note for note in run.record.notes)
+    assert any("'idle' was skipped from sigma 5" in note for note in run.record.notes)
 
 
 def test_steps_count_not_calls():
@@ -332,20 +348,20 @@ def test_soft_video_has_weights_for_every_frame():
 @pytest.mark.parametrize("mode", ["compete", "force"])
 def test_expert_with_an_empty_region_is_not_asked(mode):
     run = technique(dict(region=torch.zeros(1, 9, 9), region_mode=mode), {})
-    assert run.plan(4.0, X, [True, True]) == {2: RUN}
+    assert actions(run.plan(4.0, X)) == {2: RUN}
 
 
 @pytest.mark.parametrize("mask_mode", ["hard", "soft"])
 def test_a_further_prediction_is_mixed_by_the_last_mask(mask_mode):
     run = technique({}, {}, mask_mode=mask_mode)
     step(run, 4.0, pair(0), pair(1), pair(2))
-    assert run.painting == (1, 2)
+    assert run.active_experts == list(run.experts)
     further = [pair(i)[0] for i in (10, 11, 12)]
-    mixed = run.mix(further[0], {1: further[1], 2: further[2]})
+    mixed = run.mix(further[0], {run.experts[0]: further[1], run.experts[1]: further[2]})
     weights = run.record.shares(0).unsqueeze(2)
     torch.testing.assert_close(mixed, (torch.stack(further) * weights).sum(0))
     # an expert that has nothing to say here leaves its positions to the base
-    mixed = run.mix(further[0], {1: further[1]})
+    mixed = run.mix(further[0], {run.experts[0]: further[1]})
     torch.testing.assert_close(mixed, (torch.stack([further[0], further[1], further[0]]) * weights).sum(0))
     assert len(run.record.steps) == 1
 
@@ -353,7 +369,7 @@ def test_a_further_prediction_is_mixed_by_the_last_mask(mask_mode):
 def test_a_further_prediction_after_the_base_alone_is_the_bases():
     run = technique(dict(end_percent=0.5))
     step(run, 1.0, pair(0), pair(1))
-    assert run.painting == ()
+    assert run.active_experts == []
     further = pair(10)[0]
     assert run.mix(further, {}) is further
 
@@ -361,16 +377,16 @@ def test_a_further_prediction_after_the_base_alone_is_the_bases():
 @pytest.mark.parametrize("ramp", ["rising", "falling"])
 def test_ramp_runs_from_the_start_of_the_window_to_its_end(ramp):
     run = technique(dict(bias=2.0, ramp=ramp, start_percent=0.2, end_percent=0.8))
-    run.plan(8.0, X, [True])
+    run.plan(8.0, X)
     for sigma, done in ((8.0, 0.0), (6.5, 0.25), (5.0, 0.5), (2.0, 1.0)):
         expected = 2.0 * (done if ramp == "rising" else 1.0 - done)
-        assert run._states[0].bias(sigma) == pytest.approx(expected, abs=1e-4)
+        assert run.experts[0].bias(sigma) == pytest.approx(expected, abs=1e-4)
 
 
 def test_ramp_over_the_whole_run_is_finite():
     run = technique(dict(bias=2.0, ramp="rising"))
-    run.plan(8.0, X, [True])
-    assert run._states[0].bias(8.0) == pytest.approx(0.4, abs=1e-4)
+    run.plan(8.0, X)
+    assert run.experts[0].bias(8.0) == pytest.approx(0.4, abs=1e-4)
 
 
 @pytest.mark.parametrize("cfg", [None, 0.0])

@@ -8,7 +8,20 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
-from chorus.tests.support.tiny_models import blend, conditioning, controlnet, forwards, in_inference_mode, ksample, latent, lora, lora_weights, predictions, recording, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    controlnet,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    lora,
+    lora_weights,
+    predictions,
+    recording,
+    unet,
+)
 
 WORDS = [(conditioning(10 + i), conditioning(20 + i)) for i in range(4)]
 EVERYWHERE = dict(region=torch.ones(1, 8, 8), region_mode="force")

@@ -12,7 +12,17 @@ import torch
 
 from chorus.nodes.saliency_noise_blend import SaliencyNoiseBlend
 from chorus.tests.support import tiny_models
-from chorus.tests.support.tiny_models import blend, conditioning, controlnet, in_inference_mode, ksample, latent, predictions, recording, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    controlnet,
+    in_inference_mode,
+    ksample,
+    latent,
+    predictions,
+    recording,
+    unet,
+)
 
 WORDS, EXPERT_WORDS, OTHER_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30, 50)]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-from chorus.tests.support.tiny_models import blend, conditioning, in_inference_mode, ksample, latent, unet, view
 from chorus.dev.tools.client import WorkflowError
+from chorus.tests.support.tiny_models import blend, conditioning, in_inference_mode, ksample, latent, unet, view
 
 WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 

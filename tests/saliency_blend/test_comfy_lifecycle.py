@@ -14,7 +14,17 @@ import comfy.model_management
 import pytest
 import torch
 
-from chorus.tests.support.tiny_models import blend, conditioning, in_inference_mode, ksample, latent, lora, lora_weights, unet, view
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    in_inference_mode,
+    ksample,
+    latent,
+    lora,
+    lora_weights,
+    unet,
+    view,
+)
 
 ROOT = Path(__file__).parents[2]
 WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]

@@ -8,7 +8,18 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
 from chorus.tests.support.blend_definition import CFG, FLOAT32, definition
 from chorus.tests.support.host_definition import check_step
-from chorus.tests.support.tiny_models import blend, conditioning, flux, forwards, in_inference_mode, ksample, latent, predictions, recording, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    flux,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    predictions,
+    recording,
+    unet,
+)
 
 WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 EVERYWHERE = dict(region=torch.ones(1, 8, 8), region_mode="force")

@@ -15,7 +15,17 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.host_definition import check_step, run
-from chorus.tests.support.tiny_models import blend, conditioning, forwards, in_inference_mode, ksample, latent, predictions, recording, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    predictions,
+    recording,
+    unet,
+)
 
 WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 EVERYWHERE = dict(region=torch.ones(1, 8, 8), region_mode="force")

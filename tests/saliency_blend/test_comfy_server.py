@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chorus.tests.support.real_comfyui import fresh_server
 from chorus.dev.tools.client import Comfy
+from chorus.tests.support.real_comfyui import fresh_server
 
 SAMPLING = {"cfg": 4.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
 

@@ -6,7 +6,16 @@ import comfy.samplers
 import pytest
 import torch
 
-from chorus.tests.support.tiny_models import blend, conditioning, forwards, ksample, latent, predictions, recording, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    forwards,
+    ksample,
+    latent,
+    predictions,
+    recording,
+    unet,
+)
 
 WORDS, EXPERT_WORDS, OTHER_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30, 50)]
 SIZE = (10, 8)
@@ -41,7 +50,7 @@ def test_an_expert_that_never_paints_leaves_after_three_steps(models, sampler, a
     assert trace.record.spent == [len(steps), asked]
     assert trace.record.saved == [0, len(steps) - asked]
     assert [s.models for s in steps] == [(0, 1)] * asked + [(0,)] * (len(steps) - asked)
-    note = f"'idle' left at sigma {steps[asked].sigma:.4g}: under 1 % of the mask for 3 steps"
+    note = f"'idle' was skipped from sigma {steps[asked].sigma:.4g} on: below 1 % of the mask for 3 steps"
     assert note in trace.record.report()
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from chorus.techniques.saliency_blend.view import colour_shares, draw_blend
 from chorus.common.sheets import model_colour
 from chorus.techniques.saliency_blend.trace import BlendRecord, BlendStep
+from chorus.techniques.saliency_blend.view import colour_shares, draw_blend
 
 
 def a_record(steps=3, batch=1, spatial=(6, 8), models=2, owner=None):

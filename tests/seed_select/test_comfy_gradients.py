@@ -15,14 +15,25 @@ import torch
 from torch.nn.functional import normalize
 
 from chorus.demo import modules
-from chorus.techniques.seed_select import comfy_differentiable, comfy_session
 from chorus.host import autograd_copies
-from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.host.gradients import Recorder
+from chorus.techniques.saliency_blend.comfy_hook import blend_chain
+from chorus.techniques.seed_select import comfy_differentiable, comfy_session
 from chorus.techniques.seed_select.comfy_sampler import SeedRun
 from chorus.tests.saliency_blend.test_comfy_lifecycle import check_untouched, stop_at
 from chorus.tests.seed_select.test_comfy_sampler import WORDS, content, only, with_control
-from chorus.tests.support.tiny_models import _fill, blend, conditioning, flux, in_inference_mode, ksample, latent, lora, recording, unet
+from chorus.tests.support.tiny_models import (
+    _fill,
+    blend,
+    conditioning,
+    flux,
+    in_inference_mode,
+    ksample,
+    latent,
+    lora,
+    recording,
+    unet,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERT_WORDS = conditioning(30), conditioning(31)
@@ -642,7 +653,9 @@ def test_models_and_attention_without_a_derivative_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"BaseModel computes its rotary embedding.*mode search"):
         gradient(run_of(model))
     monkeypatch.undo()
-    monkeypatch.setattr(comfy_differentiable.attention, "optimized_attention", comfy_differentiable.attention.attention_sage)
+    monkeypatch.setattr(
+        comfy_differentiable.attention, "optimized_attention", comfy_differentiable.attention.attention_sage
+    )
     with pytest.raises(ValueError, match="without --use-sage-attention"):
         gradient(run_of(model))
 

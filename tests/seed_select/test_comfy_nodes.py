@@ -22,16 +22,25 @@ from comfy_execution.utils import CurrentNodeContext
 
 from chorus.demo import modules
 from chorus.demo.latent import ChorusDemoLatent
-from chorus.techniques.seed_select.comfy_files import SeedNoise
-from chorus.techniques.seed_select.comfy_sampler import SeedRun
-from chorus.techniques.seed_select.comfy_progress import SeedProgress
 from chorus.nodes.seed_files import LoadSeed, SaveSeed
-from chorus.techniques.seed_select.comfy_run import Score
 from chorus.nodes.seed_select import SeedSelect
+from chorus.techniques.seed_select.comfy_files import SeedNoise
+from chorus.techniques.seed_select.comfy_progress import SeedProgress
+from chorus.techniques.seed_select.comfy_run import Score
+from chorus.techniques.seed_select.comfy_sampler import SeedRun
 from chorus.techniques.seed_select.inversion import invert
 from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
 from chorus.tests.seed_select.test_comfy_gradients import easy
-from chorus.tests.support.tiny_models import conditioning, defaults, forwards, in_inference_mode, ksample, latent, lora, unet
+from chorus.tests.support.tiny_models import (
+    conditioning,
+    defaults,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    lora,
+    unet,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Interrupted = comfy.model_management.InterruptProcessingException

@@ -8,10 +8,21 @@ import torch
 
 from chorus.demo import modules
 from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
-from chorus.techniques.seed_select.comfy_sampler import SeedRun
 from chorus.techniques.seed_select.comfy_progress import SeedProgress
+from chorus.techniques.seed_select.comfy_sampler import SeedRun
 from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
-from chorus.tests.support.tiny_models import blend, conditioning, controlnet, flux, forwards, in_inference_mode, ksample, latent, lora, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    controlnet,
+    flux,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    lora,
+    unet,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = conditioning(10), conditioning(11)

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from chorus.techniques.seed_select.losses import ReferenceLoss, appearance_loss, check_references, embedding_centroid, latent_centroid, semantic_loss, step_weights, vp_scale
+from chorus.techniques.seed_select.losses import (
+    ReferenceLoss,
+    appearance_loss,
+    check_references,
+    embedding_centroid,
+    latent_centroid,
+    semantic_loss,
+    step_weights,
+    vp_scale,
+)
 
 
 def draw(*shape, seed=0):

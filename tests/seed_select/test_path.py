@@ -8,7 +8,13 @@ import pytest
 import torch
 from scipy import stats
 
-from chorus.techniques.seed_select.path import centroid_loss, gap_penalty, norm_aware_centroid, norm_aware_path, path_length
+from chorus.techniques.seed_select.path import (
+    centroid_loss,
+    gap_penalty,
+    norm_aware_centroid,
+    norm_aware_path,
+    path_length,
+)
 from chorus.techniques.seed_select.prior import check_noise, check_width, chi_shell, log_chi, onto_shell
 
 pytestmark = pytest.mark.usefixtures("one_thread")

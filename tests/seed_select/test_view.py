@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from chorus.common.sheets import PAPER, Sheet
-from chorus.techniques.seed_select.view import BEST, NARROWEST, POINT, WIDEST, Tile, _fitting, draw_grid, draw_preview
 from chorus.techniques.seed_select.records import ScoreSeries
+from chorus.techniques.seed_select.view import BEST, NARROWEST, POINT, WIDEST, Tile, _fitting, draw_grid, draw_preview
 
 
 def tile(value=0.5, size=(64, 64), captions=("1: seed 0", "score 0.1")):

@@ -8,9 +8,9 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from chorus.techniques.masked_tokens.comfy_model import wrap
 from chorus.host.operations import casting_operations
 from chorus.kernels.linear import linear
+from chorus.techniques.masked_tokens.comfy_model import wrap
 from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig, load_uvit
 from chorus.techniques.masked_tokens.networks.vq import VQGAN, VQConfig, load_vq
 from chorus.techniques.masked_tokens.tokens import Tokens

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ....common.weights import load, seen, shorten
 from .layers import ImageGenerator
 from .residual import FaceRefinerNet, RefinerConfig
 from .resnet import ResnetConfig, ResnetGenerator
-from ....common.weights import load, seen, shorten
 from .unet import UnetConfig, UnetGenerator
 
 Config = ResnetConfig | UnetConfig | RefinerConfig

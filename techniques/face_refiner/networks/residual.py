@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Draws, ImageGenerator, features
 from ....common.weights import count, shape_of
+from .layers import Draws, ImageGenerator, features
 
 NETWORK = "the pack's face refiner"
 CHANNELS_PER_GROUP = 8

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layers import Block, Blur, BlurUp, Chain, Draws, Dropout, ImageGenerator, features, norm
 from ....common.weights import shape_of
+from .layers import Block, Blur, BlurUp, Chain, Draws, Dropout, ImageGenerator, features, norm
 
 NETWORK = "a ResNet generator"
 FIRST = 4  # layers, to the first ReLU

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Block, Chain, Draws, Dropout, ImageGenerator, features, norm
 from ....common.weights import shape_of
+from .layers import Block, Chain, Draws, Dropout, ImageGenerator, features, norm
 
 NETWORK = "a U-Net generator"
 FEWEST, MOST = 5, 12  # halvings; the published code builds none with fewer, and its networks have 7 or 8

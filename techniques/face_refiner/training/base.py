@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ....training.generators import stream
+from ....training.report_lines import TRAINED_ON
+from ....training.trainer import AveragingTrainer, Training
 from ..networks.layers import ImageGenerator
 from ..networks.patch_discriminator import PatchGan, PatchGanConfig
 from .generators import initialise, trainable
 from .pairs import Batch, FaceData
-from ....training.report_lines import TRAINED_ON
-from ....training.generators import stream
-from ....training.trainer import AveragingTrainer, Training
 
 FIRST_WEIGHTS, DROPOUT = 20, 23  # what a stream of random numbers is for, beside those of face_pairs
 GENERATOR, BACK, JUDGES = 0, 1, 2  # whose first weights

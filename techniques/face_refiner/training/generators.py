@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..networks.layers import EPS, BatchNorm, Draws, ImageGenerator
 from ..networks.image_generators import NETWORKS, Config
+from ..networks.layers import EPS, BatchNorm, Draws, ImageGenerator
 from ..networks.residual import FaceRefinerNet, RefinerConfig
 from ..networks.resnet import ResnetConfig
 from ..networks.unet import UnetConfig

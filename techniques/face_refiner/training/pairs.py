@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..refine import check_pictures
+from ....training.generators import stream
 from ....training.metrics import crops
 from ....training.resize import fit_short_side
-from ....training.generators import stream
+from ..refine import check_pictures
 
 ORDER, CROPS = 21, 22  # what a stream of random numbers is for
 SOURCE, TARGET = 0, 1

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..networks.layers import ImageGenerator
-from .generators import new_generator
-from .pairs import SOURCE, TARGET, Batch, FaceData
-from .base import BACK, FIRST_WEIGHTS, Examined, RefinerTrainer, RefinerTraining, held_out, networks_and_data, new_judge
+from ....training.generators import stream
 from ....training.metrics import l1
 from ....training.report_lines import settled, started, verdict
-from ....training.generators import stream
+from ..networks.layers import ImageGenerator
+from .base import BACK, FIRST_WEIGHTS, Examined, RefinerTrainer, RefinerTraining, held_out, networks_and_data, new_judge
+from .generators import new_generator
+from .pairs import SOURCE, TARGET, Batch, FaceData
 
 POOL = 24  # what a stream of random numbers is for
 SCALES = 3  # halvings at which colours_and_detail looks

@@ -1,7 +1,7 @@
 """aMUSEd's networks in one place, to hand them to what reads their files: host/ may not know them."""
 
-from ....kernels.linear import linear
 from ....common.weights import check
+from ....kernels.linear import linear
 from .uvit import load_uvit
 from .vq import load_vq
 

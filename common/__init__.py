@@ -1,0 +1,1 @@
+"""Pure code that several techniques share: weights of networks, sheets of images."""

@@ -1,1 +1,0 @@
-"""The networks: nn.Modules and the sizes that make them. No host, no files."""

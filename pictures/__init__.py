@@ -1,1 +1,0 @@
-"""Pictures that nodes show about their own work. Tensors and text in, IMAGE tensors out; no host, no files."""

@@ -1,0 +1,1 @@
+"""CasDMHead (Cas-DM): a small head that corrects x0 where a perceptual metric counts. Start with mix.py."""

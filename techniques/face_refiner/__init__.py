@@ -1,0 +1,1 @@
+"""FaceRefiner: a generator that restores face detail lost by distilled models. Start with refine.py."""

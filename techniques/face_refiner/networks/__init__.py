@@ -1,0 +1,1 @@
+"""Generators and discriminators that load published weights unchanged."""

@@ -1,0 +1,1 @@
+"""Training of face refiners, on paired and on unpaired images."""

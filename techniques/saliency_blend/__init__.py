@@ -1,0 +1,1 @@
+"""SaliencyNoiseBlend (MagicFusion): several models blended in one sampling step. Start with blend.py."""
