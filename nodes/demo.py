@@ -3,7 +3,10 @@
 from comfy_api.latest import io
 
 from ..demo import modules
+from ..demo.comfy_files import offer_shipped_files
 from .checked_inputs import checks_inputs
+
+offer_shipped_files()
 
 
 @checks_inputs

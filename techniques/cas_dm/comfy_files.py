@@ -16,13 +16,12 @@ from ...host.model_folders import register_folder
 FOLDER, SUFFIX = "cas_dm", ".safetensors"
 FILES = KeptFiles(".cas_dm.safetensors", "Cas-DM head", "Save Cas-DM Head", "cas_dm/head")  # those that were saved
 OUTPUT = " [output]"  # the host's mark for its output folder
-SHIPPED = Path(__file__).parents[2] / "demo" / "weights" / FOLDER  # heads that come with the pack
 
 T = TypeVar("T")
 Make = Callable[[dict[str, Tensor], dict[str, str]], T]
 
 
-register_folder(FOLDER, {SUFFIX}, SHIPPED)
+register_folder(FOLDER, {SUFFIX})
 
 
 def head_files() -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...host.attachments import Attachment
 from ...host.parametrization import FLOW, family
-from .non_finite import HeadWatch
+from .non_finite import HeadFiniteCheck
 
 KEY = "chorus_cas_dm"  # the additional models are this with the place in the chain
 CASTING = comfy.ops.manual_cast  # the layers of a head that the host may leave elsewhere, in another dtype
@@ -148,8 +148,8 @@ class _Hook:
         x0, x, sigma, sampling = args["denoised"], args["input"], args["sigma"], args["model"].model_sampling
         # asked here and not when it was wired: a ModelSampling* node may come after this one
         first, last = (float(sampling.percent_to_sigma(percent)) for percent in self.window)
-        level, watch = float(sigma[0]), HeadWatch.of_run(args["model_options"])
-        watch.look()  # at what came before: the level has been read, so that this waits for nothing
+        level, finite = float(sigma[0]), HeadFiniteCheck.of_run(args["model_options"])
+        finite.flush()  # the level has been read, so that this waits for nothing
         if not last < level <= first:
             return x0
         _check_prediction(prediction_of(sampling), self.wanted.prediction)
@@ -158,7 +158,7 @@ class _Hook:
         flow = family(sampling) == FLOW
         settings = dict(flow=flow, noise_scale=float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0)
         found = self._refined(network, x0, x, sigma, settings)
-        watch.saw(self.number, level, x0, found)
+        finite.add(self.number, level, x0, found)
         return found
 
     def _refined(self, network: nn.Module, x0: Tensor, x: Tensor, sigma: Tensor, settings: dict) -> Tensor:

@@ -22,13 +22,12 @@ MODELS = "face_refiner"
 SUFFIXES = {".safetensors", ".pth"}
 FILES = KeptFiles(".refiner.safetensors", "face refiner", "Save Face Refiner", "face_refiner/ComfyUI")
 FORMAT = "chorus-face-refiner-1"  # in the metadata
-SHIPPED = Path(__file__).parents[2] / "demo" / "weights" / MODELS  # refiners that come with the pack
 NONE = "none"  # a combo without any file must still have an entry
 
 Load = Callable[..., nn.Module]  # load(state_dict, operations), as networks.image_generators.load_generator
 
 
-register_folder(MODELS, SUFFIXES, SHIPPED)
+register_folder(MODELS, SUFFIXES)
 
 
 def refiner_files() -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...kernels.saliency_blend import saliency_blend
 from .experts import RUN, ExpertParticipant, Participant
 from .extrapolation import Pair
-from .non_finite import FiniteWatch
+from .non_finite import BlendFiniteCheck
 from .trace import BlendRecord, BlendStep, BlendTrace
 
 E = TypeVar("E", bound=ExpertParticipant)
@@ -85,7 +85,7 @@ class SaliencyBlendRun(Generic[E]):
         self._last_step: BlendStep | None = None
         self._last_models: tuple[Participant, ...] = ()  # of the last step
         labels = tuple(p.label for p in self.participants)
-        self._watch = FiniteWatch(labels)
+        self._finite = BlendFiniteCheck(labels)
         self._keeps_steps = record
         counts = len(self.participants)
         self.record = BlendRecord(
@@ -138,7 +138,7 @@ class SaliencyBlendRun(Generic[E]):
             self.record.shape = (x.shape[0], *x.shape[2:])
             for expert in self.experts:
                 expert.begin(x)
-        self._watch.asked(sigma, x)
+        self._finite.before(sigma, x)
         self._sigma, self._interval = sigma, self._interval_of(sigma)
         self._plan = Plan()
         self._count(0, 1.0)
@@ -195,7 +195,7 @@ class SaliencyBlendRun(Generic[E]):
             backend=self.schedule.backend,
         )
         indices = tuple(p.index for p in models)
-        self._watch.answered(indices, blend.partition)
+        self._finite.after(indices, blend.partition)
         self._remember(BlendStep(level, indices, blend.weights), models)
         hard = blend.weights.dtype == torch.uint8
         for slot, model in enumerate(models):
@@ -234,7 +234,7 @@ class SaliencyBlendRun(Generic[E]):
 
         A ValueError where a prediction or the latent is not finite.
         """
-        self._watch.finished(output)
+        self._finite.finish(output)
         for expert in self.experts:
             self.record.notes += expert.notes()
         self.record.output = output

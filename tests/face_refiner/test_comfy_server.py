@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from chorus.demo.face_pairs import load_face_pairs
 from chorus.demo.modules import FACE_PAIRS
+from chorus.demo.weights import FOLDER
 from chorus.dev.tools.client import WorkflowError
 from chorus.dev.tools.face_workflows import FAST, FEW, HEAD, MANY, STUDENT, TEACHER
 from chorus.dev.tools.run_workflows import main
@@ -22,7 +23,7 @@ from chorus.nodes.face_realism_score import FaceRealismScore
 from chorus.nodes.face_refiner import FaceRefiner
 from chorus.nodes.face_refiner_train import TrainFaceRefiner
 from chorus.nodes.prompt_combinations import PromptCombinationsNode
-from chorus.techniques.face_refiner.comfy_files import MODELS, SHIPPED
+from chorus.techniques.face_refiner.comfy_files import MODELS
 from chorus.tests.support.tiny_models import defaults
 
 QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "held_out": 0.2, "seed": 1}
@@ -437,7 +438,7 @@ def test_what_needs_a_download_is_skipped_with_its_reason(server, tmp_path, caps
 
 
 def test_the_shipped_head_is_offered(comfy):
-    assert (SHIPPED / HEAD).is_file()
+    assert (FOLDER / MODELS / HEAD).is_file()
     assert (
         HEAD
         in comfy.get_json("/object_info/LoadFaceRefiner")["LoadFaceRefiner"]["input"]["required"]["file"][1]["options"]

@@ -6,8 +6,7 @@ import contextlib
 import pytest
 import torch
 
-from chorus.techniques.cas_dm import non_finite
-from chorus.techniques.saliency_blend import non_finite as blend_watch
+from chorus.common import finite
 from chorus.tests.cas_dm.test_comfy_hook import head_for, put
 from chorus.tests.robustness.long_nodes import CASES, NODE, OTHER_WORDS, WORDS, folders, small  # noqa: F401 (fixtures)
 from chorus.tests.robustness.remains import Remains, same_bits
@@ -20,12 +19,11 @@ WIDER = r".*wider dtype \(ComfyUI's --bf16-unet or --fp32-unet, --force-upcast-a
 STEPS = list(enumerate(["14.61", "1.616", "0.02917"]))  # sigmas of three steps
 
 
-@pytest.fixture(params=["at hand", "on a GPU"])
-def looks(request, monkeypatch):
-    """Where a look would wait for the device, it is taken later."""
+@pytest.fixture(params=["on the CPU", "on a GPU"])
+def reading(request, monkeypatch):
+    """Where reading a number would wait for the device, it is read later."""
     if request.param == "on a GPU":
-        for place in (blend_watch, non_finite):
-            monkeypatch.setattr(place, "at_hand", lambda numbers: False)
+        monkeypatch.setattr(finite, "is_on_cpu", lambda numbers: False)
 
 
 @contextlib.contextmanager
@@ -72,7 +70,7 @@ def refused(model, message: str, *wired, spoil, **sampling) -> None:
 # the blend
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(
     ("which", "step", "value"),
     [
@@ -95,7 +93,7 @@ def test_whose_prediction_it_was_and_when(which, step, value, record_property):
     record_property("NaN cases", 1)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("inputs", [{}, {"region_mode": "force"}, {"crop": 1}, {"refresh": 2}], ids=str)
 def test_where_an_expert_does_not_paint_it_is_refused_too(inputs, record_property):
     """It has lost its saliency, and the next step would spread it."""
@@ -107,7 +105,7 @@ def test_where_an_expert_does_not_paint_it_is_refused_too(inputs, record_propert
     record_property("NaN cases", 1)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(("window", "since", "sigma"), [((0.6, 1.0), 0, "14.61"), ((0.0, 0.3), 2, "0.02917")])
 def test_the_base_alone(window, since, sigma, record_property):
     """Before an expert begins, and after all have ended, when nothing but the finished latent can tell."""
@@ -118,7 +116,7 @@ def test_the_base_alone(window, since, sigma, record_property):
     record_property("NaN cases", 1)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(("call", "sigma"), STEPS)
 def test_a_patch_after_the_blend_is_not_the_experts_fault(call, sigma, record_property):
     calls = []
@@ -134,7 +132,7 @@ def test_a_patch_after_the_blend_is_not_the_experts_fault(call, sigma, record_pr
     record_property("NaN cases", 1)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 def test_a_latent_that_is_none_to_begin_with(record_property):
     blended, _ = blend(unet(0), unet(1), *OTHER_WORDS)
     with pytest.raises(ValueError, match=r"latent that the sampling begins with is not finite .* another latent_image"):
@@ -145,7 +143,7 @@ def test_a_latent_that_is_none_to_begin_with(record_property):
 # heads
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(("step", "sigma"), STEPS)
 @pytest.mark.parametrize("chained", [1, 2])
 def test_a_head_that_gives_none(chained, step, sigma, record_property):
@@ -168,7 +166,7 @@ def test_a_head_that_gives_none(chained, step, sigma, record_property):
     record_property("NaN cases", 1)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(("step", "sigma"), STEPS)
 def test_a_model_that_gives_a_head_none(step, sigma, record_property):
     model = unet(0)
@@ -178,7 +176,7 @@ def test_a_model_that_gives_a_head_none(step, sigma, record_property):
     record_property("NaN cases", 1)
 
 
-@pytest.mark.usefixtures("looks")
+@pytest.mark.usefixtures("reading")
 def test_an_expert_under_a_head_is_named(record_property):
     base, painter = unet(0), unet(1)
     blended, _ = blend(base, painter, *OTHER_WORDS, label="painter")
