@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import urllib.parse
+import zipfile
 from pathlib import Path
 
 import comfyui_version
@@ -140,6 +141,16 @@ def test_comfy_cli_would_publish_it(clone, tmp_path):
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "All validation checks passed" in said and "warning" not in said.lower()  # a warning exits with 0 too
+
+    pack = [*command[:-1], "pack"]
+    done = subprocess.run(pack, cwd=clone, env=env, capture_output=True, encoding="utf-8", errors="replace")
+    assert done.returncode == 0, done.stdout + done.stderr
+    archive = clone / "node.zip"
+    with zipfile.ZipFile(archive) as file:
+        packed = {name.split("/")[0] for name in file.namelist()}
+    archive.unlink()
+    assert packed >= {"__init__.py", "nodes", "techniques", "demo", "example_workflows", "web", "locales"}
+    assert not packed & {"dev", "tests", "run.py", ".ci", ".github"}
 
     # the registry's own scan of the archive knows no exceptions that a file grants itself
     scan = [sys.executable, "-m", "ruff", "check", ".", "--isolated", "--ignore-noqa", "--select", "S102,S307,E702"]
