@@ -6,7 +6,7 @@ python run.py serve        start ComfyUI with this pack and leave it up (--liste
 python run.py test         ruff, then the tests: unit, in a real ComfyUI, robustness, in its web page (other arguments go to pytest)
 python run.py train-demo   make the weights of demo/ again, stage by stage (--status, --smoke, --help; --old NAME: the first ones)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it);
-                           bench report writes BENCHMARKS.md and the README's tables from what was measured
+                           bench report writes the tables of BENCHMARKS.md and README.md from what was measured
 python run.py locales      make the nodes' English texts again, say what the translations lack (accept LANG [KEY ...])
 
 Needs Python 3.10 and, the first time, the package index. Writes nothing outside this folder.
