@@ -1,0 +1,51 @@
+"""README.md and BENCHMARKS.md: links lead somewhere, and every result file is named with its command and machine."""
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken(text: str, page: Path) -> list[str]:
+    found = []
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+        file, _, heading = unquote(link).partition("#")
+        target = ROOT / file if file else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "BENCHMARKS.md"])
+def test_links_lead_somewhere(page):
+    assert not broken(prose(ROOT / page), ROOT / page)
+
+
+def test_broken_links_are_found():
+    text = "[a](README.md#no-such-heading) [b](no.md) [c](https://example.org/) [d](#what-was-measured) ![e](a%20b.jpg)"
+    assert broken(text, ROOT / "README.md") == ["README.md#no-such-heading", "no.md", "a%20b.jpg"]
+
+
+def test_every_result_is_told_with_its_command_and_machine():
+    text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    results = [sorted(ROOT.glob(f"{folder}/results/*.json")) for folder in ("benchmarks", "demo")]
+    assert all(results)
+    for path in [*results[0], *results[1]]:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        facts = result.get("environment", {"device": result.get("machine"), "command": result.get("command")})
+        link = f"[{path.name}]({path.relative_to(ROOT).as_posix()})"
+        assert f"- `{facts['command']}`: {link}, on {facts['device']}; " in text
