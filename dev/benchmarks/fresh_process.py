@@ -39,7 +39,7 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
     code = (
         # this folder leaves the path again: its nodes/ would shadow the host's nodes.py
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import run; del sys.path[0];"
-        " from chorus.host import headless; headless.start();"
+        " from chorus.dev import headless; headless.start();"
         " from chorus.dev.benchmarks.fresh_process import answer; answer(sys.argv[1])"
     )
     module = function.__module__

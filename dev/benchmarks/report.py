@@ -37,7 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "BENCHMARKS.md", ROOT / "README.md")
 TABLES = Path(__file__).with_name("tables.json")
 BEGIN, END = "<!-- table: ", "<!-- end table -->"

@@ -476,7 +476,7 @@ DAMAGED = {
     "zipped pickle": (lambda: b"PK\x03\x04" + bytes(100), "it is a pickle under another name"),
     "git's pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "cut off": (lambda: safetensors.torch.save(changed()[0])[:-10], "damaged or not whole"),
-    "empty": (lambda: b"", "damaged or not whole"),
+    "empty": (lambda: b"", "it is empty"),
     "another network": (lambda: ({"a": torch.zeros(1)}, {"format": "pt"}), "it is no Cas-DM head"),
     "no metadata": (lambda: ({"a": torch.zeros(1)}, None), "it is no Cas-DM head"),
     "of a newer version": (lambda: changed(format="chorus-cas-dm-2"), "not 'chorus-cas-dm-1'"),

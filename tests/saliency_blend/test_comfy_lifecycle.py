@@ -80,7 +80,7 @@ def fresh() -> dict[str, str]:
     script = (
         f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import run, torch\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "from chorus.host import headless; headless.start()\n"
+        "from chorus.dev import headless; headless.start()\n"
         "from chorus.tests.saliency_blend.test_comfy_lifecycle import family, plain\n"
         "print(json.dumps(plain(family())))"
     )

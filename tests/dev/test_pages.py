@@ -42,7 +42,7 @@ def test_broken_links_are_found():
 
 def test_every_result_is_told_with_its_command_and_machine():
     text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
-    results = [sorted(ROOT.glob(f"{folder}/results/*.json")) for folder in ("benchmarks", "demo")]
+    results = [sorted(ROOT.glob(f"{folder}/results/*.json")) for folder in ("dev/benchmarks", "demo")]
     assert all(results)
     for path in [*results[0], *results[1]]:
         result = json.loads(path.read_text(encoding="utf-8"))
