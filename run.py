@@ -7,6 +7,7 @@ python run.py test         ruff, then the tests: unit, in a real ComfyUI, robust
 python run.py train-demo   make the weights of demo/ again, stage by stage (--status, --smoke, --help; --old NAME: the first ones)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it);
                            bench report writes the tables of BENCHMARKS.md and README.md from what was measured
+python run.py screenshot   take the picture of a workflow file in ComfyUI's page (dev/tools/screenshot.py says how; --server HOST:PORT)
 python run.py locales      make the nodes' English texts again, say what the translations lack (accept LANG [KEY ...])
 
 Needs Python 3.10 and, the first time, the package index. Writes nothing outside this folder.
@@ -15,11 +16,13 @@ Needs Python 3.10 and, the first time, the package index. Writes nothing outside
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -40,7 +43,7 @@ import_pack()
 
 from chorus.dev.tools.progress import Problem  # noqa: E402
 from chorus.dev.tools.server import server  # noqa: E402
-from chorus.dev.tools.setup import Host, environment, find_host, module, need_tools  # noqa: E402
+from chorus.dev.tools.setup import CACHE, Host, environment, find_host, module, need_tools  # noqa: E402
 
 
 def host_for(options) -> Host:
@@ -107,6 +110,17 @@ def locales(options, rest: list[str]) -> int:
     return call(host, module(host, "chorus.dev.tools.locales", *rest))
 
 
+def screenshot(options, rest: list[str]) -> int:
+    host = host_for(options)
+    need_tools(host)
+    with contextlib.ExitStack() as stack:
+        if not (address := options.server):
+            # folders of its own: what was saved before would change the numbers in names of files
+            base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE)))
+            address = stack.enter_context(server(host, base)).address
+        return call(host, module(host, "chorus.dev.tools.screenshot", address, *rest))
+
+
 COMMANDS = {
     "demo": demo,
     "serve": serve,
@@ -114,6 +128,7 @@ COMMANDS = {
     "train-demo": train_demo,
     "bench": bench,
     "locales": locales,
+    "screenshot": screenshot,
 }
 
 
@@ -129,6 +144,8 @@ def main(argv: list[str]) -> int:
         parser.add_argument("--port", type=int, help="the server's port (serve: 8188; demo: any free one)")
     if command == "demo":
         parser.add_argument("--only", action="append", metavar="NAME", help="run this workflow; may be repeated")
+    if command == "screenshot":
+        parser.add_argument("--server", metavar="HOST:PORT", help="use this running server; without it a new one")
     sys.stdout.reconfigure(errors="replace")  # Windows consoles cannot show every character
     options, rest = parser.parse_known_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped on the way out

@@ -56,11 +56,12 @@ DROP = """
 }
 """
 
-# brings the whole graph into a part of the page, without the page's limits of zoom; returns where it is then
+# brings the whole graph or some nodes into a part of the page, without the page's limits of zoom; returns where they are then
 PLACE = """
-async ({ x, y, width, height }) => {
+async ({ x, y, width, height, nodes }) => {
   const { graph, canvas } = window.app, page = canvas.canvas.getBoundingClientRect();
-  const ends = graph._nodes.map(({ pos, size }) => [pos[0], pos[1] - 60, pos[0] + size[0], pos[1] + size[1]]);
+  const placed = graph._nodes.filter(node => !nodes.length || nodes.includes(Number(node.id)));
+  const ends = placed.map(({ pos, size }) => [pos[0], pos[1] - 60, pos[0] + size[0], pos[1] + size[1]]);
   const [left, top] = [0, 1].map(k => Math.min(...ends.map(end => end[k])) - 20);
   const [right, bottom] = [2, 3].map(k => Math.max(...ends.map(end => end[k])) + 20);
   const scale = Math.min(width / (right - left), height / (bottom - top));
@@ -167,6 +168,6 @@ def run(page) -> dict:
     return end
 
 
-def place(page, x: float = 80, y: float = 120, width: float = 1440, height: float = 720) -> dict:
-    """Bring the whole graph into this part of the page; returns the part that it covers."""
-    return page.evaluate(PLACE, {"x": x, "y": y, "width": width, "height": height})
+def place(page, x: float = 80, y: float = 120, width: float = 1440, height: float = 720, nodes=()) -> dict:
+    """Bring the whole graph, or the nodes of these ids, into this part of the page; returns the part that is covered."""
+    return page.evaluate(PLACE, {"x": x, "y": y, "width": width, "height": height, "nodes": list(nodes)})

@@ -229,6 +229,15 @@ def test_arguments_of_test_go_to_pytest(monkeypatch):
     assert seen == [["tests/unit", "-k", "rooms", "-x"]]
 
 
+def test_arguments_of_screenshot_go_to_the_tool(monkeypatch):
+    seen = []
+    monkeypatch.setitem(run.COMMANDS, "screenshot", lambda options, rest: seen.append((options.server, rest)) or 0)
+    words = ["a b.json", "--nodes", "7", "9", "--out", "c.jpg"]
+    assert run.main(["screenshot", *words]) == 0
+    assert run.main(["screenshot", *words, "--server", "127.0.0.1:8188"]) == 0
+    assert seen == [(None, words), ("127.0.0.1:8188", words)]
+
+
 def test_caches_stay_in_the_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "CACHE", tmp_path / ".cache")
     env = setup.environment()

@@ -15,7 +15,6 @@ from chorus.demo.face_pairs import load_face_pairs
 from chorus.demo.modules import FACE_PAIRS
 from chorus.demo.weights import FOLDER
 from chorus.dev.tools.client import WorkflowError
-from chorus.dev.tools.face_workflows import FAST, FEW, HEAD, MANY, STUDENT, TEACHER
 from chorus.dev.tools.run_workflows import main
 from chorus.dev.tools.setup import ROOT
 from chorus.host.model_folders import register_folder
@@ -26,6 +25,11 @@ from chorus.nodes.prompt_combinations import PromptCombinationsNode
 from chorus.techniques.face_refiner.comfy_files import MODELS
 from chorus.tests.support.tiny_models import defaults
 
+HEAD = "chorus-demo-faces.safetensors"
+FAST = "general-1-step"  # a student of general, whose faces are refined
+STUDENT = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+TEACHER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+FEW, MANY = "one step", "20 steps"  # prefixes of the pictures that the example workflows save
 QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "held_out": 0.2, "seed": 1}
 TEMPLATE = {"template": "a {tone} {who} on blue", "variables": "tone = light | dark\nwho = man | woman"}
 

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from chorus import nodes
-from chorus.dev.tools import help_pictures
 from chorus.dev.tools.setup import ROOT
 
 DOCS = ROOT / "web" / "docs"
@@ -60,7 +59,6 @@ def page(id):
 def test_each_node_has_a_page_and_a_picture_and_no_other_is_left():
     assert {path.stem for path in DOCS.glob("*.md")} == set(SCHEMAS)
     assert {path.name for path in (DOCS / "pictures").iterdir()} == {f"{id}.jpg" for id in SCHEMAS}
-    assert set(help_pictures.PICTURES) == set(SCHEMAS), "each picture can be made again by dev/tools/help_pictures.py"
 
 
 def test_it_has_the_same_parts_in_the_same_order(id, page):

@@ -1,76 +1,120 @@
-"""The example workflows name nodes, inputs and values that the server has, and each brings its picture."""
+"""The example workflows, and those that users saved from an older version, name nodes, inputs and values that the server has."""
 
 import json
 
 import pytest
+from PIL import Image
 
 from chorus.dev.tools.setup import ROOT
-from chorus.dev.tools.workflows import WORKFLOWS
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
+SAVED = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))  # as they were in commit d6a205e
+NOTES = ("Note", "MarkdownNote")
+CONTROLS = ("fixed", "increment", "decrement", "randomize")  # what the page does with a seed after a run
+PICTURE_SIDE, PICTURE_BYTES = 1600, 400_000  # the largest today: 1600 pixels, 323 kB
+
+
+def read(file) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def needs(workflow: dict) -> list[str]:
+    """Files that a workflow needs and that do not come with the pack, from ComfyUI's folder."""
+    return workflow.get("extra", {}).get("chorus", {}).get("needs", [])
+
+
+def saved_widgets(node: dict) -> dict:
+    """The widgets of a node in UI format by name, without the page's own: buttons, and the controls between the values."""
+    widgets = [entry for entry in node["inputs"] if "widget" in entry]
+    values = node.get("widgets_values", [])
+    after_number = [k > 0 and isinstance(values[k - 1], (int, float)) for k in range(len(values))]
+    values = [value for value, after in zip(values, after_number) if not (after and value in CONTROLS)]
+    assert len(widgets) == len(values), (node["type"], widgets, values)
+    return {entry["name"]: value for entry, value in zip(widgets, values) if entry["type"] != "IMAGEUPLOAD"}
+
+
+def check_prompt(prompt: dict, info: dict, needed: list[str]) -> None:
+    """Every required input is there, and every widget's value is one that the server accepts."""
+    files = {path.rsplit("/", 1)[1] for path in needed}
+    for node in prompt.values():
+        known = info[node["class_type"]]["input"]
+        specs = known.get("required", {}) | known.get("optional", {})
+        missing = set(known.get("required", {})) - set(node["inputs"])
+        assert not missing, f"{node['class_type']} lacks {missing}"
+        for name, value in node["inputs"].items():
+            kind, *rest = specs.get(name, ("",))
+            settings, where = rest[0] if rest else {}, f"{node['class_type']}.{name}: {value!r}"
+            if isinstance(value, list):  # a wire
+                continue
+            if kind in ("INT", "FLOAT"):
+                assert settings.get("min", value) <= value <= settings.get("max", value), where
+            elif kind == "BOOLEAN":
+                assert isinstance(value, bool), where
+            # the picture that a person chooses is not here where other files are missing too
+            elif not (value in files or (files and node["class_type"] == "LoadImage")):
+                offered = kind if isinstance(kind, list) else settings["options"] if kind == "COMBO" else None
+                assert offered is None or value in offered, where
+
+
+def check_conversion(workflow: dict, prompt: dict) -> None:
+    """All nodes of a workflow but the notes are in the prompt, with their wires and with their widgets under their names."""
+    nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] not in NOTES}
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    assert {id: node["type"] for id, node in nodes.items()} == {id: node["class_type"] for id, node in prompt.items()}
+    for id, node in nodes.items():
+        wires = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
+        expected = saved_widgets(node) | wires
+        assert {name: prompt[id]["inputs"][name] for name in expected} == expected, (id, node["type"])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_workflow_fits_the_nodes(file, comfy):
-    workflow = json.loads(file.read_text(encoding="utf-8"))
-    missing_here = workflow.get("extra", {}).get("chorus", {}).get("needs", [])
+    workflow, info = read(file), comfy.get_json("/object_info")
     prompt = comfy.to_api(workflow)
-    info = comfy.get_json("/object_info")
+    check_conversion(workflow, prompt)
+    check_prompt(prompt, info, needs(workflow))
     assert any(info[node["class_type"]]["category"].split("/")[0] == "chorus" for node in prompt.values())
-    for node in prompt.values():
-        known = info[node["class_type"]]["input"]
-        missing = set(known.get("required", {})) - set(node["inputs"])
-        assert not missing, f"{node['class_type']} lacks {missing}"
-        for name, value in node["inputs"].items():
-            kind, *rest = (known.get("required", {}) | known.get("optional", {})).get(name, ("",))
-            offered = kind if isinstance(kind, list) else rest[0]["options"] if kind == "COMBO" else None
-            ours = info[node["class_type"]]["category"].split("/")[0] == "chorus"
-            # a list is a wire; what a workflow needs is missing here, and so is a picture that a person chooses
-            if offered is not None and not isinstance(value, list) and (ours or not missing_here):
-                assert value in offered, f"{node['class_type']} has no {name} {value!r}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_workflow_has_a_note_and_a_picture(file):
-    nodes = json.loads(file.read_text(encoding="utf-8"))["nodes"]
-    assert any(node["type"] in ("Note", "MarkdownNote") for node in nodes)
-    assert file.with_suffix(".jpg").is_file()  # the template browser looks for exactly this name
-
-
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.title)
-def test_workflow_says_what_it_needs(workflow):
-    """The runner skips it by this, and the page offers to load it."""
-    saved = json.loads((ROOT / "example_workflows" / f"{workflow.title}.json").read_text(encoding="utf-8"))
-    assert saved.get("extra", {}).get("chorus", {}).get("needs", []) == workflow.needs
-    models = [model for node in saved["nodes"] for model in node["properties"].get("models", [])]
-    assert [f"models/{model['directory']}/{model['name']}" for model in models] == workflow.needs
-
-
-@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.title)
-def test_nodes_are_set_as_planned(workflow, comfy):
-    """What the plan leaves alone is at its default: the page that built the files may remember other values."""
-    file = ROOT / "example_workflows" / f"{workflow.title}.json"
-    prompt = comfy.to_api(json.loads(file.read_text(encoding="utf-8")))
+def test_workflows_of_users_keep_their_meaning(comfy):
     info = comfy.get_json("/object_info")
-    ours = {kind for kind, known in info.items() if known["category"].split("/")[0] == "chorus"}
-    planned = [(n["type"], defaults(info[n["type"]]) | n["widgets"]) for n in workflow.nodes if n["type"] in ours]
-    for _, widgets in planned:
-        # the page's own; it names them by their default if there is one
-        for control in ("control_after_generate", "fixed", "increment"):
-            widgets.pop(control, None)
-    found = [(n["class_type"], n["inputs"]) for n in prompt.values() if n["class_type"] in ours]
-    found = [(kind, {name: inputs[name] for name in defaults(info[kind])}) for kind, inputs in found]
-    assert sorted(planned, key=str) == sorted(found, key=str)
+    assert len(SAVED) == 20
+    for file in SAVED:
+        workflow = read(file)
+        prompt = comfy.to_api(workflow)
+        check_conversion(workflow, prompt)
+        check_prompt(prompt, info, needs(workflow))
 
 
-def defaults(known: dict) -> dict:
-    """The widgets of a node and their defaults; a list without one starts with its first entry."""
-    found = {}
-    for part in ("required", "optional"):
-        for name, (kind, *options) in known["input"].get(part, {}).items():
-            options = options[0] if options else {}
-            if "default" in options:
-                found[name] = options["default"]
-            elif kind == "COMBO":
-                found[name] = options["options"][0]
-    return found
+def test_workflows_have_notes_and_pictures():
+    assert len(FILES) >= len(SAVED)
+    # the template browser looks for exactly these names
+    assert {file.stem for file in FILES} == {file.stem for file in (ROOT / "example_workflows").glob("*.jpg")}
+    for file in FILES:
+        assert any(node["type"] in NOTES for node in read(file)["nodes"]), file.stem
+        picture = file.with_suffix(".jpg")
+        assert picture.stat().st_size < PICTURE_BYTES, file.stem
+        with Image.open(picture) as opened:
+            assert opened.format == "JPEG" and max(opened.size) <= PICTURE_SIDE, file.stem
+
+
+def test_workflows_say_what_they_need():
+    """The runner skips a workflow by this, and the page offers to load the files."""
+    for file in FILES:
+        workflow = read(file)
+        models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+        assert [f"models/{model['directory']}/{model['name']}" for model in models] == needs(workflow), file.stem
+        assert all(model["url"].startswith("https://") for model in models), file.stem
+
+
+def test_results_of_workflows_are_repeatable():
+    """No seed changes by itself: a run gives what the picture shows."""
+    for file in FILES:
+        values = [value for node in read(file)["nodes"] for value in node.get("widgets_values", [])]
+        assert not {"randomize", "decrement"} & {value for value in values if isinstance(value, str)}, file.stem
+
+
+def test_readme_shows_every_workflow():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for file in FILES:
+        assert file.with_suffix(".jpg").name.replace(" ", "%20").replace(",", "%2C") in text, file.stem
