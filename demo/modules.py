@@ -15,7 +15,7 @@ STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
     "general-4-steps": ("general", "student/general-4-steps"),
     "general-1-step": ("general", "student/general-1-step"),
 }
-ALL_SIGNS = "all signs"
+ALL_CONCEPTS = "all concepts"
 FACE_PAIRS = "chorus-demo faces"  # as LoadTrainingPairs names them
 MASKED_TOKENS = "masked_token"  # the folder in demo/weights
 MASKED_TOKENS_CFG = 3.0
@@ -93,13 +93,13 @@ def load_sign_classifier():
 
 
 def reference_names():
-    """All signs, those that training saw least first, and a name for all of them."""
-    return [*references.names(), ALL_SIGNS]
+    """All concepts, those that training saw least first, and a name for all of them."""
+    return [*references.names(), ALL_CONCEPTS]
 
 
-def load_references(sign):
-    """IMAGE [4, 64, 64, 3], four renderings of a sign that no training saw, or of every sign; and a prompt for each."""
-    return references.load_references(*(references.names() if sign == ALL_SIGNS else [sign]))
+def load_references(concept):
+    """IMAGE [4, 64, 64, 3], four renderings of a concept that no training saw, or of every concept; and their prompts."""
+    return references.load_references(*(references.names() if concept == ALL_CONCEPTS else [concept]))
 
 
 def load_face_pairs():

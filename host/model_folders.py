@@ -15,6 +15,10 @@ def register_folder(name: str, suffixes: Collection[str]) -> None:
 
 
 def add_shipped_files(name: str, folder: Path) -> None:
-    """Offer the files of ``folder``, which come with the pack, after those of the user in models/``name``."""
-    folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
-    folder_paths.add_model_folder_path(name, str(folder))
+    """Offer the files of ``folder``, which come with the pack, after those of the user in models/``name``.
+
+    A folder that does not exist is left out.
+    """
+    if folder.is_dir():
+        folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+        folder_paths.add_model_folder_path(name, str(folder))

@@ -15,6 +15,7 @@ from . import (
     masked_token_model,
     masked_tokens,
     prompt_combinations,
+    renames,
     saliency_noise_blend,
     seed_files,
     seed_select,
@@ -42,5 +43,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class ChorusExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        renames.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -68,24 +68,24 @@ class ChorusDemoReferences(io.ComfyNode):
             node_id="ChorusDemoReferences",
             display_name="Chorus Demo References",
             category="chorus/demo",
-            description="Pictures of signs that no demo checkpoint saw in training: references for Seed Select, or to train on.",
+            description="Pictures of concepts that no demo checkpoint saw in training: references for Seed Select, or to train on.",
             search_aliases=["chorus", "demo", "reference pictures", "emoji"],
             inputs=[
                 io.Combo.Input(
-                    "sign",
+                    "concept",
                     options=modules.reference_names(),
-                    tooltip="Those that the general checkpoint saw least come first; it paints them worst. all signs: a small data set.",
+                    tooltip="Those that the general checkpoint saw least come first; it paints them worst. all concepts: a small data set.",
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="64x64 pixels, 4 pictures of a sign; of all signs 392."),
+                io.Image.Output(tooltip="64x64 pixels, 4 pictures of a concept; of all concepts 392."),
                 io.String.Output("prompt", display_name="prompt", is_output_list=True, tooltip="One for each picture."),
             ],
         )
 
     @classmethod
-    def execute(cls, sign: str) -> io.NodeOutput:
-        return io.NodeOutput(*modules.load_references(sign))
+    def execute(cls, concept: str) -> io.NodeOutput:
+        return io.NodeOutput(*modules.load_references(concept))
 
 
 NODES: list[type[io.ComfyNode]] = [ChorusDemoCheckpoint, ChorusDemoVision, ChorusDemoReferences]

@@ -164,7 +164,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     " three steps. 0: never. Useful: 0.02 to 0.1.",
                 ),
                 io.Int.Input(
-                    "crop",
+                    "crop_margin",
                     optional=True,
                     default=0,
                     min=0,
@@ -203,7 +203,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
         negative=None,
         region=None,
         skip_below=0.0,
-        crop=0,
+        crop_margin=0,
     ) -> io.NodeOutput:
         settings = ExpertSettings(
             label=label.strip() or f"expert {len(blend_chain(model).experts) + 1}",
@@ -217,7 +217,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
             region_mode=region_mode,
             refresh=refresh,
             skip_below=skip_below,
-            crop_margin=crop,
+            crop_margin=crop_margin,
         )
         joint = JointSettings(general_strength, mask_mode, softness, saliency, blur)
         trace = BlendTrace()

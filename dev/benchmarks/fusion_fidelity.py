@@ -61,11 +61,11 @@ def settings() -> list[Setting]:
         plan.append(Setting(f"window {start:g}-{end:g}, refresh {n}", inputs))
     for share in (0.3, 0.4):
         plan.append(Setting(f"skip_below {share:g}", {"skip_below": share}, one_by_one=True))
-    plan.append(Setting("crop 1", {"crop": 1}, one_by_one=True))
+    plan.append(Setting("crop 1", {"crop_margin": 1}, one_by_one=True))
     plan.append(Setting(REGION, {}, region=True))
     cropped = {"one_by_one": True, "region": True, "against": REGION}
-    plan.append(Setting("region, crop 1", {"crop": 1}, **cropped))
-    plan.append(Setting("region, crop 1, refresh 3", {"crop": 1, "refresh": 3}, **cropped))
+    plan.append(Setting("region, crop 1", {"crop_margin": 1}, **cropped))
+    plan.append(Setting("region, crop 1, refresh 3", {"crop_margin": 1, "refresh": 3}, **cropped))
     return plan
 
 

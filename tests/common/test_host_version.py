@@ -68,7 +68,7 @@ def test_an_older_host_that_lacks_nothing_is_warned_of(monkeypatch, caplog, vers
 
 def test_nothing_is_asked_for_that_the_pack_does_not_use():
     used = set()
-    for path in (p for room in ("nodes", "host", "demo") for p in (ROOT / room).rglob("*.py")):
+    for path in (p for folder in ("nodes", "techniques", "host", "demo") for p in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             used |= {node.attr} if isinstance(node, ast.Attribute) else set()
             used |= {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()

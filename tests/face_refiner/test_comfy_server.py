@@ -17,7 +17,7 @@ from chorus.demo.weights import FOLDER
 from chorus.dev.tools.client import WorkflowError
 from chorus.dev.tools.run_workflows import main
 from chorus.dev.tools.setup import ROOT
-from chorus.host.model_folders import register_folder
+from chorus.host.model_folders import add_shipped_files, register_folder
 from chorus.nodes.face_realism_score import FaceRealismScore
 from chorus.nodes.face_refiner import FaceRefiner
 from chorus.nodes.face_refiner_train import TrainFaceRefiner
@@ -152,13 +152,18 @@ def saved(server):
 # ---- what comes with the pack ----
 
 
-def test_a_pack_without_refiners_of_its_own_is_none_the_worse(monkeypatch, tmp_path):
+@pytest.mark.parametrize("first", ["register_folder", "add_shipped_files"])
+def test_shipped_files_come_after_the_users(monkeypatch, tmp_path, first):
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
-    register_folder(MODELS, {".pth"}, tmp_path / "missing")
+    add_shipped_files(MODELS, tmp_path / "missing")
+    calls = {
+        "register_folder": lambda: register_folder(MODELS, {".pth"}),
+        "add_shipped_files": lambda: add_shipped_files(MODELS, tmp_path),
+    }
+    for name in sorted(calls, key=lambda name: name != first):
+        calls[name]()
     paths, endings = folder_paths.folder_names_and_paths[MODELS]
-    assert paths == [str(Path(folder_paths.models_dir, MODELS))] and endings == {".pth"}
-    register_folder(MODELS, {".pth"}, tmp_path)
-    assert str(tmp_path) in folder_paths.get_folder_paths(MODELS)
+    assert paths == [str(Path(folder_paths.models_dir, MODELS)), str(tmp_path)] and endings == {".pth"}
 
 
 def test_the_shipped_pairs_are_read_and_can_be_written_on(run, server):

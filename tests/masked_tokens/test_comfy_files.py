@@ -396,7 +396,7 @@ def test_a_truncated_file_is_named(folder, part):
         ("pickle", "it is a pickle under another name"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2", "it is only git's pointer to the file"),
         (b"<!DOCTYPE html><html>sign in</html>", "it is damaged or not whole; download it again"),
-        (b"", "it is damaged or not whole"),
+        (b"", "it is empty; download it again"),
     ],
 )
 def test_what_is_no_safetensors_is_told(folder, content, reason):

@@ -142,7 +142,7 @@ def test_links_lead_somewhere(id):
 def known_papers() -> set[str]:
     """The numbers that stand in the README's table of nodes or open a module of the pack."""
     table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    files = [path for room in ("nodes", "techniques", "training") for path in (ROOT / room).glob("*.py")]
+    files = [path for folder in ("nodes", "techniques", "training") for path in (ROOT / folder).rglob("*.py")]
     openings = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in files]
     return set(re.findall(r"\d{4}\.\d{5}", "\n".join([*table, *openings])))
 

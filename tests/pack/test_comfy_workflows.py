@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from chorus.dev.tools.setup import ROOT
+from chorus.nodes.renames import renamed
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 SAVED = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))  # as they were in commit d6a205e
@@ -57,13 +58,16 @@ def check_prompt(prompt: dict, info: dict, needed: list[str]) -> None:
 
 
 def check_conversion(workflow: dict, prompt: dict) -> None:
-    """All nodes of a workflow but the notes are in the prompt, with their wires and with their widgets under their names."""
+    """All nodes of a workflow but the notes are in the prompt, with their links and with their widgets under their names.
+
+    Renamed inputs are under their new ones.
+    """
     nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] not in NOTES}
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     assert {id: node["type"] for id, node in nodes.items()} == {id: node["class_type"] for id, node in prompt.items()}
     for id, node in nodes.items():
         wires = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
-        expected = saved_widgets(node) | wires
+        expected = renamed({id: {"class_type": node["type"], "inputs": saved_widgets(node) | wires}})[id]["inputs"]
         assert {name: prompt[id]["inputs"][name] for name in expected} == expected, (id, node["type"])
 
 
@@ -81,7 +85,7 @@ def test_workflows_of_users_keep_their_meaning(comfy):
     assert len(SAVED) == 20
     for file in SAVED:
         workflow = read(file)
-        prompt = comfy.to_api(workflow)
+        prompt = renamed(comfy.to_api(workflow))
         check_conversion(workflow, prompt)
         check_prompt(prompt, info, needs(workflow))
 

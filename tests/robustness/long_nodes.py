@@ -66,7 +66,7 @@ def savings() -> Case:
     """A region and its crop, refresh and skip, two predictions a step."""
     base, painter, rare = unet(0), unet(1), unet(2)
     left = (torch.arange(8) < 4).float().expand(1, 8, 8).clone()
-    chained, _ = blend(base, painter, *OTHER_WORDS, region=left, crop=1, refresh=2)
+    chained, _ = blend(base, painter, *OTHER_WORDS, region=left, crop_margin=1, refresh=2)
     blended, _ = blend(chained, rare, *OTHER_WORDS, skip_below=0.9, bias=-1.0, expert_cfg=3.0)
     return Case(sampled(blended, sampler="heun", steps=5), (blended, base, painter, rare), True)
 

@@ -131,7 +131,7 @@ _TRAINING = {**QUICK, "metric": "clip_vision", "clip_vision": ["ChorusDemoVision
 PACK = {
     "ChorusDemoCheckpoint": {},
     "ChorusDemoVision": {},
-    "ChorusDemoReferences": {"sign": "carrot"},
+    "ChorusDemoReferences": {"concept": "carrot"},
     "SaliencyNoiseBlend": {
         "model": ["ChorusDemoCheckpoint", 0],
         "expert": ["expert", 0],

@@ -94,7 +94,7 @@ def test_whose_prediction_it_was_and_when(which, step, value, record_property):
 
 
 @pytest.mark.usefixtures("reading")
-@pytest.mark.parametrize("inputs", [{}, {"region_mode": "force"}, {"crop": 1}, {"refresh": 2}], ids=str)
+@pytest.mark.parametrize("inputs", [{}, {"region_mode": "force"}, {"crop_margin": 1}, {"refresh": 2}], ids=str)
 def test_where_an_expert_does_not_paint_it_is_refused_too(inputs, record_property):
     """It has lost its saliency, and the next step would spread it."""
     base, painter = unet(0), unet(1)

@@ -40,7 +40,7 @@ def token_words(text: str = "a cat"):
 
 
 def references():
-    return loaded("ChorusDemoReferences", sign="carrot")[0]
+    return loaded("ChorusDemoReferences", concept="carrot")[0]
 
 
 def models() -> dict:

@@ -70,7 +70,7 @@ FORCED = {
 def forced(case):
     size, rows, columns, margin, box = FORCED[case]
     region = mask(size, rows, columns)
-    return size, dict(region=region, region_mode="force", crop=margin), region[0].bool(), box
+    return size, dict(region=region, region_mode="force", crop_margin=margin), region[0].bool(), box
 
 
 @pytest.mark.parametrize(("case", "sampler"), [*((c, "euler") for c in FORCED), ("to the odd border", "heun")])
@@ -132,7 +132,7 @@ def wan(seed):
 def test_the_box_of_a_video_holds_all_frames():
     base, expert = wan(0), wan(1)
     region = mask((16, 24), (2, 7), (17, 21))
-    blended, _ = blend(base, expert, *EXPERT_WORDS, region=region, region_mode="force", crop=1)
+    blended, _ = blend(base, expert, *EXPERT_WORDS, region=region, region_mode="force", crop_margin=1)
     blended, calls = recording(blended)
     with sizes(expert) as seen:
         ksample(blended, *WORDS, {"samples": torch.zeros(2, 16, 3, 16, 24)}, steps=2)
@@ -151,8 +151,8 @@ def test_two_prompts_on_the_bases_checkpoint_are_asked_apart_on_their_boxes(mode
     base, size = models[0], (24, 24)
     regions = [mask(size, (2, 6), (1, 7)), mask(size, (10, 22), (17, 23))]
     boxes = [(0, 0, 8, 8), (8, 16, 16, 8)]
-    first, _ = blend(base, base, *EXPERT_WORDS, region=regions[0], region_mode="force", crop=1)
-    second, trace = blend(first, base, *OTHER_WORDS, region=regions[1], region_mode="force", crop=1)
+    first, _ = blend(base, base, *EXPERT_WORDS, region=regions[0], region_mode="force", crop_margin=1)
+    second, trace = blend(first, base, *OTHER_WORDS, region=regions[1], region_mode="force", crop_margin=1)
     blended, calls = recording(second)
     with sizes(base) as seen:
         ksample(blended, *WORDS, latent(2, *size), steps=2)
@@ -188,7 +188,7 @@ def with_a_default(words):
 def test_what_knows_the_whole_picture_only_is_not_cropped_and_said(models, wire):
     words = wire(EXPERT_WORDS)
     forced = dict(region=mask((16, 16), (2, 6), (1, 7)), region_mode="force", label="guided")
-    cropped, trace = blend(*models, *words, crop=1, **forced)
+    cropped, trace = blend(*models, *words, crop_margin=1, **forced)
     with sizes(models[1]) as seen:
         got = ksample(cropped, *WORDS, steps=2)
     with sizes(models[1]) as seen_whole:
@@ -201,9 +201,9 @@ def test_what_knows_the_whole_picture_only_is_not_cropped_and_said(models, wire)
 
 def test_a_workflow_from_before_crop_gives_the_same_bits(models):
     old = tiny_models.defaults(SaliencyNoiseBlend)
-    del old["crop"], old["skip_below"]
+    del old["crop_margin"], old["skip_below"]
     before = in_inference_mode(SaliencyNoiseBlend.execute)(*models, **old).args[0]
-    now, trace = blend(*models, crop=0, skip_below=0.0)
+    now, trace = blend(*models, crop_margin=0, skip_below=0.0)
     assert torch.equal(ksample(now, *WORDS), ksample(before, *WORDS))
     assert trace.record.cost == trace.record.spent
     assert "cropped" not in trace.record.report()
@@ -212,14 +212,16 @@ def test_a_workflow_from_before_crop_gives_the_same_bits(models):
 @pytest.mark.parametrize("rows", [16, 14])
 def test_a_region_of_nearly_everything_is_evaluated_whole(models, rows):
     region = dict(region=mask((16, 16), (0, rows), (0, 16)), region_mode="force")
-    cropped, trace = blend(*models, *EXPERT_WORDS, crop=4, **region)
+    cropped, trace = blend(*models, *EXPERT_WORDS, crop_margin=4, **region)
     assert torch.equal(ksample(cropped, *WORDS), ksample(blend(*models, *EXPERT_WORDS, **region)[0], *WORDS))
     assert trace.record.cost == [3.0, 3.0]
     assert "cropped" not in trace.record.report()
 
 
 def test_the_report_says_what_cropping_saved(models):
-    blended, trace = blend(*models, *EXPERT_WORDS, region=mask((16, 16), (1, 7), (1, 7)), region_mode="force", crop=1)
+    blended, trace = blend(
+        *models, *EXPERT_WORDS, region=mask((16, 16), (1, 7), (1, 7)), region_mode="force", crop_margin=1
+    )
     ksample(blended, *WORDS, steps=2)
     line = next(n for n in trace.record.report().splitlines() if n.startswith("expert 1"))
     assert "2 evaluations (cropped: the cost of 0.5), 0 saved" in line

@@ -70,7 +70,7 @@ def test_the_box_follows_the_mask(models, case):
     words = salient_in_the_corner()
     base, expert = models
     same = conditioning(10), conditioning(10)  # no saliency: the base's score is even
-    chosen = dict(crop=2, expert_strength=5.0, end_percent=0.3, bias=inputs.pop("bias", -0.1))
+    chosen = dict(crop_margin=2, expert_strength=5.0, end_percent=0.3, bias=inputs.pop("bias", -0.1))
     blended, trace = blend(base, expert, *words, **chosen, **inputs)
     blended, calls = recording(blended)
     with sizes(expert) as seen:

@@ -75,7 +75,7 @@ def test_base_and_expert_are_in_flight_at_once_and_give_the_same_bits(models):
     ("inputs", "sampling"),
     [
         (dict(refresh=2, mask_mode="soft"), {}),
-        (dict(region=torch.ones(1, 4, 5).triu(), region_mode="force", crop=1), dict(sampler="heun")),
+        (dict(region=torch.ones(1, 4, 5).triu(), region_mode="force", crop_margin=1), dict(sampler="heun")),
         ({}, dict(cfg=1.0)),
     ],
 )

@@ -638,7 +638,7 @@ def easy(model):
         (lambda: run_of(blend(unet(0), easy(unet(1)))[0]), "EasyCache"),
         (lambda: run_of(blend(unet(0), unet(1), refresh=3, label="signs")[0]), "refresh 3 of the expert 'signs'.*to 1"),
         (lambda: run_of(blend(unet(0), unet(1), skip_below=0.1)[0]), r"skip_below 0\.1"),
-        (lambda: run_of(blend(unet(0), unet(1), crop=2)[0]), "crop_margin 2"),
+        (lambda: run_of(blend(unet(0), unet(1), crop_margin=2)[0]), "crop_margin 2"),
     ],
     ids="control expert-control hooks keyframes expert-hooks easycache expert-easycache refresh skip crop".split(),
 )

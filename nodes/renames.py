@@ -1,0 +1,48 @@
+"""Names of inputs before the first release, and how prompts that still use them are read.
+
+A workflow saved by the page holds the values of widgets in their order, so it loads as it is; a link to a renamed input,
+and a prompt in API format, hold the old name.
+"""
+
+from typing import Any
+
+from server import PromptServer
+
+RENAMED_INPUTS = {
+    "SaliencyNoiseBlend": {"crop": "crop_margin"},
+    "ChorusDemoReferences": {"sign": "concept"},
+}
+RENAMED_VALUES = {"ChorusDemoReferences": {"concept": {"all signs": "all concepts"}}}
+
+
+def renamed(prompt: dict[str, Any]) -> dict[str, Any]:
+    """``prompt`` (API format: nodes by id) with today's names of inputs and values; other entries stay as they are."""
+    return {id: _renamed_node(node) for id, node in prompt.items()}
+
+
+def _renamed_node(node: Any) -> Any:
+    if not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
+        return node  # the host says what is wrong with it
+    kind = node.get("class_type")
+    names, values = (table.get(kind, {}) if isinstance(kind, str) else {} for table in (RENAMED_INPUTS, RENAMED_VALUES))
+    if not names and not values:
+        return node
+    inputs = {}
+    for name, value in node["inputs"].items():
+        new = names.get(name, name)
+        if new != name and new in node["inputs"]:
+            continue  # both names are there: the new one holds
+        inputs[new] = values.get(new, {}).get(value, value) if isinstance(value, str) else value
+    return {**node, "inputs": inputs}
+
+
+def _on_prompt(request: dict[str, Any]) -> dict[str, Any]:
+    prompt = request.get("prompt")
+    return {**request, "prompt": renamed(prompt)} if isinstance(prompt, dict) else request
+
+
+def register() -> None:
+    """Let the server read prompts with old names; without a server, as where ComfyUI runs as a library, do nothing."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.add_on_prompt_handler(_on_prompt)
