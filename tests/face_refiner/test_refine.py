@@ -1,10 +1,13 @@
 """Faces found, cropped, refined and put back: what changes, what must not, and what is told."""
 
 import math
+import timeit
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 from chorus.techniques.face_refiner import refine as face_refiner
 from chorus.techniques.face_refiner.boxes import Face, choose, faces_in, faces_of_mask, per_image, window
@@ -135,6 +138,38 @@ def test_areas_of_a_mask_are_faces():
     mask[0, 120:180, 200:290] = 0.01
     assert faces_of_mask(mask) == [[(200, 120, 90, 60), (20, 10, 60, 40)], []]
     assert faces_of_mask(torch.ones(1, 7, 9)) == [[(0, 0, 9, 7)]]
+
+
+ROWS = [60 + 113 * k for k in range(9)]  # of a mask of 1024 x 1024, further apart than the brush is wide
+
+
+def painted(*strokes: list[tuple[int, int]]) -> torch.Tensor:
+    """A mask [1, 1024, 1024] with lines drawn by a brush of 40 pixels."""
+    image = Image.new("L", (1024, 1024))
+    for stroke in strokes:
+        ImageDraw.Draw(image).line(stroke, fill=255, width=40)
+    return torch.from_numpy(np.array(image))[None] / 255
+
+
+def test_long_winding_stroke_is_one_face():
+    ends = [[(60, y), (960, y)][:: 1 if k % 2 == 0 else -1] for k, y in enumerate(ROWS)]
+    mask = painted([point for pair in ends for point in pair])
+    rows, columns = torch.nonzero(mask[0], as_tuple=True)
+    (left, right), (top, bottom) = ((int(v.min()), int(v.max())) for v in (columns, rows))
+    assert faces_of_mask(mask) == [[(left, top, right - left + 1, bottom - top + 1)]]
+    # 3 ms on a quiet core; a method whose time grows with the length of the stroke takes 500
+    assert min(timeit.repeat(lambda: faces_of_mask(mask), number=1, repeat=5)) < 0.1
+
+
+def test_separate_strokes_are_separate_faces():
+    [boxes] = faces_of_mask(painted(*([(60, y), (960, y)] for y in ROWS)))
+    assert len(boxes) == len(ROWS) and {box[2:] for box in boxes} == {(901, 40)}
+
+
+def test_areas_that_touch_at_a_corner_are_one_face():
+    mask = torch.zeros(1, 64, 64)
+    mask[0, 10:20, 10:20] = mask[0, 20:30, 20:30] = 1
+    assert faces_of_mask(mask) == [[(10, 10, 20, 20)]]
 
 
 # ---- neutral is exact ----
