@@ -1,42 +1,54 @@
-"""Intervals for the tables."""
+"""Intervals for the tables, by scipy."""
 
-import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import stats
+
+DRAWS = 4000  # of a bootstrap
 
 
 def quartiles(values) -> list[float]:
     """First quartile, median, third quartile."""
-    return [float(q) for q in np.quantile(values, [0.25, 0.5, 0.75])]
+    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
 
 
-def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, trials: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson's score interval)."""
-    p = hits / trials
-    middle = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return tuple((middle + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))
+    low, high = stats.binomtest(hits, trials).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
-def paired_difference(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray, draws: int = 4000
-) -> tuple[float, float, float]:
+def bootstrap(samples: Sequence[np.ndarray], statistic: Callable) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of ``statistic(*samples, axis=-1)``; the entries [N] of ``samples`` are drawn
+    together, the same in every run. The statistic itself, twice, where N is 1."""
+    if len(samples[0]) == 1:
+        return (float(statistic(*samples, axis=-1)),) * 2
+    rng = np.random.default_rng(0)
+    found = stats.bootstrap(samples, statistic, n_resamples=DRAWS, paired=True, method="percentile", rng=rng)
+    return tuple(map(float, found.confidence_interval))
+
+
+def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[number of groups]"""
+    return np.array([values[groups == g].mean() for g in np.unique(groups)])
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
     """Mean of a - b and its 95 % bootstrap interval; whole ``groups`` (the pictures of one prompt) are drawn together."""
     difference = a.astype(float) - b.astype(float)
-    means = np.array([difference[groups == g].mean() for g in np.unique(groups)])
-    rng = np.random.default_rng(0)
-    samples = means[rng.integers(0, len(means), (draws, len(means)))].mean(1)
-    return float(difference.mean()), *(float(v) for v in np.quantile(samples, [0.025, 0.975]))
+    return float(difference.mean()), *bootstrap([group_means(difference, groups)], np.mean)
 
 
-def ratio_of_means(a: np.ndarray, b: np.ndarray, groups: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+def ratio_of_means(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
     """mean(a) / mean(b) of paired values and its 95 % bootstrap interval; whole ``groups`` are drawn together."""
-    means = np.array([[v[groups == g].mean() for v in (a, b)] for g in np.unique(groups)])
-    rng = np.random.default_rng(0)
-    top, bottom = means[rng.integers(0, len(means), (draws, len(means)))].mean(1).T
-    return float(a.mean() / b.mean()), *(float(v) for v in np.quantile(top / bottom, [0.025, 0.975]))
+
+    def ratio(top, bottom, axis):
+        return top.mean(axis) / bottom.mean(axis)
+
+    return float(a.mean() / b.mean()), *bootstrap([group_means(v, groups) for v in (a, b)], ratio)
 
 
-def mean_of_groups(values: np.ndarray, groups: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+def mean_of_groups(values: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
     """Mean and its 95 % bootstrap interval; whole ``groups`` (the pictures of one prompt) are drawn together."""
-    return paired_difference(values, np.zeros(len(values)), groups, draws)
+    return paired_difference(values, np.zeros(len(values)), groups)

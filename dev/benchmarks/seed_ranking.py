@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from .. import headless
 
@@ -26,10 +27,6 @@ from .environment import facts, keep  # noqa: E402
 SCHEDULERS = ("normal", "karras", "simple", "beta")
 
 
-def order(scores) -> np.ndarray:
-    return np.argsort(np.argsort(scores)).astype(float)
-
-
 def likeness(sign: str, seeds: int, steps: list[int]) -> dict[tuple[str, int], float]:
     painter = seed_rare_signs.Painter(seed_rare_signs.Setting(), sign)
     run, score = painter.run(seed_rare_signs.GROUP)
@@ -41,9 +38,9 @@ def likeness(sign: str, seeds: int, steps: list[int]) -> dict[tuple[str, int], f
         latents = [run.generate(part, number, [0] * len(part)) for part in noise.split(16)]
         return torch.cat([score.score([run.to_model(part)]) for part in latents]).tolist()
 
-    full = order(scores(painter.setting.scheduler, painter.setting.steps))
+    full = scores(painter.setting.scheduler, painter.setting.steps)
     return {
-        (scheduler, number): float(np.corrcoef(order(scores(scheduler, number)), full)[0, 1])
+        (scheduler, number): float(spearmanr(scores(scheduler, number), full).statistic)
         for scheduler in SCHEDULERS
         for number in steps
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..statistics import quartiles
+from ..statistics import bootstrap, quartiles
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,8 @@ class Stopwatch:
             torch.cuda.synchronize()
 
 
-def median(values: list[float], draws: int = 4000) -> dict:
+def median(values: list[float]) -> dict:
     """Median, quartiles, and the 95 % bootstrap interval of the median."""
-    array = np.array(values)
-    drawn = np.median(array[np.random.default_rng(0).integers(0, len(array), (draws, len(array)))], axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    first, middle, third = quartiles(array)
-    return {
-        "median": middle,
-        "quartiles": [first, third],
-        "interval": [float(low), float(high)],
-    }
+    first, middle, third = quartiles(values)
+    interval = bootstrap([np.array(values)], np.median)
+    return {"median": middle, "quartiles": [first, third], "interval": list(interval)}

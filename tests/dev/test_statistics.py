@@ -1,27 +1,61 @@
-"""The intervals of the tables, against scipy's and against data whose answer is known."""
+"""The intervals of the tables, against their definitions and against data whose answer is known."""
+
+import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
-from chorus.dev.statistics import paired_difference, wilson
+from chorus.dev.statistics import bootstrap, paired_difference, ratio_of_means, wilson
+
+Z = 1.959964  # 97.5 % of a normal distribution
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 10), (3, 10), (10, 10), (178, 300)])
-def test_wilson_is_scipys(hits, trials):
-    expected = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
-    assert wilson(hits, trials) == pytest.approx((expected.low, expected.high), abs=1e-4)
+def test_bounds_of_a_share_are_z_of_their_own_deviations_away(hits, trials):
+    share, (low, high) = hits / trials, wilson(hits, trials)
+    assert low <= share <= high and low < high
+    for bound in (low, high):
+        distance = Z * math.sqrt(bound * (1 - bound) / trials)
+        assert abs(bound - share) == pytest.approx(distance, abs=1e-6)
+
+
+def grouped(rng: np.random.Generator, mean: float) -> np.ndarray:
+    """Three values for each of 60 prompts: those of one prompt are alike."""
+    return rng.normal(mean, 0.5, 60).repeat(3) + rng.normal(0, 0.2, 180)
+
+
+GROUPS = np.arange(60).repeat(3)
 
 
 def test_paired_difference_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        prompt = rng.normal(0.3, 0.5, 60).repeat(3)  # pictures of one prompt go together
-        groups = np.arange(60).repeat(3)
-        _, low, high = paired_difference(prompt + rng.normal(0, 0.2, 180), np.zeros(180), groups, draws=500)
+        _, low, high = paired_difference(grouped(rng, 0.3), np.zeros(180), GROUPS)
         covered += low <= 0.3 <= high
     assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_interval_of_a_mean_has_the_width_of_its_standard_error():
+    values = grouped(np.random.default_rng(2), 0.3)
+    means = values.reshape(60, 3).mean(1)
+    mean, low, high = paired_difference(values, np.zeros(180), GROUPS)
+    assert mean == pytest.approx(means.mean())
+    assert high - low == pytest.approx(2 * Z * means.std() / math.sqrt(60), rel=0.06)
+
+
+def test_interval_of_a_ratio_is_of_paired_values():
+    """Numerator and denominator of one group are drawn together, so a constant ratio has no spread."""
+    values = 3 + grouped(np.random.default_rng(3), 0.0)
+    assert ratio_of_means(values / 4, values, GROUPS) == pytest.approx((0.25, 0.25, 0.25))
+    ratio, low, high = ratio_of_means(grouped(np.random.default_rng(4), 1.0), values, GROUPS)
+    assert low < ratio < high
+
+
+def test_same_data_has_the_same_interval():
+    values = np.random.default_rng(5).normal(size=20)
+    assert bootstrap([values], np.median) == bootstrap([values], np.median)
+    assert bootstrap([values[:1]], np.median) == (values[0], values[0])
 
 
 def test_paired_difference_of_equals_is_zero():

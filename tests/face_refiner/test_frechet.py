@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from scipy.stats import t
 
 from chorus.techniques.face_refiner import frechet as module
 from chorus.techniques.face_refiner.frechet import frechet, frechet_both, frechet_difference, frechet_distance
@@ -91,9 +90,14 @@ def test_leaving_out_is_computing_without():
         torch.testing.assert_close(found.covariance, rest.mT.cov())
 
 
-def test_students_quantile_is_scipys():
-    for freedom, within in ((2, 0.04), (4, 0.003), (9, 2e-4), (49, 1e-5)):
-        assert module._student(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=within)
+def test_interval_uses_students_t_with_one_degree_fewer_than_blocks():
+    """The 97.5 % quantiles as tables print them; a normal approximation is far too small at 2 degrees of freedom."""
+    for blocks, quantile in ((3, 4.303), (5, 2.776), (10, 2.262), (50, 2.010)):
+        left_out = torch.linspace(0.9, 1.1, blocks, dtype=torch.float64)
+        error = math.sqrt(float((left_out - 1.0).square().sum()) * (blocks - 1) / blocks)
+        found = module._estimate(1.0, [left_out])
+        assert (found.high - 1.0) / error == pytest.approx(quantile, abs=5e-4)
+        assert (1.0 - found.low) / error == pytest.approx(quantile, abs=5e-4)
 
 
 WIDTH, ROWS, REPEATS = 12, 150, 80
