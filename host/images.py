@@ -67,7 +67,8 @@ def embed(clip_vision, module, image: Tensor, crop: bool = True) -> Tensor:
     The image_embeds of CLIP_VISION.encode_image; where they are one for each patch, their mean. The host rounds pictures
     to 8 bit and clips them; the gradient goes straight through both.
     """
-    pixels = _Straight.apply(*_prepared(clip_vision, image.to(clip_vision.load_device), crop))
+    smooth, exact = _prepared(clip_vision, image.to(clip_vision.load_device), crop)
+    pixels = exact + (smooth - smooth.detach())  # straight-through: plus exactly 0, with the gradient of ``smooth``
     found = module(pixel_values=pixels, intermediate_output="all" if clip_vision.return_all_hidden_states else -2)[2]
     found = found.to(device=image.device, dtype=torch.float32)
     return found.mean(1) if found.ndim == 3 else found
@@ -87,18 +88,6 @@ def _prepared(clip_vision, image: Tensor, crop: bool) -> tuple[Tensor, Tensor]:
         smooth = smooth[..., top : top + size, left : left + size]
     mean, std = (smooth.new_tensor(v).view(3, 1, 1) for v in (clip_vision.image_mean, clip_vision.image_std))
     return ((smooth - mean) / std).float(), exact
-
-
-class _Straight(torch.autograd.Function):
-    """The values of ``exact`` with the gradient of ``smooth``."""
-
-    @staticmethod
-    def forward(ctx, smooth, exact):
-        return exact.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
 
 
 def size_of(x: Tensor) -> str:
