@@ -4,23 +4,23 @@ prompts and noise. For trials of Train Face Refiner; the pack's own refiner was 
 import json
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from .concepts import DATA
 
 FILE, PROMPTS = "face_pairs.webp", "face_pairs.json"  # in data
 COUNT, ACROSS, SIZE = 96, 16, 128  # pairs, pictures in a row of the file, pixels of a picture's side
+SHEET, PAIRS = "(side row y) (column x) c", "side (row column) y x c"
 
 
 def load_face_pairs(folder=DATA):
     """source and target, uint8 [96, 128, 128, 3], and their prompts."""
     pixels = np.asarray(Image.open(folder / FILE).convert("RGB"))
-    tiles = pixels.reshape(2, -1, SIZE, ACROSS, SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
-    source, target = np.ascontiguousarray(tiles).reshape(2, -1, SIZE, SIZE, 3)
+    source, target = rearrange(pixels, f"{SHEET} -> {PAIRS}", side=2, column=ACROSS, y=SIZE, x=SIZE)
     return source, target, json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
 
 
 def arrange(source, target):
     """The file's image: all sources above all targets, their number a multiple of 16."""
-    tiles = np.stack([source, target]).reshape(2, -1, ACROSS, SIZE, SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
-    return Image.fromarray(tiles.reshape(-1, ACROSS * SIZE, 3))
+    return Image.fromarray(rearrange(np.stack([source, target]), f"{PAIRS} -> {SHEET}", column=ACROSS))

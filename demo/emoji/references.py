@@ -3,6 +3,7 @@ the held-out ones of data/held_out.json."""
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 from .concepts import DATA, load_concepts, load_frequency, phrase
@@ -20,7 +21,8 @@ def names():
 def load_references(*names):
     """IMAGE [4 N, 128, 128, 3] of N of the names, and a prompt for each picture."""
     pixels = np.asarray(Image.open(FILE).convert("RGB"))
-    tiles = pixels.reshape(-1, SIZE, ACROSS, EACH, SIZE, 3).transpose(0, 2, 3, 1, 4, 5).reshape(-1, EACH, SIZE, SIZE, 3)
+    sizes = {"y": SIZE, "x": SIZE, "each": EACH}
+    tiles = rearrange(pixels, "(row y) (column each x) c -> (row column) each y x c", **sizes)
     places = [c.name for c in load_concepts()]
     images = np.concatenate([tiles[places.index(name)] for name in names]).astype(np.float32) / 255
     return torch.from_numpy(images), [phrase(name) for name in names for _ in range(EACH)]

@@ -4,6 +4,7 @@ import re
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .concepts import PAD, START, UNKNOWN, vocabulary
@@ -35,9 +36,8 @@ class Layer(nn.Module):
         self.up, self.down = operations.Linear(WIDTH, 4 * WIDTH, **kw), operations.Linear(4 * WIDTH, WIDTH, **kw)
 
     def forward(self, x):
-        b, t, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(b, t, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, WIDTH))
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (qkv h d) -> qkv b h t d", qkv=3, h=HEADS)
+        x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 

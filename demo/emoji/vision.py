@@ -5,6 +5,7 @@ The names of the weights are those of the host's CLIPVisionModelProjection.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .text import TextModel, read
@@ -47,7 +48,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(GRID**2 + 1, WIDTH)
 
     def forward(self, x):
-        x = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        x = rearrange(self.patch_embedding(x), "b c h w -> b (h w) c")
         x = torch.cat([self.class_embedding.to(x).expand(len(x), 1, -1), x], dim=1)
         return x + self.position_embedding.weight
 
@@ -59,9 +60,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (
-            proj(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(x), "b n (h d) -> b h n d", h=HEADS) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):

@@ -5,6 +5,7 @@ N models, B samples, C channels, H x W positions; every frame of a video is a sa
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -31,12 +32,12 @@ def log_saliency(cond: Tensor, reference: Tensor, sigma: Tensor, strength: float
 
 def fold_frames(x: Tensor) -> Tensor:
     """[B, C, H, W] as it is; [B, C, T, H, W] -> [B T, C, H, W]."""
-    return x if x.ndim == 4 else x.movedim(2, 1).flatten(0, 1)
+    return x if x.ndim == 4 else rearrange(x, "b c t h w -> (b t) c h w")
 
 
 def unfold_frames(x: Tensor, like: Tensor) -> Tensor:
     """The inverse of ``fold_frames`` for a tensor shaped as ``like``."""
-    return x if like.ndim == 4 else x.unflatten(0, (like.shape[0], -1)).movedim(1, 2)
+    return x if like.ndim == 4 else rearrange(x, "(b t) c h w -> b c t h w", b=like.shape[0])
 
 
 def saliency_blend(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ...training.finite import NotFiniteError
@@ -242,6 +243,6 @@ def _frames(draw: Draw, x_theta: Tensor) -> tuple[Draw, Tensor]:
     if draw.x0.ndim == 4:
         return draw, x_theta
     count = draw.x0.shape[2]
-    x0, x, x_theta = (t.movedim(2, 1).flatten(0, 1) for t in (draw.x0, draw.x, x_theta))
-    sigma, percent, places = (t.repeat_interleave(count, 0) for t in (draw.sigma, draw.percent, draw.places))
+    x0, x, x_theta = (rearrange(t, "b c t h w -> (b t) c h w") for t in (draw.x0, draw.x, x_theta))
+    sigma, percent, places = (repeat(v, "b ... -> (b t) ...", t=count) for v in (draw.sigma, draw.percent, draw.places))
     return Draw([i for i in draw.indices for _ in range(count)], x0, x, sigma, percent, places), x_theta

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from einops import repeat
 from scipy import ndimage
 from torch import Tensor
 
@@ -138,7 +139,7 @@ def faces_of_mask(mask: Tensor) -> list[list[Box]]:
     found = []
     for picture, coarse in zip(painted.numpy(), cells.numpy()):
         labels, _ = ndimage.label(coarse, structure=np.ones((3, 3)))
-        areas = labels.repeat(step, 0).repeat(step, 1)[:height, :width] * picture
+        areas = repeat(labels, "h w -> (h y) (w x)", y=step, x=step)[:height, :width] * picture
         boxes = [
             tuple(map(float, (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)))
             for rows, columns in ndimage.find_objects(areas)

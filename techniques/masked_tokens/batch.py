@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 Text = tuple[Tensor, Tensor]  # states [P, L, C] and pooled [P, C] of P prompts
@@ -33,7 +34,8 @@ class Batch:
 
     def spread(self, x: Tensor) -> Tensor:
         """One of ``x`` [1 or items, ...] for each sample: [items times, ...]."""
-        return x.expand(self.items, *x.shape[1:]).repeat_interleave(self.times, dim=0)
+        samples = repeat(x.expand(self.items, *x.shape[1:]), "items ... -> (items times) ...", times=self.times)
+        return samples.contiguous()  # files hold no expanded views
 
 
 def stack_texts(*groups: Sequence[Text]) -> list[Text]:

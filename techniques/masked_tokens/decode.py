@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 ORDERS = ("confidence", "halton", "random")
@@ -218,7 +219,7 @@ def _reveal(
         )
     tokens = ids.flatten(1)  # [B, L]
     masked = tokens == settings.mask_id
-    probs = logits.float().flatten(2).transpose(1, 2).softmax(dim=-1)  # [B, L, K]
+    probs = rearrange(logits.float(), "b k h w -> b (h w) k").softmax(dim=-1)
     if not bool(torch.isfinite(probs.sum())):
         raise ValueError(f"the logits at step {step} are not finite (NaN or infinite); run the model in a wider dtype")
     sampled = sample_ids(probs, draws.ids[step].flatten(1).to(ids.device))

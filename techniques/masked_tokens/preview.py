@@ -6,6 +6,7 @@ the codes of a codebook. Shapes: K codes of size C, S sheets, h and w tokens.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 SHEETS, SIDE = 8, 16  # and tokens along one side of each
@@ -17,13 +18,14 @@ def sample_sheets(codes: int) -> Tensor:
     """Ids [S, h, w] of sheets of random patches, always the same."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(codes, (SHEETS, SIDE // PATCH, SIDE // PATCH), generator=generator)
-    return ids.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+    return repeat(ids, "s h w -> s (h y) (w x)", y=PATCH, x=PATCH)
 
 
 def code_colors(codes: Tensor, ids: Tensor, pictures: Tensor) -> Tensor:
     """Colours [K, 3], 0..1, of all ``codes`` [K, C], by least squares from the ``pictures`` [S, H, W, 3] that the decoder
     makes of sheets of ``ids`` [S, h, w]: from the vector of each token to the mean of its pixels."""
-    means = F.adaptive_avg_pool2d(pictures.movedim(-1, 1).double(), ids.shape[1:]).movedim(1, -1).flatten(0, 2)
+    means = F.adaptive_avg_pool2d(pictures.movedim(-1, 1).double(), ids.shape[1:])
+    means = rearrange(means, "s c h w -> (s h w) c")
     inputs = F.pad(codes.double(), (0, 1), value=1.0)  # the last is the constant
     # a codebook may have fewer dimensions than its vectors have entries
     weights = torch.linalg.lstsq(inputs[ids.flatten()], means, driver="gelsd").solution
@@ -33,8 +35,8 @@ def code_colors(codes: Tensor, ids: Tensor, pictures: Tensor) -> Tensor:
 def draw_tokens(ids: Tensor, mask_id: int, colors: Tensor, side: int = 8) -> Tensor:
     """A picture [side h, side w, 3], 0..1, of ``ids`` [h, w]: each token in its colour, unknown ones as a checker."""
     known = ids != mask_id
-    tokens = colors[ids.masked_fill(~known, 0)].repeat_interleave(side, 0).repeat_interleave(side, 1)
+    tokens = repeat(colors[ids.masked_fill(~known, 0)], "h w c -> (h y) (w x) c", y=side, x=side)
     rows, columns = (torch.arange(side * count) // max(1, side // 2) for count in ids.shape)
     checker = torch.tensor(UNKNOWN)[(rows[:, None] + columns) % 2]
-    known = known.repeat_interleave(side, 0).repeat_interleave(side, 1)
-    return torch.where(known[..., None], tokens, checker[..., None])
+    known = repeat(known, "h w -> (h y) (w x) 1", y=side, x=side)
+    return torch.where(known, tokens, checker[..., None])

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 
@@ -17,7 +18,7 @@ def log_region(mask: Tensor | None, mode: str, label: str, x: Tensor) -> Tensor 
     """
     if mask is None:
         return None
-    region = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    region = rearrange(mask.float(), "... h w -> (...) 1 h w")
     if not torch.isfinite(region).all():
         raise ValueError(f"the region of '{label}' holds values that are not finite; masks are 0 to 1")
     region = F.interpolate(region, size=x.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
@@ -31,9 +32,11 @@ def log_region(mask: Tensor | None, mode: str, label: str, x: Tensor) -> Tensor 
         region = region.log()
     batch, frames = x.shape[0], math.prod(x.shape[2:-2])
     if frames > 1 and region.shape[0] == frames:
-        region = region.repeat(batch, 1, 1)
+        region = repeat(region, "t h w -> (b t) h w", b=batch)
     else:
-        region = region.repeat(math.ceil(batch / region.shape[0]), 1, 1)[:batch].repeat_interleave(frames, dim=0)
+        times = math.ceil(batch / region.shape[0])
+        region = repeat(region, "b h w -> (times b) h w", times=times)[:batch]
+        region = repeat(region, "b h w -> (b t) h w", t=frames)
     return region.reshape(batch, *x.shape[2:])
 
 

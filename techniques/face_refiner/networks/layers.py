@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 Draws = Sequence[torch.Generator] | None
@@ -108,7 +109,7 @@ class BlurUp(nn.Module):
 def filters(taps: Sequence[float], channels: int) -> Tensor:
     """[channels, 1, n, n] of sum 1 each."""
     taps = torch.tensor(taps) / sum(taps)
-    return torch.outer(taps, taps).expand(channels, 1, -1, -1).clone()
+    return repeat(torch.outer(taps, taps), "y x -> c 1 y x", c=channels).clone()
 
 
 class ImageGenerator(nn.Module):

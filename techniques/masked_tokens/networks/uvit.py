@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ....common.weights import check_config, count, load, setting, shape_of
@@ -213,12 +214,14 @@ class UViT(nn.Module):
         """Logits [B, codebook_size, h, w] of ``tokens``: ids [B, h, w], masked ones with the id vocab_size − 1."""
         height, width = tokens.shape[1:]
         x = self.down_block(self.embed(tokens, conditioning.dtype), conditioning.down)
-        grid = x.shape[1:3]
+        grid_height = x.shape[1]
 
-        x = self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2)))  # [B, N, hidden_size]
+        x = rearrange(x, "b h w c -> b (h w) c")
+        x = self.project_to_hidden(self.project_to_hidden_norm(x))
         for layer, part in zip(self.transformer_layers, conditioning.layers):
             x = layer(x, part)
-        x = self.project_from_hidden(self.project_from_hidden_norm(x)).unflatten(1, grid)
+        x = self.project_from_hidden(self.project_from_hidden_norm(x))
+        x = rearrange(x, "b (h w) c -> b h w c", h=grid_height)
 
         x = self.up_block(x, conditioning.up)[:, :height, :width]  # an odd side was padded
         return self.mlm_layer(x).movedim(-1, 1)

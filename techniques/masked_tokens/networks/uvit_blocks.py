@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 ATTENTION_BLOCK_EPS = 1e-6  # of the attention blocks' norms, whatever layer_norm_eps is
@@ -71,14 +72,14 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([operations.Linear(channels, channels, bias=False)])
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, N, C] -> [B, H, N, D]
+        return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
 
     def read(self, context: Tensor) -> KeyValue:
         return KeyValue(self.heads(self.to_k(context)), self.heads(self.to_v(context)))
 
     def forward(self, x: Tensor, context: KeyValue) -> Tensor:
         x = F.scaled_dot_product_attention(self.heads(self.to_q(x)), *context)
-        return self.to_out[0](x.transpose(1, 2).flatten(2))  # [B, H, N, D] -> [B, N, C]
+        return self.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
 
 
 class GlobalResponseNorm(nn.Module):
