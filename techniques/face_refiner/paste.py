@@ -3,17 +3,15 @@
 Shapes: N windows, S the side of a crop, H and W pixels of a picture, h and w those of a window that the picture has.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from kornia.geometry.transform import resize
+from scipy.ndimage import distance_transform_cdt
 from torch import Tensor
 
 from .boxes import Window
-
-POOLS = 32  # at most, for the ramp inside a mask
 
 
 def crop(picture: Tensor, place: Window, size: int) -> Tensor:
@@ -54,13 +52,11 @@ def edges(height: int, width: int, feather: int, sides: tuple[bool, bool, bool, 
 def ramp(mask: Tensor, feather: int) -> Tensor:
     """A mask [H, W], falling towards its edge over ``feather`` pixels inside it; the border of the picture is no edge."""
     mask = torch.nan_to_num(mask.float()).clamp(0.0, 1.0)
-    step = max(1, math.ceil(feather / POOLS))
-    outside = (mask == 0.0).float()[None, None]
-    depth, total = 1.0 - outside, 1
-    for _ in range(feather // step):
-        outside = F.max_pool2d(outside, 2 * step + 1, stride=1, padding=step)
-        depth, total = depth + (1.0 - outside), total + 1
-    return mask * depth[0, 0] / total
+    inside = (mask > 0.0).cpu().numpy()
+    if inside.all():  # no edge to be distant from
+        return mask
+    depth = torch.from_numpy(distance_transform_cdt(inside, metric="chessboard")).to(mask)
+    return mask * depth.clamp(max=feather + 1) / (feather + 1)
 
 
 def weight(place: Window, feather: int, limit: Tensor | None, framed: bool) -> Tensor:

@@ -266,6 +266,17 @@ def test_a_masks_ramp_stays_inside_it():
     assert torch.equal(soft, torch.full((9, 9), 0.5))
 
 
+@pytest.mark.parametrize("feather", [1, 3, 40, 100])
+def test_ramp_of_a_mask_is_its_chessboard_distance_to_what_is_outside(feather):
+    mask = torch.rand(90, 70, generator=torch.Generator().manual_seed(0)) + 0.1
+    mask[torch.tensor([5, 8, 80]), torch.tensor([3, 60, 20])] = 0
+    rows, columns = (torch.arange(n) for n in mask.shape)
+    away = [torch.maximum((rows - y).abs()[:, None], (columns - x).abs()) for y, x in (mask == 0).nonzero().tolist()]
+    distance = torch.stack(away).amin(0)
+    expected = mask.clamp(max=1) * distance.clamp(max=feather + 1) / (feather + 1)
+    torch.testing.assert_close(ramp(mask, feather), expected)
+
+
 def test_a_mask_limits_where_boxes_change(images):
     mask = torch.zeros(1, 48, 64)
     mask[0, :20] = 1
