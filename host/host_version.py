@@ -4,6 +4,8 @@ import logging
 import re
 from pkgutil import resolve_name
 
+log = logging.getLogger("comfyui-chorus")
+
 TESTED = "0.30.0"  # the pack's tests run in it; pyproject.toml asks for it in requires-comfyui
 
 # The newest of what the pack asks ComfyUI for, mostly deep inside a run. 0.27.0 is the first to have all of it.
@@ -28,7 +30,7 @@ def check() -> None:
             f"without {', '.join(missing)}. Update ComfyUI"
         )
     if numbers(found) < numbers(TESTED):
-        logging.warning(
+        log.warning(
             f"ComfyUI-Chorus is tested with ComfyUI {TESTED}; this is {found or 'an unknown version'}. "
             "What the pack asks for is there, the rest is untried: update ComfyUI if something fails"
         )

@@ -14,6 +14,8 @@ from ..techniques.cas_dm.mix import refine
 from ..techniques.cas_dm.network import Head, from_file, to_file
 from .checked_inputs import checks_inputs
 
+log = logging.getLogger("comfyui-chorus")
+
 CasDMHeadSocket = io.Custom("CAS_DM_HEAD")  # networks.cas_dm_head.Head
 PREFIX = "cas_dm/head"
 
@@ -82,7 +84,7 @@ class SaveCasDMHead(io.ComfyNode):
     @classmethod
     def execute(cls, head, filename_prefix) -> io.NodeOutput:
         path = save_head(*to_file(head), filename_prefix)
-        logging.info("SaveCasDMHead: %s", path)
+        log.info("SaveCasDMHead: %s", path)
         return io.NodeOutput()
 
 

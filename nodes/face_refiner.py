@@ -31,6 +31,8 @@ from ..techniques.face_refiner.refine import (
 )
 from .checked_inputs import checks_inputs
 
+log = logging.getLogger("comfyui-chorus")
+
 FaceRefinerSocket = io.Custom("FACE_REFINER")  # host.face_refiner_model.FaceRefinerModel
 # not the host's class: it has a box for default, which clients that make prompts of saved workflows send for an empty socket
 BoxesSocket = io.Custom(io.BoundingBox.io_type)
@@ -283,7 +285,7 @@ class FaceRefiner(io.ComfyNode):
 def outputs(refined: Refined, name: str, size: int) -> io.NodeOutput:
     for record in refined.records:
         if "NaN" in record.note:
-            logging.warning("FaceRefiner: %s", describe([record]))
+            log.warning("FaceRefiner: %s", describe([record]))
     crops = refined.crops if len(refined.crops) else torch.zeros(1, size, size, 3)
     return io.NodeOutput(refined.images, refined.mask, crops, f"{name}\n{describe(refined.records)}")
 
