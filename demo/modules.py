@@ -3,7 +3,6 @@
 import torch
 
 from ..techniques.masked_tokens.comfy_files import read_networks
-from ..techniques.masked_tokens.networks import amused
 from . import face_pairs, references, text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
 from .sign_classifier import SignClassifier
@@ -72,7 +71,7 @@ def load_masked_tokens():
     for part in ("transformer", "vqvae"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part} is missing: make it with `python run.py train-demo`.")
-    model = read_networks(folder, amused, text.KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG)
+    model = read_networks(folder, text.KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG)
     return model, load_text()
 
 

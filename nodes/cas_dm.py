@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..techniques.cas_dm.comfy_files import fingerprint_head, head_files, read_head, save_head, validate_head
 from ..techniques.cas_dm.comfy_hook import CASTING, MadeFor, add_head, check_fits
 from ..techniques.cas_dm.mix import refine
-from ..techniques.cas_dm.network import Head, from_file, to_file
+from ..techniques.cas_dm.network import Head, to_file
 from .checked_inputs import checks_inputs
 
 log = logging.getLogger("comfyui-chorus")
@@ -56,7 +56,7 @@ class LoadCasDMHead(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(read_head(file, from_file))
+        return io.NodeOutput(read_head(file))
 
 
 @checks_inputs

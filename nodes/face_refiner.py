@@ -18,7 +18,6 @@ from ..techniques.face_refiner.comfy_files import (
 )
 from ..techniques.face_refiner.comfy_model import Refining
 from ..techniques.face_refiner.identity import feature_guard, structure_guard
-from ..techniques.face_refiner.networks.image_generators import load_generator
 from ..techniques.face_refiner.refine import (
     FaceRefinerSettings,
     Refined,
@@ -71,7 +70,7 @@ class LoadFaceRefiner(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(load_refiner(file, load_generator))
+        return io.NodeOutput(load_refiner(file))
 
 
 @checks_inputs

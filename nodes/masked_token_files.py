@@ -4,8 +4,7 @@ from comfy_api.latest import io
 
 from ..host.files import workflow_metadata
 from ..techniques.masked_tokens.comfy_token_files import FILES as TOKEN_FILES
-from ..techniques.masked_tokens.comfy_token_files import load_ids, save_ids
-from ..techniques.masked_tokens.tokens import Tokens
+from ..techniques.masked_tokens.comfy_token_files import load_tokens, save_ids
 from .checked_inputs import checks_inputs
 from .sockets import Tokens as TokensSocket
 
@@ -68,7 +67,7 @@ class LoadMaskedTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(load_ids(file, Tokens))
+        return io.NodeOutput(load_tokens(file))
 
 
 NODES: list[type[io.ComfyNode]] = [SaveMaskedTokens, LoadMaskedTokens]

@@ -12,7 +12,6 @@ from ..techniques.masked_tokens.comfy_files import (
     text_files,
     weight_files,
 )
-from ..techniques.masked_tokens.networks import amused
 from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel
 
@@ -65,7 +64,7 @@ class LoadMaskedTokenModel(io.ComfyNode):
     def execute(cls, model_folder: str, transformer_file: str, vq_file: str, text_encoder_file: str) -> io.NodeOutput:
         files = replacements(transformer_file, vq_file, text_encoder_file)
         if model_folder != DEMO:
-            return io.NodeOutput(*read_model(pick(model_folder, model_folders()), amused, files))
+            return io.NodeOutput(*read_model(pick(model_folder, model_folders()), files))
         if files:
             raise ValueError(
                 f"{DEMO} takes no other weights, seen {', '.join(map(str, files.values()))}: set the files to"

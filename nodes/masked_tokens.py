@@ -1,22 +1,15 @@
 """Masked token sampling (aMUSEd, arXiv 2401.01808) as a node."""
 
-import torch
 from comfy_api.latest import io
 
-from ..techniques.masked_tokens import preview
-from ..techniques.masked_tokens.batch import Batch, stack_texts
-from ..techniques.masked_tokens.canvas import Given, rgb
-from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
-from ..techniques.masked_tokens.comfy_run import MaskedTokenRun, decode_tokens, encode_pictures, read_prompts
+from ..techniques.masked_tokens.canvas import Request, rgb
+from ..techniques.masked_tokens.comfy_run import sample_masked_tokens
 from ..techniques.masked_tokens.decode import (
     ORDERS,
     RAMPS,
     SCHEDULES,
     MaskedTokenSettings,
-    decode,
-    draw,
     guidance_scales,
-    guided,
 )
 from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel, blank
@@ -198,55 +191,26 @@ class MaskedTokenSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         own = blank(model)
         settings = MaskedTokenSettings(model.codebook, model.mask_id, steps, denoise, temperature, order, schedule)
-        scales = guidance_scales(cfg or model.cfg, steps, cfg_ramp)
-        given = Given(
+        request = Request(
             own,
             (height, width),
             picture=None if image is None else rgb(image),
             mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
             tokens=tokens,
         )
-        texts = read_texts(model, positive, negative, scales[settings.first_step :])
-        counts = dict(zip(("prompts", "negative_prompts"), map(len, texts)))
-        batch = Batch.of(batch_size, **counts, **given.counts())
-        run = MaskedTokenRun(
+        pictures, ids = sample_masked_tokens(
             model,
-            [tuple(map(batch.spread, text)) for text in stack_texts(*texts)],
-            micro(given.area, aesthetic_score).expand(len(batch), -1),
-            preview,
-        )
-        canvas = given.canvas(batch, lambda pictures: encode_pictures(model, pictures))
-        ids = decode(
-            canvas.ids.to(run.device),
-            guided(run.cond, run.both, scales),
+            request,
             settings,
-            draw(seed, *canvas.ids.shape, steps),
-            mask=canvas.free,
-            pinned=canvas.pinned,
-            progress=run.progress,
-        ).cpu()
-        del run  # and what it keeps for its steps, before the VQ-GAN needs the memory
-        pictures = canvas.finish(ids, lambda ids: decode_tokens(model, ids), feather)
-        return io.NodeOutput(pictures, own.with_ids(ids))
-
-
-def read_texts(model: Model, positive: list, negative: list | None, scales: list[float]) -> list[list]:
-    """The prompts, and the negative ones where any of the ``scales`` reads them; each as its states and pooled text."""
-    texts = [read_prompts(model, positive, "positive")]
-    if all(scale == 1.0 for scale in scales):
-        return texts
-    if negative is None:
-        raise ValueError(
-            f"guidance of {max(scales):g} leads away from a negative prompt, and none is wired: wire an empty CLIP Text"
-            " Encode into 'negative', or set cfg to 1"
+            positive,
+            negative,
+            scales=guidance_scales(cfg or model.cfg, steps, cfg_ramp),
+            batch_size=batch_size,
+            seed=seed,
+            aesthetic_score=aesthetic_score,
+            feather=feather,
         )
-    return [*texts, read_prompts(model, negative, "negative")]
-
-
-def micro(area: tuple[int, int], aesthetic_score: float) -> torch.Tensor:
-    """The micro-conditioning [1, 5]: width, height, top and left of a crop, all in pixels; aesthetic score."""
-    height, width = area
-    return torch.tensor([[width, height, 0, 0, aesthetic_score]], dtype=torch.float32)
+        return io.NodeOutput(pictures, own.with_ids(ids))
 
 
 NODES: list[type[io.ComfyNode]] = [MaskedTokenSampler]

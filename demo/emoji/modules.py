@@ -1,7 +1,6 @@
 """The demo checkpoints as the host's own objects."""
 
 from ...techniques.masked_tokens.comfy_files import read_networks
-from ...techniques.masked_tokens.networks import amused
 from .. import weights
 from .autoencoder import Autoencoder
 from .comfy_denoisers import NETWORKS, make_model
@@ -77,4 +76,4 @@ def load_masked_tokens():
     for part in ("transformer", "vqvae"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(f"{folder / part} is missing: make it with `python run.py train-demo`.")
-    return read_networks(folder, amused, KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG), load_text()
+    return read_networks(folder, KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG), load_text()

@@ -39,7 +39,7 @@ from ...demo.canvas import Canvases  # noqa: E402
 from ...demo.modules import load_checkpoint, load_sign_classifier, load_vision  # noqa: E402
 from ...nodes.cas_dm import CasDMHead  # noqa: E402
 from ...techniques.cas_dm.comfy_files import read_head_file  # noqa: E402
-from ...techniques.cas_dm.network import Head, from_file  # noqa: E402
+from ...techniques.cas_dm.network import Head  # noqa: E402
 from ...techniques.face_refiner.frechet import frechet, frechet_difference  # noqa: E402
 from ..first_recipes.cas_dm import ABLATIONS, PLAN  # noqa: E402
 from ..first_recipes.encoder import seen_by  # noqa: E402
@@ -107,7 +107,7 @@ def latents(way: Way, steps: int, part: int, model, clip, canvases) -> torch.Ten
     prompts = [canvases.caption(canvases.scene(part * PASS + k)) for k in range(PASS)]
     positive = joined([encode(clip, prompt) for prompt in prompts])
     if way.head:
-        head = read_head_file(weights.path(way.head), from_file)
+        head = read_head_file(weights.path(way.head))
         head = head if way.r is None else with_fixed_r(head, way.r)
         model = CasDMHead.execute(model, head, 1.0, 0.0, 1.0)[0]
     return sample(model, positive, encode(clip, ""), part, PASS, steps, way.cfg, SAMPLER, SCHEDULER)

@@ -1,9 +1,8 @@
 """Cas-DM heads on disk: safetensors, read from models/cas_dm and the host's output folder, written to the latter."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import folder_paths
 import torch
@@ -12,13 +11,11 @@ from torch import Tensor
 
 from ...host.files import KeptFiles, diagnosis, need_name
 from ...host.model_folders import register_folder
+from .network import Head, from_file
 
 FOLDER, SUFFIX = "cas_dm", ".safetensors"
 FILES = KeptFiles(".cas_dm.safetensors", "Cas-DM head", "Save Cas-DM Head", "cas_dm/head")  # those that were saved
 OUTPUT = " [output]"  # the host's mark for its output folder
-
-T = TypeVar("T")
-Make = Callable[[dict[str, Tensor], dict[str, str]], T]
 
 
 register_folder(FOLDER, {SUFFIX})
@@ -61,14 +58,14 @@ def fingerprint_head(name: str | None) -> str | float:
     return float("nan") if name is None else hashlib.sha256(find_head(name).read_bytes()).hexdigest()
 
 
-def read_head(name: str, make: Make) -> T:
-    """``make(tensors, metadata)`` of one of ``head_files``; a ValueError that names it where that cannot be."""
-    return read_head_file(find_head(name), make, name)
+def read_head(name: str) -> Head:
+    """One of ``head_files``; a ValueError that names it where it is no head."""
+    return read_head_file(find_head(name), name)
 
 
 @torch.inference_mode(False)  # training needs weights of which autograd may know
-def read_head_file(path: Path, make: Make, name: str = "") -> T:
-    """``make(tensors, metadata)`` of any file, which errors call ``name``."""
+def read_head_file(path: Path, name: str = "") -> Head:
+    """The head of any file, which errors call ``name``."""
     name = name or str(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -78,7 +75,7 @@ def read_head_file(path: Path, make: Make, name: str = "") -> T:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"'{name}' cannot be read: {diagnosis(path)} ({str(error)[:200]})") from error
     try:
-        return make(tensors, metadata)
+        return from_file(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"'{name}' cannot be read as a Cas-DM head: {error}") from error
 

@@ -4,7 +4,7 @@ The published generators are .pth files. Those are read by torch's weights-only 
 """
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,18 @@ import comfy.ops
 import comfy.utils
 import folder_paths
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...host.files import KeptFiles, diagnosis, need_name
 from ...host.model_folders import register_folder
 from .comfy_model import FaceRefinerModel, wrap
+from .networks.image_generators import load_generator
 
 MODELS = "face_refiner"
 SUFFIXES = {".safetensors", ".pth"}
 FILES = KeptFiles(".refiner.safetensors", "face refiner", "Save Face Refiner", "face_refiner/ComfyUI")
 FORMAT = "chorus-face-refiner-1"  # in the metadata
 NONE = "none"  # a combo without any file must still have an entry
-
-Load = Callable[..., nn.Module]  # load(state_dict, operations), as networks.image_generators.load_generator
-
 
 register_folder(MODELS, SUFFIXES)
 
@@ -68,12 +66,12 @@ def fingerprint(name: str | None) -> str | float:
 
 
 @torch.inference_mode(False)  # training goes on from weights of which autograd may know
-def load_refiner(name: str, load: Load) -> FaceRefinerModel:
+def load_refiner(name: str) -> FaceRefinerModel:
     """The refiner of a file; a ValueError that names the file where it holds none."""
     path = find(name)
     state_dict, metadata = read(path)
     try:
-        network = load(state_dict, comfy.ops.manual_cast)
+        network = load_generator(state_dict, comfy.ops.manual_cast)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     # few weights: what a device computes in, the layers cast them to

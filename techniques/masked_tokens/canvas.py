@@ -20,8 +20,8 @@ from .tokens import Tokens, cells, check_mask, pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Canvas:
-    """What a run starts from: ``ids``, ``free`` and ``pinned`` are what masked_tokens.decode takes."""
+class InitialTokens:
+    """The tokens a run starts from: ``ids``, ``free`` and ``pinned`` are what masked_tokens.decode takes."""
 
     ids: Tensor  # [B, h, w], the mask id where nothing is known
     free: Tensor | None  # [B, h, w] true where tokens may change; None: everywhere
@@ -48,8 +48,8 @@ class Canvas:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """What the user wired, each of its own number of samples; sizes in pixels."""
+class Request:
+    """The user's inputs, each of its own number of samples; sizes in pixels."""
 
     blank: Tokens  # one unknown token of the model, for its sizes
     size: tuple[int, int]  # height and width; what is wired decides over them
@@ -87,7 +87,7 @@ class Given:
         things = {"images": self.picture, "masks": self.mask, "token_grids": ids}
         return {name: len(x) for name, x in things.items() if x is not None}
 
-    def canvas(self, batch: Batch, to_tokens: Callable[[Tensor], Tensor]) -> Canvas:
+    def initial_tokens(self, batch: Batch, to_tokens: Callable[[Tensor], Tensor]) -> InitialTokens:
         """The samples of ``batch``; ``to_tokens`` gives the ids [I, h, w] of the pictures [I, H, W, 3]."""
         picture, mask, held = (
             None if x is None else batch.spread(x)
@@ -103,7 +103,7 @@ class Given:
         else:
             height, width = (side // self.blank.downscale for side in self.area)
             ids, pinned = batch.spread(torch.full((1, height, width), self.blank.mask_id)), None
-        return Canvas(ids, free, pinned, picture, mask)
+        return InitialTokens(ids, free, pinned, picture, mask)
 
 
 def check_sides(name: str, size: tuple[int, int], downscale: int) -> None:

@@ -4,8 +4,7 @@
     amused-256/vqvae/         config.json  diffusion_pytorch_model.safetensors
     amused-256/text_encoder/  config.json  model.safetensors
 
-Files of half precision, ``*.fp16.safetensors``, are read where there are no others. The networks come as an argument,
-``networks``: networks.amused, or anything with the same four names.
+Files of half precision, ``*.fp16.safetensors``, are read where there are no others.
 """
 
 import json
@@ -24,8 +23,11 @@ from torch import Tensor
 from ...host.files import diagnosis
 from ...host.model_folders import register_folder
 from ...host.operations import casting_operations
+from ...kernels.linear import linear
 from .comfy_model import MaskedTokenModel, wrap
 from .comfy_text import CLIP_L, load_clip, openai_clip_l
+from .networks.uvit import load_uvit
+from .networks.vq import load_vq
 
 MODELS = "masked_token"
 # the parts of a model, and what their files are called
@@ -88,11 +90,11 @@ def replacements(transformer: str, vq: str, text: str) -> dict[str, Path]:
 
 
 @torch.inference_mode(False)  # training needs weights of which autograd may know
-def read_model(folder: Path, networks, files: Mapping[str, Path]) -> tuple[MaskedTokenModel, comfy.sd.CLIP]:
+def read_model(folder: Path, files: Mapping[str, Path]) -> tuple[MaskedTokenModel, comfy.sd.CLIP]:
     """A published model. ``files`` are read in place of the folder's own weights, by part; their configs stay."""
     paths = locate(folder, (TRANSFORMER, VQ, TEXT), files)
-    clip, width = read_clip(folder, paths[TEXT], networks)
-    model = read_networks(folder, networks, CLIP_L, files=paths)
+    clip, width = read_clip(folder, paths[TEXT])
+    model = read_networks(folder, CLIP_L, files=paths)
     asked = model.transformer.model.config
     if (asked.encoder_hidden_size, asked.cond_embed_dim) != (width, width):
         raise ValueError(
@@ -105,7 +107,6 @@ def read_model(folder: Path, networks, files: Mapping[str, Path]) -> tuple[Maske
 @torch.inference_mode(False)
 def read_networks(
     folder: Path,
-    networks,
     text: str,
     *,
     name: str | None = None,
@@ -114,10 +115,10 @@ def read_networks(
 ) -> MaskedTokenModel:
     """The transformer and the VQ-GAN of a folder, for text of the kind ``text``."""
     paths = locate(folder, (TRANSFORMER, VQ), files or {})
-    operations = casting_operations(networks.linear)
+    operations = casting_operations(linear)
     transformer, vq = (
         _read_network(folder, part, paths[part], load, operations)
-        for part, load in ((TRANSFORMER, networks.load_uvit), (VQ, networks.load_vq))
+        for part, load in ((TRANSFORMER, load_uvit), (VQ, load_vq))
     )
     codes, vocabulary = transformer.config.codebook_size, transformer.config.vocab_size
     if codes != vq.config.num_vq_embeddings:
@@ -137,7 +138,7 @@ def _read_network(folder: Path, part: str, path: Path, load, operations) -> torc
         return load(state_dict, read_config(folder, part), operations)
 
 
-def read_clip(folder: Path, path: Path, networks) -> tuple[comfy.sd.CLIP, int]:
+def read_clip(folder: Path, path: Path) -> tuple[comfy.sd.CLIP, int]:
     """The text encoder and its width. A file from elsewhere, in a folder without a config.json for it, is OpenAI's CLIP-L."""
     config = read_config(folder, TEXT)
     if config is None:
@@ -145,7 +146,7 @@ def read_clip(folder: Path, path: Path, networks) -> tuple[comfy.sd.CLIP, int]:
             raise ValueError(f"{config_path(folder, TEXT)} is missing, which tells the activation: download it too")
         config = openai_clip_l()
     with naming(path, config_path(folder, TEXT)):
-        return load_clip(read_weights(path), config, networks.check), config["hidden_size"]
+        return load_clip(read_weights(path), config), config["hidden_size"]
 
 
 def locate(folder: Path, parts: tuple[str, ...], files: Mapping[str, Path]) -> dict[str, Path]:

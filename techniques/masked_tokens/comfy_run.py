@@ -15,8 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...host.previews import as_preview
+from . import preview
+from .batch import Batch, stack_texts
+from .canvas import Request
 from .comfy_model import MaskedTokenModel
 from .comfy_text import read_text
+from .decode import MaskedTokenSettings, decode, draw, guided
 
 Text = tuple[Tensor, Tensor]  # states [B, L, C] and pooled [B, C] of one prompt for each sample
 ENCODE_BYTES, DECODE_BYTES = 56, 34  # per pixel and channel at full size, as the host reckons for its VAEs in float32
@@ -82,7 +86,7 @@ def _decode_memory(model: MaskedTokenModel, height: int, width: int) -> int:
     return DECODE_BYTES * height * width * config.downscale**2 * max(config.block_out_channels[:2])
 
 
-def code_colors(model: MaskedTokenModel, preview) -> Tensor:
+def code_colors(model: MaskedTokenModel) -> Tensor:
     """The colours [K, 3] of the codes, on the CPU; computed once for each VQ-GAN."""
     vq = model.vq.model
     if vq not in _colors:
@@ -97,14 +101,13 @@ def code_colors(model: MaskedTokenModel, preview) -> Tensor:
 class MaskedTokenRun:
     """One run: the logits of the transformer for the prompts of B samples, and the progress of the sampling.
 
-    Nothing is loaded or computed before the first forward pass. ``preview`` makes the quick previews: its
-    ``sample_sheets(codes)``, ``code_colors(codes, ids, pictures)`` and ``draw_tokens(ids, mask_id, colors)``.
+    Nothing is loaded or computed before the first forward pass.
     """
 
-    def __init__(self, model: MaskedTokenModel, texts: Sequence[Text], micro: Tensor, preview):
+    def __init__(self, model: MaskedTokenModel, texts: Sequence[Text], micro: Tensor):
         """``texts``: the prompts and the negative ones, of one length; without those, ask for ``cond`` only.
         ``micro`` [B, 5] as UViT.condition takes it."""
-        self.model, self.texts, self.micro, self.preview = model, texts, micro, preview
+        self.model, self.texts, self.micro = model, texts, micro
         self.device = model.transformer.load_device
         self.bar: comfy.utils.ProgressBar | None = None
 
@@ -149,7 +152,7 @@ class MaskedTokenRun:
             models.append(self.model.vq)
             memory += _decode_memory(self.model, *ids.shape[1:])
         elif self.method != LatentPreviewMethod.NoPreviews:
-            self.colors = code_colors(self.model, self.preview)
+            self.colors = code_colors(self.model)
         comfy.model_management.load_models_gpu(models, memory_required=memory)
         self.bar = comfy.utils.ProgressBar(1)
 
@@ -175,5 +178,64 @@ class MaskedTokenRun:
                 picture = self.model.vq.model.decode(predicted.to(self.model.vq.load_device))
             picture = picture[0].movedim(0, -1)
         else:
-            picture = self.preview.draw_tokens(ids[0].cpu(), self.model.mask_id, self.colors)
+            picture = preview.draw_tokens(ids[0].cpu(), self.model.mask_id, self.colors)
         return as_preview(picture)
+
+
+def read_texts(model: MaskedTokenModel, positive: list, negative: list | None, scales: list[float]) -> list[list]:
+    """The prompts, and the negative ones where any of the ``scales`` reads them; each as its states and pooled text."""
+    texts = [read_prompts(model, positive, "positive")]
+    if all(scale == 1.0 for scale in scales):
+        return texts
+    if negative is None:
+        raise ValueError(
+            f"guidance of {max(scales):g} leads away from a negative prompt, and none is wired: wire an empty CLIP Text"
+            " Encode into 'negative', or set cfg to 1"
+        )
+    return [*texts, read_prompts(model, negative, "negative")]
+
+
+def micro(area: tuple[int, int], aesthetic_score: float) -> Tensor:
+    """The micro-conditioning [1, 5]: width, height, top and left of a crop, all in pixels; aesthetic score."""
+    height, width = area
+    return torch.tensor([[width, height, 0, 0, aesthetic_score]], dtype=torch.float32)
+
+
+def sample_masked_tokens(
+    model: MaskedTokenModel,
+    request: Request,
+    settings: MaskedTokenSettings,
+    positive: list,
+    negative: list | None,
+    *,
+    scales: list[float],
+    batch_size: int,
+    seed: int,
+    aesthetic_score: float,
+    feather: int,
+) -> tuple[Tensor, Tensor]:
+    """Images [B, H, W, 3] with values 0..1 and their ids [B, h, w] on the CPU.
+
+    ``scales``: the guidance scale of each step; without a negative prompt all are 1. ``feather``: width in pixels of the
+    seam at a mask. B is the largest of ``batch_size`` and of the counts of prompts and of what is in ``request``.
+    """
+    texts = read_texts(model, positive, negative, scales[settings.first_step :])
+    counts = dict(zip(("prompts", "negative_prompts"), map(len, texts)))
+    batch = Batch.of(batch_size, **counts, **request.counts())
+    run = MaskedTokenRun(
+        model,
+        [tuple(map(batch.spread, text)) for text in stack_texts(*texts)],
+        micro(request.area, aesthetic_score).expand(len(batch), -1),
+    )
+    initial = request.initial_tokens(batch, lambda pictures: encode_pictures(model, pictures))
+    ids = decode(
+        initial.ids.to(run.device),
+        guided(run.cond, run.both, scales),
+        settings,
+        draw(seed, *initial.ids.shape, settings.steps),
+        mask=initial.free,
+        pinned=initial.pinned,
+        progress=run.progress,
+    ).cpu()
+    del run  # and what it keeps for its steps, before the VQ-GAN needs the memory
+    return initial.finish(ids, lambda ids: decode_tokens(model, ids), feather), ids

@@ -6,7 +6,7 @@ every conditioning from here carries a mark.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import comfy.sd1_clip
 import folder_paths
 import torch
 from torch import Tensor
+
+from ...common.weights import check
 
 MARK = "masked_token_text"  # the conditioning's key; its value is the kind of text encoder
 CLIP_L = "clip-l"
@@ -74,10 +76,10 @@ def openai_clip_l() -> dict[str, Any]:
     return json.loads((Path(comfy.sd1_clip.__file__).parent / "sd1_clip_config.json").read_text(encoding="utf-8"))
 
 
-def load_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any], check: Callable) -> comfy.sd.CLIP:
+def load_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any]) -> comfy.sd.CLIP:
     """A CLIP from what transformers saves of a CLIPTextModelWithProjection: its weights and its config.json.
 
-    ``check(state_dict, shapes)`` raises a ValueError where they differ, as networks.state_dict.check does.
+    A ValueError where the weights do not fit the config.
     """
     config = clip_config(config)
     for name in NO_WEIGHTS:

@@ -1,19 +1,17 @@
 """Files of token ids: safetensors with one int64 tensor and what it takes to read it, in the host's output folder."""
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...host.files import KeptFiles
+from .tokens import Tokens
 
 FILES = KeptFiles(".tokens.safetensors", "token", "Save Masked Tokens", "tokens/ComfyUI")
 NAME = "ids"  # of the tensor
 SIZES = ("codebook", "mask_id", "downscale")  # metadata that every file must have
-
-T = TypeVar("T")
 
 
 def save_ids(ids: Tensor, sizes: Mapping[str, int], prefix: str, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -22,8 +20,8 @@ def save_ids(ids: Tensor, sizes: Mapping[str, int], prefix: str, metadata: Mappi
     return FILES.save(prefix, {NAME: ids.contiguous()}, metadata)
 
 
-def load_ids(name: str, make: Callable[..., T]) -> T:
-    """``make(ids, codebook=, mask_id=, downscale=)`` of a file; a ValueError that names it where that cannot be."""
+def load_tokens(name: str) -> Tokens:
+    """The tokens of a file; a ValueError that names it where that cannot be."""
     path = FILES.find(name)
     try:
         with safe_open(path, framework="pt") as file:
@@ -36,6 +34,6 @@ def load_ids(name: str, make: Callable[..., T]) -> T:
             raise ValueError(f"its metadata lack a number for {', '.join(missing)}")
         if ids.dtype != torch.int64 or ids.ndim != 3:
             raise ValueError(f"its ids are {ids.dtype} {tuple(ids.shape)}, not int64 [batch, height, width]")
-        return make(ids, **{key: int(metadata[key]) for key in SIZES})
+        return Tokens(ids, **{key: int(metadata[key]) for key in SIZES})
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"'{name}' cannot be read as a token file: {str(error)[:300]}; save it anew") from error

@@ -22,7 +22,6 @@ from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.techniques.cas_dm import comfy_train_node
 from chorus.techniques.cas_dm.comfy_files import head_files, read_head
 from chorus.techniques.cas_dm.comfy_training import Guided, process_of, read_latents
-from chorus.techniques.cas_dm.network import from_file
 from chorus.techniques.cas_dm.training import CasDMTrainer
 from chorus.techniques.cas_dm.training_data import Process
 from chorus.tests.cas_dm.test_comfy_hook import MODELS, WORDS, channels_of, head_for, put, sample
@@ -181,7 +180,7 @@ def test_a_saved_head_trains_on():
     comfy_train_node.save_head(*comfy_train_node.to_file(first), "cas_dm/head")
     (name,) = head_files()
     with torch.inference_mode():
-        read = read_head(name, from_file)
+        read = read_head(name)
     second = train(model, head=read, steps=4, size="large")
     assert second.head.facts.steps == 10 and second.head.config == first.config
     assert "resumed at step 6" in second.report and not same(second.head, first)
@@ -276,7 +275,7 @@ def test_an_interrupt_keeps_what_was_learned(caplog):
         train(stopped, samples, held_out=0.0)
     (name,) = head_files()
     assert name.startswith("cas_dm/head_interrupted_step3_") and "what was learned until here is in" in caplog.text
-    assert read_head(name, from_file).facts.steps == 3
+    assert read_head(name).facts.steps == 3
     assert not comfy.model_management.in_training
     # before the first step there is nothing to keep
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -298,14 +297,14 @@ def test_a_loss_that_is_no_number_ends_it_and_the_error_says_where_the_good_one_
     ):
         train(unet(0), metric="l1", steps=100)
     (name,) = head_files()
-    assert all(w.isfinite().all() for w in read_head(name, from_file).weights.values())
+    assert all(w.isfinite().all() for w in read_head(name).weights.values())
 
 
 def test_checkpoints():
     result = train(unet(0), steps=5, checkpoint_every=2, checkpoint_prefix="mine/x")
     names = head_files()
     assert names == [f"mine/x_step{n}_00001_.cas_dm.safetensors [output]" for n in (2, 4)]
-    assert [read_head(name, from_file).facts.steps for name in names] == [2, 4]
+    assert [read_head(name).facts.steps for name in names] == [2, 4]
     assert result.head.facts.steps == 5
 
 
@@ -342,7 +341,7 @@ def test_the_best_that_was_looked_at_is_handed_out(worse_after):
 def test_checkpoints_say_how_good_they_are(worse_after):
     worse_after(2)
     result = train(unet(0), steps=6, average=0.0, checkpoint_every=2)
-    losses = [float(read_head(name, from_file).facts.details["held_out_loss"]) for name in head_files()]
+    losses = [float(read_head(name).facts.details["held_out_loss"]) for name in head_files()]
     assert len(losses) == 2 and losses[1] > losses[0]
     assert result.head.facts.steps == 2 and float(result.head.facts.details["held_out_loss"]) == losses[0]
 
@@ -357,7 +356,7 @@ def test_an_interrupt_keeps_the_best_that_was_looked_at(worse_after):
         train(stopped, latents(3), steps=9, average=0.0, held_out=0.0, preview_every=2)
     (name,) = head_files()
     assert name.startswith("cas_dm/head_interrupted_step2_")
-    kept = read_head(name, from_file)
+    kept = read_head(name)
     for key, weight in plain.head.weights.items():
         assert torch.equal(kept.weights[key], weight.half())
 

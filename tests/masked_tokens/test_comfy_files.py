@@ -21,7 +21,6 @@ from chorus.nodes.masked_token_model import DEMO, LoadMaskedTokenModel
 from chorus.techniques.masked_tokens import comfy_files as files
 from chorus.techniques.masked_tokens.comfy_model import loaded
 from chorus.techniques.masked_tokens.comfy_text import read_text
-from chorus.techniques.masked_tokens.networks import amused
 from chorus.tests.support import masked_token_folder as written
 from chorus.tests.support.tiny_models import defaults
 
@@ -57,7 +56,7 @@ def folder(models, original):
 
 
 def read(folder, **replaced):
-    return files.read_model(folder, amused, replaced)
+    return files.read_model(folder, replaced)
 
 
 def load(**inputs):

@@ -9,7 +9,6 @@ from comfy.cli_args import LatentPreviewMethod, args
 from chorus.demo import modules
 from chorus.nodes.masked_token_editing import MaskedTokenDecode, MaskedTokenEdit, MaskedTokenEncode
 from chorus.nodes.masked_tokens import MaskedTokenSampler
-from chorus.techniques.masked_tokens import preview as token_preview
 from chorus.techniques.masked_tokens.comfy_run import code_colors, decode_tokens, encode_pictures
 from chorus.techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
 from chorus.techniques.masked_tokens.paste import paste
@@ -567,7 +566,7 @@ def test_quick_colors_of_the_demos_codes_are_near_those_of_its_pictures():
     pictures[:, :, 16:44, 20:52] = boxes
     with torch.inference_mode():
         ids = encode_pictures(model, pictures.movedim(1, -1))
-        shown = code_colors(model, token_preview)[ids]
+        shown = code_colors(model)[ids]
         seen = decode_tokens(model, ids).unflatten(2, (-1, side)).unflatten(1, (-1, side)).mean((2, 4))
     correlation = torch.corrcoef(torch.stack([shown.flatten(), seen.flatten()]))[0, 1]
     assert correlation > 0.8

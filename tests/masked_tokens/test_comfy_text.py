@@ -7,7 +7,6 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from transformers import CLIPTokenizer
 
-from chorus.common.weights import check
 from chorus.demo import modules
 from chorus.techniques.masked_tokens.comfy_text import MARK, ClipL, load_clip, openai_clip_l, read_text
 from chorus.tests.support import masked_token_folder as folder
@@ -27,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def clip(model):
-    return load_clip(dict(model.state_dict()), folder.TEXT, check)
+    return load_clip(dict(model.state_dict()), folder.TEXT)
 
 
 def encode(clip, prompt):
@@ -74,7 +73,7 @@ def test_other_activations_are_taken_from_the_config(model):
     config = folder.TEXT | {"hidden_act": "gelu"}
     other = folder.text_encoder(config)
     other.load_state_dict(model.state_dict())
-    ((states, _),) = encode(load_clip(dict(model.state_dict()), config, check), "a cat")
+    ((states, _),) = encode(load_clip(dict(model.state_dict()), config), "a cat")
     close(states, by_transformers(other, ids_of("a cat"))[0])
 
 
@@ -95,7 +94,7 @@ def test_weights_of_words_move_their_states_from_the_empty_prompt(clip):
 
 
 def test_an_embedding_takes_the_place_of_its_tokens(model, tmp_path):
-    clip = load_clip(dict(model.state_dict()), folder.TEXT, check)
+    clip = load_clip(dict(model.state_dict()), folder.TEXT)
     fox = model.get_input_embeddings().weight[clip.tokenize("fox")["l"][0][1][0]].detach().clone()
     torch.save({"fox": fox[None]}, tmp_path / "style.pt")
     clip.tokenizer.clip_l.embedding_directory = [str(tmp_path)]
@@ -114,7 +113,7 @@ def test_the_host_reads_a_clip_l_without_config_the_same_way():
 
 def test_weights_of_no_use_are_left_out(model):
     weights = {**model.state_dict(), "text_model.embeddings.position_ids": torch.arange(77)[None]}
-    load_clip(weights | {"logit_scale": torch.tensor(4.6)}, folder.TEXT, check)
+    load_clip(weights | {"logit_scale": torch.tensor(4.6)}, folder.TEXT)
 
 
 def test_unloading_and_using_it_again_gives_the_same_bits(clip):
@@ -143,7 +142,7 @@ def without(*keys):
 )
 def test_a_config_that_cannot_be_is_refused(model, config, complaint):
     with pytest.raises(ValueError, match=complaint):
-        load_clip(dict(model.state_dict()), config, check)
+        load_clip(dict(model.state_dict()), config)
 
 
 def test_every_conditioning_carries_the_mark(clip):

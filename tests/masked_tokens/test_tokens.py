@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from chorus.techniques.masked_tokens.batch import Batch, stack_texts
-from chorus.techniques.masked_tokens.canvas import Given, check_sides, rgb
+from chorus.techniques.masked_tokens.canvas import Request, check_sides, rgb
 from chorus.techniques.masked_tokens.preview import code_colors, draw_tokens, sample_sheets
 from chorus.techniques.masked_tokens.tokens import Tokens, cells, edit
 
@@ -157,8 +157,8 @@ def of_picture(pictures):
 
 
 def start(times=1, **given):
-    given = Given(BLANK, (8, 16), **given)
-    return given.canvas(Batch.of(times, prompts=1, **given.counts()), of_picture)
+    given = Request(BLANK, (8, 16), **given)
+    return given.initial_tokens(Batch.of(times, prompts=1, **given.counts()), of_picture)
 
 
 def test_nothing_given_starts_from_nothing():
@@ -226,7 +226,7 @@ def test_finish_asks_only_for_pictures_whose_tokens_changed():
 )
 def test_given_things_must_fit(given, message):
     with pytest.raises(ValueError, match=message):
-        Given(BLANK, (8, 16), **given)
+        Request(BLANK, (8, 16), **given)
 
 
 @pytest.mark.parametrize(("size", "fitting"), [((10, 16), "16x8"), ((16, 1), "4x16"), ((0, 16), "16x4")])

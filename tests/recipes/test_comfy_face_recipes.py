@@ -69,7 +69,7 @@ def test_what_ships_brings_faces_nearer_to_the_teachers(pairs):
     """On pairs that it never saw: in the encoder's features pair by pair, and as a set in those of the classifier, which no
     training knew."""
     source, target = pairs
-    refiner = comfy_files.load_refiner(weights.path(PAIRED.file).name, load_generator)
+    refiner = comfy_files.load_refiner(weights.path(PAIRED.file).name)
     limits = dict(strength=1.0, padding=0.0, feather=0, identity_guard=0.0)
     refined = FaceRefiner.execute(source, refiner, color_lock=False, **limits)[0]
     distance = feature_distance(face_refiner.Features())

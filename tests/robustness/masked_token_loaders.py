@@ -8,7 +8,6 @@ import torch
 
 from chorus.techniques.masked_tokens import lora as loras
 from chorus.techniques.masked_tokens.comfy_files import read_clip, read_networks
-from chorus.techniques.masked_tokens.networks import amused
 from chorus.tests.support import masked_token_folder, tiny_masked_tokens
 
 from .loader import Loader, finite, node
@@ -38,7 +37,7 @@ class Transformer(Loader):
         write_part(self, rng, masked_token_folder.WEIGHTS[self.part])
 
     def load(self):
-        model = read_networks(self.folder, amused, "clip-l")
+        model = read_networks(self.folder, "clip-l")
         uvit, vq = model.transformer.model, model.vq.model
         finite([*uvit.state_dict().values(), *vq.state_dict().values()])
         c = uvit.config
@@ -77,7 +76,7 @@ class TextEncoder(Loader):
         write_part(self, rng, masked_token_folder.WEIGHTS[self.part], 0.75)
 
     def load(self):
-        clip, width = read_clip(self.folder, self.folder / self.part / "model.safetensors", amused)
+        clip, width = read_clip(self.folder, self.folder / self.part / "model.safetensors")
         states, pooled = clip.encode_from_tokens(clip.tokenize("a"), return_pooled=True)
         assert states.shape[-1] == pooled.shape[-1] == width
         finite(clip.cond_stage_model.state_dict().values())

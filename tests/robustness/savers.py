@@ -14,19 +14,17 @@ import folder_paths
 import torch
 
 from chorus.techniques.cas_dm.comfy_files import SUFFIX, head_files, read_head, save_head
-from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, from_file, new_head, to_file
+from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
 from chorus.techniques.face_refiner.comfy_files import load_refiner, refiner_files, save_refiner
 from chorus.techniques.face_refiner.comfy_model import wrap
 from chorus.techniques.face_refiner.comfy_pairs import MARK, load_pairs, pair_folders, save_pairs
-from chorus.techniques.face_refiner.networks.image_generators import load_generator
 from chorus.techniques.face_refiner.networks.residual import FaceRefinerNet, RefinerConfig
 from chorus.techniques.masked_tokens.comfy_lora_files import lora_files, read_lora, write_lora
 from chorus.techniques.masked_tokens.comfy_token_files import FILES as TOKENS
-from chorus.techniques.masked_tokens.comfy_token_files import load_ids, save_ids
+from chorus.techniques.masked_tokens.comfy_token_files import load_tokens, save_ids
 from chorus.techniques.masked_tokens.lora import Lora, LoraWeights
 from chorus.techniques.masked_tokens.lora import from_file as lora_from_file
 from chorus.techniques.masked_tokens.lora import to_file as lora_to_file
-from chorus.techniques.masked_tokens.tokens import Tokens
 from chorus.techniques.seed_select.comfy_files import FILES as SEEDS
 from chorus.techniques.seed_select.comfy_files import SeedNoise, load_seed, save_seed
 
@@ -64,13 +62,11 @@ def savers(large: bool) -> dict[str, Saver]:
     ids = torch.randint(37, (1, side, side))
     return {
         "SaveSeed": Saver(lambda prefix: save_seed(seed, prefix), SEEDS.names, load_seed),
-        "SaveCasDMHead": Saver(
-            lambda prefix: save_head(*head, prefix), head_files, lambda name: read_head(name, from_file)
-        ),
+        "SaveCasDMHead": Saver(lambda prefix: save_head(*head, prefix), head_files, read_head),
         "SaveFaceRefiner": Saver(
             lambda prefix: save_refiner(refiner, prefix, {}),
             refiner_files,
-            lambda name: load_refiner(name, load_generator),
+            load_refiner,
         ),
         "SaveMaskedTokenLora": Saver(
             lambda prefix: write_lora(prefix, *lora_to_file(Lora({"a.to_q": pair}))),
@@ -80,7 +76,7 @@ def savers(large: bool) -> dict[str, Saver]:
         "SaveMaskedTokens": Saver(
             lambda prefix: save_ids(ids, {"codebook": 37, "mask_id": 38, "downscale": 8}, prefix, {}),
             TOKENS.names,
-            lambda name: load_ids(name, Tokens),
+            load_tokens,
         ),
         "SaveTrainingPairs": Saver(
             lambda folder: save_pairs(folder, [picture], [picture], ["a"], {}), pair_folders, load_pairs, folder=True
