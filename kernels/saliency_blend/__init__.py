@@ -90,7 +90,8 @@ def saliency_blend(
     options = {"blur": blur, "shared": shared, "softness": softness}
     if torch.is_grad_enabled() and any(p.requires_grad for p in (*cond, *uncond)):
         return Blend(*fused_torch.saliency_blend(*arguments, **options))
-    if backend == "triton" or (backend == "auto" and not _given_up and not obstacle and _nvidia(like)):
+    wanted = backend == "triton" or (backend == "auto" and not _given_up and not obstacle and _nvidia(like))
+    if fused is not None and wanted:
         try:
             return Blend(*fused.saliency_blend(*arguments, **options))
         except torch.OutOfMemoryError:
@@ -102,5 +103,5 @@ def saliency_blend(
             _give_up(f"Triton failed ({type(error).__name__}: {error})")
             return blend
     if backend == "auto" and not _given_up and fused is None and _nvidia(like):
-        _give_up(obstacle)
+        _give_up(_missing)
     return Blend(*fused_torch.saliency_blend(*arguments, **options))

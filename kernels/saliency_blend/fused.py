@@ -9,6 +9,7 @@ formula in registers, never loaded. Of a hard mask only the winner's predictions
 that every bit of them is kept.
 """
 
+from collections.abc import Sequence
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ ONE_PROGRAM, ONE_PROGRAM_MODELS = 4096, 4
 
 
 @triton.jit
-def _pick(values, n):
+def _pick(values: tl.tuple, n: tl.tensor) -> tl.tensor:
     """values[n] of a tuple, for an n that only the running program knows."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
@@ -40,7 +41,7 @@ def _pick(values, n):
 
 
 @triton.jit
-def _band(i, s, n, blur):
+def _band(i: tl.tensor, s: tl.tensor, n: tl.tensor, blur: tl.tensor) -> tl.tensor:
     """R [I, S] times the side of the box: what input ``s`` [1, S] or [S, 1] weighs in the smoothed position ``i``.
 
     An even box leaves an axis one position short, and the stretch back to ``n`` puts position i between the averages
@@ -60,9 +61,10 @@ def _band(i, s, n, blur):
 
 @triton.jit
 def _difference(
-    cond_ptr, uncond_ptr, reference_ptr, base, channel_stride, offsets, inside,
+    cond_ptr: tl.tensor, uncond_ptr: tl.tensor, reference_ptr: tl.tensor, base: tl.tensor, channel_stride: tl.tensor,
+    offsets: tl.tensor, inside: tl.tensor,
     CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Σ_C |c - u| at ``offsets``, 0 where they are not ``inside``."""
     total = tl.zeros(offsets.shape, tl.float32)
     for channel in tl.range(0, CHANNELS, loop_unroll_factor=AT_ONCE):
@@ -77,13 +79,14 @@ def _difference(
 
 @triton.jit
 def _measure(
-    model, sample, samples, tile, tiles, top, left,
-    cond, uncond, sigma_ptr, strength, logits_ptr, partials_ptr,
-    frames, height, width, plane, blur, margin, tile_height,
-    CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, STEPS_H: tl.constexpr,
-    STEPS_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MARGIN_W: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, TILE_W: tl.constexpr,
-):  # fmt: skip
+    model: tl.tensor, sample: tl.tensor, samples: tl.tensor, tile: tl.tensor, tiles: tl.tensor, top: tl.tensor,
+    left: tl.tensor, cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, logits_ptr: tl.tensor,
+    partials_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor,
+    margin: tl.tensor, tile_height: tl.tensor,
+    CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, STEPS_H: tl.constexpr, STEPS_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, MARGIN_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    TILE_W: tl.constexpr,
+) -> None:  # fmt: skip
     """Store k Λ of one model in the tile at (``top``, ``left``) of one sample, its maximum and its sum of exp."""
     cond_ptr, uncond_ptr = _pick(cond, model), _pick(uncond, model)
     reference_ptr = uncond[0] if SHARED else uncond_ptr
@@ -123,7 +126,7 @@ def _measure(
 
 
 @triton.jit
-def _partition(partials_ptr, tiles, TILES: tl.constexpr):
+def _partition(partials_ptr: tl.tensor, tiles: tl.tensor, TILES: tl.constexpr) -> tl.tensor:
     """The log-sum-exp of one model and sample out of those of its tiles."""
     tile = tl.arange(0, TILES)
     largest = tl.load(partials_ptr + 2 * tile, mask=tile < tiles, other=float("-inf"))
@@ -133,20 +136,21 @@ def _partition(partials_ptr, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def _guide(c, u, gain):
+def _guide(c: tl.tensor, u: tl.tensor, gain: tl.tensor) -> tl.tensor:
     """c itself, bit for bit, at a gain of 1."""
     return tl.where(gain == 1.0, c, u + gain * (c - u))
 
 
 @triton.jit
 def _paint(
-    block, sample, samples, tiles,
-    cond, uncond, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr,
-    out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr,
-    frames, width, plane, softness,
+    block: tl.tensor, sample: tl.tensor, samples: tl.tensor, tiles: tl.tensor, cond: tl.tuple, uncond: tl.tuple,
+    bias: tl.tuple, region: tl.tuple, steps_b: tl.tuple, steps_t: tl.tuple, steps_y: tl.tuple, steps_x: tl.tuple,
+    gain: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor, out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor,
+    weights_ptr: tl.tensor, partition_ptr: tl.tensor, frames: tl.tensor, width: tl.tensor, plane: tl.tensor,
+    softness: tl.tensor,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, SOFT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
     SELECT_AT_ONCE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Decide GROUPS x VECTOR positions of one sample and store what was decided."""
     models: tl.constexpr = len(cond)
     p = (block * GROUPS + tl.arange(0, GROUPS)[:, None]) * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -228,12 +232,13 @@ _RUNTIME = ["frames", "blur", "margin", "tile_height", "tiles"]  # no variant of
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _saliency_kernel(
-    cond, uncond, sigma_ptr, strength, logits_ptr, partials_ptr,
-    frames, height, width, plane, blur, margin, tile_height,
-    CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, STEPS_H: tl.constexpr,
-    STEPS_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, MARGIN_W: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, TILE_W: tl.constexpr,
-):  # fmt: skip
+    cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, logits_ptr: tl.tensor,
+    partials_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor,
+    margin: tl.tensor, tile_height: tl.tensor,
+    CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, STEPS_H: tl.constexpr, STEPS_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, MARGIN_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    TILE_W: tl.constexpr,
+) -> None:  # fmt: skip
     """First of two launches; grid (tiles, models, samples)."""
     tile = tl.program_id(0)
     across = tl.cdiv(width, TILE_W)
@@ -248,12 +253,13 @@ def _saliency_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _select_kernel(
-    cond, uncond, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr,
-    out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr,
-    frames, width, plane, tiles, softness,
+    cond: tl.tuple, uncond: tl.tuple, bias: tl.tuple, region: tl.tuple, steps_b: tl.tuple, steps_t: tl.tuple,
+    steps_y: tl.tuple, steps_x: tl.tuple, gain: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor,
+    out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor, weights_ptr: tl.tensor, partition_ptr: tl.tensor,
+    frames: tl.tensor, width: tl.tensor, plane: tl.tensor, tiles: tl.tensor, softness: tl.tensor,
     CHANNELS: tl.constexpr, TILES: tl.constexpr, SOFT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
     SELECT_AT_ONCE: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Second of two launches; grid (blocks, samples), walked backwards: what was read last is still in the L2 cache."""
     _paint(
         tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(1), tiles,
@@ -265,14 +271,15 @@ def _select_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _saliency_blend_kernel(
-    cond, uncond, sigma_ptr, strength, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr,
-    out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr,
-    frames, height, width, plane, blur, softness,
-    CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, SOFT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-    SELECT_AT_ONCE: tl.constexpr,
-):  # fmt: skip
+    cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, bias: tl.tuple, region: tl.tuple,
+    steps_b: tl.tuple, steps_t: tl.tuple, steps_y: tl.tuple, steps_x: tl.tuple, gain: tl.tuple, logits_ptr: tl.tensor,
+    partials_ptr: tl.tensor, out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor, weights_ptr: tl.tensor,
+    partition_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor,
+    softness: tl.tensor,
+    CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, SOFT: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr, SELECT_AT_ONCE: tl.constexpr,
+) -> None:  # fmt: skip
     """The only launch where a sample fits one program; grid (samples,)."""
     sample, samples = tl.program_id(0), tl.num_programs(0)
     for model in range(len(cond)):
@@ -297,8 +304,8 @@ def _steps(region: Tensor | None, positions: tuple[int, ...]) -> tuple[int, int,
     """Steps of ``region`` in memory along (b, t, y, x), 0 where it is broadcast to ``positions`` [B, *S]."""
     if region is None:
         return 0, 0, 0, 0
-    steps = region.expand(positions).stride()
-    return steps if len(steps) == 4 else (steps[0], 0, *steps[1:])
+    step_b, *step_t, step_y, step_x = region.expand(positions).stride()
+    return step_b, step_t[0] if step_t else 0, step_y, step_x
 
 
 INTERPRETED = not isinstance(_select_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: numpy on the CPU, for tests
@@ -325,19 +332,20 @@ def _outputs(like: Tensor, models: int, soft: bool) -> tuple[Tensor, Tensor, Ten
     weights = ((models, batch, *axes), torch.float32) if soft else ((batch, *axes), torch.uint8)
     partition = ((models, batch * prod(axes[:-2])), torch.float32)
     blended = (like.shape, like.dtype)
-    return tuple(
+    out_cond, out_uncond, out_weights, out_partition = (
         torch.empty(shape, dtype=dtype, device=like.device) for shape, dtype in (blended, blended, weights, partition)
     )
+    return out_cond, out_uncond, out_weights, out_partition
 
 
 def _launch(
-    cond: list[Tensor],
-    uncond: list[Tensor],
+    cond: Sequence[Tensor],
+    uncond: Sequence[Tensor],
     sigma: Tensor,
-    strength: list[float],
-    bias: list[float],
-    region: list[Tensor | None],
-    gain: list[float],
+    strength: Sequence[float],
+    bias: Sequence[float],
+    region: Sequence[Tensor | None],
+    gain: Sequence[float],
     blur: int,
     shared: bool,
     softness: float | None,
@@ -398,7 +406,19 @@ def _launch(
     return outputs
 
 
-def _fake(cond, uncond, sigma, strength, bias, region, gain, blur, shared, softness):
+def _fake(
+    cond: Sequence[Tensor],
+    uncond: Sequence[Tensor],
+    sigma: Tensor,
+    strength: Sequence[float],
+    bias: Sequence[float],
+    region: Sequence[Tensor | None],
+    gain: Sequence[float],
+    blur: int,
+    shared: bool,
+    softness: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the shapes and dtypes of ``_launch``, for torch.compile."""
     return _outputs(cond[0], len(cond), softness is not None)
 
 

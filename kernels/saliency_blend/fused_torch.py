@@ -11,6 +11,8 @@ lerp or addcmul, whose last bit may differ between the body of a loop and its ta
 """
 
 from collections.abc import Iterator, Sequence
+from types import EllipsisType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +23,10 @@ from .reference import smooth
 # quarter of it 20 and 60, but with four times as many waits for threads, which a busy machine makes long.
 PIECE = 1 << 20
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+Piece: TypeAlias = tuple[slice, EllipsisType, slice, slice]
 
 
-def _pieces(prediction: Tensor) -> Iterator[tuple | None]:
+def _pieces(prediction: Tensor) -> Iterator[Piece | None]:
     """What cuts [B, C, *S] and [B, *S] alike into samples and rows of about ``PIECE`` elements; None: leave it whole."""
     samples, height = prediction.shape[0], prediction.shape[-2]
     if prediction.device.type != "cpu" or prediction.numel() <= PIECE:
@@ -35,7 +38,7 @@ def _pieces(prediction: Tensor) -> Iterator[tuple | None]:
             yield slice(sample, sample + 1), ..., slice(row, row + rows), slice(None)
 
 
-def _cut(piece: tuple | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _cut(piece: Piece | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors if piece is None else [t[piece] for t in tensors]
 
 
@@ -131,12 +134,14 @@ def _compete(scores: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     for i in range(1, len(scores)):
         best = best if i == 1 else torch.maximum(best, scores[i - 1])
         won = scores[i] > best  # strictly: the base, then chain order, keeps a tie
-        owner = won.view(torch.uint8) if i == 1 else torch.maximum(owner, won.view(torch.uint8) * i)
+        owner = won.view(torch.uint8) if owner is None else torch.maximum(owner, won.view(torch.uint8) * i)
         wins.append(won.unsqueeze(1))
     return torch.zeros_like(best, dtype=torch.uint8) if owner is None else owner, wins
 
 
-def _hard(cond: list[Tensor], uncond: list[Tensor], gain: list[float], scores: list[Tensor]) -> tuple[Tensor, ...]:
+def _hard(
+    cond: list[Tensor], uncond: list[Tensor], gain: list[float], scores: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     like = cond[0]
     owner, wins = _compete(scores)
     differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in (*cond, *uncond))
@@ -160,7 +165,7 @@ def _weigh(models: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 def _soft(
     cond: list[Tensor], uncond: list[Tensor], gain: list[float], scores: Tensor, softness: float
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     like = cond[0]
     weights = torch.softmax(scores / softness, dim=0)
     shares = weights.unsqueeze(2).unbind(0)  # [B, 1, *S] of each model
@@ -196,8 +201,8 @@ def saliency_blend(
             partition[i] += 0.0 * uncond[i].sum((1, -2, -1), dtype=torch.float32).flatten()
         if bias[i] != 0.0:
             scores[i] = scores[i] + bias[i]
-        if region[i] is not None:
-            scores[i] = scores[i] + region[i]
+        if (added := region[i]) is not None:
+            scores[i] = scores[i] + added
     if softness is None:
         return *_hard(cond, uncond, gain, scores), partition
     scores = torch.stack(scores)

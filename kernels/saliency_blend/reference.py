@@ -56,13 +56,12 @@ def saliency_blend(
     """See ``kernels.saliency_blend.saliency_blend``; here ``weights`` [N, B, *S] are always formed."""
     like = cond[0]
     positions = (like.shape[0], *like.shape[2:])
-    cond = torch.stack([fold_frames(c).float() for c in cond])  # [N, B, C, H, W]
-    uncond = torch.stack([fold_frames(u).float() for u in uncond])
-    sigma = sigma.repeat_interleave(cond.shape[1] // like.shape[0])
+    conds, unconds = (torch.stack([fold_frames(p).float() for p in side]) for side in (cond, uncond))  # [N, B, C, H, W]
+    sigma = sigma.repeat_interleave(conds.shape[1] // like.shape[0])
     scores = torch.stack(
         [
-            log_saliency(c, uncond[0] if shared else u, sigma, k, blur) + b
-            for c, u, k, b in zip(cond, uncond, strength, bias, strict=True)
+            log_saliency(c, unconds[0] if shared else u, sigma, k, blur) + b
+            for c, u, k, b in zip(conds, unconds, strength, bias, strict=True)
         ]
     )
     forced = torch.zeros_like(scores, dtype=torch.bool)
@@ -78,7 +77,7 @@ def saliency_blend(
         weights = torch.zeros_like(scores).scatter_(0, winner, 1.0)
     else:
         weights = torch.softmax(scores / softness, dim=0)
-    guided = uncond + torch.tensor(gain, device=cond.device).reshape(-1, 1, 1, 1, 1) * (cond - uncond)
+    guided = unconds + torch.tensor(gain, device=conds.device).reshape(-1, 1, 1, 1, 1) * (conds - unconds)
     spread = weights.unsqueeze(2)  # [N, B, 1, H, W]
-    out_cond, out_uncond = (unfold_frames((p * spread).sum(0).to(like.dtype), like) for p in (guided, uncond))
+    out_cond, out_uncond = (unfold_frames((p * spread).sum(0).to(like.dtype), like) for p in (guided, unconds))
     return out_cond, out_uncond, weights.reshape(-1, *positions)
