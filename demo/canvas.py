@@ -3,13 +3,15 @@
 Canvas number `index` of a data set is the same for everybody: all its choices come from (seed, index).
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from .data_source import pictures
-from .signs import COLORS, RELATIONS, TONES, load_bins, load_heldout, load_signs, zipf
+from .signs import COLORS, RELATIONS, TONES, Sign, load_bins, load_heldout, load_signs, zipf
 
 SIZE = 64
 SIZES_ONE = (40, 42, 44, 48, 50, 52, 56, 58, 60)
@@ -23,20 +25,20 @@ class Item:
     sign: int
     tone: str
     size: int
-    place: tuple
+    place: tuple[int, int]
     flip: bool
     angle: int = 0
 
 
 @dataclass(frozen=True)
 class Scene:
-    items: tuple
+    items: tuple[Item, ...]
     relation: str
-    colors: tuple  # one name: plain, two names: gradient from the first to the second
+    colors: tuple[str, ...]  # one name: plain, two names: gradient from the first to the second
     vertical: bool = True
 
 
-def phrase(words):
+def phrase(words: str) -> str:
     """'a cat', 'an owl', 'cherries': a sign as the captions name it."""
     return words if words in PLURALS else ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -48,7 +50,17 @@ class Canvases:
     held-out sizes, angles, places and backgrounds only; one: share of canvases with a single sign.
     """
 
-    def __init__(self, style, seed=1, domain=None, names=None, balanced=False, unseen=False, one=0.5, draw=True):
+    def __init__(
+        self,
+        style: str,
+        seed: int = 1,
+        domain: str | None = None,
+        names: Iterable[str] | None = None,
+        balanced: bool = False,
+        unseen: bool = False,
+        one: float = 0.5,
+        draw: bool = True,
+    ) -> None:
         self.signs, self.held, self.seed, self.unseen, self.one = load_signs(), load_heldout(), seed, unseen, one
         self.style = style
         allowed = {s.name for s in self.signs} if names is None else set(names)
@@ -59,8 +71,8 @@ class Canvases:
         p = zipf([ranks[self.signs[i].name] for i in self.members])
         self.p = np.full(len(p), 1 / len(p)) if balanced else p
         self.cdf = np.cumsum(self.p)
-        self.held_pairs = {tuple(p) for p in self.held["pairs"]}
-        held_places = {tuple(p) for p in self.held["positions"]}
+        self.held_pairs = {(a, b) for a, b in self.held["pairs"]}
+        held_places = {(i, j) for i, j in self.held["positions"]}
         grid = [(i, j) for i in range(GRID) for j in range(GRID)]
         self.places = sorted(held_places) if unseen else [p for p in grid if p not in held_places]
         self.sizes = [self.held["sizes_one"], self.held["sizes_two"]] if unseen else [SIZES_ONE, SIZES_TWO]
@@ -72,7 +84,7 @@ class Canvases:
         self.gradients = [tuple(g) for g in self.held["gradients"]] if unseen else gradients
         self.sprites = Sprites(style, self.signs) if draw else None
 
-    def scene(self, index):
+    def scene(self, index: int) -> Scene:
         """All choices of canvas `index`."""
         rng = np.random.default_rng([self.seed, index])
         u = rng.random(32)
@@ -103,16 +115,16 @@ class Canvases:
         )
         return Scene(items, pick(22, RELATIONS) if two else "", colors, vertical=u[23] < 0.5)
 
-    def _sign(self, u):
+    def _sign(self, u: float) -> int:
         return int(self.members[min(np.searchsorted(self.cdf, u), len(self.members) - 1)])
 
-    def _is_held(self, a, b):
+    def _is_held(self, a: int, b: int) -> bool:
         return tuple(sorted((self.signs[a].name, self.signs[b].name))) in self.held_pairs and not self.unseen
 
-    def _tone(self, sign, u):
+    def _tone(self, sign: int, u: float) -> str:
         return TONES[int(u / 0.2) - 2] if self.signs[sign].tones and u >= 0.4 else ""
 
-    def caption(self, scene):
+    def caption(self, scene: Scene) -> str:
         """'a cat', 'a dark baby left of a tree on blue', 'an owl on red fading to white'. White is left unsaid."""
         text = self.phrase(scene.items[0])
         if len(scene.items) > 1:
@@ -121,11 +133,13 @@ class Canvases:
             text += " on " + " fading to ".join(scene.colors)
         return text
 
-    def phrase(self, item):
+    def phrase(self, item: Item) -> str:
         return phrase(f"{item.tone} {self.signs[item.sign].name}".strip())
 
-    def draw(self, scene):
+    def draw(self, scene: Scene) -> NDArray[np.uint8]:
         """uint8 [64, 64, 3]"""
+        if self.sprites is None:
+            raise RuntimeError("these Canvases were made with draw=False; make them with draw=True to draw")
         canvas = _background(scene.colors, scene.vertical)
         order = range(len(scene.items))
         for n in order:
@@ -138,11 +152,11 @@ class Canvases:
             _paste(canvas, sprite, min(max(x, 0), SIZE - w), min(max(y, 0), SIZE - h))
         return canvas
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], str, Scene]:
         scene = self.scene(index)
         return self.draw(scene), self.caption(scene), scene
 
-    def batch(self, start, count):
+    def batch(self, start: int, count: int) -> tuple[NDArray[np.uint8], list[str], list[Scene]]:
         """(uint8 [count, 64, 64, 3], captions, scenes) of canvases start ... start + count - 1"""
         images, captions, scenes = zip(*(self[i] for i in range(start, start + count)))
         return np.stack(images), list(captions), list(scenes)
@@ -151,16 +165,16 @@ class Canvases:
 class Sprites:
     """Signs as premultiplied RGBA uint8 [s, s, 4], by item; resized once per (sign, tone, size, angle)."""
 
-    def __init__(self, style, signs):
+    def __init__(self, style: str, signs: Sequence[Sign]) -> None:
         self.folder, self.signs, self.cache = pictures(style), signs, {}
 
-    def get(self, item):
+    def get(self, item: Item) -> NDArray[np.uint8]:
         key = (item.sign, item.tone, item.size, item.angle, item.flip)
         if key not in self.cache:
             self.cache[key] = self._make(item)
         return self.cache[key]
 
-    def _make(self, item):
+    def _make(self, item: Item) -> NDArray[np.uint8]:
         sign = self.signs[item.sign]
         image = Image.open(self.folder / (sign.tones[item.tone] if item.tone else sign.image)).convert("RGBa")
         if item.angle:
@@ -169,12 +183,12 @@ class Sprites:
         return np.ascontiguousarray(sprite[:, ::-1] if item.flip else sprite)
 
 
-def single(sign, tone="", size=56, colors=("white",)):
+def single(sign: int, tone: str = "", size: int = 56, colors: tuple[str, ...] = ("white",)) -> Scene:
     """The plain scene of one sign in the middle."""
     return Scene((Item(sign, tone, size, (4, 4), False),), "", colors)
 
 
-def _background(colors, vertical):
+def _background(colors: Sequence[str], vertical: bool) -> NDArray[np.uint8]:
     first = np.array(COLORS[colors[0]], dtype=np.float32)
     if len(colors) == 1:
         return np.broadcast_to(first.astype(np.uint8), (SIZE, SIZE, 3)).copy()
@@ -183,7 +197,7 @@ def _background(colors, vertical):
     return np.broadcast_to(line[:, None] if vertical else line[None], (SIZE, SIZE, 3)).astype(np.uint8).copy()
 
 
-def _cell(relation, n):
+def _cell(relation: str, n: int) -> tuple[int, int, int, int]:
     """x0, y0, x1, y1 of the room of sign n: its half of the canvas, with a pixel of slack to the edge."""
     half = SIZE // 2
     if not relation:
@@ -194,7 +208,7 @@ def _cell(relation, n):
     return (0, 0, SIZE, half) if first else (0, half, SIZE, SIZE)
 
 
-def _paste(canvas, sprite, x, y):
+def _paste(canvas: NDArray[np.uint8], sprite: NDArray[np.uint8], x: int, y: int) -> None:
     h, w = sprite.shape[:2]
     room = canvas[y : y + h, x : x + w]
     alpha = sprite[..., 3:].astype(np.uint16)

@@ -26,7 +26,7 @@ PACKAGES = {  # style -> (npm package, folder of pictures inside it, sha256 of t
 }
 
 
-def pictures(style):
+def pictures(style: str) -> Path:
     """The folder with the 64x64 PNGs of a style; downloads (60 MB) at the first call."""
     package, inside, sha256 = PACKAGES[style]
     folder = CACHE / f"{package}-{VERSION}"
@@ -39,7 +39,7 @@ def pictures(style):
     return folder / inside
 
 
-def _pack(package):
+def _pack(package: str) -> Path:
     tarball = CACHE / f"{package}-{VERSION}.tgz"
     if tarball.exists():
         return tarball
@@ -55,12 +55,13 @@ def _pack(package):
     return tarball
 
 
-def _unpack(tarball, folder, inside):
+def _unpack(tarball: Path, folder: Path, inside: str) -> None:
     with tarfile.open(tarball) as archive:
         for member in archive:
             name = member.name.removeprefix("package/")
-            if member.isfile() and (name.startswith(inside) or name in ("emoji.json", "LICENSE", "package.json")):
+            wanted = name.startswith(inside) or name in ("emoji.json", "LICENSE", "package.json")
+            if member.isfile() and wanted and (content := archive.extractfile(member)) is not None:
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.extractfile(member).read())
+                target.write_bytes(content.read())
     (folder / "complete").touch()

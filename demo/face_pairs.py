@@ -2,8 +2,10 @@
 prompts and noise. For Train Face Refiner to be tried on; the pack's own refiner learned from others."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from .signs import DATA
@@ -12,7 +14,7 @@ FILE, PROMPTS = DATA / "face_pairs.webp", DATA / "face_pairs.json"
 COUNT, ACROSS, SIZE = 128, 16, 64  # pairs, pictures in a row of the file, pixels of a picture's side
 
 
-def load_face_pairs():
+def load_face_pairs() -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[str]]:
     """source and target, uint8 [128, 64, 64, 3], and their prompts."""
     pixels = np.asarray(Image.open(FILE).convert("RGB"))
     tiles = pixels.reshape(2, COUNT // ACROSS, SIZE, ACROSS, SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -20,7 +22,7 @@ def load_face_pairs():
     return source, target, json.loads(PROMPTS.read_text(encoding="utf-8"))
 
 
-def write(source, target, prompts):
+def write(source: NDArray[np.uint8], target: NDArray[np.uint8], prompts: Sequence[str]) -> None:
     """Losslessly: all sources above all targets."""
     tiles = np.stack([source, target]).reshape(2, COUNT // ACROSS, ACROSS, SIZE, SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
     sheet = tiles.reshape(2 * COUNT // ACROSS * SIZE, ACROSS * SIZE, 3)

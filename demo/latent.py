@@ -6,7 +6,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 PATCH = 4
 CHANNELS = 12
@@ -18,22 +18,22 @@ class PatchPCA(nn.Module):
     weight: [12, 3, 4, 4] orthonormal rows, mean: [3, 4, 4], scale: [12] so that latent = scale * (weight . (patch - mean)).
     """
 
-    def __init__(self, channels=CHANNELS):
+    def __init__(self, channels: int = CHANNELS) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, 3, PATCH, PATCH), requires_grad=False)
         self.mean = nn.Parameter(torch.zeros(3, PATCH, PATCH), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(channels), requires_grad=False)
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         shift = torch.einsum("cnij,nij->c", self.weight, self.mean)
         return F.conv2d(x, self.weight * self.scale[:, None, None, None], -shift * self.scale, stride=PATCH)
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         patches = F.conv_transpose2d(z, self.weight / self.scale[:, None, None, None], stride=PATCH)
         return patches + self.mean.repeat(1, z.shape[-2], z.shape[-1])
 
     @classmethod
-    def fit(cls, images, channels=CHANNELS, power=0.5):
+    def fit(cls, images: Tensor, channels: int = CHANNELS, power: float = 0.5) -> "tuple[PatchPCA, float]":
         """images: [B, 3, H, W] in -1..1. power 1 makes every channel's variance 1; 0.5 keeps the order of the variances
         (mean 1), which spends less of a diffusion model on fine detail."""
         patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
@@ -52,7 +52,7 @@ class PatchPCA(nn.Module):
         return pca, (values[order].sum() / values.sum()).item()
 
 
-def preview_factors(pca):
+def preview_factors(pca: PatchPCA) -> tuple[list[list[float]], list[float]]:
     """(factors [12, 3], bias [3]): a latent's mean colour of its patch, in -1..1, as the host's latent2rgb preview wants it."""
     factors = (pca.weight / pca.scale[:, None, None, None]).mean((2, 3))
     return factors.tolist(), pca.mean.mean((1, 2)).tolist()
@@ -61,13 +61,13 @@ def preview_factors(pca):
 class Cleaner(nn.Module):
     """What the linear decoder lacks: [B, 12, h, w] -> a correction [B, 3, 4h, 4w]; small convolutions over neighbouring patches."""
 
-    def __init__(self, width=64, depth=4):
+    def __init__(self, width: int = 64, depth: int = 4) -> None:
         super().__init__()
         self.first = nn.Conv2d(CHANNELS, width, 3, padding=1)
         self.middle = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.last = nn.Conv2d(width, 3 * PATCH * PATCH, 3, padding=1)
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         h = self.first(z)
         for layer in self.middle:
             h = h + layer(F.silu(h))
@@ -77,14 +77,14 @@ class Cleaner(nn.Module):
 class DemoVAE(nn.Module):
     """encode: the PCA; decode: its adjoint plus the cleaner's correction, which was trained to see through noisy latents."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.pca, self.cleaner = PatchPCA(), Cleaner()
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         return self.pca.encode(x)
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         return self.pca.decode(z) + self.cleaner(z)
 
 
@@ -95,15 +95,15 @@ class ChorusDemoLatent(comfy.latent_formats.LatentFormat):
     spacial_downscale_ratio = PATCH
     scale_factor = 1.0
 
-    def __init__(self, pca=None):
+    def __init__(self, pca: PatchPCA | None = None) -> None:
         if pca is not None:
             self.latent_rgb_factors, self.latent_rgb_factors_bias = preview_factors(pca)
 
 
-def make_vae(module):
+def make_vae(module: DemoVAE) -> comfy.sd.VAE:
     """The host's VAE object around a DemoVAE."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})  # the host's simplest VAE, its fields replaced below
-    vae.first_stage_model = module.eval().requires_grad_(False)
+    vae.first_stage_model = module.eval().requires_grad_(False)  # ty: ignore[invalid-assignment]  # any module will do
     vae.downscale_ratio = vae.upscale_ratio = PATCH
     vae.latent_channels = CHANNELS
     vae.vae_dtype = torch.float32

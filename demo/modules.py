@@ -1,13 +1,24 @@
 """What nodes/ loads: the demo checkpoints as the host's own objects."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
 
 from ..techniques.masked_tokens.comfy_files import read_networks
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
 from . import face_pairs, references, text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
 from .sign_classifier import SignClassifier
 from .text import make_clip
 from .unet import make_model
+
+if TYPE_CHECKING:
+    from .vision import ChorusDemoClipVision
 
 CHECKPOINTS = ("general", "expert-animals")
 STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
@@ -21,14 +32,14 @@ MASKED_TOKENS_CFG = 3.0
 SEEDS = weights.FOLDER.parent / "seeds"
 
 
-def load_pca():
+def load_pca() -> PatchPCA:
     pca = PatchPCA()
     with weights.fitting("pca"):
         pca.load_state_dict(weights.load("pca"))
     return pca
 
 
-def load_vae_module():
+def load_vae_module() -> DemoVAE:
     """The latent space's encoder and decoder as one nn.Module."""
     module = DemoVAE()
     module.pca = load_pca()
@@ -37,7 +48,9 @@ def load_vae_module():
     return module
 
 
-def load_model(name, disable_dynamic=False, model_options=None):
+def load_model(
+    name: str, disable_dynamic: bool = False, model_options: Mapping[str, Any] | None = None
+) -> ModelPatcher:
     """The MODEL `name`; the host calls this again when it wants a copy with weights of its own."""
     if name not in (*CHECKPOINTS, *STUDENTS):
         raise ValueError(f"There is no demo checkpoint {name!r}; there are {', '.join((*CHECKPOINTS, *STUDENTS))}.")
@@ -47,25 +60,25 @@ def load_model(name, disable_dynamic=False, model_options=None):
     return patcher
 
 
-def _denoiser(name):
+def _denoiser(name: str) -> dict[str, Tensor]:
     if name in CHECKPOINTS:
         return weights.load(name)
     base, lora = STUDENTS[name]
     return weights.with_lora(weights.load(base), weights.load(lora))
 
 
-def load_checkpoint(name):
+def load_checkpoint(name: str) -> tuple[ModelPatcher, CLIP, VAE]:
     """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
     return load_model(name), load_text(), make_vae(load_vae_module())
 
 
-def load_text():
+def load_text() -> CLIP:
     """The text encoder as a CLIP, for all checkpoints and the masked token model."""
     with weights.fitting("text"):
         return make_clip(weights.load("text"))
 
 
-def load_masked_tokens():
+def load_masked_tokens() -> tuple[MaskedTokenModel, CLIP]:
     """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model, which reads prompts as the checkpoints do."""
     folder = weights.FOLDER / MASKED_TOKENS
     for part in ("transformer", "vqvae"):
@@ -75,7 +88,7 @@ def load_masked_tokens():
     return model, load_text()
 
 
-def load_vision():
+def load_vision() -> "ChorusDemoClipVision":
     """The image-text encoder as a CLIP_VISION."""
     from .vision import make_clip_vision
 
@@ -83,7 +96,7 @@ def load_vision():
         return make_clip_vision(weights.load("vision"))
 
 
-def load_sign_classifier():
+def load_sign_classifier() -> SignClassifier:
     """The second judge: images [B, 3, 64, 64] in 0..1 to logits of the signs."""
     classifier = SignClassifier()
     with weights.fitting("sign_classifier"):
@@ -91,23 +104,24 @@ def load_sign_classifier():
     return classifier.eval().requires_grad_(False)
 
 
-def reference_names():
-    """All concepts, those that training saw least first, and a name for all of them."""
-    return [*references.names(), ALL_CONCEPTS]
+def reference_names() -> list[str]:
+    """All signs, those that training saw least first, and a name for all of them."""
+    return [*references.names(), ALL_SIGNS]
 
 
-def load_references(concept):
-    """IMAGE [4, 64, 64, 3], four renderings of a concept that no training saw, or of every concept; and their prompts."""
-    return references.load_references(*(references.names() if concept == ALL_CONCEPTS else [concept]))
+def load_references(sign: str) -> tuple[Tensor, list[str]]:
+    """IMAGE [4, 64, 64, 3], four renderings of a sign that no training saw, or of every sign; and a prompt for each."""
+    return references.load_references(*(references.names() if sign == ALL_SIGNS else [sign]))
 
 
-def load_face_pairs():
+def load_face_pairs() -> tuple[list[Tensor], list[Tensor], list[str]]:
     """Source and target pictures [1, 64, 64, 3] in 0..1 and prompts, of the pairs that come with the pack."""
     *sides, prompts = face_pairs.load_face_pairs()
-    return *([torch.from_numpy(image).float()[None] / 255 for image in side] for side in sides), prompts
+    source, target = ([torch.from_numpy(image).float()[None] / 255 for image in side] for side in sides)
+    return source, target, prompts
 
 
-def found_seeds():
+def found_seeds() -> dict[str, Path]:
     """Files of SaveSeed that come with the pack, by the names under which LoadSeed shows them."""
     ending = ".seed.safetensors"
     return {f"chorus-demo {file.name.removesuffix(ending)}": file for file in sorted(SEEDS.glob(f"*{ending}"))}

@@ -1,7 +1,7 @@
 """The second judge: a small convolutional classifier of the signs, trained apart from the image-text encoder."""
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .signs import load_signs
 
@@ -11,12 +11,12 @@ CHANNELS = (24, 48, 80)
 class Block(nn.Module):
     """Halves the size, then a residual convolution: [B, c, H, W] -> [B, d, H/2, W/2]."""
 
-    def __init__(self, c, d):
+    def __init__(self, c: int, d: int) -> None:
         super().__init__()
         self.down, self.norm1 = nn.Conv2d(c, d, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, d)
         self.conv, self.norm2 = nn.Conv2d(d, d, 3, padding=1, bias=False), nn.GroupNorm(8, d)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.norm1(self.down(x)))
         return x + F.silu(self.norm2(self.conv(x)))
 
@@ -24,10 +24,10 @@ class Block(nn.Module):
 class SignClassifier(nn.Module):
     """images [B, 3, 64, 64] in 0..1 -> logits [B, 98], in the order of signs.json."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(c, d) for c, d in zip((3, *CHANNELS), CHANNELS)))
         self.head = nn.Linear(CHANNELS[-1], len(load_signs()))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(2 * images - 1).mean((2, 3)))

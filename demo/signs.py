@@ -1,10 +1,13 @@
 """The signs: names, domains, how often each is drawn, and what is held out from training."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 DATA = Path(__file__).resolve().parent / "data"
 TONES = ("light", "medium", "dark")
@@ -33,31 +36,53 @@ class Sign:
     name: str
     domain: str
     image: str
-    tones: dict = field(default_factory=dict)
+    tones: dict[str, str] = field(default_factory=dict)
 
 
-def load_signs():
+class HeldOut(TypedDict):
+    """What training never sees: pairs of names, places on the grid, sizes alone and in pairs, angles and backgrounds."""
+
+    pairs: list[list[str]]
+    positions: list[list[int]]
+    sizes_one: list[int]
+    sizes_two: list[int]
+    angles: list[int]
+    colors: list[str]
+    gradients: list[list[str]]
+
+
+class Frequency(TypedDict):
+    """How often training draws each name: rank 0 is the most frequent, a bin is frequent, medium or rare."""
+
+    seed: int
+    canvases: int
+    rank: dict[str, int]
+    bin: dict[str, str]
+    count: dict[str, int]
+
+
+def load_signs() -> list[Sign]:
     """All signs in the committed order: index = class number everywhere in demo/."""
     return [Sign(**entry) for entry in json.loads((DATA / "signs.json").read_text())]
 
 
-def load_heldout():
+def load_heldout() -> HeldOut:
     """{'pairs': [[a, b]...], 'positions': [[i, j]...], 'sizes_one', 'sizes_two', 'angles', 'colors', 'gradients'}"""
     return json.loads((DATA / "heldout.json").read_text())
 
 
-def load_bins():
+def load_bins() -> Frequency:
     """{'rank': {name: rank}, 'bin': {name: 'frequent'|'medium'|'rare'}, 'count': {name: canvases it is on}}"""
     return json.loads((DATA / "frequency.json").read_text())
 
 
-def zipf(ranks, offset=4):
+def zipf(ranks: ArrayLike, offset: float = 4) -> NDArray[np.float64]:
     """Probability of a sign by its rank (0 = most frequent): 1 / (rank + offset), normalised."""
     weights = 1.0 / (np.asarray(ranks, dtype=np.float64) + offset)
     return weights / weights.sum()
 
 
-def make_ranks(signs, seed):
+def make_ranks(signs: Sequence[Sign], seed: int) -> NDArray[np.intp]:
     """A random order of the signs in which every third of it holds about a third of each domain."""
     rng = np.random.default_rng(seed)
     keys = np.empty(len(signs))
@@ -68,7 +93,7 @@ def make_ranks(signs, seed):
     return np.argsort(np.argsort(keys))
 
 
-def make_heldout(signs, seed):
+def make_heldout(signs: Sequence[Sign], seed: int) -> HeldOut:
     """The fixed lists of what training never sees."""
     rng = np.random.default_rng(seed)
     names = [s.name for s in signs]
@@ -89,7 +114,7 @@ def make_heldout(signs, seed):
     }
 
 
-def write_lists(seed=1855, canvases=276032):
+def write_lists(seed: int = 1855, canvases: int = 276032) -> None:
     """Writes heldout.json, then frequency.json with the counts over the first `canvases` training canvases."""
     from .canvas import Canvases
 
@@ -108,12 +133,12 @@ def write_lists(seed=1855, canvases=276032):
     _write("frequency.json", {**table, "count": {s.name: int(c) for s, c in zip(signs, count)}})
 
 
-def _write(name, value):
+def _write(name: str, value: Mapping[str, object]) -> None:
     rows = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
     (DATA / name).write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
-def write_vocabulary():
+def write_vocabulary() -> None:
     """Every word of the caption grammar, special tokens first."""
     grammar = "a an the and on in of left right above below fading to style noto twemoji".split()
     words = ["<pad>", "<s>", "<unk>", *grammar, *TONES, *COLORS]

@@ -1,5 +1,8 @@
 """The denoiser: the host's own UNetModel at a small size, v-prediction, conditioned on the words and on their summary."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -7,8 +10,10 @@ import comfy.ops
 import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
 
-from .latent import CHANNELS, ChorusDemoLatent
+from .latent import CHANNELS, ChorusDemoLatent, PatchPCA
+from .operations import Operations
 from .text import WIDTH
 
 UNET_CONFIG = {
@@ -32,12 +37,12 @@ UNET_CONFIG = {
 }
 
 
-def make_unet(operations=comfy.ops.disable_weight_init):
+def make_unet(operations: Operations = comfy.ops.disable_weight_init) -> UNetModel:
     """A UNetModel on the CPU in fp32 with undefined weights; the recipes initialise it with `initialise`."""
     return UNetModel(**UNET_CONFIG, dtype=torch.float32, operations=operations)
 
 
-def initialise(unet, generator):
+def initialise(unet: nn.Module, generator: torch.Generator) -> None:
     """He-like normal weights; the last convolution of every residual branch and of the net starts at zero."""
     zeroed = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
     for name, p in unet.named_parameters():
@@ -53,12 +58,12 @@ class ChorusDemoConfig(comfy.supported_models_base.BASE):
 
     unet_config = {}
     unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
-    latent_format = ChorusDemoLatent
+    latent_format: type[ChorusDemoLatent] | ChorusDemoLatent = ChorusDemoLatent  # the host makes an instance
     memory_usage_factor = 1.0
     supported_inference_dtypes = [torch.float32]
     sampling_settings = {}
 
-    def __init__(self, latent_format):
+    def __init__(self, latent_format: ChorusDemoLatent) -> None:
         super().__init__({**UNET_CONFIG, "dtype": torch.float32})
         self.latent_format = latent_format
         self.manual_cast_dtype = None
@@ -67,17 +72,19 @@ class ChorusDemoConfig(comfy.supported_models_base.BASE):
 class ChorusDemoModel(comfy.model_base.BaseModel):
     """v-prediction; the text's summary (pooled_output) goes to the UNet's class input; without one it is zero."""
 
-    def __init__(self, config, device=None):
+    def __init__(self, config: ChorusDemoConfig, device: torch.device | None = None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device)
 
-    def encode_adm(self, **kwargs):
+    def encode_adm(self, **kwargs: Any) -> Tensor:
         pooled = kwargs.get("pooled_output")
         if pooled is None:
             pooled = torch.zeros(1, WIDTH)
         return pooled.to(kwargs["device"]) if kwargs.get("device") is not None else pooled
 
 
-def make_model(state_dict, pca, disable_dynamic=False):
+def make_model(
+    state_dict: Mapping[str, Tensor], pca: PatchPCA, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """The host's ModelPatcher around the UNet's state dict."""
     config = ChorusDemoConfig(ChorusDemoLatent(pca))
     device = comfy.model_management.unet_offload_device()

@@ -1,12 +1,17 @@
 """The image-text encoder: the host's CLIP vision transformer on a convolutional stem, and a text tower for retrieval."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import comfy.clip_model
 import comfy.clip_vision
+import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from .operations import Operations
 from .text import TextModel, token_rows
 
 WIDTH, EMBED = 96, 64
@@ -30,7 +35,7 @@ CONFIG = {
 class Stem(nn.Sequential):
     """[B, 3, 64, 64] -> [B, 96, 8, 8]: three strided convolutions and a plain one in place of the host's single patch projection."""
 
-    def __init__(self, operations, channels=(32, 64, WIDTH)):
+    def __init__(self, operations: Operations, channels: Sequence[int] = (32, 64, WIDTH)) -> None:
         layers, last = [], 3
         for c in channels:
             layers += [operations.Conv2d(last, c, 3, stride=2, padding=1), operations.GroupNorm(8, c), nn.SiLU()]
@@ -41,26 +46,30 @@ class Stem(nn.Sequential):
 class Layer(comfy.clip_model.CLIPLayer):
     """The host's layer without its in-place additions, which autograd cannot undo."""
 
-    def forward(self, x, mask=None, optimized_attention=None):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, optimized_attention: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), mask, optimized_attention)
         return x + self.mlp(self.layer_norm2(x))
 
 
-def _furnish(tower, operations):
+def _furnish(tower: comfy.clip_model.CLIPVisionModelProjection, operations: Operations) -> None:
     """Our stem and layers in the host's CLIPVisionModelProjection; the names of the weights stay the host's."""
     tower.vision_model.embeddings.patch_embedding = Stem(operations)
     for layer in tower.vision_model.encoder.layers:
         layer.__class__ = Layer
 
 
-def make_tower(operations=comfy.ops.disable_weight_init):
+def make_tower(
+    operations: Operations = comfy.ops.disable_weight_init,
+) -> comfy.clip_model.CLIPVisionModelProjection:
     """The host's CLIPVisionModelProjection with our stem, fp32 on the CPU, weights undefined."""
     tower = comfy.clip_model.CLIPVisionModelProjection(CONFIG, torch.float32, "cpu", operations)
     _furnish(tower, operations)
     return tower
 
 
-def make_clip_vision(state_dict):
+def make_clip_vision(state_dict: Mapping[str, Tensor]) -> "ChorusDemoClipVision":
     """The host's CLIP_VISION object. It also carries `text_embeds(captions)` for retrieval."""
     clip_vision = ChorusDemoClipVision()
     part = {k.removeprefix("image."): v for k, v in state_dict.items() if k.startswith("image.")}
@@ -73,7 +82,9 @@ def make_clip_vision(state_dict):
 
 
 class ChorusDemoClipVision(comfy.clip_vision.ClipVisionModel):
-    def __init__(self):
+    model: comfy.clip_model.CLIPVisionModelProjection
+
+    def __init__(self) -> None:
         super().__init__(CONFIG)
         _furnish(self.model, comfy.ops.manual_cast)
         self.dtype = torch.float32
@@ -86,11 +97,11 @@ class ChorusDemoClipVision(comfy.clip_vision.ClipVisionModel):
         self.text = TextModel().eval().requires_grad_(False)
         self.text_project = nn.Parameter(torch.zeros(WIDTH, EMBED), requires_grad=False)
 
-    def text_embeds(self, captions):
+    def text_embeds(self, captions: Sequence[str]) -> Tensor:
         """[n, 64], normalised; on the CPU."""
         return F.normalize(self.text(token_rows(captions))[2] @ self.text_project, dim=-1)
 
-    def similarity(self, image, captions):
+    def similarity(self, image: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosines [B, n] of IMAGE [B, H, W, 3] with the captions."""
         embeds = self.encode_image(image)["image_embeds"].float().cpu()
         return F.normalize(embeds, dim=-1) @ self.text_embeds(captions).T
@@ -99,13 +110,13 @@ class ChorusDemoClipVision(comfy.clip_vision.ClipVisionModel):
 class ImageText(nn.Module):
     """Both towers, as they are trained: image [B, 3, 64, 64] in -1..1 and captions to unit vectors [B, 64]."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.image, self.text = make_tower(), TextModel()
         self.text_project = nn.Parameter(torch.randn(WIDTH, EMBED) * WIDTH**-0.5)
 
-    def image_embeds(self, x):
+    def image_embeds(self, x: Tensor) -> Tensor:
         return F.normalize(self.image(pixel_values=x)[2].float(), dim=-1)
 
-    def text_embeds(self, tokens):
+    def text_embeds(self, tokens: Tensor) -> Tensor:
         return F.normalize(self.text(tokens)[2].float() @ self.text_project, dim=-1)

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ..common.weights import complaint, shorten
 
@@ -15,11 +18,11 @@ FOLDER = Path(__file__).resolve().parent / "weights"
 REMEDY = "get the pack again, or make it with `python run.py train-demo`"
 
 
-def path(name):
+def path(name: str) -> Path:
     return FOLDER / f"{name}.safetensors"
 
 
-def load(name):
+def load(name: str) -> dict[str, Tensor]:
     """The fp32 state dict of demo/weights/<name>.safetensors."""
     if not path(name).exists():
         raise FileNotFoundError(f"{path(name)} is missing: make it with `python run.py train-demo`.")
@@ -33,7 +36,7 @@ def load(name):
 
 
 @contextmanager
-def fitting(name):
+def fitting(name: str) -> Iterator[None]:
     """Weights that are not those of the network, as of another version of the pack, are an error that names their file."""
     try:
         yield
@@ -43,18 +46,18 @@ def fitting(name):
         ) from error
 
 
-def metadata(name):
+def metadata(name: str) -> dict[str, str]:
     with safetensors.safe_open(path(name), "pt") as file:
         return file.metadata() or {}
 
 
-def save(name, state_dict, **facts):
+def save(name: str, state_dict: Mapping[str, Tensor], **facts: object) -> None:
     """Writes fp16; facts go into the metadata as strings."""
     half = {k: v.detach().cpu().to(torch.float16).contiguous() for k, v in state_dict.items()}
     write_whole(path(name), half, {k: str(v) for k, v in facts.items()})
 
 
-def write_whole(file, tensors, metadata=None):
+def write_whole(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """As safetensors, by a name of this process until it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
@@ -63,7 +66,7 @@ def write_whole(file, tensors, metadata=None):
     os.replace(part, file)
 
 
-def digest(*names):
+def digest(*names: str) -> str:
     """Of the files demo/weights/<name>.safetensors: other weights have another."""
     made = hashlib.sha256()
     for name in names:
@@ -71,7 +74,7 @@ def digest(*names):
     return made.hexdigest()
 
 
-def with_lora(state_dict, lora):
+def with_lora(state_dict: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights with a LoRA of their model in them; its files are as the host's LoRA loaders read them, without alpha."""
     found = dict(state_dict)
     up, down = ".lora_up.weight", ".lora_down.weight"
@@ -85,11 +88,11 @@ def with_lora(state_dict, lora):
 NETWORK = "diffusion_pytorch_model"
 
 
-def load_network(folder):
+def load_network(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The fp32 state dict and the config of a network saved as diffusers does, in demo/weights/<folder>."""
     return load(f"{folder}/{NETWORK}"), json.loads((FOLDER / folder / "config.json").read_text())
 
 
-def save_network(folder, state_dict, config, **facts):
+def save_network(folder: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any], **facts: object) -> None:
     save(f"{folder}/{NETWORK}", state_dict, **facts)
     (FOLDER / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

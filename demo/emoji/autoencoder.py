@@ -6,7 +6,7 @@ the start zero), so that training begins with the best linear code.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 PATCH, CHANNELS = 8, 8
 
@@ -14,12 +14,12 @@ PATCH, CHANNELS = 8, 8
 class ResidualBlock(nn.Module):
     """[B, C, H, W] -> the same shape; the second convolution starts at zero."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
 
@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """images [B, 3, H, W] in -1..1 -> latents [B, 8, H/8, W/8]"""
 
-    def __init__(self, widths=(32, 64, 96)):
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 96)) -> None:
         super().__init__()
         a, b, c = widths
         self.linear = nn.Conv2d(3, CHANNELS, PATCH, stride=PATCH)
@@ -45,14 +45,14 @@ class Encoder(nn.Module):
             nn.Conv2d(c, CHANNELS, 3, padding=1),
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.net(x)
 
 
 class Decoder(nn.Module):
     """latents [B, 8, h, w] -> images [B, 3, 8h, 8w] in about -1..1"""
 
-    def __init__(self, widths=(128, 80, 40)):
+    def __init__(self, widths: tuple[int, int, int] = (128, 80, 40)) -> None:
         super().__init__()
         a, b, c = widths
         self.linear = nn.ConvTranspose2d(CHANNELS, 3, PATCH, stride=PATCH, bias=False)
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
             nn.PixelShuffle(2),
         )
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         return self.linear(z) + self.mean.repeat(1, *z.shape[-2:]) + self.net(z)
 
 
@@ -81,19 +81,22 @@ class Autoencoder(nn.Module):
     """``encode`` images [B, 3, H, W] in -1..1 to latents [B, 8, H/8, W/8] of mean 0 and variance 1 per channel; ``decode``
     them. ``shift`` and ``scale`` [8] are the mean and deviation of the trained encoder's output."""
 
-    def __init__(self):
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.encoder, self.decoder = Encoder(), Decoder()
         self.register_buffer("shift", torch.zeros(CHANNELS))
         self.register_buffer("scale", torch.ones(CHANNELS))
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         return (self.encoder(x) - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1))
 
-    def preview_factors(self):
+    def preview_factors(self) -> tuple[list[list[float]], list[float]]:
         """(factors [8, 3], bias [3]) of the linear decoder: the mean colour of a latent's patch, in -1..1, as the host's
         latent previews expect it."""
         mean = self.decoder.linear.weight.mean((2, 3))
@@ -102,7 +105,7 @@ class Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def start_as_pca(model, images):
+def start_as_pca(model: Autoencoder, images: Tensor) -> float:
     """Sets the linear parts to the PCA of the patches of ``images`` [B, 3, H, W] in -1..1, all other layers to the identity.
 
     The latent's channels keep the order of their variances (their deviations are the fourth root of the PCA's, of mean 1),
@@ -117,16 +120,17 @@ def start_as_pca(model, images):
     kept = variance.sqrt()
     scale = (kept / kept.mean() / variance).sqrt()
     encoder, decoder = model.encoder, model.decoder
-    encoder.linear.weight.copy_((basis * scale[:, None]).view(CHANNELS, 3, PATCH, PATCH))
-    encoder.linear.bias.copy_(-(basis @ mean) * scale)
+    weight, bias = encoder.linear.parameters()
+    weight.copy_((basis * scale[:, None]).view(CHANNELS, 3, PATCH, PATCH))
+    bias.copy_(-(basis @ mean) * scale)
     decoder.linear.weight.copy_((basis / scale[:, None]).view(CHANNELS, 3, PATCH, PATCH))
     decoder.mean.copy_(mean.view(3, PATCH, PATCH))
     for net in (encoder.net, decoder.net):
         for block in net.modules():
             if isinstance(block, ResidualBlock):
-                nn.init.zeros_(block.conv2.weight)
-                nn.init.zeros_(block.conv2.bias)
+                for parameter in block.conv2.parameters():
+                    nn.init.zeros_(parameter)
         last = [layer for layer in net if isinstance(layer, nn.Conv2d)][-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
     return (variance.sum() / values.sum()).item()

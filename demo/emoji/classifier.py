@@ -1,7 +1,7 @@
 """The independent evaluator: a small convolutional classifier of the concepts, trained apart from the image-text encoder."""
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .concepts import load_concepts
 
@@ -11,13 +11,13 @@ CHANNELS = (16, 32, 64, 96)
 class Block(nn.Module):
     """Halves the size, then a residual convolution: [B, C, H, W] -> [B, D, H/2, W/2]."""
 
-    def __init__(self, channels, out_channels):
+    def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.down = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False)
         self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.GroupNorm(8, out_channels), nn.GroupNorm(8, out_channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.norm1(self.down(x)))
         return x + F.silu(self.norm2(self.conv(x)))
 
@@ -25,10 +25,10 @@ class Block(nn.Module):
 class ConceptClassifier(nn.Module):
     """images [B, 3, H, W] in 0..1, at best of 128 pixels -> logits [B, 80], in the order of concepts.json."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(c, d) for c, d in zip((3, *CHANNELS), CHANNELS)))
         self.head = nn.Linear(CHANNELS[-1], len(load_concepts()))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(2 * images - 1).mean((2, 3)))

@@ -1,17 +1,22 @@
 """The demo world's denoisers as the host's own network classes, small, behind its ModelPatcher."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
 import torch
+from torch import Tensor
 
 from . import denoisers
+from .autoencoder import Autoencoder
 from .comfy_latent import ChorusEmojiLatent
 from .text import WIDTH
 
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "general": denoisers.GENERAL,
     "expert-animals": denoisers.ANIMALS,
     "expert-food": denoisers.FOOD,
@@ -22,11 +27,13 @@ class Config(comfy.supported_models_base.BASE):
     """The answers to what the host asks about a model."""
 
     unet_config = {}
-    latent_format = ChorusEmojiLatent
+    latent_format: type[ChorusEmojiLatent] | ChorusEmojiLatent = ChorusEmojiLatent  # the host makes an instance
     memory_usage_factor = 1.0
     supported_inference_dtypes = [torch.float32]
 
-    def __init__(self, network, latent_format, **sampling_settings):
+    def __init__(
+        self, network: Mapping[str, Any], latent_format: ChorusEmojiLatent, **sampling_settings: float
+    ) -> None:
         self.unet_extra_config = {k: network[k] for k in ("num_heads", "num_head_channels") if k in network}
         self.sampling_settings = sampling_settings
         super().__init__({**network, "dtype": torch.float32})
@@ -34,7 +41,7 @@ class Config(comfy.supported_models_base.BASE):
         self.manual_cast_dtype = None
 
 
-def pooled_or_zero(kwargs):
+def pooled_or_zero(kwargs: Mapping[str, Any]) -> Tensor:
     """The summary of the prompt [B, 96]; zero where a conditioning has none."""
     pooled = kwargs.get("pooled_output")
     if pooled is None:
@@ -45,24 +52,26 @@ def pooled_or_zero(kwargs):
 class ChorusEmojiUNet(comfy.model_base.BaseModel):
     """The host's UNetModel, v-prediction on SD's discrete schedule."""
 
-    def __init__(self, config, device=None):
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device)
 
-    def encode_adm(self, **kwargs):
+    def encode_adm(self, **kwargs: Any) -> Tensor:
         return pooled_or_zero(kwargs)
 
 
 class ChorusEmojiFlux(comfy.model_base.Flux):
     """The host's Flux, a flow-matching transformer; shift 0: the levels are not warped."""
 
-    def __init__(self, config, device=None):
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.FLUX, device=device)
 
-    def encode_adm(self, **kwargs):
+    def encode_adm(self, **kwargs: Any) -> Tensor:
         return pooled_or_zero(kwargs)
 
 
-def make_model(name, state_dict, autoencoder, disable_dynamic=False):
+def make_model(
+    name: str, state_dict: Mapping[str, Tensor], autoencoder: Autoencoder, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """The host's ModelPatcher around the weights of the demo checkpoint ``name``."""
     network, latent = NETWORKS[name], ChorusEmojiLatent(autoencoder)
     device = comfy.model_management.unet_offload_device()

@@ -7,7 +7,7 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from .autoencoder import CHANNELS, PATCH
+from .autoencoder import CHANNELS, PATCH, Autoencoder
 
 
 class ChorusEmojiLatent(comfy.latent_formats.LatentFormat):
@@ -17,7 +17,7 @@ class ChorusEmojiLatent(comfy.latent_formats.LatentFormat):
     spacial_downscale_ratio = PATCH
     scale_factor = 1.0
 
-    def __init__(self, autoencoder=None):
+    def __init__(self, autoencoder: Autoencoder | None = None) -> None:
         if autoencoder is not None:
             self.latent_rgb_factors, self.latent_rgb_factors_bias = autoencoder.preview_factors()
 
@@ -40,11 +40,11 @@ PLACEHOLDER = {
 }
 
 
-def make_vae(autoencoder):
+def make_vae(autoencoder: Autoencoder) -> comfy.sd.VAE:
     """The host's VAE object around an ``Autoencoder``."""
     weights = comfy.ldm.models.autoencoder.AutoencoderKL(**PLACEHOLDER).state_dict()
     vae = comfy.sd.VAE(sd=weights, config={"params": PLACEHOLDER}, dtype=torch.float32)
-    vae.first_stage_model = autoencoder.eval().requires_grad_(False)
+    vae.first_stage_model = autoencoder.eval().requires_grad_(False)  # ty: ignore[invalid-assignment]  # any module will do
     vae.latent_channels = CHANNELS
     # measured on float32 activations: at most 160 channels of a quarter of the pixels at once, in and out of a layer
     vae.memory_used_encode = lambda shape, dtype: 4 * 64 * shape[2] * shape[3]

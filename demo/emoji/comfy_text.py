@@ -1,16 +1,21 @@
 """The text encoder behind the host's CLIP socket."""
 
 import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import comfy.sd
 import comfy.sd1_clip
 import torch
+from torch import Tensor
 
 from ...techniques.masked_tokens.comfy_text import MarkedText
 from .concepts import PAD, START, UNKNOWN
 from .text import HEADS, INDEX, LAYERS, LENGTH, VOCABULARY, WIDTH, TextModel, words_of
 
 KIND = "chorus-emoji"  # of text, for a masked token model
+# (token, weight), or with the word's number
+Chunks: TypeAlias = list[list[tuple[int, float]]] | list[list[tuple[int, float, int]]]
 CONFIG = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
@@ -23,10 +28,10 @@ CONFIG = {
 class Tokenizer:
     """Words to chunks of 20 tokens, with weights as in (word:1.3); a longer prompt becomes several chunks."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data=None):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: Mapping[str, Any] | None = None) -> None:
         pass
 
-    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: object) -> dict[str, Chunks]:
         tokens, unknown = [], []
         parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
         for n, (part, weight) in enumerate(parts):
@@ -45,13 +50,13 @@ class Tokenizer:
             rows = [[t[:2] for t in row] for row in rows]
         return {"chorus": rows}
 
-    def untokenize(self, token_weight_pair):
+    def untokenize(self, token_weight_pair: Iterable[tuple[int, float]]) -> list[tuple[tuple[int, float], str]]:
         return [(pair, VOCABULARY[pair[0]]) for pair in token_weight_pair]
 
-    def decode(self, token_ids, skip_special_tokens=True):
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return " ".join(VOCABULARY[i] for i in token_ids if i > UNKNOWN or not skip_special_tokens)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         return {}
 
 
@@ -60,7 +65,12 @@ class ClipModel(MarkedText, comfy.sd1_clip.SD1ClipModel):
 
     kind = KIND
 
-    def __init__(self, device="cpu", dtype=None, model_options=None):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        model_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
@@ -72,7 +82,13 @@ class ClipModel(MarkedText, comfy.sd1_clip.SD1ClipModel):
 
 
 class HostModel(comfy.sd1_clip.SDClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options=None, **_):
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        **_: object,
+    ) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
@@ -89,7 +105,7 @@ class Target:
     clip, tokenizer, params = ClipModel, Tokenizer, {}
 
 
-def make_clip(state_dict):
+def make_clip(state_dict: Mapping[str, Tensor]) -> comfy.sd.CLIP:
     """The host's CLIP object from the text encoder's state dict."""
     clip = comfy.sd.CLIP(Target, model_options={"dtype": torch.float32})
     clip.cond_stage_model.chorus.transformer.load_state_dict(state_dict, strict=True)

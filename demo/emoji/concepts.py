@@ -1,10 +1,13 @@
 """The concepts of the demo world, the words of its captions, how often each concept occurs, and what training never sees."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 DATA = Path(__file__).resolve().parent / "data"
 TONES = ("light", "medium", "dark")
@@ -49,43 +52,60 @@ class Concept:
     name: str
     domain: str
     code: str
-    tones: dict = field(default_factory=dict)
+    tones: dict[str, str] = field(default_factory=dict)
 
 
-def load_concepts():
+class HeldOut(TypedDict):
+    """What training never sees: pairs of names, the sizes alone and in pairs, backgrounds and [top, bottom] of gradients."""
+
+    pairs: list[list[str]]
+    sizes: list[int]
+    colors: list[str]
+    gradients: list[list[str]]
+
+
+class Frequency(TypedDict):
+    """How often training draws each name: rank 0 is the most frequent, a bin is frequent, medium or rare."""
+
+    seed: int
+    rank: dict[str, int]
+    bin: dict[str, str]
+
+
+def load_concepts() -> list[Concept]:
     """All concepts in the committed order: index = class number everywhere in the demo world."""
     return [Concept(**entry) for entry in _read("concepts.json")]
 
 
-def load_held_out():
+def load_held_out() -> HeldOut:
     """{'pairs': [[a, b], ...], 'sizes': [alone, in pairs], 'colors': [...], 'gradients': [[top, bottom], ...]}"""
     return _read("held_out.json")
 
 
-def load_frequency():
+def load_frequency() -> Frequency:
     """{'rank': {name: rank}, 'bin': {name: 'frequent' | 'medium' | 'rare'}}"""
     return _read("frequency.json")
 
 
-def zipf(ranks, offset=6):
+def zipf(ranks: ArrayLike, offset: float = 6) -> NDArray[np.float64]:
     """Probability of a concept by its rank (0 = most frequent): 1 / (rank + offset), normalised."""
     weights = 1.0 / (np.asarray(ranks, dtype=np.float64) + offset)
     return weights / weights.sum()
 
 
-def phrase(words):
+def phrase(words: str) -> str:
     """'a cat', 'an owl', 'cherries': a concept as the captions name it."""
     return words if words in PLURALS else ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def vocabulary():
+def vocabulary() -> list[str]:
     """Every word of the caption grammar in the order of the token numbers, special tokens first."""
     grammar = "a an on in of left right above below fading to style".split()
     words = ["<pad>", "<s>", "<unk>", *grammar, *STYLES, *TONES, *COLORS]
     return words + [word for concept in load_concepts() for word in concept.name.split()]
 
 
-def make_ranks(concepts, seed):
+def make_ranks(concepts: Sequence[Concept], seed: int) -> NDArray[np.intp]:
     """A random order of the concepts in which every third of it holds about a third of each domain."""
     rng = np.random.default_rng(seed)
     keys = np.empty(len(concepts))
@@ -96,7 +116,7 @@ def make_ranks(concepts, seed):
     return np.argsort(np.argsort(keys))
 
 
-def make_held_out(concepts, seed):
+def make_held_out(concepts: Sequence[Concept], seed: int) -> HeldOut:
     """The fixed lists of what training never sees: 200 or so pairs of concepts, sizes and backgrounds."""
     rng = np.random.default_rng(seed)
     names = [c.name for c in concepts]
@@ -112,7 +132,7 @@ def make_held_out(concepts, seed):
     }
 
 
-def write_lists(seed=1855):
+def write_lists(seed: int = 1855) -> None:
     """Writes held_out.json and frequency.json."""
     concepts = load_concepts()
     ranks = make_ranks(concepts, seed)
@@ -122,10 +142,10 @@ def write_lists(seed=1855):
     _write("frequency.json", {"seed": seed, "rank": {c.name: int(r) for c, r in zip(concepts, ranks)}, "bin": bins})
 
 
-def _read(name):
+def _read(name: str) -> Any:
     return json.loads((DATA / name).read_text(encoding="utf-8"))
 
 
-def _write(name, value):
+def _write(name: str, value: Mapping[str, object]) -> None:
     rows = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
     (DATA / name).write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")

@@ -2,9 +2,11 @@
 prompts and noise. For trials of Train Face Refiner; the pack's own refiner was trained on other pairs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
 
 from .concepts import DATA
@@ -14,13 +16,13 @@ COUNT, ACROSS, SIZE = 96, 16, 128  # pairs, pictures in a row of the file, pixel
 SHEET, PAIRS = "(side row y) (column x) c", "side (row column) y x c"
 
 
-def load_face_pairs(folder=DATA):
+def load_face_pairs(folder: Path = DATA) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[str]]:
     """source and target, uint8 [96, 128, 128, 3], and their prompts."""
     pixels = np.asarray(Image.open(folder / FILE).convert("RGB"))
     source, target = rearrange(pixels, f"{SHEET} -> {PAIRS}", side=2, column=ACROSS, y=SIZE, x=SIZE)
     return source, target, json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
 
 
-def arrange(source, target):
+def arrange(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> Image.Image:
     """The file's image: all sources above all targets, their number a multiple of 16."""
     return Image.fromarray(rearrange(np.stack([source, target]), f"{PAIRS} -> {SHEET}", column=ACROSS))

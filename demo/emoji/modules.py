@@ -1,11 +1,23 @@
 """The demo checkpoints as the host's own objects."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
+
 from ...techniques.masked_tokens.comfy_files import read_networks
+from ...techniques.masked_tokens.comfy_model import MaskedTokenModel
 from .. import weights
 from .autoencoder import Autoencoder
 from .comfy_denoisers import NETWORKS, make_model
 from .comfy_latent import make_vae
 from .comfy_text import KIND, make_clip
+
+if TYPE_CHECKING:
+    from .classifier import ConceptClassifier
+    from .comfy_vision import ChorusEmojiVision
 
 FOLDER = "emoji"  # in demo/weights
 CHECKPOINTS = tuple(NETWORKS)
@@ -16,18 +28,20 @@ STUDENTS = {  # a checkpoint, and the LoRA that makes it one of few steps
 MASKED_TOKENS_CFG = 3.0
 
 
-def load_weights(name):
+def load_weights(name: str) -> dict[str, Tensor]:
     return weights.load(f"{FOLDER}/{name}")
 
 
-def load_autoencoder():
+def load_autoencoder() -> Autoencoder:
     model = Autoencoder()
     with weights.fitting(f"{FOLDER}/autoencoder"):
         model.load_state_dict(load_weights("autoencoder"))
     return model
 
 
-def load_model(name, disable_dynamic=False, model_options=None):
+def load_model(
+    name: str, disable_dynamic: bool = False, model_options: Mapping[str, Any] | None = None
+) -> ModelPatcher:
     """The MODEL ``name``; the host calls this again when it needs a copy with weights of its own."""
     if name not in (*CHECKPOINTS, *STUDENTS):
         raise ValueError(f"expected one of {', '.join((*CHECKPOINTS, *STUDENTS))}, got {name!r}")
@@ -41,18 +55,18 @@ def load_model(name, disable_dynamic=False, model_options=None):
     return patcher
 
 
-def load_text():
+def load_text() -> CLIP:
     """The text encoder as a CLIP, for all checkpoints and the masked token model."""
     with weights.fitting(f"{FOLDER}/text"):
         return make_clip(load_weights("text"))
 
 
-def load_checkpoint(name):
+def load_checkpoint(name: str) -> tuple[ModelPatcher, CLIP, VAE]:
     """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
     return load_model(name), load_text(), make_vae(load_autoencoder())
 
 
-def load_vision():
+def load_vision() -> "ChorusEmojiVision":
     """The image-text encoder as a CLIP_VISION."""
     from .comfy_vision import make_clip_vision
 
@@ -60,7 +74,7 @@ def load_vision():
         return make_clip_vision(load_weights("vision"))
 
 
-def load_classifier():
+def load_classifier() -> "ConceptClassifier":
     """The independent evaluator: images [B, 3, 128, 128] in 0..1 to logits of the concepts."""
     from .classifier import ConceptClassifier
 
@@ -70,7 +84,7 @@ def load_classifier():
     return model.eval().requires_grad_(False)
 
 
-def load_masked_tokens():
+def load_masked_tokens() -> tuple[MaskedTokenModel, CLIP]:
     """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model, which reads prompts as the checkpoints do."""
     folder = weights.FOLDER / FOLDER / "masked_token"
     for part in ("transformer", "vqvae"):

@@ -4,7 +4,9 @@ the held-out ones of data/held_out.json."""
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from .concepts import DATA, load_concepts, load_frequency, phrase
 
@@ -12,13 +14,13 @@ FILE = DATA / "references.webp"
 EACH, ACROSS, SIZE = 4, 4, 128  # pictures of a concept, concepts in a row of the file, pixels of a picture's side
 
 
-def names():
+def names() -> list[str]:
     """All concepts, those that training saw least first."""
     rank = load_frequency()["rank"]
     return sorted((c.name for c in load_concepts()), key=lambda name: -rank[name])
 
 
-def load_references(*names):
+def load_references(*names: str) -> tuple[Tensor, list[str]]:
     """IMAGE [4 N, 128, 128, 3] of N of the names, and a prompt for each picture."""
     pixels = np.asarray(Image.open(FILE).convert("RGB"))
     sizes = {"y": SIZE, "x": SIZE, "each": EACH}
@@ -28,7 +30,7 @@ def load_references(*names):
     return torch.from_numpy(images), [phrase(name) for name in names for _ in range(EACH)]
 
 
-def arrange(pictures):
+def arrange(pictures: NDArray[np.uint8]) -> Image.Image:
     """The file's image of ``pictures`` uint8 [N, 4, 128, 128, 3] of the concepts in order, N a multiple of 4."""
     strips = [np.concatenate(list(mine), 1) for mine in pictures]
     rows = [np.concatenate(strips[i : i + ACROSS], 1) for i in range(0, len(strips), ACROSS)]

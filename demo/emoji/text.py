@@ -1,12 +1,15 @@
 """The text encoder: a word-level vocabulary and a small transformer."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
+from ..operations import Operations
 from .concepts import PAD, START, UNKNOWN, vocabulary
 
 WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20
@@ -14,11 +17,11 @@ VOCABULARY = vocabulary()
 INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
-def token_rows(captions):
+def token_rows(captions: Sequence[str]) -> Tensor:
     """int64 [B, 20]: start, words, padding. For training: captions of the grammar always fit."""
     rows = torch.full((len(captions), LENGTH), PAD)
     for row, caption in zip(rows, captions):
@@ -28,14 +31,14 @@ def token_rows(captions):
 
 
 class Layer(nn.Module):
-    def __init__(self, dtype, device, operations):
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | str | None, operations: Operations) -> None:
         super().__init__()
-        kw = {"dtype": dtype, "device": device}
+        kw: dict[str, Any] = {"dtype": dtype, "device": device}
         self.norm1, self.norm2 = operations.LayerNorm(WIDTH, **kw), operations.LayerNorm(WIDTH, **kw)
         self.qkv, self.out = operations.Linear(WIDTH, 3 * WIDTH, **kw), operations.Linear(WIDTH, WIDTH, **kw)
         self.up, self.down = operations.Linear(WIDTH, 4 * WIDTH, **kw), operations.Linear(4 * WIDTH, WIDTH, **kw)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (qkv h d) -> qkv b h t d", qkv=3, h=HEADS)
         x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -48,9 +51,15 @@ class TextModel(nn.Module):
     Takes the arguments with which the host's SDClipModel builds and calls its text models.
     """
 
-    def __init__(self, config_dict=None, dtype=None, device=None, operations=nn):
+    def __init__(
+        self,
+        config_dict: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Operations = nn,
+    ) -> None:
         super().__init__()
-        kw = {"dtype": dtype, "device": device}
+        kw: dict[str, Any] = {"dtype": dtype, "device": device}
         self.num_layers = LAYERS
         self.embed = operations.Embedding(len(VOCABULARY), WIDTH, **kw)
         self.position = operations.Embedding(LENGTH, WIDTH, **kw)
@@ -58,13 +67,21 @@ class TextModel(nn.Module):
         self.norm = operations.LayerNorm(WIDTH, **kw)
         self.project = operations.Linear(WIDTH, WIDTH, **kw)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embed
 
-    def set_input_embeddings(self, embeddings):
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
         self.embed = embeddings
 
-    def forward(self, tokens, attention_mask=None, embeds=None, intermediate_output=None, dtype=None, **_):
+    def forward(
+        self,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None = None,
+        embeds: Tensor | None = None,
+        intermediate_output: int | str | list[int] | None = None,
+        dtype: torch.dtype | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         x = self.embed(tokens) if embeds is None else embeds
         t = min(x.shape[1], LENGTH)  # a textual inversion may lengthen a chunk: its last tokens are cut
         x = x[:, :t] + self.position(torch.arange(t, device=x.device)).to(x.dtype)
@@ -79,7 +96,7 @@ class TextModel(nn.Module):
         return x, middle, self.project(x[:, 0]), x[:, 0]
 
 
-def read(model, captions):
+def read(model: TextModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(states [B, 20, 96], summary [B, 96]) of captions, on the model's device."""
     tokens = token_rows(captions).to(next(model.parameters()).device)
     states, _, projected, _ = model(tokens)
