@@ -105,13 +105,13 @@ def load_sign_classifier() -> SignClassifier:
 
 
 def reference_names() -> list[str]:
-    """All signs, those that training saw least first, and a name for all of them."""
-    return [*references.names(), ALL_SIGNS]
+    """All concepts, those that training saw least first, and a name for all of them."""
+    return [*references.names(), ALL_CONCEPTS]
 
 
-def load_references(sign: str) -> tuple[Tensor, list[str]]:
-    """IMAGE [4, 64, 64, 3], four renderings of a sign that no training saw, or of every sign; and a prompt for each."""
-    return references.load_references(*(references.names() if sign == ALL_SIGNS else [sign]))
+def load_references(concept: str) -> tuple[Tensor, list[str]]:
+    """IMAGE [4, 64, 64, 3], four renderings of a concept that no training saw, or of every concept; and their prompts."""
+    return references.load_references(*(references.names() if concept == ALL_CONCEPTS else [concept]))
 
 
 def load_face_pairs() -> tuple[list[Tensor], list[Tensor], list[str]]:
