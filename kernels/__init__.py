@@ -1,1 +1,1 @@
-"""Fused operations, one folder each: ``reference.py`` says what is computed, the other files compute it fast."""
+"""Fused operations, one folder each: ``reference.py`` is the definition (of ``linear`` it is torch's), the others are fast."""

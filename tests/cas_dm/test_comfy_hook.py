@@ -22,52 +22,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from chorus.nodes import cas_dm
 from chorus.techniques.cas_dm import comfy_files, comfy_hook
 from chorus.techniques.cas_dm.comfy_files import find_head, head_files
-from chorus.techniques.cas_dm.comfy_hook import heads_on, made_for, prediction_of
+from chorus.techniques.cas_dm.comfy_hook import heads_on, prediction_of
 from chorus.techniques.cas_dm.mix import amplitudes, noise_level
-from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head, to_file
-from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
+from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, to_file
 from chorus.tests.seed_select.test_comfy_gradients import direction_of, finite_difference, gradient, run_of
+from chorus.tests.support.heads import EXPERT_WORDS, MODELS, WORDS, head_for, put, sample
+from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (
     blend,
-    conditioning,
     controlnet,
     flux,
     forwards,
     in_inference_mode,
     ksample,
-    latent,
     lora,
     recording,
     unet,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
-MODELS = {"eps": lambda: unet(0), "v": lambda: unet(0, "v"), "flow": lambda: unet(0, "flow"), "flux": lambda: flux(0)}
-
-
-def channels_of(model) -> int:
-    return model.get_model_object("latent_format").latent_channels
-
-
-def head_for(model, seed=1, size=0.3, cfg=5.0, **config) -> Head:
-    """A head for ``model`` that changes something; ``size`` 0 leaves it untrained."""
-    made = made_for(model, cfg)
-    facts = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg)
-    config = CasDMHeadConfig(channels=made.channels, **{"widths": (8, 16), **config})
-    generator = torch.Generator().manual_seed(seed)
-    head = new_head(config, facts, generator)
-    last = {k: size * torch.randn(w.shape, generator=generator) for k, w in head.weights.items() if "last." in k}
-    return Head(config, {**head.weights, **last}, facts)
-
-
-@in_inference_mode
-def put(model, head, strength=1.0, start_percent=0.0, end_percent=1.0):
-    return cas_dm.CasDMHead.execute(model, head, strength, start_percent, end_percent).args[0]
-
-
-def sample(model, words=WORDS, size=(12, 10), **sampling):
-    return ksample(model, *words, latent(2, *size, channels_of(model)), **sampling)
 
 
 def around(model, head, **inputs):

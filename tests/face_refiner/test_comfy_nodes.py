@@ -21,23 +21,10 @@ from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, l
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
+from chorus.tests.support.refiners import OWN, RESNET, box, refiner, weights_of
 from chorus.tests.support.tiny_models import defaults
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-RESNET = ResnetConfig(ngf=8, blocks=2)
-OWN = RefinerConfig(widths=(8, 16), blocks=(1, 1), reduction=8)
-
-
-def weights_of(config):
-    weights = NETWORKS[type(config)](config).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in weights.items():
-        if name.endswith("bias"):
-            weights[name] = 0.1 * torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 4 and not name.endswith("filt"):
-            weights[name] = torch.randn(weight.shape, generator=generator) * (1.5 / weight[0].numel()) ** 0.5
-    return weights
 
 
 @pytest.fixture
@@ -65,11 +52,6 @@ def save(refiner, prefix="face_refiner/ComfyUI", hidden=None):
     return saved
 
 
-def refiner(config=RESNET, **details):
-    network = load_generator(weights_of(config), comfy.ops.manual_cast)
-    return held.wrap("tiny", network, {"size": "32", **details})
-
-
 def exact(model):
     """The same, computing in float32 on any device."""
     return dataclasses.replace(model, dtype=torch.float32)
@@ -79,10 +61,6 @@ def refine(image, model, **inputs):
     given = {**defaults(FaceRefiner), "image": image, "refiner": model, **inputs}
     with torch.inference_mode():
         return FaceRefiner.execute(**given).args
-
-
-def box(x, y, width, height):
-    return {"x": x, "y": y, "width": width, "height": height}
 
 
 @pytest.fixture

@@ -18,15 +18,15 @@ from chorus.nodes import NODES, face_refiner_train
 from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
 from chorus.techniques.face_refiner.training import base as face_refiner_run
 from chorus.techniques.seed_select import comfy_run, path, select
-from chorus.tests.cas_dm.test_comfy_hook import head_for, put
 from chorus.tests.cas_dm.test_comfy_training import latents, train
-from chorus.tests.face_refiner.test_comfy_nodes import OWN, box
 from chorus.tests.face_refiner.test_comfy_nodes import refiner as face_refiner
 from chorus.tests.face_refiner.test_comfy_training import images, tinted
 from chorus.tests.face_refiner.test_comfy_training import train as train_refiner
 from chorus.tests.robustness.remains import same_bits
 from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
 from chorus.tests.support import tiny_masked_tokens as tiny
+from chorus.tests.support.heads import head_for, put
+from chorus.tests.support.refiners import OWN, box
 from chorus.tests.support.tiny_models import blend, conditioning, defaults, ksample, latent, lora, unet
 
 NODE = {node.define_schema().node_id: node for node in NODES}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from chorus.common import finite
-from chorus.tests.cas_dm.test_comfy_hook import head_for, put
 from chorus.tests.robustness.long_nodes import CASES, NODE, OTHER_WORDS, WORDS, folders, small  # noqa: F401 (fixtures)
 from chorus.tests.robustness.remains import Remains, same_bits
 from chorus.tests.support import tiny_masked_tokens as tiny
+from chorus.tests.support.heads import head_for, put
 from chorus.tests.support.tiny_models import blend, ksample, latent, unet
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")

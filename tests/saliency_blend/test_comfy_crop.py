@@ -1,6 +1,5 @@
 """An expert that is evaluated on a box only: what its network sees, who paints outside, and what it costs."""
 
-import contextlib
 import math
 
 import comfy.latent_formats
@@ -12,6 +11,7 @@ import torch
 
 from chorus.nodes.saliency_noise_blend import SaliencyNoiseBlend
 from chorus.tests.support import tiny_models
+from chorus.tests.support.crops import mask, on, sizes
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -30,33 +30,6 @@ WORDS, EXPERT_WORDS, OTHER_WORDS = [(conditioning(i), conditioning(i + 1)) for i
 @pytest.fixture(scope="module")
 def models():
     return unet(0), unet(1)
-
-
-@contextlib.contextmanager
-def sizes(model):
-    """Collects the spatial size of the input of every forward pass through the network of ``model``."""
-    seen = []
-    network = model.model.diffusion_model
-    handle = network.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[2:])))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def mask(size, rows, columns, inside=1.0):
-    out = torch.zeros(1, *size)
-    out[:, slice(*rows), slice(*columns)] = inside
-    return out
-
-
-@in_inference_mode
-def on(box, words):
-    """``words`` wired through the host's own area node."""
-    if box is None:
-        return words
-    top, left, height, width = (8 * n for n in box)  # the node counts in pixels
-    return tuple(nodes.ConditioningSetArea().append(w, width, height, left, top, 1.0)[0] for w in words)
 
 
 FORCED = {

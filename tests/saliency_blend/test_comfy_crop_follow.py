@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from chorus.tests.saliency_blend.test_comfy_crop import mask, on, sizes
 from chorus.tests.support.blend_definition import definition
+from chorus.tests.support.crops import mask, on, sizes
 from chorus.tests.support.host_definition import check_step
 from chorus.tests.support.tiny_models import blend, conditioning, ksample, latent, predictions, recording, unet
 

@@ -14,6 +14,7 @@ import comfy.model_management
 import pytest
 import torch
 
+from chorus.tests.support.lifecycle import check_untouched, stop_at
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -60,20 +61,6 @@ def blend_of(models):
     return blend(chained, models["other"], *hooked(EXPERT_WORDS, models["other"]))
 
 
-def stop_at(model, call: int):
-    """A clone of ``model`` whose run is interrupted at its ``call``-th prediction, by the host's own means."""
-    out, count = model.clone(), [0]
-
-    def interrupt(args):
-        count[0] += 1
-        if count[0] == call:
-            comfy.model_management.interrupt_current_processing(True)
-        return args["denoised"]
-
-    out.set_model_sampler_post_cfg_function(interrupt)
-    return out
-
-
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, str]:
     """Plain samples of every model, from a process that has never seen a blend."""
@@ -87,17 +74,6 @@ def fresh() -> dict[str, str]:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def check_untouched(models):
-    for model in models.values():
-        assert model.model.current_patcher is None
-        assert not model.hook_patches
-        assert model.hook_patches_backup is None
-        assert not model.hook_backup
-        assert not any(model.wrappers.values())
-        assert not model.attachments
-        assert set(model.model_options) == {"transformer_options"}
 
 
 @pytest.mark.parametrize("call", [1, 2])

@@ -20,8 +20,8 @@ from chorus.host.gradients import Recorder
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.techniques.seed_select import comfy_differentiable, comfy_session
 from chorus.techniques.seed_select.comfy_sampler import SeedRun
-from chorus.tests.saliency_blend.test_comfy_lifecycle import check_untouched, stop_at
 from chorus.tests.seed_select.test_comfy_sampler import WORDS, content, only, with_control
+from chorus.tests.support.lifecycle import check_untouched, stop_at
 from chorus.tests.support.tiny_models import (
     _fill,
     blend,

@@ -29,8 +29,8 @@ from chorus.techniques.seed_select.comfy_progress import SeedProgress
 from chorus.techniques.seed_select.comfy_run import Score
 from chorus.techniques.seed_select.comfy_sampler import SeedRun
 from chorus.techniques.seed_select.inversion import invert
-from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
 from chorus.tests.seed_select.test_comfy_gradients import easy
+from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (
     conditioning,
     defaults,

@@ -10,7 +10,7 @@ from chorus.demo import modules
 from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
 from chorus.techniques.seed_select.comfy_progress import SeedProgress
 from chorus.techniques.seed_select.comfy_sampler import SeedRun
-from chorus.tests.saliency_blend.test_comfy_lifecycle import stop_at
+from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
