@@ -11,10 +11,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.setup import ROOT
+from chorus.nodes.renames import RENAMED_INPUTS, renamed
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
+SAVED = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
+PROMPT = "async () => (await window.app.graphToPrompt()).output"
 GRAPH = "() => JSON.stringify(window.app.graph.serialize())"
 
 # what the page marks red or reports: nodes and inputs with errors, types it does not know, models and pictures it lacks
@@ -252,4 +255,14 @@ def test_is_the_same_when_saved_and_opened_again(page, server, file):
 def test_page_and_converter_queue_the_same(page, comfy, file):
     """What run_workflows queues of a file is what the page queues of it."""
     page_tools.drop(page, file, file.read_bytes())
-    assert page.evaluate("async () => (await window.app.graphToPrompt()).output") == comfy.to_api(read(file))
+    assert page.evaluate(PROMPT) == comfy.to_api(read(file))
+
+
+@pytest.mark.parametrize("file", SAVED, ids=lambda file: file.stem)
+def test_workflows_of_d6a205e_load_with_their_meaning(page, comfy, file):
+    """Inputs renamed since have their new names, every link and value is as it was saved, and no socket is left over."""
+    page_tools.drop(page, file, file.read_bytes())
+    prompt = page.evaluate(PROMPT)
+    assert renamed(prompt) == renamed(comfy.to_api(read(file)))
+    ours = [node for node in shown(page)["nodes"] if node["type"] in RENAMED_INPUTS]
+    assert not [i["name"] for node in ours for i in node["inputs"] if i["name"] in RENAMED_INPUTS[node["type"]]]
