@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 from comfy_api.latest import io
 
 from ..host.shape_errors import explained
+from ..techniques.seed_select import select as technique
 from ..techniques.seed_select.comfy_files import model_details
-from ..techniques.seed_select.comfy_run import Score, find, outputs
-from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, SeedRun
+from ..techniques.seed_select.comfy_outputs import outputs
+from ..techniques.seed_select.comfy_progress import InterruptProcessingException, SelectProgress
+from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, ComfySeedSampler, KSamplerInputs
+from ..techniques.seed_select.comfy_scoring import ScoringSettings
+from ..techniques.seed_select.comfy_session import OpenSession, SessionSettings
 from ..techniques.seed_select.optimize import OptimizeSettings
 from ..techniques.seed_select.select import MODES, STARTS, SeedSelectSettings
 from .checked_inputs import checks_inputs
@@ -280,24 +285,49 @@ class SeedSelect(io.ComfyNode):
         grid_size,
         clip_vision=None,
     ) -> io.NodeOutput:
-        optimize = OptimizeSettings(iterations, learning_rate, shell_width=norm_guard or math.inf, patience=patience)
-        settings = SeedSelectSettings(
-            mode, start, seed, candidates, pick, count, steps, min(first_steps, steps), keep, optimized, optimize
-        )
-        run = SeedRun(model, positive, negative, latent_image, steps, cfg, sampler_name, scheduler, denoise, seed)
-        loss = Score(run, references, vae, clip_vision, semantic_weight, appearance_weight)
+        weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
+        optimize = dict(iterations=iterations, learning_rate=learning_rate, patience=patience)
+        search = dict(candidates=candidates, first_steps=min(first_steps, steps), keep=keep, optimized=optimized)
+        wanted = dict(mode=mode, start=start, seed=seed, pick=pick, count=count, steps=steps)
+        optimize = OptimizeSettings(**optimize, shell_width=norm_guard or math.inf)
+        settings = SeedSelectSettings(**wanted, **search, optimize=optimize)
         path = dict(sampler=sampler_name, steps=optimize_steps or None, last_steps=last_steps or None, seed=seed)
-        path |= dict(checkpoint=checkpointing)
-        if settings.optimizes:
-            run.check_session(vae=vae, clip_vision=loss.clip_vision, **path)
         sampling = dict(cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
-        scoring = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight, references=len(references))
+        wired = dict(model=model, positive=positive, negative=negative, latent_image=latent_image)
+        inputs = KSamplerInputs(**wired, **sampling, steps=steps, seed=seed)
+        scoring = ScoringSettings(references=references, vae=vae, clip_vision=clip_vision, **weights)
+        sampler = ComfySeedSampler(inputs, scoring)
+        if settings.optimizes:
+            sampler.allow_gradients(SessionSettings(**path, checkpoint=checkpointing))
         others = dict(optimize_steps=optimize_steps, last_steps=last_steps)
         details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | others)}
-        details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(scoring)}
+        details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(weights | {"references": len(references)})}
+        select = technique.SeedSelect(settings, sampler)
         with explained("the model"):
-            select, interrupted = find(run, loss, settings, path)
-        return io.NodeOutput(*outputs(run, loss, select, interrupted, details, grid_size))
+            interrupted = run(select, sampler)
+        return io.NodeOutput(*outputs(select, interrupted, details, grid_size))
+
+
+def run(select: technique.SeedSelect, sampler: ComfySeedSampler) -> bool:
+    """Run ``select``; True if the user interrupted it: then the best so far is finished. Without any, that is raised."""
+    progress = SelectProgress(select, sampler.model, sampler.decode)
+    sampler.callback = progress.callback
+
+    def optimize(session: OpenSession) -> None:
+        # the host's own decode could unload what the session has loaded
+        select.optimize(session, partial(progress, decode=session.decode))
+
+    try:
+        select.choose(progress)
+        if select.settings.optimizes:
+            sampler.gradients.run(optimize)
+        select.draw(progress)
+    except InterruptProcessingException:
+        if select.best is None:
+            raise
+        select.settle()
+        return True
+    return False
 
 
 NODES: list[type[io.ComfyNode]] = [SeedSelect]

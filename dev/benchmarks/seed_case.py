@@ -1,6 +1,7 @@
 """What SeedSelect is measured on: the demo's general checkpoint, or random networks of the sizes of SD 1.5, its VAE and
 CLIP ViT-L."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ import comfy.sd
 import torch
 
 from ...demo.modules import load_checkpoint, load_references, load_vision
-from ...techniques.seed_select.comfy_run import Score, find
-from ...techniques.seed_select.comfy_sampler import SeedRun
+from ...nodes.seed_select import run
+from ...techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
+from ...techniques.seed_select.comfy_scoring import ScoringSettings
+from ...techniques.seed_select.comfy_session import SessionSettings
 from ...techniques.seed_select.optimize import OptimizeSettings
-from ...techniques.seed_select.select import SeedSelectSettings
+from ...techniques.seed_select.select import SeedSelect, SeedSelectSettings
 from .random_models import conditioning, fill, sd15
 
 PLAIN, OPTIMIZE, KEPT = "one picture", "optimize", "optimize, activations of all steps kept"
@@ -73,20 +76,24 @@ class Case:
         if setting.name == "demo":
             self.model, clip, self.vae = load_checkpoint("general")
             self.vision, self.references = load_vision(), load_references(SIGN)[0]
-            self.words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (SIGN, "")]
+            words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (SIGN, "")]
         else:
             self.model, self.vae, self.vision = sd15(1, torch.float32), sd_vae(), clip_vit_l()
             draws = torch.Generator().manual_seed(5)
             self.references = torch.rand(4, setting.pixels, setting.pixels, 3, generator=draws)
-            self.words = [conditioning(6), conditioning(7)]
-        side = setting.pixels // 8
-        self.latent = {"samples": torch.zeros(1, 4, side, side), "downscale_ratio_spacial": 8}
-        self.run = self.fresh()
-        self.score = Score(self.run, self.references, self.vae, self.vision, 10.0, 1.0)
+            words = [conditioning(6), conditioning(7)]
+        side, (positive, negative) = setting.pixels // 8, words
+        latent = {"samples": torch.zeros(1, 4, side, side), "downscale_ratio_spacial": 8}
+        wired = dict(model=self.model, positive=positive, negative=negative, latent_image=latent)
+        widgets = dict(steps=setting.steps, cfg=CFG[setting.name], sampler_name="euler", scheduler="normal", seed=SEED)
+        scoring = ScoringSettings(references=self.references, vae=self.vae, clip_vision=self.vision)
+        self.sampler = ComfySeedSampler(KSamplerInputs(**wired, **widgets), scoring)
 
-    def fresh(self) -> SeedRun:
-        s = self.setting
-        return SeedRun(self.model, *self.words, self.latent, s.steps, CFG[s.name], "euler", "normal", 1.0, SEED)
+    def fresh(self, settings: SessionSettings) -> ComfySeedSampler:
+        """A sampler that is open to gradients, on the same references, which need not be encoded again."""
+        sampler = copy.copy(self.sampler)
+        sampler.allow_gradients(settings)
+        return sampler
 
     def weights(self) -> int:
         """Bytes of the weights of model, VAE and image encoder."""
@@ -110,36 +117,35 @@ class Case:
 
     def plain(self, count: int) -> int:
         """The best of ``count`` seeds, each with all steps."""
-        run = self.fresh()
-        noise = torch.cat([run.noise_of(SEED + k) for k in range(count)])
+        noise = torch.cat([self.sampler.noise_of(SEED + k) for k in range(count)])
         best = math.inf
-        for part in noise.split(run.batch_size(count)):
-            latents = run.generate(part, seeds=[SEED] * len(part))
-            best = min(best, float(self.score.score([run.to_model(latents)]).min()))
+        for part in noise.split(self.sampler.batch_size(count)):
+            latents = self.sampler.generate(part, seeds=[SEED] * len(part))
+            best = min(best, float(self.sampler.score([latents]).min()))
         return count * self.setting.steps
 
     def select(
         self, mode: str, steps: int | None = None, last_steps: int | None = None, checkpoint: bool = True
     ) -> int:
         s = self.setting
-        optimize = OptimizeSettings(s.iterations, patience=0)
+        optimize = OptimizeSettings(iterations=s.iterations, patience=0)
         first = min(4, s.steps)  # the node's default
         settings = SeedSelectSettings(
-            mode, "noise", SEED, s.candidates, steps=s.steps, first_steps=first, optimize=optimize
+            mode=mode, seed=SEED, candidates=s.candidates, steps=s.steps, first_steps=first, optimize=optimize
         )
-        path = {"sampler": "euler", "steps": steps, "last_steps": last_steps, "seed": SEED, "checkpoint": checkpoint}
-        run = self.fresh()
-        return find(run, self.score, settings, path)[0].evaluations
+        sampler = self.fresh(SessionSettings(steps=steps, last_steps=last_steps, seed=SEED, checkpoint=checkpoint))
+        select = SeedSelect(settings, sampler)
+        run(select, sampler)
+        return select.evaluations
 
     def activations(self) -> dict[str, int]:
         """Bytes that the gradient of one call keeps: of the denoiser's step, of a decode, of an encoding."""
         found = {}
 
         def work(session):
-            noise = self.run.noise_of(SEED).requires_grad_(True)
-            latents = session.generate(noise, late=1)
-            self.score.in_session(session)(latents).sum().backward()
+            noise = self.sampler.noise_of(SEED).requires_grad_(True)
+            session.score(session.unroll(noise)).sum().backward()
             found.update(session.activations)
 
-        self.run.session(work, vae=self.vae, clip_vision=self.vision, steps=1)
+        self.fresh(SessionSettings(steps=1)).gradients.run(work)
         return found

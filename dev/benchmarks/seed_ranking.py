@@ -29,14 +29,14 @@ SCHEDULERS = ("normal", "karras", "simple", "beta")
 
 def likeness(sign: str, seeds: int, steps: list[int]) -> dict[tuple[str, int], float]:
     painter = seed_rare_signs.Painter(seed_rare_signs.Setting(), sign)
-    run, score = painter.run(seed_rare_signs.GROUP)
-    noise = torch.cat([run.noise_of(seed_rare_signs.GROUP + k) for k in range(seeds)])
-    sampling = run.model.get_model_object("model_sampling")
+    sampler = painter.sampler(seed_rare_signs.GROUP)
+    noise = torch.cat([sampler.noise_of(seed_rare_signs.GROUP + k) for k in range(seeds)])
+    sampling = sampler.model.get_model_object("model_sampling")
 
     def scores(scheduler: str, number: int) -> list[float]:
-        run.sigmas = lambda *_: comfy.samplers.calculate_sigmas(sampling, scheduler, number)
-        latents = [run.generate(part, number, [0] * len(part)) for part in noise.split(16)]
-        return torch.cat([score.score([run.to_model(part)]) for part in latents]).tolist()
+        sampler.sigmas = lambda *_: comfy.samplers.calculate_sigmas(sampling, scheduler, number)
+        latents = [sampler.generate(part, number, [0] * len(part)) for part in noise.split(16)]
+        return torch.cat([sampler.score([part]) for part in latents]).tolist()
 
     full = scores(painter.setting.scheduler, painter.setting.steps)
     return {

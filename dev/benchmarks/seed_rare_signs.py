@@ -34,10 +34,12 @@ import comfy.utils  # noqa: E402
 from ...demo.canvas import phrase  # noqa: E402
 from ...demo.modules import load_checkpoint, load_references, load_sign_classifier, load_vision  # noqa: E402
 from ...demo.signs import load_bins, load_signs  # noqa: E402
-from ...techniques.seed_select.comfy_run import Score, find  # noqa: E402
-from ...techniques.seed_select.comfy_sampler import SeedRun  # noqa: E402
+from ...nodes.seed_select import run  # noqa: E402
+from ...techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs  # noqa: E402
+from ...techniques.seed_select.comfy_scoring import ScoringSettings  # noqa: E402
+from ...techniques.seed_select.comfy_session import SessionSettings  # noqa: E402
 from ...techniques.seed_select.optimize import OptimizeSettings  # noqa: E402
-from ...techniques.seed_select.select import SeedSelectSettings  # noqa: E402
+from ...techniques.seed_select.select import SeedSelect, SeedSelectSettings  # noqa: E402
 from ..first_recipes.evaluate import encode, ranks_of  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference, ratio_of_means  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
@@ -83,27 +85,30 @@ class Painter:
         self.words = encode(clip, phrase(sign)), encode(clip, "")
         self.model = model
 
-    def run(self, seed: int) -> tuple[SeedRun, Score]:
-        s = self.setting
-        run = SeedRun(self.model, *self.words, SIZE, s.steps, s.cfg, s.sampler, s.scheduler, 1.0, seed)
-        return run, Score(run, self.references, self.vae, self.vision, 10.0, 1.0)
+    def sampler(self, seed: int) -> ComfySeedSampler:
+        s, (positive, negative) = self.setting, self.words
+        wired = dict(model=self.model, positive=positive, negative=negative, latent_image=SIZE)
+        widgets = dict(steps=s.steps, cfg=s.cfg, sampler_name=s.sampler, scheduler=s.scheduler, seed=seed)
+        scoring = ScoringSettings(references=self.references, vae=self.vae, clip_vision=self.vision)
+        return ComfySeedSampler(KSamplerInputs(**wired, **widgets), scoring)
 
-    def select(self, mode: str, seed: int):
-        s = self.setting
-        run, score = self.run(seed)
-        optimize = OptimizeSettings(s.iterations, s.learning_rate)
-        settings = SeedSelectSettings(
-            mode, "noise", seed, s.candidates, steps=s.steps, first_steps=s.first_steps, optimize=optimize
-        )
-        path = {"sampler": s.sampler, "steps": s.optimize_steps, "last_steps": None, "seed": seed, "checkpoint": True}
-        return find(run, score, settings, path)[0]
+    def select(self, mode: str, seed: int) -> SeedSelect:
+        s, sampler = self.setting, self.sampler(seed)
+        optimize = OptimizeSettings(iterations=s.iterations, learning_rate=s.learning_rate)
+        search = dict(candidates=s.candidates, steps=s.steps, first_steps=s.first_steps)
+        settings = SeedSelectSettings(mode=mode, seed=seed, **search, optimize=optimize)
+        if settings.optimizes:
+            sampler.allow_gradients(SessionSettings(sampler=s.sampler, steps=s.optimize_steps, seed=seed))
+        select = SeedSelect(settings, sampler)
+        run(select, sampler)
+        return select
 
     def in_full(self, seed: int, count: int) -> dict:
         """The finished pictures of ``count`` seeds."""
-        run, score = self.run(seed)
-        noise = torch.cat([run.noise_of(seed + k) for k in range(count)])
-        latents = torch.cat([run.generate(part, seeds=[seed] * len(part)) for part in noise.split(16)])
-        scores = torch.cat([score.score([run.to_model(part)]) for part in latents.split(16)])
+        sampler = self.sampler(seed)
+        noise = torch.cat([sampler.noise_of(seed + k) for k in range(count)])
+        latents = torch.cat([sampler.generate(part, seeds=[seed] * len(part)) for part in noise.split(16)])
+        scores = torch.cat([sampler.score([part]) for part in latents.split(16)])
         return {"latents": latents, "scores": scores.tolist(), "evaluations": count * self.setting.steps}
 
 

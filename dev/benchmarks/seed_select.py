@@ -35,7 +35,7 @@ def peak_of(setting: dict, kind: str) -> dict:
     with torch.inference_mode():
         before = 0 if cuda else resident(peak=False)
         case = Case(Setting(**setting))
-        case.fresh().generate(case.run.noise_of(0), 1)  # loads the model
+        case.sampler.generate(case.sampler.noise_of(0), 1)  # loads the model
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         else:

@@ -1,12 +1,16 @@
 """One progress bar with previews for a node that samples many times."""
 
+from collections.abc import Callable
+
 import comfy.model_management
 import comfy.utils
 import latent_preview
+import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...host.previews import as_preview
+from .select import SeedSelect
 
 InterruptProcessingException = comfy.model_management.InterruptProcessingException
 
@@ -19,7 +23,7 @@ class SeedProgress:
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
     def callback(self, step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
-        """For SeedRun.generate: one step is done; shows the estimate of x0 if the user wants previews."""
+        """For ComfySeedSampler.callback: one step is done; shows the estimate of x0 if the user wants previews."""
         show = self._previewer and self._previewer.decode_latent_to_preview_image("JPEG", x0)
         self._advance(1, show)
 
@@ -40,3 +44,29 @@ class SeedProgress:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.done += steps
         self.bar.update_absolute(self.done, preview=image)
+
+
+class SelectProgress(SeedProgress):
+    """What the user sees during a run of ``select``: how far it is, the best score so far and its picture."""
+
+    def __init__(self, select: SeedSelect, model, decode: Callable[[Tensor], Tensor]):
+        super().__init__(model, 1)
+        self._select, self._decode = select, decode
+        self._shown: Tensor | None = None  # the latent of the best picture
+
+    def callback(self, *step) -> None:
+        """The estimates of x0 show until there is a best picture."""
+        self.bar.total = self._select.planned
+        if self._shown is None:
+            super().callback(*step)
+        else:
+            self.show(steps=1)
+
+    def __call__(self, done: int, total: int, score: float, latent: Callable[[], Tensor], decode=None) -> None:
+        """As ``records.Progress``; ``decode``: in place of the usual one."""
+        self.bar.total = total
+        best, picture = latent(), None
+        if best is not self._shown:
+            with torch.no_grad():
+                self._shown, picture = best, (decode or self._decode)(best)[0]
+        self.show(picture, done - self.done, f"best score {score:.4f}, {done} of {total} model evaluations")

@@ -8,25 +8,17 @@ A score is a loss: lower is better.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .prior import check_noise, check_width, onto_shell
-from .records import Candidate, Found, Progress, ScoreSeries
+from .records import Candidate, Progress, ScoreSeries, SeedResult
+from .sampler import GradientCost, SeedGradients
 
 
-@dataclass(frozen=True)
-class GradientCost:
-    """Evaluations of one run through the sampler, for the report: forward only, and with what backward repeats."""
-
-    forward: int = 1
-    with_gradient: int = 1
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizeSettings:
     """The defaults are the authors'; with NAO's starts they use 5 iterations and a learning rate of 0.05."""
 
@@ -54,41 +46,23 @@ class OptimizeSettings:
         return self.iterations * cost.with_gradient + cost.forward
 
 
-@dataclass(frozen=True, eq=False)
-class SeedGradients:
-    """What is asked of a model that is open to gradients.
-
-    ``unroll(noise)``: the latents [1, C, *S] after the last one to three steps of its run, the finished one last, as
-    ``seed_losses.ReferenceLoss`` takes them; it must not change the noise. ``score(latents)``: one number.
-    ``to_latent``: the finished one as a plain run gives it, where unroll() gives it in another scale.
-    """
-
-    unroll: Callable[[Tensor], Sequence[Tensor]]
-    score: Callable[[Sequence[Tensor]], Tensor]
-    to_latent: Callable[[Tensor], Tensor] = lambda latent: latent
-
-
 class SeedOptimization:
     """One optimisation. What it knows is in its attributes at any time, so that an interrupted one has its best too.
 
-    ``start`` has the noise and its names; ``model`` says what its picture is and how far from the references.
+    ``start`` has the noise and its names; ``gradients`` gives its picture and the score of it.
     """
 
     def __init__(
-        self,
-        start: Candidate,
-        model: SeedGradients,
-        settings: OptimizeSettings | None = None,
-        cost: GradientCost | None = None,
+        self, start: Candidate, gradients: SeedGradients, settings: OptimizeSettings, cost: GradientCost | None = None
     ):
         self.start, self.noise = start, start.noise()
         check_noise(self.noise)
-        self.settings, self.cost = settings or OptimizeSettings(), cost or GradientCost()
-        self._model = model
+        self.settings, self.cost = settings, cost or GradientCost()
+        self._gradients = gradients
         self.scores: list[float] = []  # of the start and after each iteration
         self.norms: list[float] = []
         self.spent: list[int] = []
-        self.best: Found | None = None
+        self.best: SeedResult | None = None
         self.best_iteration = 0
 
     @property
@@ -98,7 +72,7 @@ class SeedOptimization:
     # nodes run in inference mode, whose tensors autograd cannot save
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def run(self, progress: Progress | None = None) -> Found:
+    def run(self, progress: Progress | None = None) -> SeedResult:
         """The best iterate; the start itself, bit for bit, where no iteration is better.
 
         ``progress(done, total, score, picture)`` after each evaluation of a noise: evaluations, the best score so far,
@@ -125,8 +99,8 @@ class SeedOptimization:
         return 0 < self.settings.patience <= iteration - self.best_iteration
 
     def _evaluate(self, noise: Tensor, iteration: int, cost: int, progress: Progress | None) -> Tensor:
-        latents = self._model.unroll(noise)
-        loss = self._model.score(latents)
+        latents = self._gradients.unroll(noise)
+        loss = self._gradients.score(latents)
         if loss.numel() != 1:
             raise ValueError(f"score() gave {loss.numel()} numbers for one noise; it must give one")
         score = float(loss.detach())
@@ -142,8 +116,8 @@ class SeedOptimization:
         if self.best is None or score < self.best.score:
             self.best_iteration = iteration
             kept = self.noise if iteration == 0 else noise.detach().clone()
-            latent = self._model.to_latent(latents[-1].detach().clone()).cpu()
-            self.best = Found(self.start.label, self.start.seed, kept, latent, score, self.start.sampler_seed)
+            latent = self._gradients.to_latent(latents[-1].detach().clone()).cpu()
+            self.best = self.start.result(kept, latent, score)
         if progress is not None:
             best = self.best
             progress(self.evaluations, self.settings.planned(self.cost), best.score, lambda: best.latent)

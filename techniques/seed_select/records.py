@@ -19,9 +19,13 @@ class Candidate:
     seed: int | None = None  # None where no integer seed gives this noise
     sampler_seed: int = 0  # of what a stochastic sampler draws besides the noise
 
+    def result(self, noise: Tensor, latent: Tensor, score: float) -> "SeedResult":
+        names = dict(label=self.label, seed=self.seed, sampler_seed=self.sampler_seed)
+        return SeedResult(**names, noise=noise, latent=latent, score=score)
 
-@dataclass(frozen=True, eq=False)
-class Found:
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeedResult:
     """A noise with its score and its finished latent."""
 
     label: str
@@ -29,7 +33,7 @@ class Found:
     noise: Tensor  # [1, C, *S], as it was given to generate()
     latent: Tensor  # [1, C, *S]
     score: float
-    sampler_seed: int = 0
+    sampler_seed: int
 
 
 # done and total evaluations, the best score so far, and what makes the picture of it; see each run()

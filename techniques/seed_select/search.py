@@ -8,14 +8,15 @@ A score is a loss: lower is better. Scores of different rounds are never compare
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .prior import check_noise
-from .records import Candidate, Found, Progress, ScoreSeries
+from .records import Candidate, Progress, ScoreSeries, SeedResult
+from .sampler import SeedSampler
 
 MAX_CANDIDATES = 4096
 
@@ -97,21 +98,12 @@ class RoundScores:
 class SeedSearch:
     """One search. What it knows is in its attributes at any time, so that an interrupted one has its best too.
 
-    ``generate(noises, steps, seeds)``: the finished latents [B, C, *S] of noises [B, C, *S], one seed each for what a
-    stochastic sampler draws besides; a fresh run each time, the same for the same noise and seed. ``score(latents) -> [B]``, as ``seed_losses.ReferenceLoss`` scores: it gets a list of one latent.
     ``pick``: which of the ranking before the last round is run with all steps, 1 for the best.
-    ``batch``: how many noises generate() gets at once.
+    ``batch``: how many noises the sampler's generate() gets at once.
     """
 
     def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        generate: Callable[[Tensor, int, Sequence[int]], Tensor],
-        score: Callable[[Sequence[Tensor]], Tensor],
-        plan: SearchPlan,
-        *,
-        pick: int = 1,
-        batch: int = 1,
+        self, candidates: Sequence[Candidate], sampler: SeedSampler, plan: SearchPlan, *, pick: int = 1, batch: int = 1
     ):
         if len(candidates) != plan.rounds[0].candidates:
             raise ValueError(f"{len(candidates)} candidates do not fit a plan for {plan.rounds[0].candidates}")
@@ -122,7 +114,7 @@ class SeedSearch:
         if batch < 1:
             raise ValueError(f"batch {batch} is less than 1; use 1 to run the candidates one by one")
         self.candidates, self.plan, self.pick, self.batch = tuple(candidates), plan, pick, batch
-        self._generate, self._score = generate, score
+        self._sampler = sampler
         self.rounds: list[RoundScores] = []
         self.latents: dict[int, Tensor] = {}  # of each candidate the latest, on the CPU, for the grid
         self.evaluations = 0
@@ -143,7 +135,7 @@ class SeedSearch:
         return len(self.rounds) == len(self.plan.rounds)
 
     @property
-    def best(self) -> Found | None:
+    def best(self) -> SeedResult | None:
         """What the search found: the picked candidate in full when it is done, the best so far before, else None."""
         if not self.rounds:
             return None
@@ -164,12 +156,12 @@ class SeedSearch:
             for k, (label, score, steps) in enumerate(scored, start=1)
         ]
 
-    def _found(self, index: int) -> Found:
+    def _found(self, index: int) -> SeedResult:
         c = self.candidates[index]
-        return Found(c.label, c.seed, c.noise(), self.latents[index], self.last_score(index)[0], c.sampler_seed)
+        return c.result(c.noise(), self.latents[index], self.last_score(index)[0])
 
     @torch.no_grad()
-    def run(self, progress: Progress | None = None) -> Found:
+    def run(self, progress: Progress | None = None) -> SeedResult:
         """The picked candidate, run with all steps at batch 1.
 
         ``progress(done, total, score, picture)`` after each batch: evaluations, the best score of this round, and what
@@ -189,7 +181,7 @@ class SeedSearch:
         for start in range(0, len(chosen), self.batch):
             indices = chosen[start : start + self.batch]
             seeds = [self.candidates[i].sampler_seed for i in indices]
-            latents = self._generate(torch.cat([self._noise(i) for i in indices]), steps, seeds)
+            latents = self._sampler.generate(torch.cat([self._noise(i) for i in indices]), steps, seeds)
             scores = self._scores(indices, latents, steps)
             if start == 0:
                 self.rounds.append(this)
@@ -208,7 +200,7 @@ class SeedSearch:
         return noise
 
     def _scores(self, indices: Sequence[int], latents: Tensor, steps: int) -> dict[int, float]:
-        scores = self._score([latents]).detach().flatten().tolist()
+        scores = self._sampler.score([latents]).detach().flatten().tolist()
         if len(scores) != len(indices) or len(latents) != len(indices):
             raise ValueError(
                 f"{len(indices)} candidates gave {len(latents)} latents and {len(scores)} scores; generate() and"

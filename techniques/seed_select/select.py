@@ -2,12 +2,13 @@
 
 Generating images of rare concepts using pre-trained diffusion models (arXiv 2304.14530), with the starts of Norm-guided
 latent space exploration (NAO, arXiv 2306.08687). Everything but the noise stays as it is. The parts:
-- ``seed_losses``: how far a picture is from the references;
-- ``seed_search``: many seeds, little spent on bad ones;
-- ``seed_optimize``: the gradient on one noise through the sampling;
-- ``seed_inversion``: the noise from which a reference would come, for a start;
-- ``seed_path``: the centroid of such noises, and the noises between two found ones, for more than one picture;
-- ``seed_prior``: which norms a noise may have.
+- ``losses``: how far a picture is from the references;
+- ``search``: many seeds, little spent on bad ones;
+- ``optimize``: the gradient on one noise through the sampling;
+- ``inversion``: the noise from which a reference would come, for a start;
+- ``path``: the centroid of such noises, and the noises between two found ones, for more than one picture;
+- ``prior``: which norms a noise may have;
+- ``sampler``: what is asked of the model.
 This file joins them: candidates by ``start``, found noises by ``mode``, pictures by ``count``.
 
 A score is a loss: lower is better. An evaluation is one call of the denoiser with its guidance, per candidate.
@@ -16,22 +17,23 @@ Shapes: B samples, C channels, S spatial axes (H, W).
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .optimize import GradientCost, OptimizeSettings, SeedGradients, SeedOptimization
+from .optimize import OptimizeSettings, SeedOptimization
 from .path import norm_aware_centroid, norm_aware_path
-from .records import Candidate, Found, Progress, ScoreSeries, seed_candidates
+from .records import Candidate, Progress, ScoreSeries, SeedResult, seed_candidates
+from .sampler import SeedGradients, SeedSampler
 from .search import SearchPlan, SeedSearch, plan_search
 
 MODES = ("search", "optimize", "search+optimize")
 STARTS = ("noise", "inversion", "centroid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SeedSelectSettings:
     """What to find. ``start`` names the candidates: noises of seeds, the references' inversions, or their centroid and
     points on the way from it to the inversions."""
@@ -83,41 +85,25 @@ class SeedSelectSettings:
         return max(ends, self.optimized) if self.optimizes else ends
 
 
-@dataclass(frozen=True, eq=False)
-class SeedSampling:
-    """What SeedSelect asks of a model; the host answers.
+class SeedSelect:
+    """One run: ``choose``, then ``optimize`` if the settings ask for it, then ``draw``.
 
-    ``noise_of(seed)``: the noise [1, C, *S] that a plain sampler draws for this seed at batch 1.
-    ``generate(noises, steps, seeds)``: the finished latents [B, C, *S] of a plain run, ``seeds`` for what a stochastic
-    sampler draws besides the noise; called without gradients. ``score(latents) -> [B]``: ``seed_losses.ReferenceLoss``
-    of a list of such latents.
-    ``session(work)``: calls ``work(gradients)`` where a gradient can be had, with ``SeedGradients``; of mode optimize.
-    ``inversions()``: the noises [1, C, *S] of the references, in their order; asked once, by starts other than noise.
+    The parts are called one by one, since a gradient can be had only inside a session that the caller opens. What it
+    knows is in its attributes at any time, so that an interrupted one has its ``best`` too. ``progress(done, total,
+    score, picture)``: evaluations of the whole, the best score so far of what is running, and what gives its latent.
+    What it raises ends the part.
     """
 
-    noise_of: Callable[[int], Tensor]
-    generate: Callable[[Tensor, int, Sequence[int]], Tensor]
-    score: Callable[[Sequence[Tensor]], Tensor]
-    session: Callable[[Callable[[SeedGradients], None]], None] | None = None
-    inversions: Callable[[], Sequence[Tensor]] | None = None
-    batch: int = 1  # noises that generate() gets at once
-    calls_per_step: int = 1
-    gradient_cost: GradientCost = field(default_factory=GradientCost)
-
-
-class SeedSelect:
-    """One run. What it knows is in its attributes at any time, so that an interrupted one has its ``best`` too."""
-
-    def __init__(self, settings: SeedSelectSettings, sampling: SeedSampling):
-        if settings.optimizes and sampling.session is None:
-            raise ValueError(f"mode {settings.mode} needs a sampling that is open to gradients; use mode search")
-        if settings.start != "noise" and sampling.inversions is None:
-            raise ValueError(f"start {settings.start} needs the references' inversions; use start noise")
-        self.settings, self.sampling = settings, sampling
+    def __init__(self, settings: SeedSelectSettings, sampler: SeedSampler):
+        if settings.optimizes and sampler.gradient_cost is None:
+            raise ValueError(f"mode {settings.mode} needs a sampler that is open to gradients; use mode search")
+        self.settings, self.sampler = settings, sampler
         self.search: SeedSearch | None = None
+        self.chosen: Sequence[Candidate] = ()  # noises, the best first
         self.optimizations: list[SeedOptimization] = []
-        self.pictures: list[Found] = []
-        self.planned = 0  # evaluations, without those of the inversions; known when run() begins
+        self.pictures: list[SeedResult] = []
+        self.planned = 0  # evaluations, without those of the inversions; known when the first candidate is run
+        self._batch = sampler.batch_size(settings.candidates)
         self._spent_on_pictures = 0
 
     @property
@@ -127,7 +113,7 @@ class SeedSelect:
         return searched + sum(o.evaluations for o in self.optimizations) + self._spent_on_pictures
 
     @property
-    def best(self) -> Found | None:
+    def best(self) -> SeedResult | None:
         """The first picture when there is one, before that the best noise so far with its latent, else None."""
         if self.pictures:
             return self.pictures[0]
@@ -136,26 +122,39 @@ class SeedSelect:
             return min(optimized, key=lambda found: found.score)
         return self.search.best if self.search else None
 
-    def run(self, progress: Progress | None = None) -> list[Found]:
-        """``count`` pictures, that of the best noise first, each from a run of all steps at batch 1.
-
-        ``progress(done, total, score, picture)``: evaluations, the best score so far of what is running, and what gives
-        its latent. What it raises ends the run.
-        """
+    def choose(self, progress: Progress | None = None) -> None:
+        """Choose the noises to optimise or draw: candidates by ``start``, the best of them where they are searched."""
         s = self.settings
         pool = self._pool()
         self._plan(pool)
-        chosen = self._search(progress) if self.search else pool[s.pick - 1 :]
-        chosen = chosen[: s.needed]
-        if s.optimizes:
-            chosen = self._optimize(chosen, progress)
-        elif self.search:
+        chosen = pool[s.pick - 1 :]
+        if self.search:
+            self.search.run(self._within(progress))
+            chosen = [pool[i] for i in self.search.ranking[s.pick - 1 :]]
+        self.chosen = chosen[: s.needed]
+
+    def optimize(self, gradients: SeedGradients, progress: Progress | None = None) -> None:
+        """Optimise the chosen noises one after the other, and put the best first."""
+        for start in self.chosen:
+            optimization = SeedOptimization(start, gradients, self.settings.optimize, self.sampler.gradient_cost)
+            self.optimizations.append(optimization)
+            optimization.run(self._within(progress))
+        results = sorted((o.best for o in self.optimizations), key=lambda result: result.score)
+        self.chosen = [Candidate(f"{r.label}, optimised", lambda r=r: r.noise, r.seed, r.sampler_seed) for r in results]
+
+    @torch.no_grad()
+    def draw(self, progress: Progress | None = None) -> list[SeedResult]:
+        """Return ``count`` pictures, that of the best noise first, each from a run of all steps at batch 1."""
+        if self.search and not self.settings.optimizes:
             self.pictures = [self.search.best]
-        self._draw(chosen, progress)
+        for candidate in self._stops(self.chosen)[len(self.pictures) :]:
+            result = self._picture(candidate)
+            if progress is not None:
+                progress(self.evaluations, self.planned, self.pictures[0].score, lambda x=result.latent: x)
         return self.pictures
 
     @torch.no_grad()
-    def settle(self) -> list[Found]:
+    def settle(self) -> list[SeedResult]:
         """After an interrupt: the pictures so far, or else that of the best noise so far, from a run of all steps.
 
         Needs a ``best``.
@@ -175,8 +174,8 @@ class SeedSelect:
         wanted = s.pick + s.needed - 1
         size = s.candidates if s.searches else wanted
         if s.start == "noise":
-            return seed_candidates(s.seed, size, self.sampling.noise_of)
-        noises = list(self.sampling.inversions())
+            return seed_candidates(s.seed, size, self.sampler.noise_of)
+        noises = list(self.sampler.inversions())
         if s.start == "centroid":
             return centroid_candidates(noises, size, s.seed)
         if len(noises) < wanted:
@@ -190,56 +189,29 @@ class SeedSelect:
         ]
 
     def _plan(self, pool: Sequence[Candidate]) -> None:
-        s, m = self.settings, self.sampling
+        s = self.settings
         pictures = s.count
         if s.searches:
-            plan = s.plan(len(pool), m.calls_per_step)
-            self.search = SeedSearch(pool, m.generate, m.score, plan, pick=s.pick, batch=m.batch)
+            plan = s.plan(len(pool), self.sampler.calls_per_step)
+            self.search = SeedSearch(pool, self.sampler, plan, pick=s.pick, batch=self._batch)
             self.planned += plan.evaluations
             if not s.optimizes:
                 pictures -= 1  # the search ends with it
         if s.optimizes:
-            self.planned += s.needed * s.optimize.planned(m.gradient_cost)
+            self.planned += s.needed * s.optimize.planned(self.sampler.gradient_cost)
         self.planned += pictures * self._cost_of_picture
 
     @property
     def _cost_of_picture(self) -> int:
-        return self.settings.steps * self.sampling.calls_per_step
+        return self.settings.steps * self.sampler.calls_per_step
 
-    def _search(self, progress: Progress | None) -> list[Candidate]:
-        self.search.run(self._within(progress))
-        return [self.search.candidates[i] for i in self.search.ranking[self.settings.pick - 1 :]]
-
-    def _optimize(self, starts: Sequence[Candidate], progress: Progress | None) -> list[Candidate]:
-        """The starts, optimised one after the other, the best first."""
-
-        def work(gradients: SeedGradients) -> None:
-            for start in starts:
-                within = self._within(progress)
-                self.optimizations.append(
-                    SeedOptimization(start, gradients, self.settings.optimize, self.sampling.gradient_cost)
-                )
-                self.optimizations[-1].run(within)
-
-        self.sampling.session(work)
-        found = sorted((o.best for o in self.optimizations), key=lambda found: found.score)
-        return [Candidate(f"{f.label}, optimised", lambda f=f: f.noise, f.seed, f.sampler_seed) for f in found]
-
-    @torch.no_grad()
-    def _draw(self, chosen: Sequence[Candidate], progress: Progress | None) -> None:
-        """Make the pictures that are still missing."""
-        for candidate in self._stops(chosen)[len(self.pictures) :]:
-            found = self._picture(candidate)
-            if progress is not None:
-                progress(self.evaluations, self.planned, self.pictures[0].score, lambda x=found.latent: x)
-
-    def _picture(self, c: Candidate) -> Found:
+    def _picture(self, c: Candidate) -> SeedResult:
         noise = c.noise()
-        latent = self.sampling.generate(noise, self.settings.steps, [c.sampler_seed]).cpu()
-        score = float(self.sampling.score([latent]))
+        latent = self.sampler.generate(noise, self.settings.steps, [c.sampler_seed]).cpu()
+        score = float(self.sampler.score([latent]))
         if not math.isfinite(score):
             raise ValueError(f"the score of {c.label} is {score}; run the model and the VAE in a wider dtype")
-        self.pictures.append(Found(c.label, c.seed, noise, latent, score, c.sampler_seed))
+        self.pictures.append(c.result(noise, latent, score))
         self._spent_on_pictures += self._cost_of_picture
         return self.pictures[-1]
 
@@ -261,8 +233,7 @@ class SeedSelect:
         """``progress`` of a part, told in evaluations of the whole."""
         if progress is None:
             return None
-        before = self.evaluations
-        return lambda done, total, score, picture: progress(before + done, self.planned, score, picture)
+        return lambda done, total, score, picture: progress(self.evaluations, self.planned, score, picture)
 
     def series(self) -> list[ScoreSeries]:
         """The score curve: a line for each round of the search and each optimised noise, over all evaluations."""
@@ -295,10 +266,10 @@ class SeedSelect:
             lines.append(self._reproduction(self.pictures[0]))
         return "\n".join(lines)
 
-    def _reproduction(self, found: Found) -> str:
+    def _reproduction(self, found: SeedResult) -> str:
         if found.seed is None:
             return "no seed gives this noise and none reproduces the result; save the noise"
-        if torch.equal(found.noise.cpu(), self.sampling.noise_of(found.seed).cpu()):
+        if torch.equal(found.noise.cpu(), self.sampler.noise_of(found.seed).cpu()):
             return f"seed {found.seed} reproduces the result in a plain sampler at batch 1"
         return f"seed {found.seed} is that of the start and does not reproduce the result; save the noise"
 

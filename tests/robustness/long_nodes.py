@@ -17,7 +17,7 @@ from chorus.demo.latent import ChorusDemoLatent
 from chorus.nodes import NODES, face_refiner_train
 from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
 from chorus.techniques.face_refiner.training import base as face_refiner_run
-from chorus.techniques.seed_select import comfy_run, path, select
+from chorus.techniques.seed_select import comfy_sampler, path, select
 from chorus.tests.cas_dm.test_comfy_training import latents, train
 from chorus.tests.face_refiner.test_comfy_nodes import refiner as face_refiner
 from chorus.tests.face_refiner.test_comfy_training import images, tinted
@@ -234,7 +234,7 @@ def small(monkeypatch) -> None:
     """Few weights and steps where the nodes have no widget for it."""
     monkeypatch.setitem(face_refiner_train.ARCHITECTURES, "residual", OWN)
     monkeypatch.setattr(face_refiner_run, "PatchGanConfig", partial(PatchGanConfig, ndf=8))
-    monkeypatch.setattr(comfy_run, "INVERSION_STEPS", 3)
+    monkeypatch.setattr(comfy_sampler, "INVERSION_STEPS", 3)
     known: list = []  # centroids take a second each, and are of the same noises in every run
 
     def centroid(noises):

@@ -13,8 +13,7 @@ import torch
 from chorus.demo import modules
 from chorus.techniques.seed_select import comfy_files
 from chorus.techniques.seed_select.comfy_files import FILES, SeedNoise, load_seed, model_details, save_seed
-from chorus.techniques.seed_select.comfy_sampler import SeedRun
-from chorus.tests.seed_select.test_comfy_sampler import WORDS
+from chorus.tests.seed_select.test_comfy_sampler import WORDS, run_of
 from chorus.tests.support.tiny_models import in_inference_mode, ksample, latent, lora, unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +159,7 @@ def sampled(model, noise, samples, sampler="euler"):
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
 def test_a_saved_seed_paints_its_picture_in_the_hosts_custom_sampler(sampler):
     model = unet(0)
-    run = SeedRun(model, *WORDS, latent(), 3, 5.0, sampler, "normal")
+    run = run_of(model, sampler_name=sampler)
     place = save_seed(SeedNoise(run.noise_of(6), 6), "seed")
     found = sampled(model, load_seed(f"{place['filename']} [output]"), latent(), sampler)
     assert torch.equal(found, ksample(model, *WORDS, latent(), sampler=sampler, seed=6))

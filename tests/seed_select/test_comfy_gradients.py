@@ -19,7 +19,8 @@ from chorus.host import autograd_copies
 from chorus.host.gradients import Recorder
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.techniques.seed_select import comfy_differentiable, comfy_session
-from chorus.techniques.seed_select.comfy_sampler import SeedRun
+from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
+from chorus.techniques.seed_select.comfy_session import SessionSettings
 from chorus.tests.seed_select.test_comfy_sampler import WORDS, content, only, with_control
 from chorus.tests.support.lifecycle import check_untouched, stop_at
 from chorus.tests.support.tiny_models import (
@@ -43,13 +44,15 @@ EXPERT_WORDS = conditioning(30), conditioning(31)
 def run_of(model, samples=None, words=WORDS, **settings):
     samples = samples or latent(channels=model.get_model_object("latent_format").latent_channels)
     defaults = dict(steps=3, cfg=5.0, sampler_name="euler", scheduler="normal")
-    return SeedRun(model, *words, samples, **{**defaults, **settings})
+    wired = dict(model=model, positive=words[0], negative=words[1], latent_image=samples)
+    return ComfySeedSampler(KSamplerInputs(**wired, **{**defaults, **settings}))
 
 
 @in_inference_mode
-def session(run, work, **settings):
+def session(run, work, vae=None, clip_vision=None, **settings):
     """As a node does it: called in inference mode."""
-    return run.session(work, **settings)
+    models = {name: model for name, model in (("vae", vae), ("clip_vision", clip_vision)) if model is not None}
+    return run.session(SessionSettings(**settings), models=models).run(work)
 
 
 def loss_of(latents):
@@ -216,7 +219,7 @@ def test_late_latents_are_in_vp_scale_or_estimates():
 def test_truncation_holds_the_earlier_steps_constant(last_steps):
     run = run_of(unet(0))
     _, found = gradient(run, last_steps=last_steps)
-    spent = run.backward_evaluations
+    spent = run.counter.recomputed
 
     def work(s):
         z = run.noise_of(3).requires_grad_(True)
@@ -284,7 +287,7 @@ def test_the_measured_step_is_what_autograd_keeps():
     run, found = run_of(unet(0)), {}
 
     def work(s):
-        kept = Kept(s._run.inner)
+        kept = Kept(s._guider.inner_model)
         x = s.start(run.noise_of(3)).requires_grad_(True)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
             s.denoise(x, s.sigmas[0])
@@ -297,8 +300,8 @@ def test_the_measured_step_is_what_autograd_keeps():
 def test_forwards_and_their_repetitions_are_counted():
     run = run_of(soft())
     gradient(run)
-    assert run.evaluations == 2 * 2 * 3 * 2  # two models, guidance, three steps, twice
-    assert run.backward_evaluations == 2 * 2 * 3
+    assert run.counter.rows == 2 * 2 * 3 * 2  # two models, guidance, three steps, twice
+    assert run.counter.recomputed == 2 * 2 * 3
 
 
 def test_samples_are_computed_one_by_one():
@@ -412,10 +415,10 @@ def test_the_copies_share_the_weights_memory_and_are_gone_after_the_session():
     run, copies = run_of(unet(0)), []
 
     def work(s):
-        own, theirs = (dict(m.named_parameters()) for m in (s._run.inner, run.model.model))
+        own, theirs = (dict(m.named_parameters()) for m in (s._guider.inner_model, run.model.model))
         assert not any(p.is_inference() or p.requires_grad for p in own.values())
         assert all(p.is_inference() and p.data_ptr() == own[name].data_ptr() for name, p in theirs.items())
-        copies.append(weakref.ref(s._run.inner))
+        copies.append(weakref.ref(s._guider.inner_model))
         loss_of(s.generate(run.noise_of(3).requires_grad_(True))).backward()
 
     session(run, work)
@@ -441,7 +444,7 @@ def test_weights_that_autograd_may_save_are_not_copied():
         model = unet.__wrapped__(0)
     model.model.requires_grad_(False)
     run = run_of(model)
-    assert session(run, lambda s: s._run.inner is model.model)
+    assert session(run, lambda s: s._guider.inner_model is model.model)
     _, found = gradient(run)
     assert torch.equal(found, gradient(run_of(unet(0)))[1])
 
@@ -451,8 +454,8 @@ def test_a_shared_checkpoint_is_copied_once():
     run = run_of(blend(base, base, *EXPERT_WORDS)[0])
 
     def work(s):
-        chain = blend_chain(s._run.guider.model_patcher)
-        return chain.experts[0].patcher.model is s._run.inner is not base.model
+        chain = blend_chain(s._guider.model_patcher)
+        return chain.experts[0].patcher.model is s._guider.inner_model is not base.model
 
     assert session(run, work)
 
@@ -503,7 +506,8 @@ def test_embeddings_are_those_of_encode_image(name, size):
             expected = expected.mean(1) if expected.ndim == 3 else expected
             run = run_of(unet(0))
             for gradients in (True, False):
-                found = run.session(
+                found = session(
+                    run,
                     lambda s, c=crop, g=gradients: s.embed(image.clone().requires_grad_(g), c).detach(),
                     gradients=gradients,
                     clip_vision=encoder,

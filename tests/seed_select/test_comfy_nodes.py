@@ -1,10 +1,13 @@
 """SeedSelect, SaveSeed and LoadSeed as the host runs them: a tiny random model, the demo's VAE and image encoder."""
 
 import inspect
+import itertools
 import json
 import re
 import sys
+import traceback
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -26,8 +29,9 @@ from chorus.nodes.seed_files import LoadSeed, SaveSeed
 from chorus.nodes.seed_select import SeedSelect
 from chorus.techniques.seed_select.comfy_files import SeedNoise
 from chorus.techniques.seed_select.comfy_progress import SeedProgress
-from chorus.techniques.seed_select.comfy_run import Score
-from chorus.techniques.seed_select.comfy_sampler import SeedRun
+from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
+from chorus.techniques.seed_select.comfy_scoring import ScoringSettings
+from chorus.techniques.seed_select.comfy_session import SessionSettings
 from chorus.techniques.seed_select.inversion import invert
 from chorus.tests.seed_select.test_comfy_gradients import easy
 from chorus.tests.support.lifecycle import stop_at
@@ -111,6 +115,11 @@ def custom_sampled(model, noise, samples, sampler="euler", steps=4):
     sigmas = custom.BasicScheduler.execute(model, "normal", steps, 1.0).args[0]
     chosen = custom.KSamplerSelect.execute(sampler).args[0]
     return custom.SamplerCustomAdvanced.execute(noise, guider, chosen, sigmas, samples).args[0]["samples"]
+
+
+def sampler_of(model, sampler="euler"):
+    wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=empty())
+    return ComfySeedSampler(KSamplerInputs(**wired, steps=4, cfg=3.0, sampler_name=sampler, scheduler="normal"))
 
 
 def plain(model, seed, samples=None, **settings):
@@ -228,7 +237,7 @@ def test_0_iterations_keep_the_noise(model, select):
     for mode in ("optimize", "search+optimize"):
         found = select(mode=mode, iterations=0)
         assert torch.equal(found.samples["samples"], plain(model, found.seed))
-        run = SeedRun(model, *WORDS, empty(), 4, 3.0, "euler", "normal")
+        run = sampler_of(model)
         assert torch.equal(found.noise.noise, run.noise_of(found.seed))
         assert f"seed {found.seed} reproduces the result" in found.report
     assert select().seed == found.seed
@@ -273,6 +282,27 @@ def test_both(model, select):
     assert found.seed in range(5, 11)
 
 
+def test_a_denoiser_call_enters_the_pure_code_once(model, select):
+    root, stacks = Path(inspect.getfile(SeedSelect)).parents[1], []
+
+    def note(*_):
+        files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_stack(None))
+        ours = [f.relative_to(root) for f in files if f.is_relative_to(root)]
+        stacks.append([f for f in ours if f.parts[0] in ("nodes", "techniques", "host")])
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(note)
+    try:
+        select(mode="optimize", iterations=1)
+    finally:
+        hook.remove()
+    technique = Path("techniques", "seed_select")
+    assert sum(technique / "optimize.py" in files for files in stacks) == 3 * 4  # two runs, one of them twice
+    for files in stacks:
+        assert len(set(files)) <= 6, files
+        pure = [f.parent == technique and not f.name.startswith("comfy_") for f in files]
+        assert [entered for entered, _ in itertools.groupby(pure)].count(True) == 1, files
+
+
 def test_a_patched_model_is_optimised_as_it_is(model, select):
     patched = lora(model, 3)
     found = select(model=patched, mode="optimize", iterations=2)
@@ -294,7 +324,7 @@ def test_the_demo_checkpoint(vision):
 
 
 def test_starts_from_references(model, vae, select):
-    run = SeedRun(model, *WORDS, empty(), 4, 3.0, "euler", "normal")
+    run = sampler_of(model)
     with torch.inference_mode():
         squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True)
         latents = vae.encode(squashed.clamp(0, 1).movedim(1, -1))
@@ -302,7 +332,7 @@ def test_starts_from_references(model, vae, select):
         def work(s):
             return [s.noise_of(invert(s.denoise, x * 0.5, s.sigmas)) for x in latents.split(1)]
 
-        expected = run.session(work, gradients=False, cfg=1.0, steps=50)
+        expected = run.session(SessionSettings(gradients=False, cfg=1.0, steps=50)).run(work)
     found = select(start="inversion", candidates=2)
     assert any(torch.equal(found.noise.noise, x.cpu()) for x in expected)
     assert found.seed == 5
@@ -412,9 +442,11 @@ def test_a_seed_that_comes_with_the_pack_gives_its_picture_again(name, vision):
         sign, sampling = name.split()[-1], json.loads(noise.details["sampling"])
         words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (f"a {sign}", "")]
         size = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
-        run = SeedRun(model, *words, size, json.loads(noise.details["settings"])["steps"], **sampling)
-        score = Score(run, modules.load_references(sign)[0], vae, vision, 10.0, 1.0)
-        found = float(score.score([run.to_model(run.generate(noise.noise))]))
+        wired = dict(model=model, positive=words[0], negative=words[1], latent_image=size)
+        inputs = KSamplerInputs(**wired, **sampling, steps=json.loads(noise.details["settings"])["steps"])
+        scoring = ScoringSettings(references=modules.load_references(sign)[0], vae=vae, clip_vision=vision)
+        sampler = ComfySeedSampler(inputs, scoring)
+        found = float(sampler.score([sampler.generate(noise.noise)]))
     assert found == pytest.approx(float(noise.details["score"]), rel=1e-3)
 
 
@@ -503,7 +535,7 @@ def test_the_seed_stays_as_it_is():
 
 @pytest.mark.parametrize("sampler", sorted(set(comfy.samplers.SAMPLER_NAMES) - {"dpm_adaptive"}))
 def test_calls_per_step_are_known(model, sampler):
-    run = SeedRun(model, *WORDS, empty(), 4, 3.0, sampler, "normal")
+    run = sampler_of(model, sampler)
     run.generate(run.noise_of(0))
-    calls = run.evaluations / 2  # guidance asks twice
+    calls = run.counter.rows / 2  # guidance asks twice
     assert 4 * (run.calls_per_step - 1) < calls <= 4 * run.calls_per_step + 1

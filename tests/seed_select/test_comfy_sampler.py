@@ -9,7 +9,7 @@ import torch
 from chorus.demo import modules
 from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
 from chorus.techniques.seed_select.comfy_progress import SeedProgress
-from chorus.techniques.seed_select.comfy_sampler import SeedRun
+from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
 from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (
     blend,
@@ -30,7 +30,8 @@ WORDS = conditioning(10), conditioning(11)
 
 def run_of(model, samples=None, words=WORDS, **settings):
     defaults = dict(steps=3, cfg=5.0, sampler_name="euler", scheduler="normal", denoise=1.0)
-    return SeedRun(model, *words, samples or latent(), **{**defaults, **settings})
+    wired = dict(model=model, positive=words[0], negative=words[1], latent_image=samples or latent())
+    return ComfySeedSampler(KSamplerInputs(**wired, **{**defaults, **settings}))
 
 
 @in_inference_mode
@@ -151,10 +152,10 @@ def test_samples_of_deterministic_samplers_share_a_batch(model, sampler):
     with forwards(model) as batches:
         together = run.generate(noise, seeds=[0, 1, 2])
     assert set(batches) == {2 * 3}
-    rows = run.evaluations
+    rows = run.counter.rows
     alone = torch.cat([run.generate(noise[k : k + 1], seeds=[100 + k]) for k in range(3)])
     assert (together - alone).norm() < 2e-5 * alone.norm()
-    assert rows == run.evaluations - rows
+    assert rows == run.counter.rows - rows
 
 
 def test_no_more_noises_share_a_batch_than_memory_allows(model, monkeypatch):
@@ -195,7 +196,7 @@ def test_a_stochastic_sampler_draws_from_the_seed_of_the_noise_or_the_runs(model
 def test_scales_of_latents_are_those_of_the_model(model):
     run, x = run_of(model), content()["samples"]
     assert torch.equal(run.to_model(x), x * model.get_model_object("latent_format").scale_factor)
-    assert torch.allclose(run.to_latent(run.to_model(x)), x)
+    assert torch.allclose(model.model.process_latent_out(run.to_model(x)), x)
 
 
 @in_inference_mode
@@ -222,12 +223,12 @@ def test_what_differs_from_row_to_row_keeps_candidates_apart(model):
 def test_evaluations_are_the_rows_of_forward_passes(model):
     run = run_of(model)
     run.generate(run.noise_of(0))
-    assert run.evaluations == 3 * 2  # guidance asks twice
+    assert run.counter.rows == 3 * 2  # guidance asks twice
     run.generate(torch.cat([run.noise_of(k) for k in range(4)]), steps=2)
-    assert run.evaluations == 6 + 4 * 2 * 2
+    assert run.counter.rows == 6 + 4 * 2 * 2
     plain = run_of(model, cfg=1.0, sampler_name="heun")
     plain.generate(plain.noise_of(0))
-    assert plain.evaluations == 2 + 2 + 1
+    assert plain.counter.rows == 2 + 2 + 1
 
 
 def test_evaluations_of_experts_count(model):
@@ -235,7 +236,7 @@ def test_evaluations_of_experts_count(model):
     for expert in (unet(1), lora(model, 1), model):
         run = run_of(blend(model, expert, *words)[0])
         run.generate(run.noise_of(0))
-        assert run.evaluations == 2 * 3 * 2
+        assert run.counter.rows == 2 * 3 * 2
 
 
 def test_the_hosts_progress_preview_and_interrupt(model, monkeypatch):
@@ -249,7 +250,8 @@ def test_the_hosts_progress_preview_and_interrupt(model, monkeypatch):
     assert seen[-1] == (3, 3)
     seen.clear()
     progress = SeedProgress(model, total=8)
-    run.generate(run.noise_of(0), callback=progress.callback)
+    run.callback = progress.callback
+    run.generate(run.noise_of(0))
     progress.show(torch.rand(16, 16, 3), steps=5)
     assert seen[-1] == (8, 8)
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from chorus.techniques.seed_select.optimize import GradientCost, OptimizeSettings, SeedGradients, SeedOptimization
+from chorus.techniques.seed_select.optimize import OptimizeSettings, SeedOptimization
 from chorus.techniques.seed_select.prior import chi_shell, onto_shell
 from chorus.techniques.seed_select.records import Candidate
+from chorus.techniques.seed_select.sampler import GradientCost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +30,12 @@ class Toy:
     def picture(self, noise):
         return torch.sinh(noise / 2) * 2
 
-    def generate(self, noise):
+    def unroll(self, noise):
         self.gradients.append(torch.is_grad_enabled())
         return [self.picture(noise) * 0.9, self.picture(noise)]
+
+    def to_latent(self, latent):
+        return latent
 
     def score(self, latents):
         return ((latents[-1] - self.target) ** 2).flatten(1).mean(1)
@@ -40,8 +44,7 @@ class Toy:
 def optimization(toy=None, settings=AUTHORS, start=None, label="start", cost=None):
     toy = toy or Toy()
     start = draw() if start is None else start
-    model = SeedGradients(lambda noise: toy.generate(noise), lambda latents: toy.score(latents))
-    return SeedOptimization(Candidate(label, lambda: start, 5, 6), model, settings, cost)
+    return SeedOptimization(Candidate(label, lambda: start, 5, 6), toy, settings, cost)
 
 
 def authors_loop(toy, start, iterations=30, rate=0.1):
@@ -53,11 +56,11 @@ def authors_loop(toy, start, iterations=30, rate=0.1):
             for group in adam.param_groups:
                 group["lr"] = rate / 10
         adam.zero_grad()
-        loss = toy.score(toy.generate(noise)).sum()
+        loss = toy.score(toy.unroll(noise)).sum()
         scores.append(float(loss.detach()))
         loss.backward()
         adam.step()
-    return [*scores, float(toy.score(toy.generate(noise)).detach())], noise.detach()
+    return [*scores, float(toy.score(toy.unroll(noise)).detach())], noise.detach()
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.05])
@@ -86,7 +89,7 @@ def test_the_best_iterate_is_kept_not_the_last():
     assert run.scores[-1] > found.score == min(run.scores)
     assert run.scores[run.best_iteration] == found.score
     toy = Toy()
-    assert float(toy.score(toy.generate(found.noise))) == found.score
+    assert float(toy.score(toy.unroll(found.noise))) == found.score
     assert torch.equal(found.latent, toy.picture(found.noise))
     assert run.norms[run.best_iteration] == pytest.approx(float(found.noise.norm()), rel=1e-6)
 
@@ -162,7 +165,10 @@ def test_patience_counts_from_the_last_best():
 
 
 def test_costs_and_progress():
-    told, run = [], optimization(settings=replace(AUTHORS, iterations=4), cost=GradientCost(20, 35))
+    told, run = (
+        [],
+        optimization(settings=replace(AUTHORS, iterations=4), cost=GradientCost(forward=20, with_gradient=35)),
+    )
     run.run(lambda done, total, score, picture: told.append((done, total, score, picture())))
     assert [done for done, *_ in told] == [35, 70, 105, 140, 160]
     assert {total for _, total, *_ in told} == {160}
@@ -194,7 +200,7 @@ def test_an_interrupted_run_has_its_best():
     assert run.scores == whole.scores[:6]
     assert run.best.score == min(whole.scores[:6])
     toy = Toy()
-    assert float(toy.score(toy.generate(run.best.noise))) == run.best.score
+    assert float(toy.score(toy.unroll(run.best.noise))) == run.best.score
 
 
 def test_an_interrupt_out_of_the_model_leaves_the_best_too():
@@ -203,14 +209,14 @@ def test_an_interrupt_out_of_the_model_leaves_the_best_too():
 
     toy = Toy()
     calls = iter(range(100))
-    generate = toy.generate
+    unroll = toy.unroll
 
     def interrupted(noise):
         if next(calls) == 3:
             raise Interrupt
-        return generate(noise)
+        return unroll(noise)
 
-    toy.generate = interrupted
+    toy.unroll = interrupted
     run = optimization(toy)
     with pytest.raises(Interrupt):
         run.run()
@@ -231,8 +237,8 @@ def test_it_runs_inside_inference_mode_as_nodes_do():
 
 def test_the_latent_is_that_of_a_plain_run():
     toy = Toy()
-    model = SeedGradients(toy.generate, toy.score, lambda latent: latent / 0.18)
-    found = SeedOptimization(Candidate("start", draw, 5, 6), model, AUTHORS).run()
+    toy.to_latent = lambda latent: latent / 0.18
+    found = optimization(toy).run()
     torch.testing.assert_close(found.latent, toy.picture(found.noise) / 0.18)
     assert (found.label, found.seed, found.sampler_seed) == ("start", 5, 6)
 
@@ -265,7 +271,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
 def test_a_model_without_a_gradient_is_refused():
     toy = Toy()
-    toy.generate = lambda noise: [toy.picture(noise.detach())]
+    toy.unroll = lambda noise: [toy.picture(noise.detach())]
     with pytest.raises(ValueError, match="the score has no gradient to the noise; use a model"):
         optimization(toy).run()
     weight = torch.ones((), requires_grad=True)

@@ -36,9 +36,7 @@ class Model:
 
 def search(model, candidates=64, steps=20, first=0, pick=1, batch=8, **options):
     plan = plan_search(candidates, steps, **options)
-    return SeedSearch(
-        seed_candidates(first, candidates, noise_of), model.generate, model.score, plan, pick=pick, batch=batch
-    )
+    return SeedSearch(seed_candidates(first, candidates, noise_of), model, plan, pick=pick, batch=batch)
 
 
 def shuffled(seed, steps=1):
@@ -221,7 +219,7 @@ def test_searches_that_are_refused(options, message):
 
 def test_a_plan_for_others_is_refused():
     with pytest.raises(ValueError, match="3 candidates do not fit a plan for 64"):
-        SeedSearch(seed_candidates(0, 3, noise_of), None, None, plan_search(64, 20))
+        SeedSearch(seed_candidates(0, 3, noise_of), None, plan_search(64, 20))
 
 
 def test_seeds_stay_below_2_to_the_64():

@@ -2,16 +2,16 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from chorus.techniques.seed_select.inversion import invert
 from chorus.techniques.seed_select.losses import ReferenceLoss, embedding_centroid, latent_centroid, vp_scale
-from chorus.techniques.seed_select.optimize import GradientCost, OptimizeSettings, SeedGradients
+from chorus.techniques.seed_select.optimize import OptimizeSettings
 from chorus.techniques.seed_select.path import norm_aware_centroid, norm_aware_path
-from chorus.techniques.seed_select.select import SeedSampling, SeedSelect, SeedSelectSettings, centroid_candidates
+from chorus.techniques.seed_select.sampler import GradientCost
+from chorus.techniques.seed_select.select import SeedSelect, SeedSelectSettings, centroid_candidates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +46,10 @@ def embed(x):
 
 
 class Toy:
+    """A SeedSampler, and the SeedGradients of its sessions."""
+
+    calls_per_step, gradient_cost = 1, GradientCost(forward=20, with_gradient=20)
+
     def __init__(self, steps=20):
         self.steps, self.evaluations, self.inverted, self.sessions = steps, 0, 0, 0
         self.generated, self.sampler_seeds = [], []
@@ -67,25 +71,40 @@ class Toy:
         self.sampler_seeds += seeds
         return self.walk(noises, steps)[-1]
 
-    def session(self, work):
-        self.sessions += 1
-        work(SeedGradients(lambda noise: self.walk(noise, self.steps)[-3:], self.loss))
+    def noise_of(self, seed):
+        return noise_of(seed)
+
+    def batch_size(self, count):
+        return 4
+
+    def score(self, latents):
+        return self.loss(latents)
+
+    def unroll(self, noise):
+        return self.walk(noise, self.steps)[-3:]
+
+    def to_latent(self, latent):
+        return latent
 
     def inversions(self):
         self.inverted += 1
         sigmas = schedule(50)
         return [vp_scale(invert(denoise, x[None], sigmas), sigmas[0]) for x in REFERENCES]
 
-    def sampling(self, **changes):
-        return SeedSampling(
-            noise_of, self.generate, self.loss, self.session, self.inversions, 4, 1, GradientCost(20, 20), **changes
-        )
-
 
 def select(toy=None, **settings):
     toy = toy or Toy()
     settings.setdefault("optimize", FEW)
-    return SeedSelect(SeedSelectSettings(**settings), toy.sampling()), toy
+    return SeedSelect(SeedSelectSettings(**settings), toy), toy
+
+
+def finish(run, progress=None):
+    """The pictures of ``run``, its parts called as the node calls them."""
+    run.choose(progress)
+    if run.settings.optimizes:
+        run.sampler.sessions += 1
+        run.optimize(run.sampler, progress)
+    return run.draw(progress)
 
 
 def in_full(noise, toy):
@@ -100,7 +119,7 @@ def in_full(noise, toy):
 def test_every_mode_and_start_gives_finished_pictures_and_spends_what_it_planned(mode, start, count):
     run, toy = select(mode=mode, start=start, count=count, candidates=16, seed=30)
     told = []
-    pictures = run.run(lambda done, total, score, picture: told.append((done, total, score, picture())))
+    pictures = finish(run, lambda done, total, score, picture: told.append((done, total, score, picture())))
     assert len(pictures) == count
     for found in pictures:
         latent, score = in_full(found.noise, toy)
@@ -119,7 +138,7 @@ def test_every_mode_and_start_gives_finished_pictures_and_spends_what_it_planned
 
 def test_a_search_gives_the_seed_that_reproduces_it():
     run, toy = select(candidates=16, seed=30)
-    (found,) = run.run()
+    (found,) = finish(run)
     assert toy.generated[-1] == (1, 20)
     assert 30 <= found.seed < 46
     assert torch.equal(found.noise, noise_of(found.seed))
@@ -128,7 +147,7 @@ def test_a_search_gives_the_seed_that_reproduces_it():
 
 def test_a_search_of_64_comes_near_to_the_best_of_all_for_an_eighth():
     run, toy = select(candidates=64, seed=0)
-    (found,) = run.run()
+    (found,) = finish(run)
     scores = sorted(in_full(noise_of(s), toy)[1] for s in range(64))
     assert found.score <= scores[6]
     assert toy.evaluations * 8 <= 64 * 20
@@ -136,7 +155,7 @@ def test_a_search_of_64_comes_near_to_the_best_of_all_for_an_eighth():
 
 def test_optimisation_falls_below_its_start():
     run, toy = select(mode="optimize", seed=3, optimize=OptimizeSettings(iterations=20))
-    (found,) = run.run()
+    (found,) = finish(run)
     assert found.seed == 3
     assert found.label == "seed 3, optimised"
     _, before = in_full(noise_of(3), toy)
@@ -148,12 +167,12 @@ def test_optimisation_falls_below_its_start():
 def test_0_iterations_are_the_plain_run(pick):
     none = OptimizeSettings(iterations=0)
     run, toy = select(mode="optimize", seed=3, pick=pick, optimize=none)
-    (found,) = run.run()
+    (found,) = finish(run)
     assert torch.equal(found.noise, noise_of(2 + pick))
     assert torch.equal(found.latent, in_full(noise_of(2 + pick), toy)[0])
     both, toy = select(mode="search+optimize", candidates=16, pick=pick, optimize=none)
     search, _ = select(mode="search", candidates=16, pick=pick)
-    (a,), (b,) = both.run(), search.run()
+    (a,), (b,) = finish(both), finish(search)
     assert torch.equal(a.noise, b.noise)
     assert torch.equal(a.latent, b.latent)
     assert (a.seed, a.score) == (b.seed, b.score)
@@ -161,7 +180,7 @@ def test_0_iterations_are_the_plain_run(pick):
 
 def test_the_best_candidates_become_starts():
     run, _ = select(mode="search+optimize", candidates=16, pick=2, optimized=3)
-    (found,) = run.run()
+    (found,) = finish(run)
     starts = [run.search.candidates[i] for i in run.search.ranking[1:4]]
     assert [o.best.seed for o in run.optimizations] == [c.seed for c in starts]
     assert [o.start for o in run.optimizations] == starts
@@ -171,7 +190,7 @@ def test_the_best_candidates_become_starts():
 
 def test_pictures_lie_between_the_two_best():
     run, toy = select(candidates=16, count=4)
-    pictures = run.run()
+    pictures = finish(run)
     first, second = (run.search.candidates[i] for i in run.search.ranking[:2])
     assert torch.equal(pictures[0].noise, first.noise())
     assert torch.equal(pictures[3].noise, second.noise())
@@ -185,34 +204,34 @@ def test_pictures_lie_between_the_two_best():
 
 def test_a_stochastic_sampler_draws_from_the_seed_of_the_noise_or_else_of_the_settings():
     run, toy = select(candidates=4, seed=50, count=3)
-    pictures = run.run()
+    pictures = finish(run)
     best = pictures[0].seed
     assert toy.sampler_seeds == [50, 51, 52, 53, best, best, pictures[2].seed]
     assert [p.sampler_seed for p in pictures] == toy.sampler_seeds[4:]
     for start in ("inversion", "centroid"):
         run, toy = select(candidates=4, seed=50, start=start)
-        run.run()
+        finish(run)
         assert set(toy.sampler_seeds) == {50}
     run, toy = select(mode="optimize", seed=7)
-    assert run.run()[0].sampler_seed == 7
+    assert finish(run)[0].sampler_seed == 7
     assert toy.sampler_seeds == [7]
 
 
 def test_starts_from_references():
     run, toy = select(start="inversion", candidates=16)
-    (found,) = run.run()
+    (found,) = finish(run)
     inverted = toy.inversions()
     assert found.label in ("reference 1", "reference 2")
     assert found.seed is None
     assert torch.equal(found.noise, inverted[int(found.label[-1]) - 1])
     centroid, _ = norm_aware_centroid(inverted)
     run, _ = select(mode="optimize", start="centroid", optimize=OptimizeSettings(iterations=0))
-    assert torch.equal(run.run()[0].noise, centroid)
+    assert torch.equal(finish(run)[0].noise, centroid)
 
 
 def test_an_inverted_reference_gives_its_own_picture_a_better_score_than_most_seeds():
     run, toy = select(start="inversion", candidates=2)
-    (found,) = run.run()
+    (found,) = finish(run)
     scores = sorted(in_full(noise_of(s), toy)[1] for s in range(20))
     assert found.score < scores[5]
 
@@ -238,7 +257,7 @@ def test_an_interrupt_leaves_the_best_at_any_time():
 
     whole, toy = select(mode="search+optimize", candidates=16, count=2)
     marks = []
-    whole.run(lambda done, total, score, picture: marks.append((done, score)))
+    finish(whole, lambda done, total, score, picture: marks.append((done, score)))
     for done, score in marks:
         run, _ = select(mode="search+optimize", candidates=16, count=2)
 
@@ -248,7 +267,7 @@ def test_an_interrupt_leaves_the_best_at_any_time():
 
         assert run.best is None
         with pytest.raises(Interrupt):
-            run.run(progress)
+            finish(run, progress)
         assert run.evaluations == done
         assert run.best is not None
         if not run.optimizations:
@@ -281,12 +300,12 @@ def test_an_interrupt_in_the_last_round_keeps_the_picked_one():
     toy.stopped = False
     run, _ = select(toy, candidates=16, pick=3)
     with pytest.raises(InterruptedError):
-        run.run()
+        finish(run)
     assert run.best.seed == run.search.ranking[2]
     [picture] = run.settle()
     assert picture.seed == run.search.ranking[2]
     whole, _ = select(candidates=16, pick=3)
-    assert torch.equal(picture.latent, whole.run()[0].latent)
+    assert torch.equal(picture.latent, finish(whole)[0].latent)
 
 
 def test_what_is_settled_after_a_whole_search_costs_nothing_more():
@@ -301,7 +320,7 @@ def test_what_is_settled_after_a_whole_search_costs_nothing_more():
 
 def test_series_go_on_where_the_last_one_ended():
     run, _ = select(mode="search+optimize", candidates=16, optimized=2)
-    run.run()
+    finish(run)
     labels, ends = [s.label for s in run.series()], [(s.evaluations[0], s.evaluations[-1]) for s in run.series()]
     assert labels[:3] == ["16 candidates, 1 step", "4 candidates, 4 steps", "1 candidate, 20 steps"]
     assert labels[3:] == [f"{o.start.label}, optimised" for o in run.optimizations]
@@ -310,9 +329,9 @@ def test_series_go_on_where_the_last_one_ended():
 
 
 def test_the_whole_runs_in_inference_mode_as_nodes_do():
-    expected = select(mode="search+optimize", start="centroid", candidates=4, count=3)[0].run()
+    expected = finish(select(mode="search+optimize", start="centroid", candidates=4, count=3)[0])
     with torch.inference_mode():
-        pictures = select(mode="search+optimize", start="centroid", candidates=4, count=3)[0].run()
+        pictures = finish(select(mode="search+optimize", start="centroid", candidates=4, count=3)[0])
     for a, b in zip(pictures, expected, strict=True):
         assert torch.equal(a.noise, b.noise)
         assert torch.equal(a.latent, b.latent)
@@ -342,23 +361,23 @@ def test_settings_that_are_refused(settings, message):
 
 
 def test_models_that_are_refused():
-    sampling = Toy().sampling()
-    with pytest.raises(ValueError, match="mode optimize needs a sampling that is open to gradients; use mode search"):
-        SeedSelect(SeedSelectSettings(mode="optimize"), replace(sampling, session=None))
-    with pytest.raises(ValueError, match="start centroid needs the references' inversions; use start noise"):
-        SeedSelect(SeedSelectSettings(start="centroid"), replace(sampling, inversions=None))
-    one = replace(sampling, inversions=lambda: [noise_of(1)])
+    toy = Toy()
+    toy.gradient_cost = None
+    with pytest.raises(ValueError, match="mode optimize needs a sampler that is open to gradients; use mode search"):
+        select(toy, mode="optimize")
+    one = Toy()
+    one.inversions = lambda: [noise_of(1)]
     with pytest.raises(ValueError, match="1 seed has no path or centroid"):
-        SeedSelect(SeedSelectSettings(start="centroid"), one).run()
+        finish(select(one, start="centroid")[0])
     for settings in (dict(pick=2), dict(count=2)):
         with pytest.raises(ValueError, match=r"start inversion gives 1 noises, .* needs 2; add references"):
-            SeedSelect(SeedSelectSettings(start="inversion", **settings), one).run()
+            finish(select(one, start="inversion", **settings)[0])
 
 
 def test_a_picture_whose_score_is_not_finite_is_refused():
     toy = Toy()
-    sampling = replace(toy.sampling(), generate=lambda noises, steps, seeds: noises * math.nan)
+    toy.generate = lambda noises, steps, seeds: noises * math.nan
     with pytest.raises(ValueError, match="the score of seed 0, optimised is nan"):
-        SeedSelect(SeedSelectSettings(mode="optimize", optimize=OptimizeSettings(iterations=1)), sampling).run()
+        finish(select(toy, mode="optimize", optimize=OptimizeSettings(iterations=1))[0])
     with pytest.raises(ValueError, match="the score of seed 0 is nan with 1 step;"):
-        SeedSelect(SeedSelectSettings(), sampling).run()
+        finish(select(toy)[0])

@@ -1,0 +1,41 @@
+"""Counts what a node computes: the rows that pass through the networks of a MODEL and of what hangs on it."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import comfy.sampler_helpers
+
+from ...host.attachments import attached
+from ...host.gradients import Recorder
+
+
+@dataclass
+class RowCounter:
+    """Rows of forward passes so far."""
+
+    rows: int = 0
+    recomputed: int = 0  # of these, for a gradient
+
+    @contextmanager
+    def counting(self, model, positive: Sequence, negative: Sequence, recorder: Recorder | None = None):
+        """Counts the rows of every forward pass of ``model`` and what hangs on it meanwhile, also of passes that fail.
+
+        ``positive``, ``negative``: the CONDITIONINGs of the run.
+        """
+        conds = {"positive": positive, "negative": negative}
+        conds = {name: comfy.sampler_helpers.convert_cond(cond) for name, cond in conds.items()}
+        patchers = [model, *(p for attachment in attached(model) for p in attachment.patchers(model, conds))]
+        if model.is_dynamic() and any("hooks" in c for cond in conds.values() for c in cond):
+            patchers.append(model.get_non_dynamic_delegate())  # where the guider goes then
+        networks = {id(n): n for n in (p.get_model_object("diffusion_model") for p in patchers)}
+
+        def count(module, inputs):
+            self.rows += len(inputs[0])
+            if recorder is not None and recorder.recomputing:
+                self.recomputed += len(inputs[0])
+
+        with ExitStack() as stack:
+            for network in networks.values():
+                stack.callback(network.register_forward_pre_hook(count).remove)
+            yield
