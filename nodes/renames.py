@@ -10,6 +10,7 @@ from server import PromptServer
 
 RENAMED_INPUTS = {
     "SaliencyNoiseBlend": {"crop": "crop_margin"},
+    "SeedSelect": {"keep": "survivors"},
     "ChorusDemoReferences": {"sign": "concept"},
 }
 RENAMED_VALUES = {"ChorusDemoReferences": {"concept": {"all signs": "all concepts"}}}

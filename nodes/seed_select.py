@@ -157,7 +157,7 @@ class SeedSelect(io.ComfyNode):
                     " 2 steps hardly tell which seed is good, unless the model is made for so few.",
                 ),
                 io.Float.Input(
-                    "keep",
+                    "survivors",
                     default=0.25,
                     min=0.01,
                     max=0.5,
@@ -275,7 +275,7 @@ class SeedSelect(io.ComfyNode):
         semantic_weight,
         appearance_weight,
         first_steps,
-        keep,
+        survivors,
         optimized,
         optimize_steps,
         last_steps,
@@ -287,7 +287,7 @@ class SeedSelect(io.ComfyNode):
     ) -> io.NodeOutput:
         weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
         optimize = dict(iterations=iterations, learning_rate=learning_rate, patience=patience)
-        search = dict(candidates=candidates, first_steps=min(first_steps, steps), keep=keep, optimized=optimized)
+        search = dict(candidates=candidates, first_steps=min(first_steps, steps), survivors=survivors, optimized=optimized)
         wanted = dict(mode=mode, start=start, seed=seed, pick=pick, count=count, steps=steps)
         optimize = OptimizeSettings(**optimize, shell_width=norm_guard or math.inf)
         settings = SeedSelectSettings(**wanted, **search, optimize=optimize)

@@ -48,17 +48,17 @@ class SearchPlan:
 
 
 def plan_search(
-    candidates: int, steps: int, *, first_steps: int = 1, keep: float = 0.25, calls_per_step: int = 1
+    candidates: int, steps: int, *, first_steps: int = 1, survivors: float = 0.25, calls_per_step: int = 1
 ) -> SearchPlan:
     """Rounds that keep a share of the candidates each, with steps that grow geometrically from ``first_steps``.
 
     64 candidates of 20 steps make the rounds 64x1, 16x3, 4x7 and 1x20: 160 evaluations, 1/8 of all candidates in full.
     Where two rounds would have the same steps, the second is left out, since it would give the same scores.
     """
-    _check_plan(candidates, steps, first_steps, keep)
+    _check_plan(candidates, steps, first_steps, survivors)
     counts = [candidates]
     while counts[-1] > 1:
-        counts.append(math.ceil(counts[-1] * keep))
+        counts.append(math.ceil(counts[-1] * survivors))
     growth = (steps / first_steps) ** (1 / max(1, len(counts) - 1))
     rounds = []
     for i, count in enumerate(counts[:-1]):
@@ -68,7 +68,7 @@ def plan_search(
     return SearchPlan((*rounds, Round(1, steps)), calls_per_step)
 
 
-def _check_plan(candidates: int, steps: int, first_steps: int, keep: float) -> None:
+def _check_plan(candidates: int, steps: int, first_steps: int, survivors: float) -> None:
     if not 1 <= candidates <= MAX_CANDIDATES:
         raise ValueError(
             f"candidates {candidates} is not in 1 to {MAX_CANDIDATES}; 16 to 64 find most of what there is"
@@ -77,8 +77,8 @@ def _check_plan(candidates: int, steps: int, first_steps: int, keep: float) -> N
         raise ValueError(f"steps {steps} is less than 1; use at least 1, the authors use 20")
     if not 1 <= first_steps <= steps:
         raise ValueError(f"first_steps {first_steps} is not in 1 to steps {steps}; use 1 for the cheapest search")
-    if not 0.0 < keep <= 0.5:
-        raise ValueError(f"keep {keep:g} is not above 0 and at most 0.5; use 0.25 to keep a quarter in each round")
+    if not 0.0 < survivors <= 0.5:
+        raise ValueError(f"survivors {survivors:g} is not above 0 and at most 0.5; use 0.25 to keep a quarter in each round")
 
 
 @dataclass

@@ -46,7 +46,7 @@ class SeedSelectSettings:
     count: int = 1  # pictures; more than one lie between the two best noises
     steps: int = 20
     first_steps: int = 1  # of the first round of a search
-    keep: float = 0.25  # share of the candidates that a round of a search keeps
+    survivors: float = 0.25  # share of the candidates that a round of a search keeps
     optimized: int = 1  # how many noises are optimised; with more than one picture at least two
     optimize: OptimizeSettings = field(default_factory=OptimizeSettings)
 
@@ -67,7 +67,7 @@ class SeedSelectSettings:
 
     def plan(self, candidates: int, calls_per_step: int = 1) -> SearchPlan:
         return plan_search(
-            candidates, self.steps, first_steps=self.first_steps, keep=self.keep, calls_per_step=calls_per_step
+            candidates, self.steps, first_steps=self.first_steps, survivors=self.survivors, calls_per_step=calls_per_step
         )
 
     @property

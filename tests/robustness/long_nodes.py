@@ -91,7 +91,7 @@ def seeds(count=1, **inputs) -> Callable[[], Case]:
         coarse = torch.rand(count, 3, 5, 4, generator=torch.Generator().manual_seed(4))
         reference = torch.nn.functional.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
         wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=latent(height=4, width=4), vae=vae)
-        settings = dict(steps=2, cfg=3.0, candidates=2, keep=0.5, first_steps=1, iterations=1, seed=5)
+        settings = dict(steps=2, cfg=3.0, candidates=2, survivors=0.5, first_steps=1, iterations=1, seed=5)
         node = NODE["SeedSelect"]
         given = {**defaults(node), **wired, "references": reference, "clip_vision": vision, **settings, **inputs}
 

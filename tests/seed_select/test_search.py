@@ -52,12 +52,12 @@ def test_the_plan_of_64_candidates_spends_an_eighth():
     assert plan.evaluations * 8 <= plan.best_of_all
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.25, 1 / 3, 0.5])
+@pytest.mark.parametrize("survivors", [0.1, 0.25, 1 / 3, 0.5])
 @pytest.mark.parametrize("first_steps", [1, 3])
-def test_plans_of_all_sizes(keep, first_steps):
+def test_plans_of_all_sizes(survivors, first_steps):
     for candidates in (1, 2, 3, 4, 5, 16, 17, 100):
         for steps in (3, 4, 20, 50):
-            rounds = plan_search(candidates, steps, first_steps=first_steps, keep=keep).rounds
+            rounds = plan_search(candidates, steps, first_steps=first_steps, survivors=survivors).rounds
             counts, lengths = [r.candidates for r in rounds], [r.steps for r in rounds]
             assert rounds[-1] == Round(1, steps)
             assert counts[0] == candidates
@@ -203,9 +203,9 @@ def test_models_that_answer_for_another_number_are_refused():
         (dict(steps=0), "steps 0 is less than 1"),
         (dict(first_steps=0), "first_steps 0 is not in 1 to steps 20"),
         (dict(first_steps=21), "first_steps 21 is not in 1 to steps 20"),
-        (dict(keep=0.6), "keep 0.6 is not above 0 and at most 0.5"),
-        (dict(keep=0.0), "keep 0 is not above 0"),
-        (dict(keep=math.nan), "keep nan is not above 0"),
+        (dict(survivors=0.6), "survivors 0.6 is not above 0 and at most 0.5"),
+        (dict(survivors=0.0), "survivors 0 is not above 0"),
+        (dict(survivors=math.nan), "survivors nan is not above 0"),
         (dict(pick=0), "pick 0 is not in 1 to 64, the number of candidates"),
         (dict(pick=65), "pick 65 is not in 1 to 64"),
         (dict(batch=0), "batch 0 is less than 1"),

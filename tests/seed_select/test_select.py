@@ -351,7 +351,7 @@ def test_the_whole_runs_in_inference_mode_as_nodes_do():
         (dict(candidates=1, count=2), "pick 1 and 2 noises need 2 candidates and there are 1"),
         (dict(mode="search+optimize", optimized=4, candidates=3), "pick 1 and 4 noises need 4 candidates"),
         (dict(first_steps=30), "first_steps 30 is not in 1 to steps 20"),
-        (dict(keep=0.9), "keep 0.9 is not above 0 and at most 0.5"),
+        (dict(survivors=0.9), "survivors 0.9 is not above 0 and at most 0.5"),
     ],
     ids=str,
 )
