@@ -287,7 +287,9 @@ class SeedSelect(io.ComfyNode):
     ) -> io.NodeOutput:
         weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
         optimize = dict(iterations=iterations, learning_rate=learning_rate, patience=patience)
-        search = dict(candidates=candidates, first_steps=min(first_steps, steps), survivors=survivors, optimized=optimized)
+        search = dict(
+            candidates=candidates, first_steps=min(first_steps, steps), survivors=survivors, optimized=optimized
+        )
         wanted = dict(mode=mode, start=start, seed=seed, pick=pick, count=count, steps=steps)
         optimize = OptimizeSettings(**optimize, shell_width=norm_guard or math.inf)
         settings = SeedSelectSettings(**wanted, **search, optimize=optimize)

@@ -78,7 +78,9 @@ def _check_plan(candidates: int, steps: int, first_steps: int, survivors: float)
     if not 1 <= first_steps <= steps:
         raise ValueError(f"first_steps {first_steps} is not in 1 to steps {steps}; use 1 for the cheapest search")
     if not 0.0 < survivors <= 0.5:
-        raise ValueError(f"survivors {survivors:g} is not above 0 and at most 0.5; use 0.25 to keep a quarter in each round")
+        raise ValueError(
+            f"survivors {survivors:g} is not above 0 and at most 0.5; use 0.25 to keep a quarter in each round"
+        )
 
 
 @dataclass

@@ -67,7 +67,11 @@ class SeedSelectSettings:
 
     def plan(self, candidates: int, calls_per_step: int = 1) -> SearchPlan:
         return plan_search(
-            candidates, self.steps, first_steps=self.first_steps, survivors=self.survivors, calls_per_step=calls_per_step
+            candidates,
+            self.steps,
+            first_steps=self.first_steps,
+            survivors=self.survivors,
+            calls_per_step=calls_per_step,
         )
 
     @property

@@ -25,7 +25,7 @@ from chorus.techniques.cas_dm.comfy_files import find_head, head_files
 from chorus.techniques.cas_dm.comfy_hook import heads_on, prediction_of
 from chorus.techniques.cas_dm.mix import amplitudes, noise_level
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, to_file
-from chorus.tests.seed_select.test_comfy_gradients import direction_of, finite_difference, gradient, run_of
+from chorus.tests.support.gradients import direction_of, finite_difference, gradient, run_of
 from chorus.tests.support.heads import EXPERT_WORDS, MODELS, WORDS, head_for, put, sample
 from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (

@@ -24,7 +24,7 @@ from chorus.techniques.cas_dm.comfy_files import head_files, read_head
 from chorus.techniques.cas_dm.comfy_training import Guided, process_of, read_latents
 from chorus.techniques.cas_dm.training import CasDMTrainer
 from chorus.techniques.cas_dm.training_data import Process
-from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
+from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.heads import MODELS, WORDS, channels_of, head_for, put, sample
 from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (

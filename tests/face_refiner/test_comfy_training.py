@@ -22,7 +22,7 @@ from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.face_refiner.training import base as training
-from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
+from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.tiny_models import defaults, in_inference_mode
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")

@@ -23,8 +23,8 @@ from chorus.tests.face_refiner.test_comfy_nodes import refiner as face_refiner
 from chorus.tests.face_refiner.test_comfy_training import images, tinted
 from chorus.tests.face_refiner.test_comfy_training import train as train_refiner
 from chorus.tests.robustness.remains import same_bits
-from chorus.tests.seed_select.test_comfy_gradients import tiny_encoder
 from chorus.tests.support import tiny_masked_tokens as tiny
+from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.heads import head_for, put
 from chorus.tests.support.refiners import OWN, box
 from chorus.tests.support.tiny_models import blend, conditioning, defaults, ksample, latent, lora, unet

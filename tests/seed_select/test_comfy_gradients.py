@@ -19,12 +19,19 @@ from chorus.host import autograd_copies
 from chorus.host.gradients import Recorder
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.techniques.seed_select import comfy_differentiable, comfy_session
-from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
-from chorus.techniques.seed_select.comfy_session import SessionSettings
-from chorus.tests.seed_select.test_comfy_sampler import WORDS, content, only, with_control
+from chorus.tests.support.gradients import (
+    direction_of,
+    easy,
+    finite_difference,
+    gradient,
+    loss_of,
+    run_of,
+    session,
+    tiny_encoder,
+)
 from chorus.tests.support.lifecycle import check_untouched, stop_at
+from chorus.tests.support.seeds import WORDS, content, only, with_control
 from chorus.tests.support.tiny_models import (
-    _fill,
     blend,
     conditioning,
     flux,
@@ -40,53 +47,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERT_WORDS = conditioning(30), conditioning(31)
 
 
-@in_inference_mode
-def run_of(model, samples=None, words=WORDS, **settings):
-    samples = samples or latent(channels=model.get_model_object("latent_format").latent_channels)
-    defaults = dict(steps=3, cfg=5.0, sampler_name="euler", scheduler="normal")
-    wired = dict(model=model, positive=words[0], negative=words[1], latent_image=samples)
-    return ComfySeedSampler(KSamplerInputs(**wired, **{**defaults, **settings}))
-
-
-@in_inference_mode
-def session(run, work, vae=None, clip_vision=None, **settings):
-    """As a node does it: called in inference mode."""
-    models = {name: model for name, model in (("vae", vae), ("clip_vision", clip_vision)) if model is not None}
-    return run.session(SessionSettings(**settings), models=models).run(work)
-
-
-def loss_of(latents):
-    return sum((x.double() ** 2).mean() * (k + 1) for k, x in enumerate(latents))
-
-
-def gradient(run, seed=3, late=1, **settings):
-    """(loss, its gradient [1, C, h, w]) of the noise of ``seed``."""
-
-    def work(s):
-        z = run.noise_of(seed).requires_grad_(True)
-        loss = loss_of(s.generate(z, late))
-        loss.backward()
-        return loss.detach(), z.grad
-
-    return session(run, work, **settings)
-
-
-def finite_difference(run, direction, seed=3, late=1, step=1e-2, **settings):
-    """The derivative along ``direction`` by central differences, extrapolated to steps of length 0."""
-
-    @torch.no_grad()
-    def work(s):
-        z, differences = run.noise_of(seed), []
-        for h in (step, step / 2):
-            up, down = (loss_of(s.generate(z + k * direction, late)) for k in (h, -h))
-            differences.append(float(up - down) / (2 * h))
-        return (4 * differences[1] - differences[0]) / 3
-
-    return session(run, work, **settings)
-
-
-def direction_of(x):
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+@pytest.fixture(scope="module")
+def vae():
+    with torch.inference_mode():
+        return modules.load_checkpoint("general")[2]
 
 
 @in_inference_mode
@@ -463,31 +427,6 @@ def test_a_shared_checkpoint_is_copied_once():
 # pictures
 
 
-def tiny_encoder(kind="clip_vision_model"):
-    config = dict(
-        model_type=kind,
-        image_size=32,
-        patch_size=8,
-        num_channels=3,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-    )
-    if kind == "clip_vision_model":
-        config["projection_dim"] = 16
-    with torch.inference_mode():
-        encoder = comfy.clip_vision.ClipVisionModel(config)
-        encoder.model.float()
-        _fill(encoder.model, torch.Generator().manual_seed(1))
-        if kind == "clip_vision_model":
-            embedding = encoder.model.vision_model.embeddings.class_embedding
-            embedding.data.normal_(generator=torch.Generator().manual_seed(2))
-    return encoder
-
-
 ENCODERS = {
     "clip": tiny_encoder,
     "siglip": lambda: tiny_encoder("siglip_vision_model"),
@@ -540,12 +479,6 @@ def test_the_gradient_passes_straight_through_the_rounding(name):
     found, expected = session(run_of(unet(0)), work, clip_vision=encoder)
     assert found > 1e-4
     assert found == pytest.approx(expected, rel=0.15)
-
-
-@pytest.fixture(scope="module")
-def vae():
-    with torch.inference_mode():
-        return modules.load_checkpoint("general")[2]
 
 
 @in_inference_mode
@@ -623,11 +556,6 @@ def test_from_embedding_to_noise_the_score_falls(vae, checkpoint):
 
 
 # refusals
-
-
-@in_inference_mode
-def easy(model):
-    return comfy_extras.nodes_easycache.EasyCacheNode.execute(model, 0.2, 0.0, 1.0, False).args[0]
 
 
 @pytest.mark.parametrize(

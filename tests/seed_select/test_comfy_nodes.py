@@ -33,7 +33,7 @@ from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSampl
 from chorus.techniques.seed_select.comfy_scoring import ScoringSettings
 from chorus.techniques.seed_select.comfy_session import SessionSettings
 from chorus.techniques.seed_select.inversion import invert
-from chorus.tests.seed_select.test_comfy_gradients import easy
+from chorus.tests.support.gradients import easy
 from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.tiny_models import (
     conditioning,

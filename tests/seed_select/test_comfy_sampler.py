@@ -11,10 +11,10 @@ from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
 from chorus.techniques.seed_select.comfy_progress import SeedProgress
 from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
 from chorus.tests.support.lifecycle import stop_at
+from chorus.tests.support.seeds import WORDS, content, only, with_control
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
-    controlnet,
     flux,
     forwards,
     in_inference_mode,
@@ -25,7 +25,6 @@ from chorus.tests.support.tiny_models import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WORDS = conditioning(10), conditioning(11)
 
 
 def run_of(model, samples=None, words=WORDS, **settings):
@@ -38,24 +37,6 @@ def run_of(model, samples=None, words=WORDS, **settings):
 def generated(model, seed, samples=None, **settings):
     run = run_of(model, samples, **settings)
     return run.generate(run.noise_of(seed), seeds=[seed])
-
-
-@in_inference_mode
-def content(mask=False):
-    """A latent with something in it, and a noise mask over its left half if wanted."""
-    out = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5)) * 4}
-    if mask:
-        out["noise_mask"] = (torch.arange(16) < 8).float().expand(1, 1, 16, 16).clone()
-    return out
-
-
-def only(free, monkeypatch):
-    """Let the host believe that ``free`` bytes of memory are left."""
-
-    def get_free_memory(device=None, torch_free_too=False):
-        return (free, free) if torch_free_too else free
-
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +178,6 @@ def test_scales_of_latents_are_those_of_the_model(model):
     run, x = run_of(model), content()["samples"]
     assert torch.equal(run.to_model(x), x * model.get_model_object("latent_format").scale_factor)
     assert torch.allclose(model.model.process_latent_out(run.to_model(x)), x)
-
-
-@in_inference_mode
-def with_control(words):
-    hint = torch.rand(2, 128, 128, 3, generator=torch.Generator().manual_seed(3))
-    node = host_nodes.ControlNetApplyAdvanced()
-    return node.apply_controlnet(*words, controlnet(3), hint, 1.0, 0.0, 1.0)
 
 
 def test_what_differs_from_row_to_row_keeps_candidates_apart(model):
