@@ -185,7 +185,7 @@ def test_what_differs_from_row_to_row_keeps_candidates_apart(model):
     pair = torch.cat([WORDS[0][0][0], WORDS[1][0][0]])
     masks = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(3))
     regional = blend(model, unet(1), region=masks)[0]
-    cropping = blend(model, unet(1), crop=1)[0]
+    cropping = blend(model, unet(1), crop_margin=1)[0]
     cases = [(model, with_control(WORDS)), (model, ([[pair, {}]], WORDS[1])), (regional, WORDS), (cropping, WORDS)]
     for other, words in cases:
         run = run_of(other, words=words, steps=2)
