@@ -13,7 +13,7 @@ import torch
 from chorus.demo import modules
 from chorus.techniques.seed_select import comfy_files
 from chorus.techniques.seed_select.comfy_files import FILES, SeedNoise, load_seed, model_details, save_seed
-from chorus.tests.seed_select.test_comfy_sampler import run_of
+from chorus.tests.support.gradients import run_of
 from chorus.tests.support.seeds import WORDS
 from chorus.tests.support.tiny_models import in_inference_mode, ksample, latent, lora, unet
 

@@ -9,7 +9,7 @@ import torch
 from chorus.demo import modules
 from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
 from chorus.techniques.seed_select.comfy_progress import SeedProgress
-from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
+from chorus.tests.support.gradients import run_of
 from chorus.tests.support.lifecycle import stop_at
 from chorus.tests.support.seeds import WORDS, content, only, with_control
 from chorus.tests.support.tiny_models import (
@@ -25,12 +25,6 @@ from chorus.tests.support.tiny_models import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run_of(model, samples=None, words=WORDS, **settings):
-    defaults = dict(steps=3, cfg=5.0, sampler_name="euler", scheduler="normal", denoise=1.0)
-    wired = dict(model=model, positive=words[0], negative=words[1], latent_image=samples or latent())
-    return ComfySeedSampler(KSamplerInputs(**wired, **{**defaults, **settings}))
 
 
 @in_inference_mode
