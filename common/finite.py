@@ -17,7 +17,7 @@ def is_on_cpu(numbers: Tensor) -> bool:
 class DeferredChecks:
     """Numbers with what to do once they can be read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pending: list[tuple[Tensor, Callable[[list[bool]], None]]] = []
 
     def add(self, numbers: Tensor, examine: Callable[[list[bool]], None]) -> None:

@@ -5,6 +5,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+Colour = tuple[int, int, int]
 PAPER, INK, FAINT = (24, 25, 30), (236, 236, 240), (150, 152, 160)
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey is the base
 MODEL_COLOURS = [
@@ -18,7 +19,7 @@ MODEL_COLOURS = [
 ]
 
 
-def model_colour(index: int) -> tuple[int, int, int]:
+def model_colour(index: int) -> Colour:
     """Colour of model ``index``; 0 is the base, experts take turns in the rest of the palette."""
     return MODEL_COLOURS[0] if index == 0 else MODEL_COLOURS[1 + (index - 1) % (len(MODEL_COLOURS) - 1)]
 
@@ -26,18 +27,18 @@ def model_colour(index: int) -> tuple[int, int, int]:
 class Sheet:
     """A picture of ``width`` x ``height`` pixels under construction."""
 
-    def __init__(self, width: int, height: int):
+    def __init__(self, width: int, height: int) -> None:
         self.image = Image.new("RGB", (width, height), PAPER)
         self._draw = ImageDraw.Draw(self.image)
 
-    def text(self, x: int, y: int, text: str, size: int = 13, colour=INK) -> None:
+    def text(self, x: int, y: int, text: str, size: int = 13, colour: Colour = INK) -> None:
         self._draw.text((x, y), text, fill=colour, font=ImageFont.load_default(size))
 
     @staticmethod
     def text_width(text: str, size: int = 13) -> int:
         return round(ImageFont.load_default(size).getlength(text))
 
-    def box(self, x: int, y: int, width: int, height: int, colour) -> None:
+    def box(self, x: int, y: int, width: int, height: int, colour: Colour) -> None:
         self._draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
 
     def paste(self, x: int, y: int, picture: Tensor, width: int, height: int) -> None:

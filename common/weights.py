@@ -1,10 +1,15 @@
 """Strict loading: a state dict holds exactly the weights that a network asks for, or the error lists what differs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from .operations import Operations
+
+N = TypeVar("N", bound=nn.Module)
+Number = TypeVar("Number", int, float)
 
 SHOWN = 8  # names per list of an error; a wrong file differs in hundreds
 WIDEST = 120  # characters of a name or a value there
@@ -12,7 +17,7 @@ PACKED = getattr(torch, "float4_e2m1fn_x2", None)  # two numbers in a byte; torc
 MOST = 2**16  # of a size or a count in a config.json; the published ones stay far below
 
 
-def load(network: type[nn.Module], config: Any, state_dict: Mapping[str, Tensor], operations=torch.nn) -> nn.Module:
+def load(network: type[N], config: Any, state_dict: Mapping[str, Tensor], operations: Operations = torch.nn) -> N:
     """``network(config, operations)`` with these weights: in their own dtype, sharing their memory, frozen."""
     with torch.device("meta"):
         # the sizes come from plain layers: the host's casting layers may have no weights before they are loaded
@@ -94,7 +99,7 @@ def check_config(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
         raise ValueError(f"The config does not belong to these weights: {', '.join(wrong)}")
 
 
-def setting(config: Mapping[str, Any], key: str, default: int | float) -> int | float:
+def setting(config: Mapping[str, Any], key: str, default: Number) -> Number:
     """A positive number that only the config.json tells, of the kind of ``default``, which null and nothing stand for."""
     value = config.get(key)
     if value is None:

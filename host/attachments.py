@@ -17,8 +17,16 @@ class Attachment:
     """A neutral attachment. Techniques derive from it and say where theirs is not neutral."""
 
     needs_negative = False  # whether a run needs a negative conditioning at cfg 1, too
-    rows_are_independent = True  # whether each row of a batch is sampled as if it were alone
-    depends_on_history = ""  # what makes a prediction depend on earlier steps, and the remedy; empty: nothing does
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether each row of a batch is sampled as if it were alone."""
+        return True
+
+    @property
+    def depends_on_history(self) -> str:
+        """What makes a prediction depend on earlier steps, and the remedy; empty: nothing does."""
+        return ""
 
     @property
     def models(self) -> Sequence[ModelPatcher]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .attachments import Attachment
@@ -14,7 +15,7 @@ def _same_objects(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
 
 
-def same_weights(a, b) -> bool:
+def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
     """Whether two patchers ask the same of their modules; what differs only in model_options may share one."""
     return (
         a.patches_uuid == b.patches_uuid
@@ -43,10 +44,10 @@ class NormalWeights:
     their patchers.
     """
 
-    def __init__(self):
-        self._made: list[tuple] = []  # a patcher, what its clones take in place of its module
+    def __init__(self) -> None:
+        self._made: list[tuple[ModelPatcher, tuple]] = []  # a patcher, what its clones take in place of its module
 
-    def __call__(self, patcher):
+    def __call__(self, patcher: ModelPatcher) -> ModelPatcher:
         """A clone of ``patcher`` with its patches, on its own module if that may be saved, else on a copy."""
         override = next((o for p, o in self._made if patcher.is_clone(p) and same_weights(patcher, p)), None)
         if override is None and _needs_copy(patcher):
@@ -60,7 +61,7 @@ class NormalWeights:
             clone.additional_models[name] = [self(m) for m in models]
         return clone
 
-    def with_attachments(self, model):
+    def with_attachments(self, model: ModelPatcher) -> ModelPatcher:
         """``__call__`` for a MODEL, and its attachments on copies of their models."""
         out = self(model)
         for key, attachment in model.attachments.items():
@@ -69,14 +70,14 @@ class NormalWeights:
         return out
 
 
-def _needs_copy(patcher) -> bool:
+def _needs_copy(patcher: ModelPatcher) -> bool:
     module = patcher.model
     # weights that want gradients of their own would have their layers' inputs saved, which nobody asks for
     weights = any(p.is_inference() or p.requires_grad for p in module.parameters())
     return patcher.is_dynamic() or weights or any(b.is_inference() for b in module.buffers())
 
 
-def _copied_module(patcher) -> tuple:
+def _copied_module(patcher: ModelPatcher) -> tuple:
     """A module of the same weights, unpatched, and the backups that belong to it."""
     if patcher.is_dynamic():
         if patcher.cached_patcher_init is None:

@@ -7,10 +7,12 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import safetensors.torch
 from comfy.cli_args import args
+from comfy_api.latest import io
 from torch import Tensor
 
 LONGEST = 180  # bytes of a name; file systems have room for 255, and number, ending and .part come behind
@@ -78,7 +80,7 @@ def cannot_be(path: str) -> bool:
     return len(path) > 5 * LONGEST or any(len(name.encode()) > LONGEST for name in path.replace(os.sep, "/").split("/"))
 
 
-def need_name(name, kind: str) -> None:
+def need_name(name: Any, kind: str) -> None:
     """Raise a ValueError for what is no text: a prompt may hold anything in place of a file's name."""
     if not isinstance(name, str):
         raise ValueError(f"{str(name)[:80]} is no name of a {kind} file; choose one of the list")
@@ -140,7 +142,7 @@ class KeptFiles:
         return float("nan") if name is None else hashlib.sha256(self.find(name).read_bytes()).hexdigest()
 
 
-def workflow_metadata(hidden) -> dict[str, str]:
+def workflow_metadata(hidden: io.HiddenHolder | None) -> dict[str, str]:
     """What the host saves beside its own results, so that a file dropped on the canvas opens its workflow; nothing
     where the user forbids it, or where there is no workflow. ``hidden``: a node's, with prompt and extra_pnginfo."""
     if hidden is None or args.disable_metadata:

@@ -3,15 +3,26 @@
 Values are those of the host's own decode and encode_image. Shapes: B samples, H and W pixels, h and w latent positions.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import comfy.clip_model
 import torch
 import torch.nn.functional as F
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import VAE
 from torch import Tensor
 
 ENCODED_AT_ONCE = 16  # pictures; the host does not ask how many fit
 
 
-def check_vae(vae) -> None:
+class Decoder(Protocol):
+    """A VAE's first_stage_model."""
+
+    def decode(self, latent: Tensor, /) -> Tensor: ...
+
+
+def check_vae(vae: VAE) -> None:
     """Refuse a VAE that decodes no pictures."""
     vae.throw_exception_if_invalid()
     if vae.latent_dim != 2:
@@ -21,7 +32,7 @@ def check_vae(vae) -> None:
         )
 
 
-def decode(vae, module, latent: Tensor) -> Tensor:
+def decode(vae: VAE, module: Decoder, latent: Tensor) -> Tensor:
     """Pictures [B, H, W, 3] in 0..1, on the device of ``latent`` [B, C, h, w], by ``module``: the VAE's or a copy.
 
     As VAE.decode, without its splitting into batches and tiles. Where a picture is clipped there is no gradient.
@@ -31,7 +42,7 @@ def decode(vae, module, latent: Tensor) -> Tensor:
     return vae.process_output(out.to(dtype=vae.vae_output_dtype(), copy=True)).movedim(1, -1).to(latent.device)
 
 
-def encode(vae, images: Tensor, latent: Tensor) -> Tensor:
+def encode(vae: VAE, images: Tensor, latent: Tensor) -> Tensor:
     """Latents [K, C, h, w] of pictures [K, H, W, 3], squashed (bicubic) to the picture of a ``latent`` [1, C, h, w].
 
     By the host's VAE, which it loads, as ``embeddings`` does. A ValueError where the VAE's latents are others.
@@ -46,13 +57,13 @@ def encode(vae, images: Tensor, latent: Tensor) -> Tensor:
     return found
 
 
-def embeddings(clip_vision, images: Tensor) -> Tensor:
+def embeddings(clip_vision: ClipVisionModel, images: Tensor) -> Tensor:
     """Embeddings [B, D] of pictures [B, H, W, 3] without gradients, as ``embed`` has them."""
     found = torch.cat([clip_vision.encode_image(rows)["image_embeds"] for rows in images.split(ENCODED_AT_ONCE)])
     return (found.mean(1) if found.ndim == 3 else found).float()
 
 
-def check_clip_vision(clip_vision) -> None:
+def check_clip_vision(clip_vision: ClipVisionModel) -> None:
     """Refuse an encoder whose preparation of pictures has no fixed size."""
     if clip_vision.image_size <= 0:
         raise ValueError(
@@ -61,7 +72,7 @@ def check_clip_vision(clip_vision) -> None:
         )
 
 
-def embed(clip_vision, module, image: Tensor, crop: bool = True) -> Tensor:
+def embed(clip_vision: ClipVisionModel, module: Callable, image: Tensor, crop: bool = True) -> Tensor:
     """Embeddings [B, D] of pictures [B, H, W, 3], on their device, by ``module``: the encoder's or a copy.
 
     The image_embeds of CLIP_VISION.encode_image; where they are one for each patch, their mean. The host rounds pictures
@@ -74,7 +85,7 @@ def embed(clip_vision, module, image: Tensor, crop: bool = True) -> Tensor:
     return found.mean(1) if found.ndim == 3 else found
 
 
-def _prepared(clip_vision, image: Tensor, crop: bool) -> tuple[Tensor, Tensor]:
+def _prepared(clip_vision: ClipVisionModel, image: Tensor, crop: bool) -> tuple[Tensor, Tensor]:
     """Pixels [B, 3, size, size]: smooth in ``image``, and as the host gives them to the network."""
     settings = {"size": clip_vision.image_size, "mean": clip_vision.image_mean, "std": clip_vision.image_std}
     exact = comfy.clip_model.clip_preprocess(image.detach(), crop=crop, **settings).float()

@@ -8,12 +8,12 @@ from torch import Tensor
 cast, uncast = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
 
 
-def casting_operations(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> type:
+def casting_operations(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> type[comfy.ops.manual_cast]:
     """The host's casting layers, whose linear ones multiply by ``linear(x, weight, bias)``."""
 
     class Operations(comfy.ops.manual_cast):
         class Linear(comfy.ops.manual_cast.Linear):
-            def forward_comfy_cast_weights(self, input):
+            def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
                 weight, bias, stream = cast(self, input, offloadable=True)
                 out = linear(input, weight, bias)
                 uncast(self, weight, bias, stream)

@@ -5,14 +5,40 @@ x = x0 + sigma n, flow models x = (1 - sigma) x0 + sigma n. The same picture at 
 rescaled x at another sigma, so a mask computed from x0 predictions is meaningful across them.
 """
 
+from typing import Protocol, cast
+
 import comfy.model_sampling
 import torch
+from comfy.latent_formats import LatentFormat
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 VE, FLOW = "variance exploding", "flow"
 
 
-def family(sampling) -> str:
+class Sampling(Protocol):
+    """What every kind of the host's model_sampling has in common."""
+
+    @property
+    def sigma_min(self) -> Tensor: ...
+
+    @property
+    def sigma_max(self) -> Tensor: ...
+
+    def percent_to_sigma(self, percent: float) -> float: ...
+
+
+def sampling_of(model: ModelPatcher) -> Sampling:
+    """The noise process of ``model``, as patched by the host's ModelSampling* nodes."""
+    return cast(Sampling, model.get_model_object("model_sampling"))  # the host calls all objects modules
+
+
+def latent_format_of(model: ModelPatcher) -> LatentFormat:
+    """The latent space of ``model``."""
+    return cast(LatentFormat, model.get_model_object("latent_format"))
+
+
+def family(sampling: Sampling) -> str:
     """Which x a model expects; sees the host's ModelSampling* nodes because it asks the patched object."""
     image_to_image = tuple(
         getattr(comfy.model_sampling, name)
@@ -38,7 +64,7 @@ def _amplitudes(kind: str, sigma: Tensor, noise_scale: float) -> tuple[Tensor, T
 class Conversion:
     """Maps (x, sigma) of the base's sampling to the expert's; exact, and the identity within one family."""
 
-    def __init__(self, base, expert):
+    def __init__(self, base: Sampling, expert: Sampling) -> None:
         self.source, self.target = family(base), family(expert)
         self.source_scale = getattr(base, "noise_scale", 1.0) if self.source == FLOW else 1.0
         self.target_scale = getattr(expert, "noise_scale", 1.0) if self.target == FLOW else 1.0

@@ -74,7 +74,7 @@ class SaliencyBlendRun(Generic[E]):
         schedule: Schedule,
         traces: Sequence[BlendTrace] = (),
         record: bool = True,
-    ):
+    ) -> None:
         self.experts, self.joint, self.schedule, self.traces = tuple(experts), joint, schedule, tuple(traces)
         self.participants = (Participant(0, "base", joint.general_strength), *self.experts)
         self._check_guidance()
@@ -178,14 +178,14 @@ class SaliencyBlendRun(Generic[E]):
         present = {self.participants[0], *predicted, *self._plan.reuse}
         models = [p for p in self.participants if p in present]
         shared = joint.saliency == "shared"
+        # the authors' code measures the guided difference; shared has a cfg, see _check_guidance
+        scale = cfg if shared and cfg is not None else 1.0
 
         blend = saliency_blend(
             [p.prediction[0] for p in models],
             [p.prediction[1] for p in models],
             sigma,
-            [
-                p.strength * cfg if shared else p.strength for p in models
-            ],  # the authors' code measures the guided difference
+            [p.strength * scale for p in models],
             [p.bias(level) for p in models],
             [p.log_mask(base[0]) for p in models],
             [p.cfg_gain(cfg) for p in models],
@@ -211,8 +211,8 @@ class SaliencyBlendRun(Generic[E]):
         if step.weights.dtype == torch.uint8:
             out = base
             for slot, model in enumerate(self._last_models):
-                if model in predicted:
-                    out = torch.where((step.weights == slot).unsqueeze(1), predicted[model], out)
+                if (found := predicted.get(model)) is not None:
+                    out = torch.where((step.weights == slot).unsqueeze(1), found, out)
             return out
         out = torch.zeros_like(base, dtype=torch.float32)
         for weight, model in zip(step.weights, self._last_models, strict=True):

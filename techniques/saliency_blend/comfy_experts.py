@@ -3,8 +3,9 @@
 import copy
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any, Protocol
 
 import comfy.hooks
 import comfy.model_management
@@ -12,10 +13,14 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.latent_formats import LatentFormat
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
+from ...host.attachments import Conditioning
 from ...host.autograd_copies import own_tensors, same_weights
-from ...host.parametrization import Conversion
+from ...host.parametrization import Conversion, latent_format_of, sampling_of
 from .experts import ExpertParticipant, ExpertSettings
 from .regions import LatentBox
 from .trace import BlendTrace
@@ -29,10 +34,17 @@ class Expert:
     Shared by all clones of the blended MODEL.
     """
 
-    def __init__(self, patcher, positive, negative, settings: ExpertSettings, trace: BlendTrace | None = None):
+    def __init__(
+        self,
+        patcher: ModelPatcher,
+        positive: Conditioning | None,
+        negative: Conditioning | None,
+        settings: ExpertSettings,
+        trace: BlendTrace | None = None,
+    ) -> None:
         self.patcher, self.positive, self.negative = patcher, positive, negative
         self.settings, self.trace = settings, trace
-        self._own_copy = None
+        self._own_copy: ModelPatcher | None = None
 
     @property
     def label(self) -> str:
@@ -41,19 +53,19 @@ class Expert:
     def conditionings(self) -> list:
         return [entry for cond in (self.positive, self.negative) if cond is not None for entry in cond]
 
-    def with_own_weights(self):
+    def with_own_weights(self) -> ModelPatcher:
         """The expert on a module of its own, made on first need and kept as long as the expert."""
         if self._own_copy is None:
             log.info("'%s' shares a checkpoint with other patches; its weights are copied", self.label)
             self._own_copy = _copy_with_module(self.patcher)
         return self._own_copy
 
-    def for_gradients(self, copy: Callable) -> "Expert":
+    def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> "Expert":
         """The expert on a copy whose weights autograd may save, without the trace of its node."""
         return Expert(copy(self.patcher), own_tensors(self.positive), own_tensors(self.negative), self.settings)
 
 
-def _copy_with_module(patcher):
+def _copy_with_module(patcher: ModelPatcher) -> ModelPatcher:
     """A clone of ``patcher`` with its own nn.Module: one module holds one set of patches at a time."""
     with torch.inference_mode(False):
         if patcher.cached_patcher_init is not None:
@@ -67,7 +79,7 @@ def _copy_with_module(patcher):
         return clone
 
 
-def resolve_patchers(base, experts: list[Expert], conds: dict[str, list[dict]]) -> list:
+def resolve_patchers(base: ModelPatcher, experts: Sequence[Expert], conds: dict[str, list[dict]]) -> list[ModelPatcher]:
     """One patcher per expert, such that no two models of the run want different weights on one module.
 
     ``conds``: the sampler's. Decided when sampling starts, because a LoRA may be put on the base after the expert was
@@ -86,17 +98,18 @@ def resolve_patchers(base, experts: list[Expert], conds: dict[str, list[dict]]) 
         ):
             patcher = expert.with_own_weights()
         if patcher.is_dynamic() and hooked:
-            patcher = patcher.get_non_dynamic_delegate()  # as CFGGuider does for the base
+            # as CFGGuider does for the base
+            patcher = patcher.get_non_dynamic_delegate()  # ty: ignore[missing-attribute]  # a dynamic one has it
         placed.append((patcher, hooked))
         patchers.append(patcher)
     return patchers
 
 
-def check_latent_space(base, expert, label: str) -> None:
+def check_latent_space(base: ModelPatcher, expert: ModelPatcher, label: str) -> None:
     """Refuse an expert that cannot read the base's latents."""
-    ours, theirs = (m.get_model_object("latent_format") for m in (base, expert))
+    ours, theirs = (latent_format_of(m) for m in (base, expert))
 
-    def describe(f) -> str:
+    def describe(f: LatentFormat) -> str:
         return f"{type(f).__name__} ({f.latent_channels} channels, scale {getattr(f, 'scale_factor', 1.0):g})"
 
     same = (
@@ -109,10 +122,20 @@ def check_latent_space(base, expert, label: str) -> None:
             f"'{label}' works on latents of the format {describe(theirs)}, the base on {describe(ours)};"
             " only checkpoints of one latent space can be blended"
         )
-    Conversion(base.get_model_object("model_sampling"), expert.get_model_object("model_sampling"))
+    Conversion(sampling_of(base), sampling_of(expert))
 
 
-def _fresh(conds: list[dict], controls: dict) -> list[dict]:
+class Control(Protocol):
+    """A ControlNet of any kind, with the one before it in the chain."""
+
+    previous_controlnet: "Control | None"
+
+    def copy(self) -> "Control": ...
+
+    def set_previous_controlnet(self, controlnet: "Control") -> Any: ...
+
+
+def _fresh(conds: list[dict], controls: dict[int, Control]) -> list[dict]:
     """Copies of converted conditionings under new ids; ControlNets are copied too, since they remember one model.
 
     ``controls`` keeps the copies by the id of their original: one object stays one over all conditionings of a model,
@@ -120,17 +143,17 @@ def _fresh(conds: list[dict], controls: dict) -> list[dict]:
     """
     out = []
     for cond in conds:
-        cond = {**cond, "model_conds": dict(cond.get("model_conds", {})), "uuid": uuid.uuid4()}
+        fresh: dict[str, Any] = {**cond, "model_conds": dict(cond.get("model_conds", {})), "uuid": uuid.uuid4()}
         if "control" in cond:
             control = cond["control"]
             if id(control) not in controls:
                 controls[id(control)] = _copy_controls(control)
-            cond["control"] = controls[id(control)]
-        out.append(cond)
+            fresh["control"] = controls[id(control)]
+        out.append(fresh)
     return out
 
 
-def _copy_controls(control):
+def _copy_controls(control: Control) -> Control:
     duplicate = control.copy()
     if control.previous_controlnet is not None:
         duplicate.set_previous_controlnet(_copy_controls(control.previous_controlnet))
@@ -140,18 +163,30 @@ def _copy_controls(control):
 class ExpertRun(ExpertParticipant):
     """One expert during one sampling run: its patches, hooks, controls and conditioning, ready to predict x0."""
 
-    def __init__(self, index: int, patcher, expert: Expert, guider, sigmas, noise, latent_image, denoise_mask, seed):
+    def __init__(
+        self,
+        index: int,
+        patcher: ModelPatcher,
+        expert: Expert,
+        guider: CFGGuider,
+        sigmas: Tensor,
+        noise: Tensor,
+        latent_image: Tensor | None,
+        denoise_mask: Tensor | None,
+        seed: int | None,
+    ) -> None:
         base = guider.model_patcher
-        sampling = base.get_model_object("model_sampling")
+        sampling = sampling_of(base)
         super().__init__(index, expert.settings, lambda percent: float(sampling.percent_to_sigma(percent)))
         self.patcher, self.inner, self.device = patcher, patcher.model, patcher.load_device
-        self.convert = Conversion(sampling, patcher.get_model_object("model_sampling"))
+        self.convert = Conversion(sampling, sampling_of(patcher))
         # a thread of its own lets it compute while the base does; one module cannot do both
         self.has_own_device = self.device != base.load_device and self.inner is not guider.inner_model
         self.batched_with_base = False  # see shares_forward_with()
 
         given = {"positive": expert.positive, "negative": expert.negative}
-        conds, controls = {}, {}
+        conds: dict[str, list[dict]] = {}
+        controls: dict[int, Control] = {}
         for name, original in guider.original_conds.items():
             wired = given.get(name)
             conds[name] = _fresh(original if wired is None else comfy.sampler_helpers.convert_cond(wired), controls)
@@ -185,7 +220,7 @@ class ExpertRun(ExpertParticipant):
     def can_run(self, sigma: float) -> bool:
         return self.convert.covers(sigma)
 
-    def shares_forward_with(self, guider, base_options: dict, own_key: str) -> bool:
+    def shares_forward_with(self, guider: CFGGuider, base_options: dict, own_key: str) -> bool:
         """Whether the expert's conditionings may join the base's batch: one module, nothing else of its own."""
         base = guider.model_patcher
         plain = not any("hooks" in c or "control" in c for conds in self.conds.values() for c in conds)

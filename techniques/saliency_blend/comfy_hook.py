@@ -8,14 +8,19 @@ OUTER_SAMPLE publishes the trace with the finished latent.
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
-from ...host.attachments import Attachment, attached
+from ...host.attachments import Attachment, Conditioning, attached
+from ...host.parametrization import latent_format_of
 from ...host.shape_errors import explained
 from .blend import JointSettings, SaliencyBlendRun, Schedule
 from .comfy_experts import Expert, ExpertRun, check_latent_space, resolve_patchers
@@ -24,6 +29,9 @@ from .comfy_workers import Workers
 
 KEY = "chorus_blend"  # attachment, wrapper key, and where a run's state lies in model_options
 log = logging.getLogger("comfyui-chorus")
+
+Conds = Sequence[list[dict] | None]  # the entries of each conditioning; None or empty: not there
+Base = Callable[[Conds], list[Tensor]]  # the base model's predictions for conditionings
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +45,14 @@ class BlendChain(Attachment):
     needs_negative = True  # saliency is the difference to it
 
     @property
-    def models(self):
+    def models(self) -> Sequence[ModelPatcher]:
         return tuple(expert.patcher for expert in self.experts)
 
     @property
-    def conditionings(self):
+    def conditionings(self) -> Sequence[tuple[Conditioning | None, Conditioning | None]]:
         return tuple((expert.positive, expert.negative) for expert in self.experts)
 
-    def patchers(self, base, conds):
+    def patchers(self, base: ModelPatcher, conds: dict[str, list[dict]]) -> Sequence[ModelPatcher]:
         return resolve_patchers(base, self.experts, conds)
 
     @property
@@ -55,10 +63,10 @@ class BlendChain(Attachment):
     def depends_on_history(self) -> str:
         return next(filter(None, (expert.settings.depends_on_history for expert in self.experts)), "")
 
-    def for_gradients(self, copy):
+    def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> "BlendChain":
         return replace(self, experts=tuple(expert.for_gradients(copy) for expert in self.experts), record=False)
 
-    def refusal_as_expert(self, label):
+    def refusal_as_expert(self, label: str) -> str:
         return (
             f"the model wired in as '{label}' is itself a blend; chain instead: wire the blended MODEL into 'model'"
             " and each single checkpoint into 'expert'"
@@ -70,12 +78,12 @@ class BlendChain(Attachment):
         return SaliencyBlendRun(experts, self.joint, schedule, traces, self.record)
 
 
-def blend_chain(model) -> BlendChain:
+def blend_chain(model: ModelPatcher) -> BlendChain:
     """The blend that ``model`` carries; an empty one if it carries none."""
     return model.get_attachment(KEY) or BlendChain()
 
 
-def add_expert(model, expert: Expert, joint: JointSettings):
+def add_expert(model: ModelPatcher, expert: Expert, joint: JointSettings) -> ModelPatcher:
     """A clone of ``model`` whose sampling blends ``expert`` in, beside the experts that it already has.
 
     Errors (ValueError): an expert of another latent space, or one whose MODEL carries a blend or a head.
@@ -97,7 +105,14 @@ def add_expert(model, expert: Expert, joint: JointSettings):
     return out
 
 
-def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
+def _prepare_sampling(
+    executor: WrapperExecutor,
+    model: ModelPatcher,
+    noise_shape: Sequence[int],
+    conds: dict[str, list[dict]],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[BaseModel, dict[str, list[dict]], list[ModelPatcher]]:
     experts = blend_chain(model).experts
     patchers = resolve_patchers(model, experts, conds)
     modules, extra = [model.model], []
@@ -115,22 +130,23 @@ def _prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
     return real_model, conds, loaded
 
 
-def _outer_sample(executor, *args, **kwargs):
+def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """Publishes the trace with the finished latent, in the form in which the sampler node gives it out."""
     output = executor(*args, **kwargs)
-    if (run := executor.class_obj.model_options.pop(f"{KEY}_run", None)) is not None:
+    options: dict[str, Any] = cast(CFGGuider, executor.class_obj).model_options
+    if (run := options.pop(f"{KEY}_run", None)) is not None:
         run.finish(output.detach().to("cpu", copy=True))
     return output
 
 
-def _guidance_scale(guider) -> float | None:
+def _guidance_scale(guider: CFGGuider) -> float | None:
     """The guider's cfg where it has a single one: just positive and negative, and cfg as CFGGuider applies it."""
     if set(guider.conds) != {"positive", "negative"}:
         return None
     return float(guider.cfg)
 
 
-def _check_run(guider, noise: Tensor) -> None:
+def _check_run(guider: CFGGuider, noise: Tensor) -> None:
     if "positive" not in guider.conds or "negative" not in guider.conds:
         raise ValueError(
             f"{type(guider).__name__} gives the sampler no negative conditioning, and saliency is the difference to it;"
@@ -142,7 +158,7 @@ def _check_run(guider, noise: Tensor) -> None:
         raise ValueError(
             f"a blend needs a latent of pictures [B, C, H, W] or video [B, C, T, H, W]; this one has {noise.ndim} axes"
         )
-    space = guider.model_patcher.get_model_object("latent_format")
+    space = latent_format_of(guider.model_patcher)
     if not noise.numel() or noise.shape[1] != space.latent_channels or noise.ndim < space.latent_dimensions + 2:
         raise ValueError(
             f"the latent is {'x'.join(map(str, noise.shape))}, and the models of the blend work on {space.latent_channels}"
@@ -150,14 +166,25 @@ def _check_run(guider, noise: Tensor) -> None:
         )
 
 
-def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *rest):
+def _sampler_sample(
+    executor: WrapperExecutor,
+    guider: CFGGuider,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable | None,
+    noise: Tensor,
+    latent_image: Tensor | None = None,
+    denoise_mask: Tensor | None = None,
+    *rest: Any,
+) -> Tensor:
     if len(sigmas) < 2:  # no step to take
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
     _check_run(guider, noise)
     base, chain = guider.model_patcher, blend_chain(guider.model_patcher)
     seed = extra_args.get("seed")
     schedule = Schedule(tuple(sigmas.tolist()), _guidance_scale(guider), seed, kernel_backend())
-    patchers = guider.model_options.pop(KEY, None) or resolve_patchers(base, chain.experts, guider.conds)
+    run_options: dict[str, Any] = guider.model_options
+    patchers = run_options.pop(KEY, None) or resolve_patchers(base, chain.experts, guider.conds)
     options = extra_args["model_options"]
     experts: list[ExpertRun] = []
     workers = Workers()
@@ -169,7 +196,7 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         technique = chain.begin(experts, schedule)
         options[KEY] = _BlendSampling(guider, technique, workers)
         output = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
-        guider.model_options[f"{KEY}_run"] = technique
+        run_options[f"{KEY}_run"] = technique
         return output
     finally:
         options.pop(KEY, None)
@@ -179,7 +206,9 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         guider.inner_model.current_patcher = base  # the host's own cleanup still needs it
 
 
-def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
+def _calc_cond_batch(
+    executor: WrapperExecutor, model: BaseModel, conds: Conds, x: Tensor, sigma: Tensor, model_options: dict[str, Any]
+) -> list[Tensor]:
     run = model_options.get(KEY)
     if not isinstance(run, _BlendSampling):
         raise ValueError(
@@ -194,13 +223,14 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
 class _BlendSampling:
     """Base, experts and technique during one run, as the sampler calls them."""
 
-    def __init__(self, guider, technique: SaliencyBlendRun[ExpertRun], workers: Workers):
+    def __init__(self, guider: CFGGuider, technique: SaliencyBlendRun[ExpertRun], workers: Workers) -> None:
         self.inner, self.conds, self.technique, self.workers = guider.inner_model, guider.conds, technique, workers
         self.names = {c[0]["uuid"]: name for name, c in guider.conds.items() if c}
-        self._x, self._sigma = None, None  # of the last blended prediction
+        self._x: Tensor | None = None  # of the last blended prediction
+        self._sigma: float | None = None
         self._warned = False
 
-    def predict(self, base: Callable, conds: list, x: Tensor, sigma: Tensor) -> list[Tensor]:
+    def predict(self, base: Base, conds: Conds, x: Tensor, sigma: Tensor) -> list[Tensor]:
         """The host's predictions for ``conds``, with the blend in their place; ``base(conds)`` are the base model's."""
         names = [self.names.get(c[0]["uuid"]) if c else None for c in conds]
         if not any(names):
@@ -215,7 +245,9 @@ class _BlendSampling:
             return self._blend(base, conds, names, x, sigma, level)
         return self._mix(base, conds, names, x, sigma, same_input)
 
-    def _blend(self, base, conds, names, x, sigma, level) -> list[Tensor]:
+    def _blend(
+        self, base: Base, conds: Conds, names: list[str | None], x: Tensor, sigma: Tensor, level: float
+    ) -> list[Tensor]:
         """The prediction of a step: plan, predict, blend."""
         plan = self.technique.plan(level, x)
         if not plan:
@@ -246,7 +278,7 @@ class _BlendSampling:
 
     @contextlib.contextmanager
     def _started(
-        self, experts: list[ExpertRun], wanted, x, sigma
+        self, experts: list[ExpertRun], wanted: list[str], x: Tensor, sigma: Tensor
     ) -> Iterator[dict[ExpertRun, Callable[[], list[Tensor]]]]:
         """By expert, a function that gives its predictions; those on other devices have been started.
 
@@ -264,7 +296,7 @@ class _BlendSampling:
             concurrent.futures.wait(futures)
 
     def _predict_with_base(
-        self, base, conds, names, wanted, batched: list[ExpertRun]
+        self, base: Base, conds: Conds, names: list[str | None], wanted: list[str], batched: list[ExpertRun]
     ) -> tuple[dict[str, Tensor], dict[ExpertRun, dict[str, Tensor]], list[Tensor]]:
         """The base's predictions by name, those of ``batched`` by expert and name, the base's in the order of ``conds``.
 
@@ -288,7 +320,9 @@ class _BlendSampling:
         }
         return own, predicted, out
 
-    def _mix(self, base, conds, names, x, sigma, same_input: bool) -> list[Tensor]:
+    def _mix(
+        self, base: Base, conds: Conds, names: list[str | None], x: Tensor, sigma: Tensor, same_input: bool
+    ) -> list[Tensor]:
         """A further prediction (PAG, SAG, skipped layers): the base's by its own patches, mixed by the last mask.
 
         ``same_input``: at the x and sigma of the last blended prediction, which the experts have already predicted.
@@ -306,6 +340,6 @@ class _BlendSampling:
                 predicted[expert] = expert.predict(names, x, sigma)
         for k, n in enumerate(names):
             if n is not None:
-                found = {expert: p[k] for expert, p in predicted.items() if p[k] is not None}
+                found = {expert: one for expert, p in predicted.items() if (one := p[k]) is not None}
                 out[k] = self.technique.mix(out[k], found)
         return out

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import comfy.model_management
 import torch
+
+T = TypeVar("T")
 
 
 class Workers:
@@ -14,16 +17,16 @@ class Workers:
     two devices would mostly wait for each other.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._threads: dict[torch.device, ThreadPoolExecutor] = {}
 
-    def submit(self, device: torch.device, function: Callable) -> Future:
+    def submit(self, device: torch.device, function: Callable[[], T]) -> Future[T]:
         """Start ``function`` on the thread of ``device``; inference and gradient mode belong to threads and go along."""
         if device not in self._threads:
             self._threads[device] = ThreadPoolExecutor(1, f"chorus {device}")
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
-        def work():
+        def work() -> T:
             comfy.model_management.set_torch_device(device)
             with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
                 return function()

@@ -57,12 +57,12 @@ class ExpertSettings:
 class Participant:
     """One model of a run. As it stands here: the base, which takes part in every prediction."""
 
+    prediction: Pair  # of the last blend that it took part in
     needs_mask = False  # whether observe_mask() wants each mask; reading it waits for the GPU
 
-    def __init__(self, index: int, label: str, strength: float):
+    def __init__(self, index: int, label: str, strength: float) -> None:
         self.index, self.label = index, label
         self.strength = strength  # k of the paper
-        self.prediction: Pair | None = None  # of the last blend that it took part in
 
     def cfg_gain(self, cfg: float | None) -> float:
         """Factor on cond - uncond that gives the model a guidance scale of its own under the sampler's ``cfg``."""
@@ -92,7 +92,7 @@ class ExpertParticipant(Participant):
 
     can_crop = True  # whether the model can be evaluated on a part of the latent
 
-    def __init__(self, index: int, settings: ExpertSettings, percent_to_sigma: Callable[[float], float]):
+    def __init__(self, index: int, settings: ExpertSettings, percent_to_sigma: Callable[[float], float]) -> None:
         super().__init__(index, settings.label, settings.strength)
         self.settings, self._percent_to_sigma = settings, percent_to_sigma
         self._window = percent_to_sigma(settings.start_percent), percent_to_sigma(settings.end_percent)

@@ -14,7 +14,7 @@ class Offsets:
     # demo checkpoints' pictures (PSNR to the full fusion; dev/benchmarks/fusion_fidelity.py) half a step is nearest.
     damping = 0.5
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: list[tuple[float, Pair]] = []  # (sigma, offset), the newest last
 
     def __bool__(self) -> bool:
@@ -22,12 +22,13 @@ class Offsets:
 
     def add(self, sigma: float, expert: Pair, base: Pair) -> None:
         """Keep the offset of a prediction at ``sigma``, and the one before it."""
-        offset = tuple(e - b for e, b in zip(expert, base, strict=True))
-        self._known = [*(k for k in self._known[-1:] if k[0] != sigma), (sigma, offset)]
+        cond, uncond = (e - b for e, b in zip(expert, base, strict=True))
+        self._known = [*(k for k in self._known[-1:] if k[0] != sigma), (sigma, (cond, uncond))]
 
     def reuse(self, base: Pair) -> Pair:
         """The expert's predictions with its last offset from ``base``."""
-        return tuple(b + o for b, o in zip(base, self._known[-1][1], strict=True))
+        cond, uncond = (b + o for b, o in zip(base, self._known[-1][1], strict=True))
+        return cond, uncond
 
     def extrapolate(self, sigma: float, base: Pair) -> Pair:
         """The expert's predictions at ``sigma``: its offset extrapolated to first order in ln sigma from the last two."""
@@ -36,4 +37,5 @@ class Offsets:
         (s0, o0), (s1, o1) = self._known
         steps = math.log(sigma / s1) / math.log(s1 / s0)
         t = self.damping * min(max(steps, 0.0), 1.0)  # never farther than the two are apart
-        return tuple(b + n + t * (n - p) for b, n, p in zip(base, o1, o0, strict=True))
+        cond, uncond = (b + n + t * (n - p) for b, n, p in zip(base, o1, o0, strict=True))
+        return cond, uncond

@@ -22,7 +22,7 @@ FIRST = (
 class BlendFiniteCheck:
     """Checks the predictions of one run in their order. ``labels``: of the models, the base first."""
 
-    def __init__(self, labels: Sequence[str]):
+    def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
         self._checks = DeferredChecks()
         self._sigma: float | None = None  # of the last prediction
@@ -38,6 +38,7 @@ class BlendFiniteCheck:
 
     def after(self, models: Sequence[int], partition: Tensor) -> None:
         """``partition`` [N, B T] of the blend of ``models``: not finite where a model's prediction is not."""
+        assert self._sigma is not None  # before() told it
         self._models = tuple(models)
         self._checks.add(partition.flatten(), partial(self._examine, self._models, self._sigma))
 

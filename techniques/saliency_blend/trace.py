@@ -17,6 +17,7 @@ class BlendStep:
     def shares(self, num_models: int) -> Tensor:
         """Weight of every model at every position: float32 [num_models, B, *spatial] on the CPU."""
         owner = self.weights
+        assert owner is not None  # else the base owns everything, see BlendRecord.shares
         if owner.dtype == torch.uint8:
             owner = torch.stack([owner == i for i in range(len(self.models))]).float()
         full = torch.zeros(num_models, *owner.shape[1:])
@@ -77,7 +78,7 @@ class BlendRecord:
 class BlendTrace:
     """Filled by the runs of one blended model; holds the last one that finished."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.record: BlendRecord | None = None
 
     def clear(self) -> None:
