@@ -10,16 +10,18 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
 import comfy.ops
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...host.attachments import Attachment
-from ...host.parametrization import FLOW, family
+from ...host.parametrization import FLOW, Sampling, family, latent_format_of, sampling_of
 from .non_finite import HeadFiniteCheck
 
 KEY = "chorus_cas_dm"  # the additional models are this with the place in the chain
@@ -42,14 +44,14 @@ class MadeFor:
     cfg: float  # another scale is only warned of
 
 
-def made_for(model, cfg: float) -> MadeFor:
+def made_for(model: ModelPatcher, cfg: float) -> MadeFor:
     """What a head that is trained on ``model`` under the guidance scale ``cfg`` will be made for."""
-    latent_format = model.get_model_object("latent_format")
-    prediction = prediction_of(model.get_model_object("model_sampling"))
+    latent_format = latent_format_of(model)
+    prediction = prediction_of(sampling_of(model))
     return MadeFor(type(latent_format).__name__, latent_format.latent_channels, prediction, cfg)
 
 
-def prediction_of(sampling) -> str:
+def prediction_of(sampling: Sampling) -> str:
     """What a model predicts: eps, v, flow, edm or x0. Sees the host's ModelSampling* nodes where given the patched object."""
     try:
         family(sampling)
@@ -67,21 +69,21 @@ def prediction_of(sampling) -> str:
 class HeadAttachment(Attachment):
     """Says of a MODEL that heads hang on it."""
 
-    def refusal_as_expert(self, label):
+    def refusal_as_expert(self, label: str) -> str:
         return (
             f"the model wired in as '{label}' carries a Cas-DM head, which a blend does not evaluate; put CasDMHead after"
             " SaliencyNoiseBlend, where it refines the blended prediction"
         )
 
 
-def heads_on(model) -> int:
+def heads_on(model: ModelPatcher) -> int:
     """How many heads hang on ``model``."""
     return sum(key.startswith(KEY) for key in model.additional_models)
 
 
-def check_fits(model, wanted: MadeFor) -> None:
+def check_fits(model: ModelPatcher, wanted: MadeFor) -> None:
     """Refuse a head that was made for latents or predictions of another kind than those of ``model``."""
-    latent_format = model.get_model_object("latent_format")
+    latent_format = latent_format_of(model)
     ours = made_for(model, wanted.cfg)
     if (ours.latent_format, ours.channels) != (wanted.latent_format, wanted.channels):
         raise ValueError(
@@ -103,8 +105,13 @@ def _check_prediction(ours: str, wanted: str) -> None:
 
 
 def add_head(
-    model, network: nn.Module, refine: Refine, wanted: MadeFor, start_percent: float = 0.0, end_percent: float = 1.0
-):
+    model: ModelPatcher,
+    network: nn.Module,
+    refine: Refine,
+    wanted: MadeFor,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+) -> ModelPatcher:
     """A clone of ``model`` whose guided predictions go through ``network`` while the sampling is in the window.
 
     ``network`` is built with casting operations and lies on the CPU; it belongs to the clone and to what is cloned from
@@ -138,13 +145,21 @@ def _copied(network: nn.Module, device: torch.device, disable_dynamic: bool = Tr
 class _Hook:
     """The post-CFG function of one head."""
 
-    def __init__(self, key: str, patcher, refine: Refine, wanted: MadeFor, start_percent: float, end_percent: float):
+    def __init__(
+        self,
+        key: str,
+        patcher: ModelPatcher,
+        refine: Refine,
+        wanted: MadeFor,
+        start_percent: float,
+        end_percent: float,
+    ) -> None:
         self.key, self.patcher, self.refine, self.wanted = key, patcher, refine, wanted
         self.window = start_percent, end_percent
         self._warned = False
         self.number = int(key.rpartition("_")[2]) + 1
 
-    def __call__(self, args: dict) -> Tensor:
+    def __call__(self, args: dict[str, Any]) -> Tensor:
         x0, x, sigma, sampling = args["denoised"], args["input"], args["sigma"], args["model"].model_sampling
         # asked here and not when it was wired: a ModelSampling* node may come after this one
         first, last = (float(sampling.percent_to_sigma(percent)) for percent in self.window)
@@ -161,7 +176,7 @@ class _Hook:
         finite.add(self.number, level, x0, found)
         return found
 
-    def _refined(self, network: nn.Module, x0: Tensor, x: Tensor, sigma: Tensor, settings: dict) -> Tensor:
+    def _refined(self, network: nn.Module, x0: Tensor, x: Tensor, sigma: Tensor, settings: dict[str, Any]) -> Tensor:
         if x0.ndim == 4:
             return self.refine(network, x0, x, sigma, **settings)
         if x0.ndim != 5:
@@ -172,7 +187,7 @@ class _Hook:
         frames = zip(x0.unbind(2), x.unbind(2), strict=True)
         return torch.stack([self.refine(network, a, b, sigma, **settings) for a, b in frames], dim=2)
 
-    def _network(self, inner) -> nn.Module:
+    def _network(self, inner: BaseModel) -> nn.Module:
         """The head of the patcher that samples, which need not be the one that was wired: clones for gradients and for
         further GPUs bring a copy along."""
         patcher = getattr(inner, "current_patcher", None)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...common.operations import Operations
 from ...common.weights import PACKED, load, shorten
 
 FORMAT = "chorus-cas-dm-1"  # in the metadata of a file
@@ -50,7 +51,7 @@ class CasDMHeadConfig:
     gate: str = "pixel"
     fixed: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (1 <= self.channels <= MOST and 1 <= self.embedding <= MOST):
             raise ValueError(
                 f"channels {self.channels} and embedding {self.embedding} must be at least 1, at most {MOST}"
@@ -80,7 +81,8 @@ class CasDMHeadConfig:
         wrong = [name for name, kind in kinds.items() if not _is_a(kind, values[name])]
         if wrong:
             raise ValueError(f"its config has no valid {', '.join(wrong)}: {text[:200]}")
-        return cls(**{**values, "widths": tuple(values["widths"])})
+        values["widths"] = tuple(values["widths"])
+        return cls(**values)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -113,7 +115,7 @@ class Head:
     weights: Mapping[str, Tensor]  # on the CPU; never changed
     facts: HeadFacts
 
-    def network(self, operations=nn) -> "CasDMHeadNet":
+    def network(self, operations: Operations = nn) -> "CasDMHeadNet":
         """φ with these weights in float32: frozen, in memory of its own. A ValueError where they do not fit.
 
         ``operations``: the layers to build it of; the host's casting ones let the host move it.
@@ -144,7 +146,7 @@ def new_head(config: CasDMHeadConfig, facts: HeadFacts, generator: torch.Generat
 
 
 class ResBlock(nn.Module):
-    def __init__(self, width: int, out: int, embedding: int, operations):
+    def __init__(self, width: int, out: int, embedding: int, operations: Operations) -> None:
         super().__init__()
         self.norm1 = operations.GroupNorm(GROUPS, width)
         self.conv1 = operations.Conv2d(width, out, 3, padding=1)
@@ -163,7 +165,7 @@ class ResBlock(nn.Module):
 class LevelEmbedding(nn.Module):
     """ln(n / s) [B] -> [B, embedding]."""
 
-    def __init__(self, size: int, operations):
+    def __init__(self, size: int, operations: Operations) -> None:
         super().__init__()
         self.linear1 = operations.Linear(2 * FREQUENCIES, size)
         self.linear2 = operations.Linear(size, size)
@@ -179,7 +181,7 @@ class LevelEmbedding(nn.Module):
 class CasDMHeadNet(nn.Module):
     """φ. Computes in the dtype of its input; of any height and width, since sides are halved upwards and restored."""
 
-    def __init__(self, config: CasDMHeadConfig, operations=nn):
+    def __init__(self, config: CasDMHeadConfig, operations: Operations = nn) -> None:
         super().__init__()
         self.config = config
         widths, size = config.widths, config.embedding
@@ -203,11 +205,14 @@ class CasDMHeadNet(nn.Module):
         """
         if x0.ndim != 4 or x0.shape[1] != self.config.channels:
             raise ValueError(f"the head repaints [B, {self.config.channels}, h, w], not {tuple(x0.shape)}")
-        if self.config.sees_x and x is None:
-            raise ValueError("this head sees x_t beside x0; give it both")
+        seen = x0
+        if self.config.sees_x:
+            if x is None:
+                raise ValueError("this head sees x_t beside x0; give it both")
+            seen = torch.cat([x0, x.to(x0)], dim=1)
         level = level.to(x0.dtype)
         embedding = self.embed(level)
-        h = self.first(torch.cat([x0, x.to(x0)], dim=1) if self.config.sees_x else x0)
+        h = self.first(seen)
 
         skips = []
         for block, shrink in zip(self.down, self.shrink, strict=False):

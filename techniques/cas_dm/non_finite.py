@@ -1,6 +1,7 @@
 """Refuses non-finite numbers of Cas-DM heads, or of the model before them: their image would only be black."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ KEY = "chorus_cas_dm_finite"
 class HeadFiniteCheck:
     """Checks all heads of one run, in the order in which they act. Lies in the run's own model_options, and ends with them."""
 
-    def __init__(self, sigmas: Tensor | None):
+    def __init__(self, sigmas: Tensor | None) -> None:
         # below the last level but one there is no further prediction, and the image is needed next
         self._last = 0.0 if sigmas is None or len(sigmas) < 2 else float(sigmas[-2])
         self._checks = DeferredChecks()
 
     @classmethod
-    def of_run(cls, model_options: dict) -> "HeadFiniteCheck":
+    def of_run(cls, model_options: dict[str, Any]) -> "HeadFiniteCheck":
         if KEY not in model_options:
             model_options[KEY] = cls(model_options.get("transformer_options", {}).get("sample_sigmas"))
         return model_options[KEY]

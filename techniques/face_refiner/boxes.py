@@ -87,9 +87,10 @@ def per_image(bboxes: Any, images: int) -> list[list[Box]]:
 
 def read_box(box: Any, image: int) -> Box:
     try:
-        numbers = tuple(float(box[key]) for key in ("x", "y", "width", "height"))
+        x, y, width, height = (float(box[key]) for key in ("x", "y", "width", "height"))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"image {image}: {str(box)[:80]} is no box; it needs numbers x, y, width and height") from None
+    numbers = x, y, width, height
     if not all(map(math.isfinite, numbers)) or min(numbers[2:]) < 0:
         raise ValueError(f"image {image}: a box of x, y, width, height {numbers} has no place; detect the faces anew")
     return numbers
@@ -153,7 +154,7 @@ def window(face: Face, padding: float, height: int, width: int) -> Window:
     x, y, w, h = face.box
     side = max(1, math.ceil(max(w, h) * (1.0 + 2.0 * padding)))
 
-    def start(middle, length):
+    def start(middle: float, length: int) -> int:
         begin = round(middle - side / 2)
         return min(max(begin, 0), length - side) if side <= length else min(max(begin, length - side), 0)
 

@@ -7,7 +7,9 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor, nn
+from torch import Tensor
+
+from .networks.layers import ImageGenerator
 
 LAYERS = 8  # features at full size that are in memory at once, norms and skips included
 SEEDS = 2**64
@@ -36,7 +38,7 @@ class FaceRefinerModel:
         return f"{self.name} ({self.patcher.model.config})"
 
 
-def wrap(name: str, network: nn.Module, details: Mapping[str, str] | None = None) -> FaceRefinerModel:
+def wrap(name: str, network: ImageGenerator, details: Mapping[str, str] | None = None) -> FaceRefinerModel:
     """The network, on the CPU and built with the host's casting operations, in the host's hands."""
     device = comfy.model_management.get_torch_device()
     details = dict(details or {})
@@ -45,7 +47,7 @@ def wrap(name: str, network: nn.Module, details: Mapping[str, str] | None = None
         name=name,
         # not CoreModelPatcher: what it streams to a GPU layer by layer are the files of the host's own models
         patcher=ModelPatcher(
-            network.to(memory_format=torch.channels_last),
+            network.to(memory_format=torch.channels_last),  # ty: ignore[no-matching-overload]  # torch's types lack it
             load_device=device,
             offload_device=comfy.model_management.unet_offload_device(),
         ),
@@ -92,7 +94,7 @@ class Refining:
     seed + i: the same in every run and whatever is computed together.
     """
 
-    def __init__(self, model: FaceRefinerModel, seed: int | None = None):
+    def __init__(self, model: FaceRefinerModel, seed: int | None = None) -> None:
         self.model, self.seed, self.done = model, seed, 0
 
     @torch.inference_mode()

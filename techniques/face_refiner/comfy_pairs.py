@@ -39,7 +39,7 @@ COMPRESSION = 4  # as the host's Save Image
 class PairFolder:
     """A data set. ``root`` need not be there yet."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self.root = root
 
     @classmethod

@@ -41,9 +41,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     ValueError: other shapes, fewer than 2 rows, numbers that are none.
     """
-    a, b = _features(a, b)
-    a, b = _moments(a), _moments(b)
-    return max(0.0, _distance(a, b, _root(a.covariance)))
+    one, other = (_moments(x) for x in _features(a, b))
+    return max(0.0, _distance(one, other, _root(one.covariance)))
 
 
 def frechet(a: Tensor, b: Tensor, generator: torch.Generator, draws: int = BLOCKS, paired: bool = False) -> Frechet:
@@ -93,14 +92,14 @@ def _features(*sets: Tensor) -> list[Tensor]:
             raise ValueError(f"a set of {len(x)} has no covariance; give at least 2 rows, better more than {width}")
         if not bool(x.isfinite().all()):
             raise ValueError("features hold numbers that are NaN or infinite; run the encoder in a wider dtype")
-    sets = [x.detach().to("cpu", torch.float64) for x in sets]
+    found = [x.detach().to("cpu", torch.float64) for x in sets]
     # distances do not depend on where the origin is, and rounding does
-    origin = sets[0].mean(0)
-    sets = [x - origin for x in sets]
-    if sum(map(len, sets)) < width:
-        basis = torch.linalg.qr(torch.cat(sets).mT).Q
-        sets = [x @ basis for x in sets]
-    return sets
+    origin = found[0].mean(0)
+    found = [x - origin for x in found]
+    if sum(map(len, found)) < width:
+        basis = torch.linalg.qr(torch.cat(found).mT).Q
+        found = [x @ basis for x in found]
+    return found
 
 
 def _moments(x: Tensor) -> _Moments:
@@ -136,7 +135,7 @@ def _blocks(a: Tensor, b: Tensor, generator: torch.Generator, draws: int, paired
 class _Jackknife:
     """FD of two sets with one block of rows left out after the other."""
 
-    def __init__(self, a: Tensor, b: Tensor, a_blocks: Tensor, b_blocks: Tensor | None):
+    def __init__(self, a: Tensor, b: Tensor, a_blocks: Tensor, b_blocks: Tensor | None) -> None:
         self.a, self.b, self.a_blocks, self.b_blocks = a, b, a_blocks, b_blocks
         self.a_moments, self.b_moments = _moments(a), _moments(b)
         self.a_root = _root(self.a_moments.covariance)

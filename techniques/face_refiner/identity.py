@@ -25,7 +25,7 @@ def hold_identity(
     number counts as too far.
     """
 
-    def distances(share, rows):
+    def distances(share: Tensor, rows: Tensor) -> Tensor:
         part = share.to(crops).view(-1, 1, 1, 1) * changes[rows]
         return measure((crops[rows] + part).clamp(0.0, 1.0), rows).float().cpu()
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .boxes import Window
 
+Sides = tuple[bool, bool, bool, bool]  # left, right, above, below
+
 
 def crop(picture: Tensor, place: Window, size: int) -> Tensor:
     """The window [1, 3, S, S] of a picture [H, W, 3]; what lies beyond is mirrored, or the edge where that is not enough."""
@@ -35,10 +37,10 @@ def scaled(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == size else resize(x, size, interpolation="bilinear", align_corners=False, antialias=True)
 
 
-def edges(height: int, width: int, feather: int, sides: tuple[bool, bool, bool, bool] = (True,) * 4) -> Tensor:
+def edges(height: int, width: int, feather: int, sides: Sides = (True, True, True, True)) -> Tensor:
     """A weight [height, width] that falls to 1 / (feather + 1) at the ``sides`` left, right, above and below; 1 elsewhere."""
 
-    def ramp(length, begin, end):
+    def ramp(length: int, begin: bool, end: bool) -> Tensor:
         places = torch.arange(length, dtype=torch.float32)
         reach = min(feather, max((length - 1) // 2, 0))  # so that the middle is whole
         rising = torch.where(torch.tensor(begin), (places + 1) / (reach + 1), 1.0)

@@ -41,7 +41,7 @@ class Line:
 class PromptCombinations:
     """All prompts of some lines."""
 
-    def __init__(self, template: str, variables: str = "", order: str = "spread"):
+    def __init__(self, template: str, variables: str = "", order: str = "spread") -> None:
         """ValueError: no line, a brace without its other, a variable that is unknown, empty or given twice."""
         if order not in ORDERS:
             raise ValueError(f"order '{order}' is not one of {', '.join(ORDERS)}")

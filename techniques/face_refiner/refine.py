@@ -41,7 +41,7 @@ class FaceRefinerSettings:
     identity_limit: float = 0.0  # distance from which a face is changed less; 0 is no limit
     least_face: int = LEAST_FACE
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, low, high in (("strength", 0.0, 1.0), ("padding", 0.0, 4.0), ("identity_limit", 0.0, math.inf)):
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name} {value:g} is not within {low:g} and {high:g}")
@@ -128,7 +128,15 @@ def refine_whole(images: Tensor, refine: Refine, settings: FaceRefinerSettings, 
     return Refined(out, kept[..., 0].to(images).expand(images.shape[:3]).clone(), out, records)
 
 
-def _refine_faces(images, faces, refine, settings, limits, guard, framed) -> Refined:
+def _refine_faces(
+    images: Tensor,
+    faces: Sequence[Face],
+    refine: Refine,
+    settings: FaceRefinerSettings,
+    limits: Sequence[Tensor] | None,
+    guard: Guard | None,
+    framed: bool,
+) -> Refined:
     height, width = images.shape[1:3]
     nothing = FaceRecord(0, None)
     records = [replace(nothing, image=face.image, box=face.box) for face in faces]
@@ -201,7 +209,7 @@ def apply(refine: Refine, pictures: Tensor, multiple: int = 1, least: int = 1) -
         for left in columns:
             here = (..., slice(top, top + tile), slice(left, left + tile))
             part = refine(padded[here])
-            share = edges(*part.shape[-2:], OVERLAP).to(part)
+            share = edges(part.shape[-2], part.shape[-1], OVERLAP).to(part)
             total[here] += share * part
             weights[here] += share
     return (total / weights)[..., :height, :width]
@@ -230,7 +238,8 @@ def lock_colors(changes: Tensor) -> Tensor:
     reach = min(math.ceil(3 * sigma), shorter - 1)
     if reach > 0:
         small = gaussian_blur2d(small, 2 * reach + 1, (sigma, sigma), border_type="reflect")
-    return changes - scaled(small, changes.shape[-2:])
+    height, width = changes.shape[-2:]
+    return changes - scaled(small, (height, width))
 
 
 def describe(records: Sequence[FaceRecord]) -> str:

@@ -8,7 +8,7 @@ Three tasks, told apart by what is given:
 Shapes: B samples, h and w tokens, H and W pixels of height and width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class Request:
     mask: Tensor | None = None  # [M, H, W]
     tokens: Tokens | None = None  # [T, h, w]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokens is not None:
             self.tokens.check("the tokens", self.blank.codebook, self.blank.mask_id, self.blank.downscale)
         check_sides("the picture" if self.picture is not None else "width and height", self.area, self.blank.downscale)
@@ -78,7 +78,8 @@ class Request:
     def area(self) -> tuple[int, int]:
         """Height and width in pixels of what is painted."""
         if self.picture is not None:
-            return tuple(self.picture.shape[1:3])
+            height, width = self.picture.shape[1:3]
+            return height, width
         return self.tokens.size if self.tokens is not None else self.size
 
     def counts(self) -> dict[str, int]:
@@ -106,7 +107,7 @@ class Request:
         return InitialTokens(ids, free, pinned, picture, mask)
 
 
-def check_sides(name: str, size: tuple[int, int], downscale: int) -> None:
+def check_sides(name: str, size: Sequence[int], downscale: int) -> None:
     """Raise ValueError unless the ``size`` (height, width) in pixels is a whole number of tokens."""
     if any(side < downscale or side % downscale for side in size):
         fitting = tuple(max(1, round(side / downscale)) * downscale for side in size)

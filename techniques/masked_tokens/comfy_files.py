@@ -8,18 +8,19 @@ Files of half precision, ``*.fp16.safetensors``, are read where there are no oth
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...common.operations import Operations
 from ...host.files import diagnosis
 from ...host.model_folders import register_folder
 from ...host.operations import casting_operations
@@ -35,6 +36,10 @@ TRANSFORMER, VQ, TEXT = "transformer", "vqvae", "text_encoder"
 STEMS = {TRANSFORMER: "diffusion_pytorch_model", VQ: "diffusion_pytorch_model", TEXT: "model"}
 FROM_FOLDER = "from the folder"  # in place of a file's name
 PUBLISHED = "huggingface.co/amused/amused-256 and huggingface.co/amused/amused-512"
+
+
+N = TypeVar("N", bound=nn.Module)
+LoadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any] | None, Operations], N]
 
 
 def register() -> None:
@@ -116,10 +121,8 @@ def read_networks(
     """The transformer and the VQ-GAN of a folder, for text of the kind ``text``."""
     paths = locate(folder, (TRANSFORMER, VQ), files or {})
     operations = casting_operations(linear)
-    transformer, vq = (
-        _read_network(folder, part, paths[part], load, operations)
-        for part, load in ((TRANSFORMER, load_uvit), (VQ, load_vq))
-    )
+    transformer = _read_network(folder, TRANSFORMER, paths[TRANSFORMER], load_uvit, operations)
+    vq = _read_network(folder, VQ, paths[VQ], load_vq, operations)
     codes, vocabulary = transformer.config.codebook_size, transformer.config.vocab_size
     if codes != vq.config.num_vq_embeddings:
         raise ValueError(
@@ -131,7 +134,7 @@ def read_networks(
     return wrap(name or folder.name, transformer, vq, text, cfg)
 
 
-def _read_network(folder: Path, part: str, path: Path, load, operations) -> torch.nn.Module:
+def _read_network(folder: Path, part: str, path: Path, load: LoadNetwork[N], operations: Operations) -> N:
     state_dict = read_weights(path)
     with naming(path, config_path(folder, part)):
         cast(state_dict, transformer_dtype(state_dict) if part == TRANSFORMER else torch.float32)
@@ -152,12 +155,13 @@ def read_clip(folder: Path, path: Path) -> tuple[comfy.sd.CLIP, int]:
 def locate(folder: Path, parts: tuple[str, ...], files: Mapping[str, Path]) -> dict[str, Path]:
     """The weights of every part; an error lists all that were looked for in vain."""
     paths = {part: files.get(part) or find_weights(folder / part, STEMS[part]) for part in parts}
-    if missing := [describe_missing(folder / part, STEMS[part]) for part, path in paths.items() if path is None]:
+    found = {part: path for part, path in paths.items() if path is not None}
+    if missing := [describe_missing(folder / part, STEMS[part]) for part in paths if part not in found]:
         raise ValueError(
             f"the model folder {folder} is not complete. Missing: {'; '.join(missing)}. The parts are the folders of"
             f" {PUBLISHED}"
         )
-    return paths
+    return found
 
 
 def find_weights(folder: Path, stem: str) -> Path | None:

@@ -9,6 +9,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from .networks.uvit import UViT
+from .networks.vq import VQGAN
+
 OWN_CFG = {16: 4.0, 32: 10.0}  # by sample_size: aMUSEd's best measured guidance, papers' table of FID over it
 
 
@@ -40,7 +43,7 @@ class MaskedTokenModel:
         return dataclasses.replace(self, transformer=transformer)
 
 
-def wrap(name: str, transformer: nn.Module, vq: nn.Module, text: str, cfg: float | None = None) -> MaskedTokenModel:
+def wrap(name: str, transformer: UViT, vq: VQGAN, text: str, cfg: float | None = None) -> MaskedTokenModel:
     """The networks, on the CPU and built with casting operations, in the host's hands."""
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     size = transformer.config.sample_size

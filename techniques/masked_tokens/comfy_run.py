@@ -14,6 +14,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 from torch import Tensor
 
+from ...host.attachments import Conditioning
 from ...host.previews import as_preview
 from . import preview
 from .batch import Batch, stack_texts
@@ -21,14 +22,16 @@ from .canvas import Request
 from .comfy_model import MaskedTokenModel
 from .comfy_text import read_text
 from .decode import MaskedTokenSettings, decode, draw, guided
+from .networks import uvit
+from .networks.vq import VQGAN
 
 Text = tuple[Tensor, Tensor]  # states [B, L, C] and pooled [B, C] of one prompt for each sample
 ENCODE_BYTES, DECODE_BYTES = 56, 34  # per pixel and channel at full size, as the host reckons for its VAEs in float32
 
-_colors = weakref.WeakKeyDictionary()  # VQ-GAN -> the colours of its codes, [K, 3]
+_colors: weakref.WeakKeyDictionary[VQGAN, Tensor] = weakref.WeakKeyDictionary()  # the colours of its codes, [K, 3]
 
 
-def read_prompts(model: MaskedTokenModel, conditioning: list, socket: str) -> list[Text]:
+def read_prompts(model: MaskedTokenModel, conditioning: Conditioning, socket: str) -> list[Text]:
     """Every prompt of a CONDITIONING, its states [1, L, C] and its pooled text [1, C], if the model can read it."""
     texts = read_text(conditioning, model.text, socket)
     config = model.transformer.model.config
@@ -68,7 +71,9 @@ def decode_tokens(model: MaskedTokenModel, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _in_chunks(model: MaskedTokenModel, batch: Tensor, memory: int, function: Callable) -> Tensor:
+def _in_chunks(
+    model: MaskedTokenModel, batch: Tensor, memory: int, function: Callable[[VQGAN, Tensor], Tensor]
+) -> Tensor:
     """``function(vq, chunk)`` of as many samples at a time as have their ``memory`` bytes each."""
     patcher = model.vq
     comfy.model_management.load_models_gpu([patcher], memory_required=memory)
@@ -123,21 +128,21 @@ class MaskedTokenRun:
         return cond, uncond
 
     @torch.inference_mode()
-    def _logits(self, ids: Tensor, conditioning) -> Tensor:
+    def _logits(self, ids: Tensor, conditioning: uvit.Conditioning) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         return self.model.transformer.model(ids, conditioning)
 
     @cached_property
-    def _positive(self):
+    def _positive(self) -> uvit.Conditioning:
         return self._condition(*self.texts[0], self.micro)
 
     @cached_property
-    def _doubled(self):
+    def _doubled(self) -> uvit.Conditioning:
         negative_first = (torch.cat(pair) for pair in zip(*reversed(self.texts)))
         return self._condition(*negative_first, self.micro.repeat(2, 1))
 
     @torch.inference_mode()
-    def _condition(self, states: Tensor, pooled: Tensor, micro: Tensor):
+    def _condition(self, states: Tensor, pooled: Tensor, micro: Tensor) -> uvit.Conditioning:
         states, pooled = (x.to(self.device, self.model.dtype) for x in (states, pooled))
         return self.model.transformer.model.condition(states, pooled, micro.to(self.device))
 
@@ -166,6 +171,7 @@ class MaskedTokenRun:
 
     def progress(self, done: int, total: int, ids: Tensor, predicted: Tensor) -> None:
         """What masked_tokens.decode calls after a step: the bar, with a preview of the first sample."""
+        assert self.bar is not None  # the step's forward pass made it
         self.bar.update_absolute(done, total, self._picture(ids[:1], predicted[:1]))
 
     def _picture(self, ids: Tensor, predicted: Tensor) -> tuple[str, Image.Image, int] | None:

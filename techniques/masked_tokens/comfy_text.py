@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...common.weights import check
+from ...host.attachments import Conditioning
 
 MARK = "masked_token_text"  # the conditioning's key; its value is the kind of text encoder
 CLIP_L = "clip-l"
@@ -36,13 +37,20 @@ class MarkedText:
 
     kind: str
 
-    def encode_token_weights(self, token_weight_pairs):
-        states, pooled, *extra = super().encode_token_weights(token_weight_pairs)
+    def encode_token_weights(self, token_weight_pairs: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        encode = super().encode_token_weights  # ty: ignore[missing-attribute]  # of the class behind it
+        states, pooled, *extra = encode(token_weight_pairs)
         return states, pooled, {**(extra[0] if extra else {}), MARK: self.kind}
 
 
 class _HiddenClipL(comfy.sd1_clip.SDClipModel):
-    def __init__(self, config, device="cpu", dtype=None, model_options=None):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
@@ -58,7 +66,13 @@ class _HiddenClipL(comfy.sd1_clip.SDClipModel):
 class ClipL(MarkedText, comfy.sd1_clip.SD1ClipModel):
     kind = CLIP_L
 
-    def __init__(self, config, device="cpu", dtype=None, model_options=None):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(
             device=device, dtype=dtype, model_options=model_options or {}, clip_model=_HiddenClipL, config=config
         )
@@ -67,7 +81,7 @@ class ClipL(MarkedText, comfy.sd1_clip.SD1ClipModel):
 class _Target:
     """What the host's CLIP asks of a kind of text encoder."""
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.clip, self.tokenizer, self.params = ClipL, comfy.sd1_clip.SD1Tokenizer, {"config": config}
 
 
@@ -128,7 +142,7 @@ def clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**FIXED, "eos_token_id": 49407, **{key: config[key] for key in asked}}
 
 
-def read_text(conditioning: list, kind: str, socket: str) -> list[tuple[Tensor, Tensor]]:
+def read_text(conditioning: Conditioning, kind: str, socket: str) -> list[tuple[Tensor, Tensor]]:
     """(states [1, L, C], pooled [1, C]) of every prompt in a CONDITIONING, in order.
 
     A ValueError, which names the ``socket``, where it is not from a text encoder of this ``kind``, or asks for what a

@@ -44,7 +44,7 @@ class MaskedTokenSettings:
     order: str = "confidence"  # which tokens stay: confidence (the papers), halton (evenly spread), random
     schedule: str = "cosine"  # of the share of masked tokens over the steps; diffusers inpaints with linear
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} is less than 1; use at least 1, aMUSEd uses 12")
         if not 0.0 <= self.temperature < math.inf:

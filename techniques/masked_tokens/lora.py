@@ -198,9 +198,9 @@ def check_fits(lora: Lora, shapes: Mapping[str, torch.Size]) -> None:
 class LoraLinear(nn.Module):
     """A frozen linear layer and its trained change, which computes in float32 whatever the layer does."""
 
-    def __init__(self, linear: nn.Module, weights: LoraWeights):
+    def __init__(self, linear: nn.Module, weights: LoraWeights) -> None:
         super().__init__()
-        device = linear.weight.device
+        device = next(linear.parameters()).device
         self.linear = linear
         # copies: what a run starts from is not what it trains
         self.down = nn.Parameter(weights.down.to(device, torch.float32, copy=True))
@@ -233,7 +233,7 @@ def fresh(network: nn.Module, rank: int, alpha: float, generator: torch.Generato
     """A LoRA that changes nothing yet: A as peft draws it, uniform in ±1/√in, B zero."""
     weights = {}
     for name in target_modules(network):
-        out, width = network.get_submodule(name).weight.shape
+        out, width = network.get_parameter(f"{name}.weight").shape
         if rank > min(out, width):
             raise ValueError(f"rank {rank} is more than {name} has, {min(out, width)}; use a smaller rank")
         down = (2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width)

@@ -24,7 +24,8 @@ def sample_sheets(codes: int) -> Tensor:
 def code_colors(codes: Tensor, ids: Tensor, pictures: Tensor) -> Tensor:
     """Colours [K, 3], 0..1, of all ``codes`` [K, C], by least squares from the ``pictures`` [S, H, W, 3] that the decoder
     makes of sheets of ``ids`` [S, h, w]: from the vector of each token to the mean of its pixels."""
-    means = F.adaptive_avg_pool2d(pictures.movedim(-1, 1).double(), ids.shape[1:])
+    height, width = ids.shape[1:]
+    means = F.adaptive_avg_pool2d(pictures.movedim(-1, 1).double(), (height, width))
     means = rearrange(means, "s c h w -> (s h w) c")
     inputs = F.pad(codes.double(), (0, 1), value=1.0)  # the last is the constant
     # a codebook may have fewer dimensions than its vectors have entries

@@ -3,6 +3,7 @@
 Shapes: B samples, h and w tokens of height and width, H and W pixels of the picture that they stand for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ class Tokens:
     mask_id: int
     downscale: int  # pixels along one side of a token
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.ids.ndim != 3 or self.ids.dtype != torch.int64 or not self.ids.numel():
             raise ValueError(
                 f"token ids of {self.ids.dtype} {tuple(self.ids.shape)} are not int64 [batch, height, width];"
@@ -117,6 +118,6 @@ def check_mask(mask: Tensor, size: tuple[int, int]) -> None:
         )
 
 
-def pixels(size: tuple[int, int]) -> str:
+def pixels(size: Sequence[int]) -> str:
     """A height and width as people read them: width x height."""
     return f"{size[1]}x{size[0]}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ....common.operations import Operations
 from ....common.weights import load, seen, shorten
 from .layers import ImageGenerator
 from .residual import FaceRefinerNet, RefinerConfig
@@ -12,7 +13,11 @@ from .resnet import ResnetConfig, ResnetGenerator
 from .unet import UnetConfig, UnetGenerator
 
 Config = ResnetConfig | UnetConfig | RefinerConfig
-NETWORKS = {ResnetConfig: ResnetGenerator, UnetConfig: UnetGenerator, RefinerConfig: FaceRefinerNet}
+NETWORKS: dict[type[Config], type[ImageGenerator]] = {
+    ResnetConfig: ResnetGenerator,
+    UnetConfig: UnetGenerator,
+    RefinerConfig: FaceRefinerNet,
+}
 SUPPORTED = (
     "ResNet generators of pytorch-CycleGAN-and-pix2pix and CUT (model.1.weight, model.10.conv_block...), its U-Net"
     " generators (model.model.0.weight, model.model.1.model...), and the pack's own (down.0.0.attention...)"
@@ -21,7 +26,7 @@ STATISTICS = ("running_mean", "running_var")
 PARALLEL = "module."  # before every name where DataParallel was saved
 
 
-def load_generator(state_dict: Mapping[str, Tensor], operations=torch.nn) -> ImageGenerator:
+def load_generator(state_dict: Mapping[str, Tensor], operations: Operations = torch.nn) -> ImageGenerator:
     """The generator that a state dict holds, with its weights in their own dtype; a ValueError for any other."""
     state_dict = tidy(state_dict)
     config = detect(state_dict)
@@ -58,7 +63,7 @@ def tidy(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if state_dict and all(str(name).startswith(PARALLEL) for name in state_dict):
         state_dict = {name[len(PARALLEL) :]: weight for name, weight in state_dict.items()}
 
-    def useless(name):
+    def useless(name: str) -> bool:
         module, _, last = str(name).rpartition(".")
         return last == "num_batches_tracked" or (last in STATISTICS and f"{module}.weight" not in state_dict)
 

@@ -28,7 +28,7 @@ def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None =
 class InstanceNorm(nn.Module):
     """Without weights, as the published generators have it."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
@@ -38,7 +38,7 @@ class InstanceNorm(nn.Module):
 class BatchNorm(nn.Module):
     """Its weights stay in float32, whatever comes in."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -72,7 +72,8 @@ class Dropout(nn.Module):
 class Chain(nn.Sequential):
     """Layers one after the other, ``draws`` for those that know it."""
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
+    def forward(self, input: Tensor, draws: Draws = None) -> Tensor:
+        x = input
         for layer in self:
             x = layer(x, draws) if isinstance(layer, (InstanceNorm, BatchNorm, Dropout, Chain, Block)) else layer(x)
         return x
@@ -85,7 +86,9 @@ class Block(nn.Module):
 class Blur(nn.Module):
     """Half the size after a blur by 1 2 1, both ways (CUT's antialiased generators)."""
 
-    def __init__(self, channels: int):
+    filt: Tensor
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("filt", filters((1.0, 2.0, 1.0), channels))
 
@@ -97,7 +100,9 @@ class Blur(nn.Module):
 class BlurUp(nn.Module):
     """Twice the size, blurred by 1 3 3 1, both ways (CUT's antialiased generators)."""
 
-    def __init__(self, channels: int):
+    filt: Tensor
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("filt", 4.0 * filters((1.0, 3.0, 3.0, 1.0), channels))
 
@@ -108,8 +113,8 @@ class BlurUp(nn.Module):
 
 def filters(taps: Sequence[float], channels: int) -> Tensor:
     """[channels, 1, n, n] of sum 1 each."""
-    taps = torch.tensor(taps) / sum(taps)
-    return repeat(torch.outer(taps, taps), "y x -> c 1 y x", c=channels).clone()
+    row = torch.tensor(taps) / sum(taps)
+    return repeat(torch.outer(row, row), "y x -> c 1 y x", c=channels).clone()
 
 
 class ImageGenerator(nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ....common.operations import Operations
 from .layers import Chain, Draws, norm
 
 PATCH = 70  # pixels along a side that one number sees
@@ -23,7 +24,7 @@ class PatchGanConfig:
 class PatchGan(nn.Module):
     least = 24  # pixels of a side: below that instance norm is left with one number
 
-    def __init__(self, config: PatchGanConfig = PatchGanConfig(), operations=torch.nn):
+    def __init__(self, config: PatchGanConfig = PatchGanConfig(), operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config = config
         ndf, biased = config.ndf, config.norm != "batch"

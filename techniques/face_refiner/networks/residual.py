@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....common.operations import Operations
 from ....common.weights import count, shape_of
 from .layers import Draws, ImageGenerator, features
 
@@ -31,7 +32,7 @@ class RefinerConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RefinerConfig":
-        def shape(name):
+        def shape(name: str) -> torch.Size:
             return shape_of(state_dict, name, 4, NETWORK)
 
         scales = range(max(1, count(state_dict, "down.")))
@@ -50,7 +51,7 @@ class CBAM(nn.Module):
     Added to ``skip``, of the same shape as x, in the pass that multiplies.
     """
 
-    def __init__(self, channels: int, reduction: int, operations):
+    def __init__(self, channels: int, reduction: int, operations: Operations) -> None:
         super().__init__()
         squeezed = max(1, channels // reduction)
         self.squeeze = operations.Conv2d(channels, squeezed, 1)
@@ -67,7 +68,7 @@ class CBAM(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, reduction: int, operations):
+    def __init__(self, channels: int, reduction: int, operations: Operations) -> None:
         super().__init__()
         groups = max(1, channels // CHANNELS_PER_GROUP)
         self.norm1 = operations.GroupNorm(groups, channels)
@@ -86,13 +87,13 @@ class ResidualBlock(nn.Module):
 class FaceRefinerNet(ImageGenerator):
     size = 256
 
-    def __init__(self, config: RefinerConfig = RefinerConfig(), operations=torch.nn):
+    def __init__(self, config: RefinerConfig = RefinerConfig(), operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config, self.width = config, config.widths[0]
         self.multiple = self.least = 2 ** (len(config.widths) - 1)
         widths = config.widths
 
-        def blocks(channels, number):
+        def blocks(channels: int, number: int) -> nn.Sequential:
             return nn.Sequential(*(ResidualBlock(channels, config.reduction, operations) for _ in range(number)))
 
         pairs = list(pairwise(widths))

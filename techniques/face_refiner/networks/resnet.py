@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ....common.operations import Operations
 from ....common.weights import shape_of
 from .layers import Block, Blur, BlurUp, Chain, Draws, Dropout, ImageGenerator, features, norm
 
@@ -55,10 +56,10 @@ def _places(state_dict: Mapping[str, Tensor], end: str) -> list[int]:
 
 
 class ResnetBlock(Block):
-    def __init__(self, channels: int, config: ResnetConfig, operations):
+    def __init__(self, channels: int, config: ResnetConfig, operations: Operations) -> None:
         super().__init__()
 
-        def conv():
+        def conv() -> nn.Conv2d:
             return operations.Conv2d(channels, channels, 3, bias=config.norm != "batch")
 
         self.conv_block = Chain(
@@ -74,7 +75,7 @@ class ResnetBlock(Block):
 class ResnetGenerator(ImageGenerator):
     multiple, least, size = 4, 8, 256
 
-    def __init__(self, config: ResnetConfig, operations=torch.nn):
+    def __init__(self, config: ResnetConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config, self.width = config, config.ngf
         ngf, biased = config.ngf, config.norm != "batch"

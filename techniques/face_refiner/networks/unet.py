@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....common.operations import Operations
 from ....common.weights import shape_of
 from .layers import Block, Chain, Draws, Dropout, ImageGenerator, features, norm
 
@@ -50,7 +51,7 @@ class UnetConfig:
 class Outermost(Block):
     """Without norms and skip."""
 
-    def __init__(self, down: nn.Module, inside: "SkipBlock", up: nn.Module):
+    def __init__(self, down: nn.Module, inside: "SkipBlock", up: nn.Module) -> None:
         super().__init__()
         self.model = Chain(down, inside, nn.ReLU(True), up)
 
@@ -66,8 +67,14 @@ class SkipBlock(Block):
     """
 
     def __init__(
-        self, outer: int, inner: int, inside: "SkipBlock | None", config: UnetConfig, dropout: bool, operations
-    ):
+        self,
+        outer: int,
+        inner: int,
+        inside: "SkipBlock | None",
+        config: UnetConfig,
+        dropout: bool,
+        operations: Operations,
+    ) -> None:
         super().__init__()
         biased = config.norm != "batch"
         down, doubled = operations.Conv2d(outer, inner, 4, 2, 1, bias=biased), inner if inside is None else 2 * inner
@@ -85,17 +92,19 @@ class SkipBlock(Block):
 
 
 class UnetGenerator(ImageGenerator):
-    def __init__(self, config: UnetConfig, operations=torch.nn):
+    def __init__(self, config: UnetConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config, self.width = config, 2 * config.ngf  # with the skip beside
         self.multiple = self.least = self.size = 2**config.downs
-        block, widths = None, config.widths
+        block: SkipBlock | None = None
+        widths = config.widths
         for depth in range(config.downs - 1, 0, -1):
             # of the 8 ngf wide blocks all but the innermost drop
             dropout = config.dropout and 4 <= depth < config.downs - 1
             block = SkipBlock(widths[depth - 1], widths[depth], block, config, dropout, operations)
         down = operations.Conv2d(3, config.ngf, 4, 2, 1, bias=config.norm != "batch")
         up = operations.ConvTranspose2d(2 * config.ngf, 3, 4, 2, 1)
+        assert block is not None, "a U-Net halves the picture more than once"
         self.model = Outermost(down, block, up)
 
     def forward(self, x: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,15 +12,16 @@ Shapes: B batch, h×w token grid, N tokens of the transformer, L text tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ....common.operations import Operations
 from ....common.weights import check_config, count, load, setting, shape_of
 from .uvit_blocks import BlockConditioning, BlockSizes, LayerConditioning, TransformerLayer, UViTBlock, convolve
 
@@ -74,7 +75,7 @@ class UViTConfig:
 
 
 def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    def shape(name, dims):
+    def shape(name: str, dims: int) -> torch.Size:
         return shape_of(state_dict, name, dims, "aMUSEd's U-ViT")
 
     hidden_size, encoder_hidden_size = shape("encoder_proj.weight", 2)
@@ -134,7 +135,7 @@ def sinusoid(values: Tensor, size: int) -> Tensor:
 
 
 class TokenEmbedding(nn.Module):
-    def __init__(self, config: UViTConfig, operations):
+    def __init__(self, config: UViTConfig, operations: Operations) -> None:
         super().__init__()
         self.embeddings = operations.Embedding(config.vocab_size, config.in_channels)
         self.layer_norm = operations.RMSNorm(config.in_channels, eps=config.layer_norm_eps)
@@ -145,7 +146,7 @@ class TokenEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    def __init__(self, width: int, hidden_size: int, operations):
+    def __init__(self, width: int, hidden_size: int, operations: Operations) -> None:
         super().__init__()
         self.linear_1 = operations.Linear(width, hidden_size, bias=False)
         self.linear_2 = operations.Linear(hidden_size, hidden_size, bias=False)
@@ -157,7 +158,7 @@ class ConditionEmbedding(nn.Module):
 class LogitsHead(nn.Module):
     """Masked-token logits from a grid."""
 
-    def __init__(self, config: UViTConfig, operations):
+    def __init__(self, config: UViTConfig, operations: Operations) -> None:
         super().__init__()
         self.conv1 = operations.Conv2d(config.block_out_channels, config.in_channels, 1, bias=False)
         self.layer_norm = operations.RMSNorm(config.in_channels, eps=config.layer_norm_eps)
@@ -170,7 +171,7 @@ class LogitsHead(nn.Module):
 class UViT(nn.Module):
     """Logits over the codebook for every token of a picture, the masked ones and the known."""
 
-    def __init__(self, config: UViTConfig, operations=torch.nn):
+    def __init__(self, config: UViTConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
         size, channels, eps = config.hidden_size, config.block_out_channels, config.layer_norm_eps
         self.config = config
@@ -206,7 +207,7 @@ class UViT(nn.Module):
         cond = F.silu(cond)  # as every layer takes it
         return Conditioning(
             self.down_block.condition(context, cond),
-            [layer.condition(context, cond) for layer in self.transformer_layers],
+            [layer.condition(context, cond) for layer in cast(Iterable[TransformerLayer], self.transformer_layers)],
             self.up_block.condition(context, cond),
         )
 
@@ -227,6 +228,8 @@ class UViT(nn.Module):
         return self.mlm_layer(x).movedim(-1, 1)
 
 
-def load_uvit(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations=torch.nn) -> UViT:
+def load_uvit(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations: Operations = torch.nn
+) -> UViT:
     """A published transformer, from its state dict and, where there is one, its config.json."""
     return load(UViT, UViTConfig.from_state_dict(state_dict, config), state_dict, operations)

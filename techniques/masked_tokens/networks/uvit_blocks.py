@@ -6,12 +6,15 @@ channels-last format without a copy. Shapes: B batch, h×w token grid, N tokens 
 C channels, H heads, D their size. No layer has a bias.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ....common.operations import Operations
 
 ATTENTION_BLOCK_EPS = 1e-6  # of the attention blocks' norms, whatever layer_norm_eps is
 
@@ -63,7 +66,7 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention whose keys and values are computed apart from its queries."""
 
-    def __init__(self, channels: int, context: int, num_heads: int, operations):
+    def __init__(self, channels: int, context: int, num_heads: int, operations: Operations) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.to_q = operations.Linear(channels, channels, bias=False)
@@ -85,7 +88,7 @@ class Attention(nn.Module):
 class GlobalResponseNorm(nn.Module):
     """Channels compete by their energy over the picture (ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
@@ -100,7 +103,7 @@ class GlobalResponseNorm(nn.Module):
 class ConvNextBlock(nn.Module):
     """A ConvNeXt V2 block on a grid, modulated after its residual sum."""
 
-    def __init__(self, channels: int, hidden_size: int, eps: float, operations):
+    def __init__(self, channels: int, hidden_size: int, eps: float, operations: Operations) -> None:
         super().__init__()
         self.depthwise = operations.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.norm = operations.RMSNorm(channels, eps=eps)
@@ -118,7 +121,7 @@ class ConvNextBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Two attentions, both to the text, on tokens [B, N, C]. No feed-forward: the ConvNeXt blocks are that."""
 
-    def __init__(self, channels: int, hidden_size: int, num_heads: int, operations):
+    def __init__(self, channels: int, hidden_size: int, num_heads: int, operations: Operations) -> None:
         super().__init__()
         narrow = channels != hidden_size
         self.kv_mapper = operations.Linear(hidden_size, channels, bias=False) if narrow else None
@@ -140,7 +143,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     """A norm and a convolution that halves the grid, an odd side with a border of zeros at its end."""
 
-    def __init__(self, channels: int, eps: float, operations):
+    def __init__(self, channels: int, eps: float, operations: Operations) -> None:
         super().__init__()
         self.norm = operations.RMSNorm(channels, eps=eps)
         self.conv = operations.Conv2d(channels, channels, 2, stride=2, bias=False)
@@ -153,7 +156,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """A norm and a convolution that doubles the grid."""
 
-    def __init__(self, channels: int, eps: float, operations):
+    def __init__(self, channels: int, eps: float, operations: Operations) -> None:
         super().__init__()
         self.norm = operations.RMSNorm(channels, eps=eps)
         self.conv = operations.ConvTranspose2d(channels, channels, 2, stride=2, bias=False)
@@ -173,7 +176,9 @@ class BlockSizes(NamedTuple):
 class UViTBlock(nn.Module):
     """Pairs of a ConvNeXt block and attention to the text; the first end may halve the grid, the last double it."""
 
-    def __init__(self, sizes: BlockSizes, operations, *, downsample: bool = False, upsample: bool = False):
+    def __init__(
+        self, sizes: BlockSizes, operations: Operations, *, downsample: bool = False, upsample: bool = False
+    ) -> None:
         super().__init__()
         channels, hidden_size, num_heads, eps, pairs = sizes
         self.downsample = Downsample(channels, eps, operations) if downsample else None
@@ -184,15 +189,18 @@ class UViTBlock(nn.Module):
         self.upsample = Upsample(channels, eps, operations) if upsample else None
 
     def condition(self, context: Tensor, cond: Tensor) -> BlockConditioning:
+        convs = cast(Iterable[ConvNextBlock], self.res_blocks)
+        attentions = cast(Iterable[AttentionBlock], self.attention_blocks)
         return BlockConditioning(
-            [Modulation.of(block.cond_embeds_mapper(cond)) for block in self.res_blocks],
-            [block.read(context) for block in self.attention_blocks],
+            [Modulation.of(block.cond_embeds_mapper(cond)) for block in convs],
+            [block.read(context) for block in attentions],
         )
 
     def forward(self, x: Tensor, conditioning: BlockConditioning) -> Tensor:
         if self.downsample is not None:
             x = self.downsample(x)
-        for conv, attention, modulation, texts in zip(self.res_blocks, self.attention_blocks, *conditioning):
+        parts = zip(self.res_blocks, self.attention_blocks, conditioning.modulations, conditioning.texts)
+        for conv, attention, modulation, texts in parts:
             x = conv(x, modulation)
             x = attention(x.flatten(1, 2), texts).reshape(x.shape)
         return x if self.upsample is None else self.upsample(x)
@@ -201,7 +209,7 @@ class UViTBlock(nn.Module):
 class AdaptiveNorm(nn.Module):
     """A norm, then the conditioning's scale and shift."""
 
-    def __init__(self, norm: nn.Module, hidden_size: int, operations):
+    def __init__(self, norm: nn.Module, hidden_size: int, operations: Operations) -> None:
         super().__init__()
         self.linear = operations.Linear(hidden_size, 2 * hidden_size, bias=False)
         self.norm = norm
@@ -213,7 +221,7 @@ class AdaptiveNorm(nn.Module):
 class GEGLU(nn.Module):
     """Values gated by the GELU of as many others (arXiv 2002.05202)."""
 
-    def __init__(self, channels: int, inner: int, operations):
+    def __init__(self, channels: int, inner: int, operations: Operations) -> None:
         super().__init__()
         self.proj = operations.Linear(channels, 2 * inner, bias=False)
 
@@ -223,7 +231,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, channels: int, inner: int, operations):
+    def __init__(self, channels: int, inner: int, operations: Operations) -> None:
         super().__init__()
         out = operations.Linear(inner, channels, bias=False)
         # the files count a dropout at 1
@@ -236,7 +244,7 @@ class FeedForward(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention among the tokens, attention to the text, feed-forward; on tokens [B, N, C]."""
 
-    def __init__(self, size: int, inner: int, num_heads: int, eps: float, operations):
+    def __init__(self, size: int, inner: int, num_heads: int, eps: float, operations: Operations) -> None:
         super().__init__()
         self.norm1 = AdaptiveNorm(operations.RMSNorm(size, eps=eps), size, operations)
         self.attn1 = Attention(size, size, num_heads, operations)

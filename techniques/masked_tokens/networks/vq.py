@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....common.operations import Operations
 from ....common.weights import check_config, count, load, setting, shape_of
 
 EPS = 1e-6  # of every group norm
@@ -56,7 +57,7 @@ class VQConfig:
 
 
 def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    def shape(name, dims=4):
+    def shape(name: str, dims: int = 4) -> torch.Size:
         return shape_of(state_dict, name, dims, "aMUSEd's VQ-GAN")
 
     codes, code_size = shape("quantize.embedding.weight", 2)
@@ -73,7 +74,7 @@ def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, channels: int, out: int, groups: int, operations):
+    def __init__(self, channels: int, out: int, groups: int, operations: Operations) -> None:
         super().__init__()
         self.norm1 = operations.GroupNorm(groups, channels, eps=EPS)
         self.conv1 = operations.Conv2d(channels, out, 3, padding=1)
@@ -90,7 +91,7 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """Halves the picture; a border of zeros at the right and the bottom only."""
 
-    def __init__(self, channels: int, operations):
+    def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
         self.conv = operations.Conv2d(channels, channels, 3, stride=2)
 
@@ -101,7 +102,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles the picture."""
 
-    def __init__(self, channels: int, operations):
+    def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
         self.conv = operations.Conv2d(channels, channels, 3, padding=1)
 
@@ -109,16 +110,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def block(channels: int, out: int, number: int, groups: int, operations, **sampler: nn.Module) -> nn.Sequential:
+def block(
+    channels: int, out: int, number: int, groups: int, operations: Operations, **sampler: nn.Module
+) -> nn.Sequential:
     """``number`` residual blocks, then the ``sampler``, if there is one, under its name."""
     widths = [channels] + [out] * (number - 1)
-    parts = {"resnets": [ResnetBlock(width, out, groups, operations) for width in widths]}
+    parts: dict[str, list[nn.Module]] = {"resnets": [ResnetBlock(width, out, groups, operations) for width in widths]}
     parts |= {name: [module] for name, module in sampler.items()}
     return nn.Sequential(OrderedDict((name, nn.Sequential(*modules)) for name, modules in parts.items()))
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VQConfig, operations):
+    def __init__(self, config: VQConfig, operations: Operations) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = operations.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -136,7 +139,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VQConfig, operations):
+    def __init__(self, config: VQConfig, operations: Operations) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = operations.Conv2d(config.latent_channels, widths[0], 3, padding=1)
@@ -154,7 +157,7 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    def __init__(self, codes: int, size: int, operations):
+    def __init__(self, codes: int, size: int, operations: Operations) -> None:
         super().__init__()
         self.embedding = operations.Embedding(codes, size)
 
@@ -173,7 +176,7 @@ class Codebook(nn.Module):
 class VQGAN(nn.Module):
     """Pictures to token ids and back."""
 
-    def __init__(self, config: VQConfig, operations=torch.nn):
+    def __init__(self, config: VQConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, operations)
@@ -191,6 +194,8 @@ class VQGAN(nn.Module):
         return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens)))
 
 
-def load_vq(state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations=torch.nn) -> VQGAN:
+def load_vq(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations: Operations = torch.nn
+) -> VQGAN:
     """The published VQ-GAN, from its state dict and, where there is one, its config.json."""
     return load(VQGAN, VQConfig.from_state_dict(state_dict, config), state_dict, operations)
