@@ -6,6 +6,7 @@ Cas-DM (arXiv 2401.02414), a reconstruction: the paper has no public code.
 import logging
 from functools import partial
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..techniques.cas_dm.comfy_files import fingerprint_head, head_files, read_head, save_head, validate_head
@@ -28,7 +29,7 @@ def made_for(head: Head) -> MadeFor:
 @checks_inputs
 class LoadCasDMHead(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadCasDMHead",
             display_name="Load Cas-DM Head",
@@ -47,22 +48,22 @@ class LoadCasDMHead(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return validate_head(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file) -> str | float:
+    def fingerprint_inputs(cls, file: str | None) -> str | float:
         return fingerprint_head(file)
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         return io.NodeOutput(read_head(file))
 
 
 @checks_inputs
 class SaveCasDMHead(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveCasDMHead",
             display_name="Save Cas-DM Head",
@@ -82,7 +83,7 @@ class SaveCasDMHead(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, head, filename_prefix) -> io.NodeOutput:
+    def execute(cls, head: Head, filename_prefix: str) -> io.NodeOutput:
         path = save_head(*to_file(head), filename_prefix)
         log.info("SaveCasDMHead: %s", path)
         return io.NodeOutput()
@@ -91,7 +92,7 @@ class SaveCasDMHead(io.ComfyNode):
 @checks_inputs
 class CasDMHead(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CasDMHead",
             display_name="Cas-DM Head",
@@ -137,7 +138,9 @@ class CasDMHead(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, head, strength, start_percent, end_percent) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, head: Head, strength: float, start_percent: float, end_percent: float
+    ) -> io.NodeOutput:
         wanted = made_for(head)
         if strength == 0.0:
             check_fits(model, wanted)

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -16,8 +17,10 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 OWN_READER = {"BOUNDING_BOX"}  # a box may stand in the prompt itself, and its reader says what it lacks
 JSON = (bool, int, float, str, list, dict, type(None))
 
+Node = TypeVar("Node", bound=type[io.ComfyNode])
 
-def checks_inputs(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+
+def checks_inputs(node: Node) -> Node:
     """Let ``execute`` of a node check its inputs first. A ValueError names the input, its value and the remedy."""
     execute = node.execute.__func__
     signature = inspect.signature(execute)
@@ -28,7 +31,7 @@ def checks_inputs(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         return made.is_input_list, {i.id: (i.get_io_type(), bool(i.optional)) for i in made.inputs}
 
     @functools.wraps(execute)
-    def checking(cls, *args, **kwargs):
+    def checking(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
         lists, kinds = schema()
         for name, value in _named(signature.bind(cls, *args, **kwargs)):
             if name in kinds and not (value is None and kinds[name][1]):
@@ -38,12 +41,12 @@ def checks_inputs(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
                         check_holds_something(name, one, kinds[name][0])
         return execute(cls, *args, **kwargs)
 
-    node.execute = classmethod(checking)
-    node.checks_inputs = True
+    node.execute = classmethod(checking)  # ty: ignore[invalid-assignment]  # it takes what execute takes
+    node.checks_inputs = True  # ty: ignore[missing-attribute]  # for the test that all nodes do
     return node
 
 
-def _named(bound: inspect.BoundArguments) -> Iterator[tuple[str, object]]:
+def _named(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
     for name, value in bound.arguments.items():
         if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             yield from value.items()
@@ -51,7 +54,7 @@ def _named(bound: inspect.BoundArguments) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
-def check(name: str, value, kind: str, optional: bool = False) -> None:
+def check(name: str, value: Any, kind: str, optional: bool = False) -> None:
     """Raise ValueError unless ``value`` can be what an input of that ``kind`` takes."""
     if kind == "FLOAT" and isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{name} is NaN, which is no number; give one within the widget's limits")
@@ -60,7 +63,7 @@ def check(name: str, value, kind: str, optional: bool = False) -> None:
     raise ValueError(f"{name} is {_short(value)}, which is no {kind}; wire the output of a node that gives one")
 
 
-def check_holds_something(name: str, value, kind: str) -> None:
+def check_holds_something(name: str, value: Any, kind: str) -> None:
     """Raise ValueError for pictures, masks, latents and prompts without a single number."""
     tensors = []
     if kind in ("IMAGE", "MASK"):
@@ -78,7 +81,7 @@ def check_holds_something(name: str, value, kind: str) -> None:
             )
 
 
-def _is(kind: str, value) -> bool:
+def _is(kind: str, value: Any) -> bool:
     match kind:
         case "IMAGE":
             return isinstance(value, Tensor)
@@ -91,13 +94,13 @@ def _is(kind: str, value) -> bool:
     return not isinstance(value, JSON)
 
 
-def _is_prompt(entry) -> bool:
+def _is_prompt(entry: Any) -> bool:
     """A tensor with what goes along; the host lets the tensor be missing where a text encoder gives none."""
     if not isinstance(entry, (list, tuple)) or len(entry) != 2:
         return False
     return isinstance(entry[0], (Tensor, type(None))) and isinstance(entry[1], dict)
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     text = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     return "null" if value is None else text if len(text) <= 60 else f"{text[:60]}..."

@@ -12,7 +12,7 @@ offer_shipped_files()
 @checks_inputs
 class ChorusDemoCheckpoint(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ChorusDemoCheckpoint",
             display_name="Chorus Demo Checkpoint",
@@ -44,7 +44,7 @@ class ChorusDemoCheckpoint(io.ComfyNode):
 @checks_inputs
 class ChorusDemoVision(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ChorusDemoVision",
             display_name="Chorus Demo Vision",
@@ -63,7 +63,7 @@ class ChorusDemoVision(io.ComfyNode):
 @checks_inputs
 class ChorusDemoReferences(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ChorusDemoReferences",
             display_name="Chorus Demo References",

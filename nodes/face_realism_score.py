@@ -1,7 +1,11 @@
 """How far pictures are from others as a set, and how much nearer refining brought them."""
 
+from collections.abc import Sequence
+
 import torch
+from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..host.images import embeddings
 from ..techniques.face_refiner.frechet import BLOCKS, Frechet, frechet, frechet_both
@@ -15,7 +19,7 @@ SEED = 0  # of the blocks; the same sets give the same interval
 @checks_inputs
 class FaceRealismScore(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FaceRealismScore",
             display_name="Face Realism Score",
@@ -63,8 +67,15 @@ class FaceRealismScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, refined, target, clip_vision, source=None, blocks=(BLOCKS,)) -> io.NodeOutput:
-        [encoder], [blocks] = clip_vision, blocks
+    def execute(
+        cls,
+        refined: list[Tensor],
+        target: list[Tensor],
+        clip_vision: list[ClipVisionModel],
+        source: list[Tensor] | None = None,
+        blocks: Sequence[int] = (BLOCKS,),
+    ) -> io.NodeOutput:
+        [encoder], [draws] = clip_vision, blocks
         source = None if source is None or source[0] is None else source  # null in a prompt: not wired
         wired = {"refined": refined, "target": target, **({} if source is None else {"source": source})}
         counts = {name: check_set(name, batches) for name, batches in wired.items()}
@@ -80,10 +91,10 @@ class FaceRealismScore(io.ComfyNode):
         width = sets["target"].shape[1]
         lines = [f"{counts['refined']} pictures against {counts['target']}, {width} features"]
         if source is None:
-            after = frechet(sets["refined"], sets["target"], generator, blocks, paired)
+            after = frechet(sets["refined"], sets["target"], generator, draws, paired)
             lines += [say("distance(refined, target)", after)]
             return io.NodeOutput(after.value, "\n".join([*lines, *warnings(min(counts.values()), width, [after])]))
-        before, after, gain = frechet_both(sets["source"], sets["refined"], sets["target"], generator, blocks, paired)
+        before, after, gain = frechet_both(sets["source"], sets["refined"], sets["target"], generator, draws, paired)
         lines += [say("distance(source, target)", before), say("distance(refined, target)", after)]
         lines += [say("FIDdiff, the first - the second", gain)]
         if min(counts.values()) > width:
@@ -91,7 +102,7 @@ class FaceRealismScore(io.ComfyNode):
         return io.NodeOutput(gain.value, "\n".join([*lines, *warnings(min(counts.values()), width, [before, after])]))
 
 
-def check_set(name: str, batches: list[torch.Tensor]) -> int:
+def check_set(name: str, batches: list[Tensor]) -> int:
     """How many pictures there are; refuses too few, and what is no RGB."""
     for batch in batches:
         try:

@@ -1,9 +1,12 @@
 """The nodes that give faces back what distillation took from them, with a light network (after arXiv 2505.02255)."""
 
 import logging
+from typing import Any
 
 import torch
+from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..host.files import workflow_metadata
 from ..host.images import embeddings
@@ -16,7 +19,7 @@ from ..techniques.face_refiner.comfy_files import (
     save_refiner,
     validate,
 )
-from ..techniques.face_refiner.comfy_model import Refining
+from ..techniques.face_refiner.comfy_model import FaceRefinerModel, Refining
 from ..techniques.face_refiner.identity import feature_guard, structure_guard
 from ..techniques.face_refiner.refine import (
     FaceRefinerSettings,
@@ -40,7 +43,7 @@ BoxesSocket = io.Custom(io.BoundingBox.io_type)
 @checks_inputs
 class LoadFaceRefiner(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadFaceRefiner",
             display_name="Load Face Refiner",
@@ -61,22 +64,22 @@ class LoadFaceRefiner(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return validate(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file) -> str | float:
+    def fingerprint_inputs(cls, file: str | None) -> str | float:
         return fingerprint(file)
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         return io.NodeOutput(load_refiner(file))
 
 
 @checks_inputs
 class SaveFaceRefiner(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveFaceRefiner",
             display_name="Save Face Refiner",
@@ -96,7 +99,7 @@ class SaveFaceRefiner(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, refiner, filename_prefix) -> io.NodeOutput:
+    def execute(cls, refiner: FaceRefinerModel, filename_prefix: str) -> io.NodeOutput:
         saved = save_refiner(refiner, filename_prefix, workflow_metadata(cls.hidden))
         return io.NodeOutput(ui={"face_refiner": [saved]})
 
@@ -104,7 +107,7 @@ class SaveFaceRefiner(io.ComfyNode):
 @checks_inputs
 class FaceRefiner(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FaceRefiner",
             display_name="Face Refiner",
@@ -233,22 +236,22 @@ class FaceRefiner(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        image,
-        refiner,
-        strength,
-        padding,
-        feather,
-        color_lock,
-        identity_guard,
-        bboxes=None,
-        mask=None,
-        clip_vision=None,
-        faces="all",
-        face_index=0,
-        min_face=8,
-        size=0,
-        faithful=False,
-        seed=0,
+        image: Tensor,
+        refiner: FaceRefinerModel,
+        strength: float,
+        padding: float,
+        feather: int,
+        color_lock: bool,
+        identity_guard: float,
+        bboxes: Any = None,
+        mask: Tensor | None = None,
+        clip_vision: ClipVisionModel | None = None,
+        faces: str = "all",
+        face_index: int = 0,
+        min_face: int = 8,
+        size: int = 0,
+        faithful: bool = False,
+        seed: int = 0,
     ) -> io.NodeOutput:
         check_pictures(image)
         settings = FaceRefinerSettings(

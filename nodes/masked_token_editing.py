@@ -1,10 +1,12 @@
 """Pictures to tokens, tokens to pictures, and tokens edited under a mask."""
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..techniques.masked_tokens.canvas import check_sides, rgb
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
 from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures
-from ..techniques.masked_tokens.tokens import edit
+from ..techniques.masked_tokens.tokens import Tokens, edit
 from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel, blank
 from .sockets import Tokens as TokensSocket
@@ -13,7 +15,7 @@ from .sockets import Tokens as TokensSocket
 @checks_inputs
 class MaskedTokenEncode(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MaskedTokenEncode",
             display_name="Masked Token Encode",
@@ -28,7 +30,7 @@ class MaskedTokenEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, model) -> io.NodeOutput:
+    def execute(cls, image: Tensor, model: Model) -> io.NodeOutput:
         picture = rgb(image)
         check_sides("the image", picture.shape[1:3], model.downscale)
         return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
@@ -37,7 +39,7 @@ class MaskedTokenEncode(io.ComfyNode):
 @checks_inputs
 class MaskedTokenDecode(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MaskedTokenDecode",
             display_name="Masked Token Decode",
@@ -52,7 +54,7 @@ class MaskedTokenDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, tokens, model) -> io.NodeOutput:
+    def execute(cls, tokens: Tokens, model: Model) -> io.NodeOutput:
         tokens.check("the tokens", model.codebook, model.mask_id, model.downscale)
         tokens.check_known()
         return io.NodeOutput(decode_tokens(model, tokens.ids))
@@ -61,7 +63,7 @@ class MaskedTokenDecode(io.ComfyNode):
 @checks_inputs
 class MaskedTokenEdit(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MaskedTokenEdit",
             display_name="Masked Token Edit",
@@ -86,7 +88,7 @@ class MaskedTokenEdit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, tokens, mask, source=None) -> io.NodeOutput:
+    def execute(cls, tokens: Tokens, mask: Tensor, source: Tokens | None = None) -> io.NodeOutput:
         return io.NodeOutput(edit(tokens, mask.reshape(-1, *mask.shape[-2:]), source))
 
 

@@ -12,7 +12,7 @@ from .sockets import Tokens as TokensSocket
 @checks_inputs
 class SaveMaskedTokens(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveMaskedTokens",
             display_name="Save Masked Tokens",
@@ -32,7 +32,7 @@ class SaveMaskedTokens(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, tokens, filename_prefix) -> io.NodeOutput:
+    def execute(cls, tokens: Tokens, filename_prefix: str) -> io.NodeOutput:
         sizes = {"codebook": tokens.codebook, "mask_id": tokens.mask_id, "downscale": tokens.downscale}
         saved = save_ids(tokens.ids, sizes, filename_prefix, workflow_metadata(cls.hidden))
         return io.NodeOutput(ui={"tokens": [saved]})
@@ -41,7 +41,7 @@ class SaveMaskedTokens(io.ComfyNode):
 @checks_inputs
 class LoadMaskedTokens(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadMaskedTokens",
             display_name="Load Masked Tokens",
@@ -58,15 +58,15 @@ class LoadMaskedTokens(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return TOKEN_FILES.validate(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file) -> str | float:
+    def fingerprint_inputs(cls, file: str | None) -> str | float:
         return TOKEN_FILES.fingerprint(file)
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         return io.NodeOutput(load_tokens(file))
 
 

@@ -21,7 +21,7 @@ DEMO = "chorus-demo"
 @checks_inputs
 class LoadMaskedTokenModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadMaskedTokenModel",
             display_name="Load Masked Token Model",

@@ -1,8 +1,11 @@
 """Masked token sampling (aMUSEd, arXiv 2401.01808) as a node."""
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..host.attachments import Conditioning
 from ..techniques.masked_tokens.canvas import Request, rgb
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
 from ..techniques.masked_tokens.comfy_run import sample_masked_tokens
 from ..techniques.masked_tokens.decode import (
     ORDERS,
@@ -11,6 +14,7 @@ from ..techniques.masked_tokens.decode import (
     MaskedTokenSettings,
     guidance_scales,
 )
+from ..techniques.masked_tokens.tokens import Tokens
 from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModel, blank
 from .sockets import Tokens as TokensSocket
@@ -19,7 +23,7 @@ from .sockets import Tokens as TokensSocket
 @checks_inputs
 class MaskedTokenSampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MaskedTokenSampler",
             display_name="Masked Token Sampler",
@@ -169,25 +173,25 @@ class MaskedTokenSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        positive,
-        seed,
-        steps,
-        cfg,
-        temperature,
-        width,
-        height,
-        batch_size,
-        denoise,
-        order,
-        schedule,
-        aesthetic_score,
-        cfg_ramp="constant",
-        feather=8,
-        negative=None,
-        image=None,
-        mask=None,
-        tokens=None,
+        model: Model,
+        positive: Conditioning,
+        seed: int,
+        steps: int,
+        cfg: float,
+        temperature: float,
+        width: int,
+        height: int,
+        batch_size: int,
+        denoise: float,
+        order: str,
+        schedule: str,
+        aesthetic_score: float,
+        cfg_ramp: str = "constant",
+        feather: int = 8,
+        negative: Conditioning | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        tokens: Tokens | None = None,
     ) -> io.NodeOutput:
         own = blank(model)
         settings = MaskedTokenSettings(model.codebook, model.mask_id, steps, denoise, temperature, order, schedule)

@@ -11,7 +11,7 @@ MOST = 0xFFFFFFFFFFFFFFFF  # of a seed
 @checks_inputs
 class PromptCombinationsNode(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PromptCombinations",
             display_name="Prompt Combinations",
@@ -69,7 +69,7 @@ class PromptCombinationsNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, template, variables, index, first_seed, order) -> io.NodeOutput:
+    def execute(cls, template: str, variables: str, index: int, first_seed: int, order: str) -> io.NodeOutput:
         prompts = PromptCombinations(template, variables, order)
         return io.NodeOutput(prompts.prompt(index), (first_seed + index) & MOST, prompts.total)
 

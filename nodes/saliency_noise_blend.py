@@ -1,7 +1,12 @@
 """SaliencyNoiseBlend and its view: several checkpoints paint one image (MagicFusion, arXiv 2303.13126)."""
 
-from comfy_api.latest import io, ui
+from typing import Any
 
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..host.attachments import Conditioning
 from ..techniques.saliency_blend.blend import JointSettings
 from ..techniques.saliency_blend.comfy_experts import Expert
 from ..techniques.saliency_blend.comfy_hook import add_expert, blend_chain
@@ -16,7 +21,7 @@ Trace = io.Custom("BLEND_TRACE")
 @checks_inputs
 class SaliencyNoiseBlend(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaliencyNoiseBlend",
             display_name="Saliency Noise Blend",
@@ -183,27 +188,27 @@ class SaliencyNoiseBlend(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        expert,
-        expert_strength,
-        bias,
-        start_percent,
-        end_percent,
-        ramp,
-        expert_cfg,
-        region_mode,
-        refresh,
-        label,
-        general_strength,
-        mask_mode,
-        softness,
-        saliency,
-        blur,
-        positive=None,
-        negative=None,
-        region=None,
-        skip_below=0.0,
-        crop_margin=0,
+        model: ModelPatcher,
+        expert: ModelPatcher,
+        expert_strength: float,
+        bias: float,
+        start_percent: float,
+        end_percent: float,
+        ramp: str,
+        expert_cfg: float,
+        region_mode: str,
+        refresh: int,
+        label: str,
+        general_strength: float,
+        mask_mode: str,
+        softness: float,
+        saliency: str,
+        blur: int,
+        positive: Conditioning | None = None,
+        negative: Conditioning | None = None,
+        region: Tensor | None = None,
+        skip_below: float = 0.0,
+        crop_margin: int = 0,
     ) -> io.NodeOutput:
         settings = ExpertSettings(
             label=label.strip() or f"expert {len(blend_chain(model).experts) + 1}",
@@ -229,7 +234,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
 @checks_inputs
 class SaliencyBlendView(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaliencyBlendView",
             display_name="Saliency Blend View",
@@ -248,7 +253,7 @@ class SaliencyBlendView(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, trace, samples) -> io.NodeOutput:
+    def execute(cls, trace: BlendTrace, samples: dict[str, Any]) -> io.NodeOutput:
         record = trace.record
         if record is None:
             raise ValueError(
@@ -265,4 +270,4 @@ class SaliencyBlendView(io.ComfyNode):
         return io.NodeOutput(image, mask, report, ui=ui.PreviewImage(image, cls=cls))
 
 
-NODES = [SaliencyNoiseBlend, SaliencyBlendView]
+NODES: list[type[io.ComfyNode]] = [SaliencyNoiseBlend, SaliencyBlendView]

@@ -10,7 +10,7 @@ from .checked_inputs import checks_inputs
 @checks_inputs
 class SaveSeed(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveSeed",
             display_name="Save Seed",
@@ -30,7 +30,7 @@ class SaveSeed(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, noise, filename_prefix) -> io.NodeOutput:
+    def execute(cls, noise: object, filename_prefix: str) -> io.NodeOutput:
         if not isinstance(noise, SeedNoise):
             raise ValueError(
                 f"this noise ({type(noise).__name__}) is drawn anew for each latent and holds nothing to save; wire that of"
@@ -42,7 +42,7 @@ class SaveSeed(io.ComfyNode):
 @checks_inputs
 class LoadSeed(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadSeed",
             display_name="Load Seed",
@@ -61,15 +61,15 @@ class LoadSeed(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return file in list(found_seeds()) or FILES.validate(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file) -> str | float:
-        return file if file in list(found_seeds()) else FILES.fingerprint(file)
+    def fingerprint_inputs(cls, file: str | None) -> str | float:
+        return file if file is not None and file in list(found_seeds()) else FILES.fingerprint(file)
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file: str) -> io.NodeOutput:
         ours = found_seeds().get(file)
         return io.NodeOutput(load_seed(file) if ours is None else read_seed(ours, file))
 

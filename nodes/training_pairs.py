@@ -1,6 +1,7 @@
 """Pairs of pictures for Train Face Refiner: collected on disk over many runs, and read again in matching order."""
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..demo import modules
 from ..host.files import workflow_metadata
@@ -16,7 +17,7 @@ def offered() -> list[str]:
 @checks_inputs
 class SaveTrainingPairs(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveTrainingPairs",
             display_name="Save Training Pairs",
@@ -54,7 +55,9 @@ class SaveTrainingPairs(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source, target, folder, prompt=None) -> io.NodeOutput:
+    def execute(
+        cls, source: list[Tensor], target: list[Tensor], folder: list[str], prompt: list[str] | None = None
+    ) -> io.NodeOutput:
         if len(set(folder)) != 1:
             raise ValueError(f"{len(set(folder))} folders are wired; pairs of one run go to one folder")
         saved = save_pairs(folder[0], source, target, prompt or [""], workflow_metadata(cls.hidden))
@@ -64,7 +67,7 @@ class SaveTrainingPairs(io.ComfyNode):
 @checks_inputs
 class LoadTrainingPairs(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadTrainingPairs",
             display_name="Load Training Pairs",
@@ -91,16 +94,16 @@ class LoadTrainingPairs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder) -> bool | str:
+    def validate_inputs(cls, folder: str | None) -> bool | str:
         # None is a wired name, known only when the node runs
         return folder is None or folder in offered() or f"there is no folder of pairs '{folder}'; refresh the list"
 
     @classmethod
-    def fingerprint_inputs(cls, folder, first, count) -> str | float:
+    def fingerprint_inputs(cls, folder: str | None, first: int | None, count: int | None) -> str | float:
         return folder if folder == modules.FACE_PAIRS else fingerprint(folder)
 
     @classmethod
-    def execute(cls, folder, first, count) -> io.NodeOutput:
+    def execute(cls, folder: str, first: int, count: int) -> io.NodeOutput:
         if folder != modules.FACE_PAIRS:
             return io.NodeOutput(*load_pairs(folder, first, count))
         return io.NodeOutput(*(chosen(side, folder, first, count) for side in modules.load_face_pairs()))

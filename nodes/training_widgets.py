@@ -2,6 +2,8 @@
 says of this training; ids, limits and the rest are the same for all. And how one value of an input that is a list is read.
 """
 
+from typing import Any
+
 from comfy_api.latest import io
 
 MOST_STEPS = 1_000_000
@@ -50,7 +52,7 @@ def seed(tooltip: str) -> io.Int.Input:
     )
 
 
-def checkpoints(prefix: str) -> list:
+def checkpoints(prefix: str) -> list[io.Input]:
     """``checkpoint_every`` and ``checkpoint_prefix``."""
     return [
         io.Int.Input(
@@ -78,7 +80,7 @@ def gradient_checkpointing(default: bool, tooltip: str) -> io.Boolean.Input:
     return io.Boolean.Input("gradient_checkpointing", default=default, advanced=True, tooltip=tooltip)
 
 
-def results(learned, report: str) -> list:
+def results(learned: io.Output, report: str) -> list[io.Output]:
     """What training gives: the output ``learned``, its losses, and a ``report``, whose tooltip this is."""
     return [
         learned,
@@ -87,7 +89,7 @@ def results(learned, report: str) -> list:
     ]
 
 
-def single(name: str, values: list | None):
+def single(name: str, values: list | None) -> Any:
     """The one value of an optional input of a node that gets lists; None where it is not wired."""
     if not values:
         return None

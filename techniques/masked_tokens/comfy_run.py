@@ -188,7 +188,9 @@ class MaskedTokenRun:
         return as_preview(picture)
 
 
-def read_texts(model: MaskedTokenModel, positive: list, negative: list | None, scales: list[float]) -> list[list]:
+def read_texts(
+    model: MaskedTokenModel, positive: Conditioning, negative: Conditioning | None, scales: Sequence[float]
+) -> list[list[Text]]:
     """The prompts, and the negative ones where any of the ``scales`` reads them; each as its states and pooled text."""
     texts = [read_prompts(model, positive, "positive")]
     if all(scale == 1.0 for scale in scales):
@@ -211,8 +213,8 @@ def sample_masked_tokens(
     model: MaskedTokenModel,
     request: Request,
     settings: MaskedTokenSettings,
-    positive: list,
-    negative: list | None,
+    positive: Conditioning,
+    negative: Conditioning | None,
     *,
     scales: list[float],
     batch_size: int,
@@ -230,7 +232,7 @@ def sample_masked_tokens(
     batch = Batch.of(batch_size, **counts, **request.counts())
     run = MaskedTokenRun(
         model,
-        [tuple(map(batch.spread, text)) for text in stack_texts(*texts)],
+        [(batch.spread(states), batch.spread(pooled)) for states, pooled in stack_texts(*texts)],
         micro(request.area, aesthetic_score).expand(len(batch), -1),
     )
     initial = request.initial_tokens(batch, lambda pictures: encode_pictures(model, pictures))
