@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.operations import Operations
 from ..techniques.masked_tokens.comfy_text import MarkedText
-from .operations import Operations
 
 KIND = "chorus-demo"  # of text, for a masked token model
 WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20

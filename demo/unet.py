@@ -12,8 +12,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
+from ..common.operations import Operations
 from .latent import CHANNELS, ChorusDemoLatent, PatchPCA
-from .operations import Operations
 from .text import WIDTH
 
 UNET_CONFIG = {

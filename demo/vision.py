@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operations import Operations
+from ..common.operations import Operations
 from .text import TextModel, token_rows
 
 WIDTH, EMBED = 96, 64

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..host.files import workflow_metadata
 from ..techniques.masked_tokens.comfy_token_files import FILES as TOKEN_FILES
 from ..techniques.masked_tokens.comfy_token_files import load_tokens, save_ids
+from ..techniques.masked_tokens.tokens import Tokens
 from .checked_inputs import checks_inputs
 from .sockets import Tokens as TokensSocket
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import Operations
+from ...common.operations import Operations
 from .concepts import PAD, START, UNKNOWN, vocabulary
 
 WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import Operations
+from ...common.operations import Operations
 from .text import TextModel, read
 
 WIDTH, EMBED, LAYERS, HEADS, GRID = 96, 64, 3, 3, 8
