@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .batch import Batch
 
+MOST_ID = torch.iinfo(torch.int64).max
+MOST_SIDE = 16384  # pixels, the host's largest picture
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -28,10 +31,10 @@ class Tokens:
                 f"token ids of {self.ids.dtype} {tuple(self.ids.shape)} are not int64 [batch, height, width];"
                 " encode an image to get them"
             )
-        if not 0 < self.codebook <= self.mask_id or self.downscale < 1:
+        if not 0 < self.codebook <= self.mask_id <= MOST_ID or not 1 <= self.downscale <= MOST_SIDE:
             raise ValueError(
                 f"tokens cannot have {self.codebook} codes, the mask id {self.mask_id} and {self.downscale} pixels a"
-                " side; at least one code, a mask id that is none, and one pixel"
+                f" side; at least one code, a mask id that is none, up to {MOST_ID}, and 1 to {MOST_SIDE} pixels"
             )
         wrong = self.ids[((self.ids < 0) | (self.ids >= self.codebook)) & (self.ids != self.mask_id)]
         if len(wrong):

@@ -49,7 +49,9 @@ def test_tokens_refuse_what_no_model_can_read(ids, message):
         Tokens(ids, CODES, MASK, SIDE)
 
 
-@pytest.mark.parametrize("sizes", [(10, 9, 4), (0, 12, 4), (10, 12, 0), (-1, -1, 4)])
+@pytest.mark.parametrize(
+    "sizes", [(10, 9, 4), (0, 12, 4), (10, 12, 0), (-1, -1, 4), (10, 2**63, 4), (10, 12, 10**30), (10**30, 10**30, 4)]
+)
 def test_tokens_refuse_sizes_of_no_model(sizes):
     with pytest.raises(ValueError, match="tokens cannot have"):
         Tokens(torch.zeros(1, 1, 1, dtype=torch.int64), *sizes)
