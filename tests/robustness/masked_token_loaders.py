@@ -1,17 +1,16 @@
 """The loaders of masked token models, part by part, and of their LoRAs."""
 
 import json
-import random
 
-import safetensors.torch
 import torch
+from hypothesis.strategies import SearchStrategy
 
 from chorus.techniques.masked_tokens import lora as loras
 from chorus.techniques.masked_tokens.comfy_files import read_clip, read_networks
 from chorus.tests.support import masked_token_folder, tiny_masked_tokens
 
-from .loader import Loader, finite, node
-from .mutations import damaged_bytes, other_json
+from .loader import Loader, at, finite, node
+from .mutations import damaged, mixed, other_json, save
 from .pickled import dangerous
 
 
@@ -33,8 +32,8 @@ class Transformer(Loader):
             if part == self.part:
                 self.weights, self.config = weights, json.dumps(config)
 
-    def write(self, rng):
-        write_part(self, rng, masked_token_folder.WEIGHTS[self.part])
+    def cases(self):
+        return cases_of_part(self, masked_token_folder.WEIGHTS[self.part])
 
     def load(self):
         model = read_networks(self.folder, "clip-l")
@@ -72,8 +71,8 @@ class TextEncoder(Loader):
         self.config = json.dumps(config)
         masked_token_folder.write_part(self.folder, self.part, self.weights, config)
 
-    def write(self, rng):
-        write_part(self, rng, masked_token_folder.WEIGHTS[self.part], 0.75)
+    def cases(self):
+        return cases_of_part(self, masked_token_folder.WEIGHTS[self.part], configs=3)
 
     def load(self):
         clip, width = read_clip(self.folder, self.folder / self.part / "model.safetensors")
@@ -82,22 +81,18 @@ class TextEncoder(Loader):
         finite(clip.cond_stage_model.state_dict().values())
 
 
-def write_part(loader, rng: random.Random, file: str, share: float = 0.5) -> None:
-    """Weights as they should be and another config, or the other way round; ``share``: of the former."""
-    folder, config = loader.folder / loader.part, loader.config
-    weights = folder / file
-    if rng.random() < share:
-        if getattr(loader, "untouched", None) != weights:
-            safetensors.torch.save_file({k: w.contiguous() for k, w in loader.weights.items()}, weights)
-            loader.untouched = weights
-        data = damaged_bytes(rng, config.encode()) if rng.random() < 0.15 else other_json(rng, config).encode()
-        if rng.random() < 0.02:
-            data = dangerous(rng, {}, loader.marker)
-        (folder / "config.json").write_bytes(data)
-    else:
-        loader.untouched = None
-        (folder / "config.json").write_text(config)
-        weights.write_bytes(loader.content(rng, loader.weights, {}))
+def cases_of_part(loader, file: str, configs: int = 1) -> SearchStrategy[dict[str, bytes]]:
+    """Weights as they should be and another config, ``configs`` times as often as the other way round."""
+    folder = (loader.folder / loader.part).relative_to(loader.home)
+    config, weights = f"{folder}/config.json", f"{folder}/{file}"
+    whole = {config: loader.config.encode(), weights: save({k: w.contiguous() for k, w in loader.weights.items()}, {})}
+    others = mixed(
+        (41, other_json(loader.config).map(str.encode)),
+        (8, damaged(whole[config])),
+        (1, dangerous({}, loader.marker)),
+    )
+    changed = mixed((configs, at(config, others)), (1, at(weights, loader.content(loader.weights, {}))))
+    return changed.map(lambda files: {**whole, **files})
 
 
 class Lora(Loader):
@@ -117,8 +112,8 @@ class Lora(Loader):
                 weights[name] = loras.LoraWeights(torch.randn(2, width), torch.randn(out, 2), alpha)
             self.samples.append(loras.to_file(loras.Lora(weights, {"steps": "5", "base": "x"})))
 
-    def write(self, rng):
-        (self.home / "models/loras/case.safetensors").write_bytes(self.content(rng, *rng.choice(self.samples)))
+    def cases(self):
+        return at("models/loras/case.safetensors", mixed(*((1, self.content(*sample)) for sample in self.samples)))
 
     def load(self):
         inputs = dict(model=self.model, lora_name="case.safetensors", strength=1.0, alpha=0.0)

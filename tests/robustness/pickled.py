@@ -5,7 +5,6 @@ import io
 import math
 import os
 import pickle
-import random
 import subprocess
 import tarfile
 import zipfile
@@ -14,9 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
-from .mutations import ODD_NAMES, damaged_bytes, other_tensors
+from .mutations import NAMES, damaged, mixed, other_tensors
 
 
 class Runs:
@@ -43,23 +44,24 @@ def payloads(marker: Path) -> list[Runs]:
     ]
 
 
-def dangerous(rng: random.Random, weights: Mapping[str, Tensor], marker: Path) -> bytes:
+@st.composite
+def dangerous(draw, weights: Mapping[str, Tensor], marker: Path) -> bytes:
     """A file that runs code where pickle's own loading reads it: bare, in torch's two formats, in a tar."""
-    payload = rng.choice(payloads(marker))
-    inside = rng.choice(
-        [payload, {**weights, "x": payload}, OrderedDict(weights, x=[payload]), (payload, dict(weights))]
-    )
-    kind = rng.randrange(4)
-    if kind == 0:
-        return pickle.dumps(payload, protocol=rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
-    if kind == 1:
-        return saved(inside)
-    if kind == 2:
-        return saved(inside, zipped=False)
+    payload = draw(st.sampled_from(payloads(marker)))
+    kind = draw(st.sampled_from(["pickle", "zip", "old", "tar"]))
+    if kind == "pickle":
+        return pickle.dumps(payload, protocol=draw(st.integers(0, pickle.HIGHEST_PROTOCOL)))
+    if kind == "tar":
+        return tarred(pickle.dumps(payload, protocol=2))
+    inside = [payload, {**weights, "x": payload}, OrderedDict(weights, x=[payload]), (payload, dict(weights))]
+    return saved(draw(st.sampled_from(inside)), zipped=kind == "zip")
+
+
+def tarred(inner: bytes) -> bytes:
+    """In the oldest of torch's formats."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for name in ("storages", "tensors", "pickle"):
-            inner = pickle.dumps(payload, protocol=2)
             info = tarfile.TarInfo(name)
             info.size = len(inner)
             archive.addfile(info, io.BytesIO(inner))
@@ -81,38 +83,42 @@ def rezipped(data: bytes, change: Callable[[str, bytes], bytes], compression: in
     return made.getvalue()
 
 
-def pth_case(rng: random.Random, weights: Mapping[str, Tensor], marker: Path) -> bytes:
+def with_record(data: bytes, end: str, new: bytes) -> bytes:
+    """``new`` in place of the record whose name ends so."""
+    return rezipped(data, lambda name, old: new if name.endswith(end) else old)
+
+
+def record(data: bytes, end: str) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(end)]
+        return archive.read(name)
+
+
+def pth_files(weights: Mapping[str, Tensor], marker: Path) -> SearchStrategy[bytes]:
     """A .pth that is damaged, lies, holds something else, or would run code."""
-    kind = rng.randrange(13)
-    zipped = rng.random() < 0.7
-    if kind == 0:
-        return dangerous(rng, weights, marker)
-    if kind < 3:
-        return damaged_bytes(rng, saved(dict(weights), zipped))
-    if kind < 5:
-        return saved(other_tensors(rng, weights), zipped)
-    if kind == 5:
-        return saved(other_content(rng, weights), zipped)
-    if kind < 8:
-        changed = dict(weights)
-        changed[rng.choice(list(changed))] = strange(rng)
-        return saved(changed, zipped)
-    if kind == 8:  # a storage of another length than the pickle says
-        where = rng.randrange(9)
-        cut = rng.choice([lambda d: d[:-4], lambda d: d[:0], lambda d: d * 3, lambda d: d[:4]])
-        return rezipped(saved(dict(weights)), lambda name, d: cut(d) if name.endswith(f"/data/{where}") else d)
-    if kind == 9:
-        level = rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED])
-        return rezipped(saved(dict(weights)), lambda name, d: d, level)
-    if kind == 10:
-        return bomb()
-    # inside the pickle, which zip's checksum would protect
-    seed = rng.random()
-
-    def change(name: str, data: bytes) -> bytes:
-        return damaged_bytes(random.Random(seed), data) if name.endswith("data.pkl") else data
-
-    return rezipped(saved(dict(weights)), change)
+    weights = dict(weights)
+    whole, old = saved(weights), saved(weights, zipped=False)
+    strange_weights = st.tuples(st.sampled_from(sorted(weights)), strange()).map(
+        lambda pair: {**weights, pair[0]: pair[1]}
+    )
+    contents = mixed((2, other_tensors(weights)), (1, other_content(weights)), (2, strange_weights))
+    storages = [f"/data/{number}" for number in range(min(9, len(weights)))]
+    # a storage of another length than the pickle says
+    cuts = st.sampled_from([lambda d: d[:-4], lambda d: d[:0], lambda d: d * 3, lambda d: d[:4]])
+    cut = st.tuples(st.sampled_from(storages), cuts).map(
+        lambda pair: with_record(whole, pair[0], pair[1](record(whole, pair[0])))
+    )
+    levels = st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED])
+    return mixed(
+        (1, dangerous(weights, marker)),
+        (2, st.sampled_from([whole, whole, old]).flatmap(damaged)),
+        (5, st.tuples(contents, st.sampled_from([True, True, False])).map(lambda pair: saved(*pair))),
+        (1, cut),
+        (1, levels.map(lambda level: rezipped(whole, lambda name, data: data, level))),
+        (1, st.builds(bomb)),
+        # inside the pickle, which zip's checksum would protect
+        (2, damaged(record(whole, "data.pkl")).map(lambda data: with_record(whole, "data.pkl", data))),
+    )
 
 
 @functools.cache
@@ -123,34 +129,28 @@ def bomb(size: int = 2**29) -> bytes:
     return rezipped(zeros, lambda name, data: bytes(size) if name.endswith("/data/0") else data, level)
 
 
-def other_content(rng: random.Random, weights: Mapping[str, Tensor]):
-    weights = dict(weights)
+def other_content(weights: dict[str, Tensor]) -> SearchStrategy:
     module = nn.Linear(2, 2)
     nested = {"state_dict": weights}
     for _ in range(300):
         nested = {"a": nested}
-    return rng.choice(
+    others = st.sampled_from(
         [
             *(None, 3, "weights", [], {}, [weights], (weights,), {"state_dict": weights}, {"net": weights, "epoch": 3}),
             *(module, module.state_dict(), OrderedDict(weights), torch.zeros(3), nested, {1: torch.zeros(2)}, {(): 1}),
-            *(
-                {None: None},
-                {**weights, 7: torch.zeros(2)},
-                {**weights, "epoch": 200},
-                {k: v.tolist() for k, v in weights.items()},
-            ),
+            *({None: None}, {**weights, 7: torch.zeros(2)}, {**weights, "epoch": 200}, dict.fromkeys(weights)),
+            {k: v.tolist() for k, v in weights.items()},
             {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in weights.items()},
             {f"module.{k}": v for k, v in weights.items()},
-            {**weights, rng.choice(ODD_NAMES): None},
-            dict.fromkeys(weights),
         ]
     )
+    return mixed((20, others), (1, st.sampled_from(NAMES).map(lambda name: {**weights, name: None})))
 
 
-def strange(rng: random.Random) -> Tensor | None:
+def strange() -> SearchStrategy[Tensor | None]:
     """A tensor of a kind that no weight is, some of them larger than any file."""
     one = torch.zeros(1)
-    return rng.choice(
+    return st.sampled_from(
         [
             one.expand(10**6, 10**6),
             one.expand(10**5, 64, 7, 7),

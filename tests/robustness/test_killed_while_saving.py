@@ -8,16 +8,15 @@ import os
 
 import pytest
 
-from chorus.tests.robustness.workshop import workers
+from chorus.tests.robustness.worker import working
 
 KILLS = 7  # of each of the six savers
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_no_half_file_is_left(record_property):
-    [_, worker] = workers()
-    worker.ask("kills", do="kill", kills=KILLS, seed=8)
-    found = worker.answer("kills")
+def test_killed_at_any_moment_no_half_file_is_left(tmp_path, record_property):
+    with working(tmp_path, {"kills": KILLS}) as result:
+        found = result("kills")
     assert not found["wrong"], "\n".join(found["wrong"])
     figures = found["savers"]
     for name, counts in figures.items():

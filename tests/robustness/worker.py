@@ -1,26 +1,58 @@
 """A process of its own that loads damaged files, so that a crash is seen as one and memory is its alone.
 
-python tests/robustness/worker.py LOADER NUMBER repeats one case and tells what comes of it, with its traceback. It runs in
-the environment of the tests: with ComfyUI at $COMFYUI_PATH and torch.
+python tests/robustness/worker.py FOLDER NAME=COUNT...  tries so many different files with each of these loaders, drawn alike
+in every run. What came of it is in FOLDER/NAME.json; below FOLDER/NAME lie the files of the last case: the one that ended the
+process, or the simplest that fails. NAME "kills" is savers.py's. It runs in the environment of the tests: with ComfyUI at
+$COMFYUI_PATH and torch.
 """
 
 import importlib.util
 import json
 import logging
 import os
-import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 LIMIT = 6  # GiB of addresses; what asks for more gets a MemoryError
 PATIENCE = 20  # seconds a case may take before the process is ended by the system's alarm
+OVERALL = 300  # seconds for anything else
+
+
+@contextmanager
+def working(folder: Path, tasks: Mapping[str, int]) -> Iterator[Callable[[str], dict]]:
+    """A process that does the ``tasks`` in their order; gives a function that waits for the result of one.
+
+    That raises an AssertionError where the process has ended before.
+    """
+    quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder), *(f"{name}={count}" for name, count in tasks.items())]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **quiet}, cwd=folder)
+
+    def result(name: str) -> dict:
+        file = folder / f"{name}.json"
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.05)
+        # a signal is a negative number: -11 a crash, -14 the alarm for a case that does not end
+        ended = f"the process ended with {process.returncode} before {name} was done; the last case is below {folder}"
+        assert file.exists(), f"{ended}\n{(folder / 'log').read_text(errors='replace')[-2000:]}"
+        return json.loads(file.read_text())
+
+    try:
+        yield result
+    finally:
+        process.kill()
+        process.wait()
 
 
 def start() -> None:
@@ -52,96 +84,88 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def draw(loader: str, number: int) -> random.Random:
-    return random.Random(f"{loader} {number}")
+def check_refusal(error: ValueError, names: tuple[str, ...]) -> None:
+    text = str(error)
+    assert type(error) is ValueError, f"an error of the kind {type(error).__name__}"
+    assert any(name in text for name in names), f"the error does not name the file: {text[:300]}"
+    assert len(text) <= 3000, f"the error has {len(text)} characters: {text[:300]}"
 
 
-def outcome(case, names_of) -> tuple[str, str]:
-    """("loaded" or "refused", why), or ("broken", what is wrong with it)."""
+def outcome(loader) -> str:
+    """Whether the case is "loaded" or "refused"; an error where the loader does anything else."""
     try:
-        case()
+        loader.load()
+        return "loaded"
     except ValueError as error:
-        text = str(error)
-        if type(error) is not ValueError:
-            return "broken", f"an error of the kind {type(error).__name__}: {text[:300]}"
-        if not any(name in text for name in names_of()):
-            return "broken", f"the error does not name the file: {text[:300]}"
-        if len(text) > 3000:
-            return "broken", f"the error has {len(text)} characters: {text[:300]}"
-        return "refused", text
-    except BaseException as error:
-        return (
-            "broken",
-            f"{type(error).__name__}: {str(error)[:300]} at {traceback.extract_tb(error.__traceback__)[-1]}",
-        )
-    return "loaded", ""
-
-
-def fuzz(loader, name: str, first: int, count: int, say) -> dict:
-    """Run cases ``first`` on; ``say`` tells each number before it begins."""
-    found = {"loaded": 0, "refused": 0, "broken": [], "slowest": 0.0}
-    before, began = memory("VmRSS"), time.monotonic()
-    forget_peak()
-    for number in range(first, first + count):
-        say({"case": number})
-        signal.alarm(PATIENCE)
-        loader.write(draw(name, number))
-        at = time.monotonic()
-        kind, why = outcome(loader.load, lambda: loader.names)
-        found["slowest"] = max(found["slowest"], round(time.monotonic() - at, 2))
-        if loader.marker.exists():
-            kind, why = "broken", "code of the file has run"
+        check_refusal(error, loader.names)
+        return "refused"
+    finally:
+        ran = loader.marker.exists()
+        if ran:
             shutil.rmtree(loader.marker) if loader.marker.is_dir() else loader.marker.unlink()
-        if kind == "broken":
-            found["broken"].append([number, why])
-        else:
-            found[kind] += 1
-    signal.alarm(0)
-    return {**found, "seconds": round(time.monotonic() - began, 1), "peak_growth_mb": memory("VmHWM") - before}
+        assert not ran, "code of the file has run"
 
 
-def serve() -> None:
-    """Answer lines of JSON on stdin by lines on stdout until there are no more."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the host prints is no answer
+def fuzz(loader, count: int) -> dict:
+    """Try so many different cases of the loader, and count what comes of them."""
+    from hypothesis import HealthCheck, Verbosity, given, settings
+    from hypothesis.internal.conjecture import providers
+
+    found, passed = {"loaded": 0, "refused": 0, "slowest": 0.0, "peak_growth_mb": 0}, set()
+
+    # other choices often make the same files; quiet: a file that fails is kept, printed it would hide why
+    @settings(
+        max_examples=5 * count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=HealthCheck,
+        verbosity=Verbosity.quiet,
+    )
+    @given(loader.cases())
+    def try_all(files):
+        content = hash(tuple(sorted(files.items())))
+        if content in passed or len(passed) == count:
+            return
+        signal.alarm(PATIENCE)
+        loader.write(files)
+        before, began = memory("VmRSS"), time.monotonic()
+        forget_peak()
+        found[outcome(loader)] += 1
+        found["slowest"] = max(found["slowest"], round(time.monotonic() - began, 2))
+        found["peak_growth_mb"] = max(found["peak_growth_mb"], memory("VmHWM") - before)
+        signal.alarm(OVERALL)
+        passed.add(content)
+
+    began, broken = time.monotonic(), ""
+    try:
+        # else constants in any module that is loaded, the host's too, would change what is drawn
+        with patch.object(providers, "_get_local_constants", providers.Constants):
+            try_all()
+    except BaseException:
+        broken = traceback.format_exc()[-9000:]
+    return {**found, "broken": broken, "seconds": round(time.monotonic() - began, 1)}
+
+
+def main(folder: Path, tasks: Mapping[str, int]) -> None:
+    signal.alarm(OVERALL)
     start()
+    import torch
+
     from chorus.tests.robustness import loader, loaders, savers
 
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") * 2**20 + LIMIT * 2**30, -1))
-    made = {}
-
-    def say(answer):
-        answers.write(json.dumps(answer) + "\n")
-
-    for line in sys.stdin:
-        asked = json.loads(line)
-        home = Path(asked["home"])
-        if asked["do"] == "fuzz":
-            name = asked["loader"]
-            loader.prepare(home)
-            if name not in made:
-                made[name] = loaders.LOADERS[name](home)
-            say(fuzz(made[name], name, asked["first"], asked["count"], say))
-        else:
-            loader.prepare(home)
-            say(savers.kill_while_saving(home, asked["kills"], asked["seed"]))
-
-
-def repeat(name: str, number: int) -> None:
-    start()
-    from chorus.tests.robustness import loader, loaders
-
-    home = Path(tempfile.mkdtemp())
-    loader.prepare(home)
-    case = loaders.LOADERS[name](home)
-    case.write(draw(name, number))
-    try:
-        case.load()
-        sys.stdout.write(f"it is loaded; its file is below {home}\n")
-    except BaseException:
-        traceback.print_exc()
-        sys.stdout.write(f"its file is below {home}\n")
+    for name, count in tasks.items():
+        home = folder / name
+        loader.prepare(home)
+        torch.manual_seed(0)
+        kills = name == "kills"
+        found = savers.kill_while_saving(home, count, seed=8) if kills else fuzz(loaders.LOADERS[name](home), count)
+        part = folder / "part"
+        part.write_text(json.dumps(found))
+        part.rename(folder / f"{name}.json")
 
 
 if __name__ == "__main__":
-    serve() if len(sys.argv) == 1 else repeat(sys.argv[1], int(sys.argv[2]))
+    counts = (task.rpartition("=") for task in sys.argv[2:])
+    main(Path(sys.argv[1]), {name: int(count) for name, _, count in counts})
