@@ -14,10 +14,10 @@ from ..techniques.cas_dm.comfy_hook import CASTING, MadeFor, add_head, check_fit
 from ..techniques.cas_dm.mix import refine
 from ..techniques.cas_dm.network import Head, to_file
 from .checked_inputs import checks_inputs
+from .sockets import CasDMHeadSocket
 
 log = logging.getLogger("comfyui-chorus")
 
-CasDMHeadSocket = io.Custom("CAS_DM_HEAD")  # networks.cas_dm_head.Head
 PREFIX = "cas_dm/head"
 
 

@@ -32,12 +32,9 @@ from ..techniques.face_refiner.refine import (
     refine_whole,
 )
 from .checked_inputs import checks_inputs
+from .sockets import BoxesSocket, FaceRefinerSocket
 
 log = logging.getLogger("comfyui-chorus")
-
-FaceRefinerSocket = io.Custom("FACE_REFINER")  # host.face_refiner_model.FaceRefinerModel
-# not the host's class: it has a box for default, which clients that make prompts of saved workflows send for an empty socket
-BoxesSocket = io.Custom(io.BoundingBox.io_type)
 
 
 @checks_inputs

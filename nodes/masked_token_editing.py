@@ -4,12 +4,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..techniques.masked_tokens.canvas import check_sides, rgb
-from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
 from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures
 from ..techniques.masked_tokens.tokens import Tokens, edit
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenModel, blank
-from .sockets import Tokens as TokensSocket
+from .sockets import MaskedTokenModelSocket, TokensSocket, blank
 
 
 @checks_inputs
@@ -24,13 +23,13 @@ class MaskedTokenEncode(io.ComfyNode):
             search_aliases=["VQ encode", "tokenize image"],
             inputs=[
                 io.Image.Input("image", tooltip="Its sides are multiples of the token's, 16 pixels for aMUSEd."),
-                MaskedTokenModel.Input("model", tooltip="From Load Masked Token Model."),
+                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
             ],
             outputs=[TokensSocket.Output("tokens", display_name="tokens")],
         )
 
     @classmethod
-    def execute(cls, image: Tensor, model: Model) -> io.NodeOutput:
+    def execute(cls, image: Tensor, model: MaskedTokenModel) -> io.NodeOutput:
         picture = rgb(image)
         check_sides("the image", picture.shape[1:3], model.downscale)
         return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
@@ -48,13 +47,13 @@ class MaskedTokenDecode(io.ComfyNode):
             search_aliases=["VQ decode", "detokenize"],
             inputs=[
                 TokensSocket.Input("tokens", tooltip="All of them known: unknown ones have no picture."),
-                MaskedTokenModel.Input("model", tooltip="From Load Masked Token Model."),
+                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )
 
     @classmethod
-    def execute(cls, tokens: Tokens, model: Model) -> io.NodeOutput:
+    def execute(cls, tokens: Tokens, model: MaskedTokenModel) -> io.NodeOutput:
         tokens.check("the tokens", model.codebook, model.mask_id, model.downscale)
         tokens.check_known()
         return io.NodeOutput(decode_tokens(model, tokens.ids))

@@ -7,7 +7,7 @@ from ..techniques.masked_tokens.comfy_token_files import FILES as TOKEN_FILES
 from ..techniques.masked_tokens.comfy_token_files import load_tokens, save_ids
 from ..techniques.masked_tokens.tokens import Tokens
 from .checked_inputs import checks_inputs
-from .sockets import Tokens as TokensSocket
+from .sockets import TokensSocket
 
 
 @checks_inputs

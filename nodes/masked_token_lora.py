@@ -28,7 +28,7 @@ from ..techniques.masked_tokens.training import (
 )
 from . import training_widgets as widgets
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenLora, MaskedTokenModel
+from .sockets import MaskedTokenLoraSocket, MaskedTokenModelSocket
 
 PREFIX = "loras/masked_token_lora"
 PREVIEW_STEPS = 8
@@ -45,7 +45,7 @@ class LoadMaskedTokenLora(io.ComfyNode):
             description="Puts a style on a masked token model: a LoRA file of aMUSEd, or one just trained. Chain several.",
             search_aliases=["aMUSEd LoRA", "StyleDrop", "masked token style"],
             inputs=[
-                MaskedTokenModel.Input("model", tooltip="The model, or one that already carries LoRAs."),
+                MaskedTokenModelSocket.Input("model", tooltip="The model, or one that already carries LoRAs."),
                 io.Combo.Input(
                     "lora_name",
                     options=lora_files(),
@@ -69,11 +69,13 @@ class LoadMaskedTokenLora(io.ComfyNode):
                     tooltip="The alpha that it was trained with: its weights count alpha / rank. 0: the file's own, else the"
                     " rank. aMUSEd's published files lost it: of rank 16, their script trained at 32, its 512 style at 1.",
                 ),
-                MaskedTokenLora.Input("lora", optional=True, tooltip="From Train Masked Token LoRA, without a file."),
+                MaskedTokenLoraSocket.Input(
+                    "lora", optional=True, tooltip="From Train Masked Token LoRA, without a file."
+                ),
             ],
             outputs=[
-                MaskedTokenModel.Output("model", display_name="model"),
-                MaskedTokenLora.Output("lora", display_name="lora", tooltip="To train it on."),
+                MaskedTokenModelSocket.Output("model", display_name="model"),
+                MaskedTokenLoraSocket.Output("lora", display_name="lora", tooltip="To train it on."),
             ],
         )
 
@@ -115,7 +117,7 @@ class SaveMaskedTokenLora(io.ComfyNode):
             search_aliases=["aMUSEd LoRA", "export lora"],
             is_output_node=True,
             inputs=[
-                MaskedTokenLora.Input("lora", tooltip="From Train Masked Token LoRA."),
+                MaskedTokenLoraSocket.Input("lora", tooltip="From Train Masked Token LoRA."),
                 io.String.Input(
                     "filename_prefix",
                     default=PREFIX,
@@ -145,7 +147,9 @@ class TrainMaskedTokenLora(io.ComfyNode):
             search_aliases=["aMUSEd LoRA", "StyleDrop", "train lora", "style from one image"],
             is_experimental=True,
             inputs=[
-                MaskedTokenModel.Input("model", tooltip="The model. LoRAs that it carries are trained on top of."),
+                MaskedTokenModelSocket.Input(
+                    "model", tooltip="The model. LoRAs that it carries are trained on top of."
+                ),
                 io.Image.Input(
                     "images",
                     tooltip="One picture or a batch, of any size: the short side is fitted to the resolution, and squares"
@@ -173,7 +177,7 @@ class TrainMaskedTokenLora(io.ComfyNode):
                     "AdamW, constant. One picture: 4e-4 at 256 pixels, 1e-3 with alpha 1 at 512. Many: 8e-4 and 1e-4.",
                 ),
                 widgets.seed("Of the first weights, the crops, the masks."),
-                MaskedTokenLora.Input(
+                MaskedTokenLoraSocket.Input(
                     "lora",
                     optional=True,
                     tooltip="Train this one on, with the same rank and alpha; the optimizer starts afresh. Wire the model"
@@ -197,7 +201,7 @@ class TrainMaskedTokenLora(io.ComfyNode):
                 ),
             ],
             outputs=widgets.results(
-                MaskedTokenLora.Output("lora", display_name="lora"), "The settings, and whether it learned."
+                MaskedTokenLoraSocket.Output("lora", display_name="lora"), "The settings, and whether it learned."
             ),
         )
 

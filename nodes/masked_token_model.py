@@ -13,7 +13,7 @@ from ..techniques.masked_tokens.comfy_files import (
     weight_files,
 )
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenModel
+from .sockets import MaskedTokenModelSocket
 
 DEMO = "chorus-demo"
 
@@ -55,7 +55,7 @@ class LoadMaskedTokenModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                MaskedTokenModel.Output("model", display_name="model", tooltip="For Masked Token Sampler."),
+                MaskedTokenModelSocket.Output("model", display_name="model", tooltip="For Masked Token Sampler."),
                 io.Clip.Output("clip", display_name="clip", tooltip="For CLIP Text Encode; of no use to other models."),
             ],
         )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..host.attachments import Conditioning
 from ..techniques.masked_tokens.canvas import Request, rgb
-from ..techniques.masked_tokens.comfy_model import MaskedTokenModel as Model
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
 from ..techniques.masked_tokens.comfy_run import sample_masked_tokens
 from ..techniques.masked_tokens.decode import (
     ORDERS,
@@ -16,8 +16,7 @@ from ..techniques.masked_tokens.decode import (
 )
 from ..techniques.masked_tokens.tokens import Tokens
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenModel, blank
-from .sockets import Tokens as TokensSocket
+from .sockets import MaskedTokenModelSocket, TokensSocket, blank
 
 
 @checks_inputs
@@ -34,7 +33,7 @@ class MaskedTokenSampler(io.ComfyNode):
             ),
             search_aliases=["aMUSEd", "MaskGIT", "Muse", "masked image model", "inpaint tokens"],
             inputs=[
-                MaskedTokenModel.Input("model", tooltip="From Load Masked Token Model."),
+                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="The prompt, encoded with the clip of the model's loader. Several prompts (Conditioning"
@@ -173,7 +172,7 @@ class MaskedTokenSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Model,
+        model: MaskedTokenModel,
         positive: Conditioning,
         seed: int,
         steps: int,

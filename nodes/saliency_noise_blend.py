@@ -14,8 +14,7 @@ from ..techniques.saliency_blend.experts import ExpertSettings
 from ..techniques.saliency_blend.trace import BlendTrace
 from ..techniques.saliency_blend.view import draw_blend
 from .checked_inputs import checks_inputs
-
-Trace = io.Custom("BLEND_TRACE")
+from .sockets import BlendTraceSocket
 
 
 @checks_inputs
@@ -181,7 +180,9 @@ class SaliencyNoiseBlend(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("model", display_name="model"),
-                Trace.Output("trace", display_name="trace", tooltip="Who painted where, for Saliency Blend View."),
+                BlendTraceSocket.Output(
+                    "trace", display_name="trace", tooltip="Who painted where, for Saliency Blend View."
+                ),
             ],
         )
 
@@ -242,7 +243,7 @@ class SaliencyBlendView(io.ComfyNode):
             description="Shows who painted where in the last run of a blended model: every step, the mean, the shares.",
             is_output_node=True,
             inputs=[
-                Trace.Input("trace", tooltip="From Saliency Noise Blend."),
+                BlendTraceSocket.Input("trace", tooltip="From Saliency Noise Blend."),
                 io.Latent.Input("samples", tooltip="The sampler's latent; makes this node wait for it."),
             ],
             outputs=[
