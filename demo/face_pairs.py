@@ -2,7 +2,6 @@
 prompts and noise. For Train Face Refiner to be tried on; the pack's own refiner learned from others."""
 
 import json
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,3 @@ def load_face_pairs() -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[str]]:
     tiles = pixels.reshape(2, COUNT // ACROSS, SIZE, ACROSS, SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
     source, target = np.ascontiguousarray(tiles).reshape(2, COUNT, SIZE, SIZE, 3)
     return source, target, json.loads(PROMPTS.read_text(encoding="utf-8"))
-
-
-def write(source: NDArray[np.uint8], target: NDArray[np.uint8], prompts: Sequence[str]) -> None:
-    """Losslessly: all sources above all targets."""
-    tiles = np.stack([source, target]).reshape(2, COUNT // ACROSS, ACROSS, SIZE, SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
-    sheet = tiles.reshape(2 * COUNT // ACROSS * SIZE, ACROSS * SIZE, 3)
-    Image.fromarray(sheet).save(FILE, lossless=True, method=6)
-    PROMPTS.write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")

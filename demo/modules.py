@@ -13,7 +13,6 @@ from ..techniques.masked_tokens.comfy_files import read_networks
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
 from . import face_pairs, references, text, weights
 from .latent import DemoVAE, PatchPCA, make_vae
-from .sign_classifier import SignClassifier
 from .text import make_clip
 from .unet import make_model
 
@@ -94,14 +93,6 @@ def load_vision() -> "ChorusDemoClipVision":
 
     with weights.fitting("vision"):
         return make_clip_vision(weights.load("vision"))
-
-
-def load_sign_classifier() -> SignClassifier:
-    """The second judge: images [B, 3, 64, 64] in 0..1 to logits of the signs."""
-    classifier = SignClassifier()
-    with weights.fitting("sign_classifier"):
-        classifier.load_state_dict(weights.load("sign_classifier"))
-    return classifier.eval().requires_grad_(False)
 
 
 def reference_names() -> list[str]:

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .canvas import phrase
-from .signs import DATA, load_bins, load_signs
+from .signs import DATA, load_bins, load_signs, phrase
 
 FILE = DATA / "references.png"
 EACH, ACROSS, SIZE = 4, 7, 64  # pictures of a sign, signs in a row of the file, pixels of a picture's side

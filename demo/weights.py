@@ -1,15 +1,12 @@
 """Weight files of demo/weights: fp16 safetensors, written whole or not at all."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ..common.weights import complaint, shorten
@@ -51,29 +48,6 @@ def metadata(name: str) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def save(name: str, state_dict: Mapping[str, Tensor], **facts: object) -> None:
-    """Writes fp16; facts go into the metadata as strings."""
-    half = {k: v.detach().cpu().to(torch.float16).contiguous() for k, v in state_dict.items()}
-    write_whole(path(name), half, {k: str(v) for k, v in facts.items()})
-
-
-def write_whole(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """As safetensors, by a name of this process until it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    safetensors.torch.save_file(tensors, part, metadata=metadata)
-    part.chmod(0o644)
-    os.replace(part, file)
-
-
-def digest(*names: str) -> str:
-    """Of the files demo/weights/<name>.safetensors: other weights have another."""
-    made = hashlib.sha256()
-    for name in names:
-        made.update(path(name).read_bytes())
-    return made.hexdigest()
-
-
 def with_lora(state_dict: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights with a LoRA of their model in them; its files are as the host's LoRA loaders read them, without alpha."""
     found = dict(state_dict)
@@ -91,8 +65,3 @@ NETWORK = "diffusion_pytorch_model"
 def load_network(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The fp32 state dict and the config of a network saved as diffusers does, in demo/weights/<folder>."""
     return load(f"{folder}/{NETWORK}"), json.loads((FOLDER / folder / "config.json").read_text())
-
-
-def save_network(folder: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any], **facts: object) -> None:
-    save(f"{folder}/{NETWORK}", state_dict, **facts)
-    (FOLDER / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

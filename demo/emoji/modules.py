@@ -16,7 +16,6 @@ from .comfy_latent import make_vae
 from .comfy_text import KIND, make_clip
 
 if TYPE_CHECKING:
-    from .classifier import ConceptClassifier
     from .comfy_vision import ChorusEmojiVision
 
 FOLDER = "emoji"  # in demo/weights
@@ -72,16 +71,6 @@ def load_vision() -> "ChorusEmojiVision":
 
     with weights.fitting(f"{FOLDER}/vision"):
         return make_clip_vision(load_weights("vision"))
-
-
-def load_classifier() -> "ConceptClassifier":
-    """The independent evaluator: images [B, 3, 128, 128] in 0..1 to logits of the concepts."""
-    from .classifier import ConceptClassifier
-
-    model = ConceptClassifier()
-    with weights.fitting(f"{FOLDER}/classifier"):
-        model.load_state_dict(load_weights("classifier"))
-    return model.eval().requires_grad_(False)
 
 
 def load_masked_tokens() -> tuple[MaskedTokenModel, CLIP]:

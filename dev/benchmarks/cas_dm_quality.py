@@ -29,21 +29,23 @@ import torch
 from PIL import Image
 
 from .. import headless
+from ..weights import digest
 
 headless.start()
 
 import comfy.utils  # noqa: E402
 
 from ...demo import weights  # noqa: E402
-from ...demo.canvas import Canvases  # noqa: E402
-from ...demo.modules import load_checkpoint, load_sign_classifier, load_vision  # noqa: E402
+from ...demo.modules import load_checkpoint, load_vision  # noqa: E402
 from ...nodes.cas_dm import CasDMHead  # noqa: E402
 from ...techniques.cas_dm.comfy_files import read_head_file  # noqa: E402
 from ...techniques.cas_dm.network import Head  # noqa: E402
 from ...techniques.face_refiner.frechet import frechet, frechet_difference  # noqa: E402
+from ..first_recipes.canvas import Canvases  # noqa: E402
 from ..first_recipes.cas_dm import ABLATIONS, PLAN  # noqa: E402
 from ..first_recipes.encoder import seen_by  # noqa: E402
 from ..first_recipes.evaluate import encode, joined, ranks_of, sample  # noqa: E402
+from ..first_recipes.sign_network import load_sign_classifier  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .fresh_process import in_fresh_process  # noqa: E402
@@ -116,7 +118,7 @@ def latents(way: Way, steps: int, part: int, model, clip, canvases) -> torch.Ten
 @functools.cache
 def made_by(head: str) -> str:
     """Of other weights another: the model's and those of ``head``, if any."""
-    return weights.digest("general", *([head] if head else []))[:16]
+    return digest("general", *([head] if head else []))[:16]
 
 
 def place(way: Way, steps: int, part: int) -> Path:

@@ -36,8 +36,8 @@ import comfy.ops  # noqa: E402
 import comfy.utils  # noqa: E402
 
 from ...demo import weights  # noqa: E402
-from ...demo.modules import load_sign_classifier, load_vision  # noqa: E402
-from ...demo.signs import TONES, load_signs  # noqa: E402
+from ...demo.modules import load_vision  # noqa: E402
+from ...demo.signs import load_signs  # noqa: E402
 from ...nodes.face_refiner import FaceRefiner  # noqa: E402
 from ...techniques.face_refiner.comfy_model import FaceRefinerModel, wrap  # noqa: E402
 from ...techniques.face_refiner.frechet import frechet, frechet_both  # noqa: E402
@@ -57,6 +57,8 @@ from ..first_recipes.face_pairs import (  # noqa: E402
     paint_all,
 )
 from ..first_recipes.face_refiner import PAIRED, UNPAIRED  # noqa: E402
+from ..first_recipes.lists import TONES  # noqa: E402
+from ..first_recipes.sign_network import load_sign_classifier  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .stopwatch import median  # noqa: E402

@@ -23,8 +23,8 @@ from .. import headless
 headless.start()
 
 from ...demo.modules import load_checkpoint, load_vision  # noqa: E402
-from ...demo.signs import RELATIONS  # noqa: E402
 from ...techniques.saliency_blend.extrapolation import Offsets  # noqa: E402
+from ..first_recipes.lists import RELATIONS  # noqa: E402
 from ..statistics import quartiles, ratio_of_means, wilson  # noqa: E402
 from .environment import facts, keep  # noqa: E402
 from .saliency_effect import blend, compositions, encode, indices, judge, look, noises, paint  # noqa: E402

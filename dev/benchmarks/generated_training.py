@@ -6,9 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...demo.canvas import Canvases
-from ...demo.sign_classifier import SignClassifier
 from ...demo.signs import load_signs
+from ..first_recipes.canvas import Canvases
+from ..first_recipes.sign_network import SignClassifier
 
 STEPS, BATCH, RATE, REPEATS = 200, 64, 3e-3, 3
 

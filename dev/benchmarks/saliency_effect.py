@@ -23,10 +23,11 @@ headless.start()
 import comfy.sample  # noqa: E402
 import comfy.utils  # noqa: E402
 
-from ...demo.canvas import Canvases, Item, Scene, Sprites, phrase  # noqa: E402
 from ...demo.modules import load_checkpoint, load_vision  # noqa: E402
-from ...demo.signs import RELATIONS, load_heldout, load_signs  # noqa: E402
+from ...demo.signs import load_signs, phrase  # noqa: E402
 from ...nodes.saliency_noise_blend import SaliencyNoiseBlend  # noqa: E402
+from ..first_recipes.canvas import Canvases, Item, Scene, Sprites  # noqa: E402
+from ..first_recipes.lists import RELATIONS, load_heldout  # noqa: E402
 from ..statistics import paired_difference, wilson  # noqa: E402
 from .environment import facts, keep  # noqa: E402
 

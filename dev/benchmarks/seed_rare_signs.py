@@ -31,9 +31,8 @@ headless.start()
 
 import comfy.utils  # noqa: E402
 
-from ...demo.canvas import phrase  # noqa: E402
-from ...demo.modules import load_checkpoint, load_references, load_sign_classifier, load_vision  # noqa: E402
-from ...demo.signs import load_bins, load_signs  # noqa: E402
+from ...demo.modules import load_checkpoint, load_references, load_vision  # noqa: E402
+from ...demo.signs import load_bins, load_signs, phrase  # noqa: E402
 from ...nodes.seed_select import run  # noqa: E402
 from ...techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs  # noqa: E402
 from ...techniques.seed_select.comfy_scoring import ScoringSettings  # noqa: E402
@@ -41,6 +40,7 @@ from ...techniques.seed_select.comfy_session import SessionSettings  # noqa: E40
 from ...techniques.seed_select.optimize import OptimizeSettings  # noqa: E402
 from ...techniques.seed_select.select import SeedSelect, SeedSelectSettings  # noqa: E402
 from ..first_recipes.evaluate import encode, ranks_of  # noqa: E402
+from ..first_recipes.sign_network import load_sign_classifier  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference, ratio_of_means  # noqa: E402
 from .environment import RESULTS, facts, keep  # noqa: E402
 from .fresh_process import in_fresh_process  # noqa: E402

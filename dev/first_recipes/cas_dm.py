@@ -17,14 +17,15 @@ import torch
 from torch import nn
 
 from ...demo import modules, weights
-from ...demo.canvas import Canvases
 from ...demo.latent import CHANNELS
 from ...demo.text import TextModel, token_rows
 from ...demo.unet import make_unet
 from ...techniques.cas_dm.mix import losses, mix, predict, total
 from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ...training.metrics import feature_distance
+from ..weights import save_weights
 from . import loop
+from .canvas import Canvases
 from .device import DEVICE
 from .encoder import seen_by
 
@@ -214,5 +215,5 @@ def export(plan, student, data, average, step, spent, log):
         },
     )
     tensors, metadata = to_file(Head(student.head.config, kept, facts))
-    weights.save(plan.file, tensors, **metadata)
+    save_weights(plan.file, tensors, **metadata)
     print(f"step {step}:", json.dumps({name: round(value, 5) for name, value in found.items()}), flush=True)

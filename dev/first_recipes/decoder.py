@@ -7,8 +7,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ...demo import weights
-from ...demo.canvas import Canvases
 from ...demo.latent import CHANNELS, PATCH, DemoVAE
+from ..weights import save_weights
+from .canvas import Canvases
 from .device import DEVICE, autocast, to_device
 from .vision import STYLES
 
@@ -76,4 +77,4 @@ def main(minutes=None, lr=2e-3):
 def save(module, batches, step):
     facts = errors(module, batches)
     print(f"\ndecoder step {step}: mean squared error of the linear decoder and of this one: {facts}", flush=True)
-    weights.save("decoder", module.cleaner.state_dict(), steps=step, seed=SEED, license="CC-BY-4.0", **facts)
+    save_weights("decoder", module.cleaner.state_dict(), steps=step, seed=SEED, license="CC-BY-4.0", **facts)

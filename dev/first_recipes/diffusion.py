@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ...demo import weights
-from ...demo.canvas import Canvases
 from ...demo.latent import CHANNELS, PATCH, PatchPCA
 from ...demo.text import TextModel, token_rows
 from ...demo.unet import initialise, make_unet
+from ..weights import save_weights
 from . import loop
+from .canvas import Canvases
 from .device import autocast
 
 DROP = 0.1  # share of captions replaced by the empty one, for guidance
@@ -134,6 +135,6 @@ def export(plan, average, step, spent, log):
         "license": "Apache-2.0" if plan.style == "noto" else "CC-BY-4.0",
     }
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}  # noqa: E731
-    weights.save(plan.name, part("unet."), **facts)
+    save_weights(plan.name, part("unet."), **facts)
     if plan.start is None:
-        weights.save("text", part("text."), **facts)
+        save_weights("text", part("text."), **facts)

@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...demo import modules, weights
-from ...demo.data_source import ROOT
 from ...demo.signs import load_bins, load_signs
 from ..statistics import wilson
+from .data_source import ROOT
 from .vision import STYLES, names
 
 RESULTS = ROOT / "demo" / "results"
@@ -100,7 +100,7 @@ def measure(name, vision, seeds):
 
 def judge(vision):
     """The judge's own accuracy on renderings of the held-out split."""
-    from ...demo.canvas import Canvases
+    from .canvas import Canvases
 
     table = {}
     for style in STYLES:

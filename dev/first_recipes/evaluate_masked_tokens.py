@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from ...demo import modules, weights
-from ...demo.canvas import Canvases
 from ...demo.signs import load_bins, load_signs
 from ...demo.text import TextModel, token_rows
 from ...techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw, guidance_scales, guided
 from ...techniques.masked_tokens.networks.uvit import load_uvit
 from ...techniques.masked_tokens.networks.vq import load_vq
 from . import masked_tokens, vq
+from .canvas import Canvases
 from .evaluate import RESULTS, grid, ranks_of, share
 from .vision import names
 

@@ -5,19 +5,22 @@ the pack are in demo/data, see demo/face_pairs.py. ``python run.py train-demo --
 """
 
 import functools
+import json
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import safetensors.torch
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from ...demo import face_pairs, modules, weights
-from ...demo.canvas import Canvases
-from ...demo.signs import FACES
+from ...demo import face_pairs, modules
+from ..weights import digest, write_whole
 from . import loop
+from .canvas import Canvases
 from .evaluate import encode, joined, sample
+from .lists import FACES
 
 CHUNK = 64  # pairs in a file, painted together
 CHUNKS = 32  # for training
@@ -76,7 +79,7 @@ def captions(number):
 def folder(sampling):
     """Of other weights or another sampling another."""
     s = sampling
-    made = weights.digest(*modules.STUDENTS.get(s.checkpoint, [s.checkpoint]))[:12]
+    made = digest(*modules.STUDENTS.get(s.checkpoint, [s.checkpoint]))[:12]
     return loop.STATES / f"faces-{s.checkpoint}-{made}-{s.sampler}-{s.scheduler}-{s.steps}-cfg{s.cfg:g}-{s.shift}"
 
 
@@ -90,7 +93,7 @@ def paint(number, painter):
     if path.exists():
         return
     pictures = painter.paint(captions(number), number + painter.sampling.shift)
-    weights.write_whole(path, {"pictures": (pictures * 255).round().byte().contiguous()})
+    write_whole(path, {"pictures": (pictures * 255).round().byte().contiguous()})
 
 
 def load(sampling, numbers):
@@ -132,10 +135,24 @@ def paint_all(jobs, minutes=None, workers=1):
     loop.in_team("face_pairs", paint_some, [(jobs[n::workers], minutes, 1) for n in range(workers)])
 
 
+def write(source, target, prompts):
+    """Losslessly: all sources above all targets."""
+    tiles = (
+        np.stack([source, target])
+        .reshape(2, face_pairs.COUNT // face_pairs.ACROSS, face_pairs.ACROSS, face_pairs.SIZE, face_pairs.SIZE, 3)
+        .transpose(0, 1, 3, 2, 4, 5)
+    )
+    sheet = tiles.reshape(
+        2 * face_pairs.COUNT // face_pairs.ACROSS * face_pairs.SIZE, face_pairs.ACROSS * face_pairs.SIZE, 3
+    )
+    Image.fromarray(sheet).save(face_pairs.FILE, lossless=True, method=6)
+    face_pairs.PROMPTS.write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
+
+
 def main(minutes=None, workers=1):
     kept = range(SHIPPED, SHIPPED + face_pairs.COUNT // CHUNK)
     # both sides of a chunk one after the other: what there is no time for is missing on both
     paint_all([(side, number) for number in (*kept, *range(CHUNKS)) for side in (TEACHER, STUDENT)], minutes, workers)
     if len(whole(kept)) == len(kept):
         source, target = (np.asarray(side) for side in load_pairs(kept))
-        face_pairs.write(source, target, [caption for number in kept for caption in captions(number)])
+        write(source, target, [caption for number in kept for caption in captions(number)])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from ...demo import modules, weights
+from ...demo import modules
 from ...techniques.face_refiner.comfy_files import FORMAT
 from ...techniques.face_refiner.networks.residual import RefinerConfig
 from ...techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR
@@ -28,6 +28,7 @@ from ...techniques.face_refiner.training.pairs import FaceData
 from ...techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
 from ...training.generators import stream
 from ...training.metrics import feature_distance
+from ..weights import save_weights
 from . import face_pairs, loop
 from .device import DEVICE
 from .encoder import seen_by
@@ -138,7 +139,7 @@ def write(plan, trainer, examined, started):
         "seconds": round(time.time() - started),
         "license": "Apache-2.0",
     }
-    weights.save(plan.file, trainer.weights(), **facts)
+    save_weights(plan.file, trainer.weights(), **facts)
     print(f"step {trainer.steps}:", json.dumps(found), flush=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ...demo.data_source import ROOT
+from .data_source import ROOT
 from .device import DEVICE, to_device
 
 STATES = ROOT / ".cache" / "train"

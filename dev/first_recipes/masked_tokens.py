@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...demo import weights
-from ...demo.canvas import SIZE, Canvases
 from ...demo.text import WIDTH, TextModel, token_rows
 from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from ...techniques.masked_tokens.networks.vq import load_vq
+from ..weights import save_network
 from . import vq
+from .canvas import SIZE, Canvases
 from .device import autocast
 from .loop import train
 
@@ -153,7 +154,7 @@ def job(plan, worker, workers):
         state = {k.removeprefix("uvit."): v for k, v in average.items() if k.startswith("uvit.")}
         facts = {"steps": step, "canvases": step * plan.batch, "seconds": round(spent), "style": "noto"}
         facts |= {"loss": log[-1][1] if log else "", "seed": plan.seed, "license": "Apache-2.0"}
-        weights.save_network(FOLDER, state, {"_class_name": "UVit2DModel", **CONFIG}, **facts)
+        save_network(FOLDER, state, {"_class_name": "UVit2DModel", **CONFIG}, **facts)
 
     return Student(plan), Data(plan, worker, workers), export
 

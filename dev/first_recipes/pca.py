@@ -3,16 +3,16 @@
 import numpy as np
 import torch
 
-from ...demo import weights
-from ...demo.canvas import Canvases
 from ...demo.latent import PatchPCA
+from ..weights import save_weights
+from .canvas import Canvases
 
 
 def main(canvases=2048, seed=5):
     images = np.concatenate([Canvases(style, seed=seed).batch(0, canvases)[0] for style in ("noto", "twemoji")])
     x = torch.from_numpy(images).movedim(3, 1).float() / 127.5 - 1
     pca, kept = PatchPCA.fit(x)
-    weights.save("pca", pca.state_dict(), variance_kept=round(kept, 5), license="CC-BY-4.0")
+    save_weights("pca", pca.state_dict(), variance_kept=round(kept, 5), license="CC-BY-4.0")
     z = pca.encode(x)
     error = (pca.decode(z) - x).square().mean().item()
     print(f"pca: keeps {kept:.2%} of the variance; mean squared error {error:.5f} (pixels in -1..1)")

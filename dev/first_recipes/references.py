@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
-from ...demo.canvas import Canvases
 from ...demo.references import ACROSS, EACH, FILE
 from ...demo.signs import load_signs
+from .canvas import Canvases
 
 SEED = 5
 

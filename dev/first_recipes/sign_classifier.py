@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...demo import weights
-from ...demo.canvas import SIZE, Canvases
 from ...demo.modules import load_vae_module
-from ...demo.sign_classifier import SignClassifier
+from ..weights import save_weights
+from .canvas import SIZE, Canvases
 from .device import autocast
 from .loop import train
+from .sign_network import SignClassifier
 
 ANGLES = (-5, -3, 3, 5)
 
@@ -135,7 +135,7 @@ def job(plan, worker, workers):
         facts |= {name: round(accuracy(classifier, canvases), 4) for name, canvases in tests.items()}
         facts |= {"loss": log[-1][1] if log else "", "license": "Apache-2.0"}
         print(f"\n{plan.name}: {facts}", flush=True)
-        weights.save(plan.name, state, **facts)
+        save_weights(plan.name, state, **facts)
 
     return Student(), Data(plan, load_vae_module(), worker, workers), export
 

@@ -28,11 +28,12 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from ...demo import weights
-from ...demo.canvas import Canvases
 from ...demo.latent import CHANNELS
 from ...demo.text import token_rows
 from ...training.metrics import huber
+from ..weights import save_weights, write_whole
 from . import loop
+from .canvas import Canvases
 from .cas_dm import Guided
 from .device import DEVICE, autocast
 
@@ -129,7 +130,7 @@ class Trajectories:
             return
         noise, tokens = self.given(number)
         x = teacher.trajectory(noise.to(DEVICE), tokens.to(DEVICE)).half().cpu()
-        weights.write_whole(path, {"x": x, "tokens": tokens})
+        write_whole(path, {"x": x, "tokens": tokens})
 
     def load(self, numbers):
         """x [N, steps + 1, 12, 16, 16] in float16, at the start of each of the student's steps and in the end, and tokens
@@ -302,7 +303,7 @@ def export(plan, student, average, step, spent, log):
         "start": Path(plan.start).name or "general",
         "license": "Apache-2.0",
     }
-    weights.save(plan.file, student.lora(average), **facts)
+    save_weights(plan.file, student.lora(average), **facts)
     print(f"step {step}:", json.dumps(found), flush=True)
 
 

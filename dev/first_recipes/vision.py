@@ -13,11 +13,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ...demo import weights
-from ...demo.canvas import Canvases
 from ...demo.latent import PatchPCA
 from ...demo.signs import load_signs
 from ...demo.text import token_rows
 from ...demo.vision import ImageText
+from ..weights import save_weights
+from .canvas import Canvases
 from .device import DEVICE, autocast, to_device
 from .loop import STATES
 
@@ -169,4 +170,4 @@ def export(average, step):
         for kind, unseen in (("unseen", True), ("seen", False))
     }
     print(f"\nstep {step} top-1/top-5 on single signs:", scores, flush=True)
-    weights.save("vision", average, steps=step, pictures=step * BATCH, seed=SEED, license="CC-BY-4.0", **scores)
+    save_weights("vision", average, steps=step, pictures=step * BATCH, seed=SEED, license="CC-BY-4.0", **scores)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...demo import weights
-from ...demo.canvas import Canvases
 from ...techniques.masked_tokens.networks.vq import VQGAN, VQConfig
+from ..weights import save_network
+from .canvas import Canvases
 from .device import autocast
 from .loop import train
 
@@ -177,7 +177,7 @@ def job(plan, worker, workers):
         facts = {"steps": step, "canvases": step * plan.batch, "seconds": round(spent), "seed": plan.seed}
         facts |= {"loss": log[-1][1] if log else "", **quality(vq), "license": "Apache-2.0"}
         print(f"\n{plan.name}: {facts}", flush=True)
-        weights.save_network(FOLDER, state, {"_class_name": "VQModel", **CONFIG}, **facts)
+        save_network(FOLDER, state, {"_class_name": "VQModel", **CONFIG}, **facts)
 
     return Student(workers), Data(plan, worker, workers), export
 

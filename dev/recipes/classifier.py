@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...demo.emoji.classifier import ConceptClassifier
 from ...demo.emoji.concepts import STYLES
 from . import autoencoder, loop, sheets, snapshots
 from .autoencoder import to_tensor
 from .device import autocast, device
+from .networks.classifier import ConceptClassifier
 from .scenes import Scenes
 
 NAME = "classifier"

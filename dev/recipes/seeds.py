@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ...demo.emoji.autoencoder import CHANNELS
-from ...demo.emoji.classifier import ConceptClassifier
 from ...demo.emoji.concepts import DATA, load_concepts, load_frequency
 from ...demo.emoji.text import token_rows
 from . import autoencoder, banks, chunks, classifier, features, guided, loop, snapshots, state
+from .networks.classifier import ConceptClassifier
 from .scenes import CELL, SIZE
 from .vision import SCALE, names
 
@@ -104,7 +104,7 @@ def choose(found, count):
 
 def write(plan, number, found, folder):
     """The best noise of a concept as a seed file."""
-    from ...demo.weights import write_whole
+    from ..weights import write_whole
 
     probabilities = found["probabilities"]
     place, name = int(probabilities.argmax()), load_concepts()[number].name

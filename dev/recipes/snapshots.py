@@ -61,9 +61,9 @@ def save(stage, state_dict, *, style, **found):
     if folder := plain_folder():
         write_plain(folder / f"{stage}.pt", state_dict, {"style": style, **found})
         return
-    from ...demo import weights
+    from .. import weights
 
-    weights.save(f"{FOLDER}/{stage}", state_dict, **{**found, "style": style, "license": LICENSES[style]})
+    weights.save_weights(f"{FOLDER}/{stage}", state_dict, **{**found, "style": style, "license": LICENSES[style]})
 
 
 def load_network(folder):
@@ -85,7 +85,7 @@ def network_facts(folder):
 
 def save_network(folder, state_dict, config, *, style, **found):
     """Writes weights and config.json as diffusers does."""
-    from ...demo import weights
+    from .. import weights
 
     weights.save_network(
         f"{FOLDER}/{folder}", state_dict, config, **{**found, "style": style, "license": LICENSES[style]}

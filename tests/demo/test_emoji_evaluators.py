@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from chorus.demo.emoji.classifier import ConceptClassifier
 from chorus.demo.emoji.concepts import load_concepts
 from chorus.demo.emoji.text import token_rows
 from chorus.demo.emoji.vision import ImageText
 from chorus.dev.recipes import chain, classifier, vision
+from chorus.dev.recipes.networks.classifier import ConceptClassifier
 
 COUNT = len(load_concepts())
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from chorus.demo import canvas, face_pairs, signs
+from chorus.demo import face_pairs, signs
+from chorus.dev.first_recipes import canvas
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 
 from chorus.demo import face_pairs as shipped
 from chorus.demo import weights
-from chorus.demo.modules import load_sign_classifier
 from chorus.dev.first_recipes import face_pairs, face_refiner
 from chorus.dev.first_recipes.face_refiner import PAIRED, UNPAIRED
+from chorus.dev.first_recipes.sign_network import load_sign_classifier
 from chorus.nodes.face_refiner import FaceRefiner
 from chorus.techniques.face_refiner import comfy_files
 from chorus.techniques.face_refiner.frechet import frechet_distance

@@ -13,7 +13,6 @@ import torch
 from chorus.demo import weights
 from chorus.demo.emoji import denoisers, face_pairs, references
 from chorus.demo.emoji.autoencoder import Autoencoder
-from chorus.demo.emoji.classifier import ConceptClassifier
 from chorus.demo.emoji.concepts import load_concepts
 from chorus.demo.emoji.text import TextModel, token_rows
 from chorus.demo.emoji.vision import ImageText
@@ -34,6 +33,7 @@ from chorus.dev.recipes import (
 from chorus.dev.recipes import face_pairs as face_pairs_recipe
 from chorus.dev.recipes import references as references_recipe
 from chorus.dev.recipes.errors import RecipeError
+from chorus.dev.recipes.networks.classifier import ConceptClassifier
 from chorus.dev.recipes.networks.flux import Flux
 from chorus.dev.recipes.networks.unet import UNet
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig

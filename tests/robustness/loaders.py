@@ -21,6 +21,7 @@ from PIL import Image
 
 from chorus.demo import modules
 from chorus.demo import weights as demo_weights
+from chorus.dev.first_recipes.sign_network import load_sign_classifier
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
 from chorus.techniques.face_refiner import comfy_pairs
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS
@@ -212,7 +213,7 @@ class Demo(Loader):
     loads: dict[str, Callable] = {
         "pca": modules.load_pca,
         "decoder": modules.load_vae_module,
-        "sign_classifier": modules.load_sign_classifier,
+        "sign_classifier": load_sign_classifier,
         "text": modules.load_text,
         "vision": modules.load_vision,
     }

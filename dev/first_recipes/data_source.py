@@ -9,7 +9,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "emoji"
 VERSION = "16.0.0"
 PACKAGES = {  # style -> (npm package, folder of pictures inside it, sha256 of the tarball)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .concepts import load_concepts
+from ....demo.emoji.concepts import load_concepts
 
 CHANNELS = (16, 32, 64, 96)
 

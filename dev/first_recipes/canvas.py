@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...demo.signs import Sign, load_bins, load_signs, phrase
 from .data_source import pictures
-from .signs import COLORS, RELATIONS, TONES, Sign, load_bins, load_heldout, load_signs, zipf
+from .lists import COLORS, RELATIONS, TONES, load_heldout, zipf
 
 SIZE = 64
 SIZES_ONE = (40, 42, 44, 48, 50, 52, 56, 58, 60)
 SIZES_TWO = (25, 26, 28, 29, 30, 31, 32)
-PLURALS = ("cherries", "grapes")
 GRID = 9  # a sign's place is (i, j) / 8 of the free room
 
 
@@ -36,11 +36,6 @@ class Scene:
     relation: str
     colors: tuple[str, ...]  # one name: plain, two names: gradient from the first to the second
     vertical: bool = True
-
-
-def phrase(words: str) -> str:
-    """'a cat', 'an owl', 'cherries': a sign as the captions name it."""
-    return words if words in PLURALS else ("an " if words[0] in "aeiou" else "a ") + words
 
 
 class Canvases:

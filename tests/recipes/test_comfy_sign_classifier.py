@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from chorus.demo import modules, weights
-from chorus.demo.canvas import Canvases
-from chorus.demo.data_source import CACHE, PACKAGES, VERSION
+from chorus.demo import weights
 from chorus.demo.signs import load_signs
 from chorus.dev.first_recipes import sign_classifier
+from chorus.dev.first_recipes.canvas import Canvases
+from chorus.dev.first_recipes.data_source import CACHE, PACKAGES, VERSION
+from chorus.dev.first_recipes.sign_network import load_sign_classifier
 
 NOTO = CACHE / f"{PACKAGES['noto'][0]}-{VERSION}" / "complete"
 
@@ -20,7 +21,7 @@ def judged():
     canvases = Canvases("noto", seed=99, balanced=True, unseen=True, one=1.0)
     pixels, _, scenes = canvases.batch(0, 196)
     x = torch.from_numpy(pixels).movedim(3, 1).float() / 255
-    return modules.load_sign_classifier()(x), torch.tensor([s.items[0].sign for s in scenes])
+    return load_sign_classifier()(x), torch.tensor([s.items[0].sign for s in scenes])
 
 
 def test_the_shipped_judge_names_unseen_renderings(judged):

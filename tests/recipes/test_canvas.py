@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from chorus.demo import canvas, signs
+from chorus.demo import signs
+from chorus.dev.first_recipes import canvas
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_the_drawing_is_bit_stable(plan):
 
 
 def test_a_missing_npm_is_said_plainly(monkeypatch, tmp_path):
-    from chorus.demo import data_source
+    from chorus.dev.first_recipes import data_source
 
     monkeypatch.setattr(data_source, "CACHE", tmp_path)
     monkeypatch.setattr(data_source.shutil, "which", lambda name: None)
@@ -106,7 +107,7 @@ def test_a_missing_npm_is_said_plainly(monkeypatch, tmp_path):
 
 
 def test_a_damaged_package_is_refused(monkeypatch, tmp_path):
-    from chorus.demo import data_source
+    from chorus.dev.first_recipes import data_source
 
     monkeypatch.setattr(data_source, "CACHE", tmp_path)
     (tmp_path / "emoji-datasource-google-16.0.0.tgz").write_bytes(b"half a file")

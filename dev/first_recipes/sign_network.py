@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .signs import load_signs
+from ...demo import weights
+from ...demo.signs import load_signs
 
 CHANNELS = (24, 48, 80)
 
@@ -31,3 +32,11 @@ class SignClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(2 * images - 1).mean((2, 3)))
+
+
+def load_sign_classifier() -> SignClassifier:
+    """The second judge: images [B, 3, 64, 64] in 0..1 to logits of the signs."""
+    classifier = SignClassifier()
+    with weights.fitting("sign_classifier"):
+        classifier.load_state_dict(weights.load("sign_classifier"))
+    return classifier.eval().requires_grad_(False)
