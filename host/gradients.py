@@ -4,11 +4,13 @@ The host runs its nodes in inference mode, with kernels that have no derivative 
 What follows holds for one block ``with gradients()``; nothing of the host stays changed after it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
@@ -22,7 +24,8 @@ SAME = 1e-2  # of their norm; kernels that add up in varying order stay far belo
 def gradients() -> Iterator[None]:
     """Autograd inside a node, with the host's differentiable kernels."""
     before = comfy.model_management.in_training
-    comfy.model_management.in_training = True  # Flux, Lumina and others otherwise use kernels without a derivative
+    # Flux, Lumina and others otherwise use kernels without a derivative
+    comfy.model_management.in_training = True  # ty: ignore[invalid-assignment]  # any bool will do
     try:
         # one thread: what is computed again in backward may not run beside itself on several devices
         with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
@@ -34,15 +37,16 @@ def gradients() -> Iterator[None]:
 class _Sizes:
     """Counts the bytes that autograd wants to keep, and keeps nothing."""
 
-    def __init__(self, weights: set[int]):
-        self._weights, self._seen = weights, {}
+    def __init__(self, weights: set[int]) -> None:
+        self._weights = weights
+        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, int]] = {}  # by storage and version, with its bytes
 
-    def __enter__(self):
-        self._hooks = saved_tensors_hooks(self._pack, lambda _: None)
+    def __enter__(self) -> "_Sizes":
+        self._hooks = saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> None:
@@ -58,6 +62,10 @@ class _Sizes:
         return sum(size for _, size in self._seen.values())
 
 
+def _unpack(nothing: None) -> Tensor:
+    raise RuntimeError("a backward pass asks for activations that were counted and not kept")
+
+
 class Recorder:
     """Makes functions of tensors differentiable with the memory of one call at a time.
 
@@ -67,7 +75,7 @@ class Recorder:
     intermediate results in place. Call it, and backward, in ``recording()``.
     """
 
-    def __init__(self, checkpoint: bool = True, check: Callable[[str, int], None] = lambda what, size: None):
+    def __init__(self, checkpoint: bool = True, check: Callable[[str, int], None] = lambda what, size: None) -> None:
         self.checkpoint, self._check = checkpoint, check
         self.sizes: dict[str, int] = {}
         self.recomputing = False
@@ -106,7 +114,7 @@ class Recorder:
             self.run_and_forget(what, function, _leaves(inputs, [x.requires_grad for x in inputs]))
         return function(*inputs)
 
-    def run_and_forget(self, what: str, function, inputs) -> Tensor:
+    def run_and_forget(self, what: str, function: Callable[..., Tensor], inputs: Iterable[Tensor]) -> Tensor:
         """``function(*inputs)`` as it is computed for a gradient, with nothing kept for it."""
         # with autograd on, since kernels differ with it and the second computation must agree
         with torch.enable_grad(), _Sizes(self._weights) as sizes:
@@ -119,7 +127,7 @@ class Recorder:
         return out.detach()
 
 
-def _leaves(inputs, wanted) -> list[Tensor]:
+def _leaves(inputs: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor]:
     return [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
 
 
@@ -130,7 +138,7 @@ def _sample(out: Tensor) -> Tensor:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, recorder, what, function, *inputs):
+    def forward(ctx: Any, recorder: Recorder, what: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ctx.recorder, ctx.what, ctx.function = recorder, what, function
         ctx.wanted = ctx.needs_input_grad[3:]
         out = recorder.run_and_forget(what, function, _leaves(inputs, ctx.wanted))
@@ -139,7 +147,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         before, *inputs = ctx.saved_tensors
         what, recorder = ctx.what, ctx.recorder
@@ -163,7 +171,7 @@ def _check_same(what: str, before: Tensor, after: Tensor) -> None:
         )
 
 
-def make_room(what: str, size: int, device: torch.device, keep: list, remedy: str) -> None:
+def make_room(what: str, size: int, device: torch.device, keep: Sequence[ModelPatcher], remedy: str) -> None:
     """Have the host free ``size`` bytes on ``device`` without unloading the patchers ``keep``; MemoryError if it cannot."""
     if comfy.model_management.get_free_memory(device) < size:
         modules = [p.model for p in keep]

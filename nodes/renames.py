@@ -13,7 +13,9 @@ RENAMED_INPUTS = {
     "SeedSelect": {"keep": "survivors"},
     "ChorusDemoReferences": {"sign": "concept"},
 }
-RENAMED_VALUES = {"ChorusDemoReferences": {"concept": {"all signs": "all concepts"}}}
+RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "ChorusDemoReferences": {"concept": {"all signs": "all concepts"}}
+}
 
 
 def renamed(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -25,9 +27,9 @@ def _renamed_node(node: Any) -> Any:
     if not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
         return node  # the host says what is wrong with it
     kind = node.get("class_type")
-    names, values = (table.get(kind, {}) if isinstance(kind, str) else {} for table in (RENAMED_INPUTS, RENAMED_VALUES))
-    if not names and not values:
+    if not isinstance(kind, str) or kind not in RENAMED_INPUTS | RENAMED_VALUES:
         return node
+    names, values = RENAMED_INPUTS.get(kind, {}), RENAMED_VALUES.get(kind, {})
     inputs = {}
     for name, value in node["inputs"].items():
         new = names.get(name, name)

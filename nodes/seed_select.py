@@ -4,9 +4,15 @@ import dataclasses
 import json
 import math
 from functools import partial
+from typing import Any
 
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..host.attachments import Conditioning
 from ..host.shape_errors import explained
 from ..techniques.seed_select import select as technique
 from ..techniques.seed_select.comfy_files import model_details
@@ -23,7 +29,7 @@ from .checked_inputs import checks_inputs
 @checks_inputs
 class SeedSelect(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SeedSelect",
             display_name="Seed Select",
@@ -253,54 +259,79 @@ class SeedSelect(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        positive,
-        negative,
-        latent_image,
-        references,
-        vae,
-        mode,
-        start,
-        seed,
-        candidates,
-        pick,
-        count,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        denoise,
-        iterations,
-        learning_rate,
-        semantic_weight,
-        appearance_weight,
-        first_steps,
-        survivors,
-        optimized,
-        optimize_steps,
-        last_steps,
-        checkpointing,
-        norm_guard,
-        patience,
-        grid_size,
-        clip_vision=None,
+        model: ModelPatcher,
+        positive: Conditioning,
+        negative: Conditioning,
+        latent_image: dict[str, Any],
+        references: Tensor,
+        vae: VAE,
+        mode: str,
+        start: str,
+        seed: int,
+        candidates: int,
+        pick: int,
+        count: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        denoise: float,
+        iterations: int,
+        learning_rate: float,
+        semantic_weight: float,
+        appearance_weight: float,
+        first_steps: int,
+        survivors: float,
+        optimized: int,
+        optimize_steps: int,
+        last_steps: int,
+        checkpointing: bool,
+        norm_guard: float,
+        patience: int,
+        grid_size: int,
+        clip_vision: ClipVisionModel | None = None,
     ) -> io.NodeOutput:
         weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
-        optimize = dict(iterations=iterations, learning_rate=learning_rate, patience=patience)
-        search = dict(
-            candidates=candidates, first_steps=min(first_steps, steps), survivors=survivors, optimized=optimized
+        optimize = OptimizeSettings(
+            iterations=iterations,
+            learning_rate=learning_rate,
+            shell_width=norm_guard or math.inf,
+            patience=patience,
         )
-        wanted = dict(mode=mode, start=start, seed=seed, pick=pick, count=count, steps=steps)
-        optimize = OptimizeSettings(**optimize, shell_width=norm_guard or math.inf)
-        settings = SeedSelectSettings(**wanted, **search, optimize=optimize)
-        path = dict(sampler=sampler_name, steps=optimize_steps or None, last_steps=last_steps or None, seed=seed)
-        sampling = dict(cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
-        wired = dict(model=model, positive=positive, negative=negative, latent_image=latent_image)
-        inputs = KSamplerInputs(**wired, **sampling, steps=steps, seed=seed)
+        settings = SeedSelectSettings(
+            mode=mode,
+            start=start,
+            seed=seed,
+            candidates=candidates,
+            pick=pick,
+            count=count,
+            steps=steps,
+            first_steps=min(first_steps, steps),
+            survivors=survivors,
+            optimized=optimized,
+            optimize=optimize,
+        )
+        sampling: dict[str, Any] = dict(cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
+        inputs = KSamplerInputs(
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent_image,
+            steps=steps,
+            seed=seed,
+            **sampling,
+        )
         scoring = ScoringSettings(references=references, vae=vae, clip_vision=clip_vision, **weights)
         sampler = ComfySeedSampler(inputs, scoring)
         if settings.optimizes:
-            sampler.allow_gradients(SessionSettings(**path, checkpoint=checkpointing))
+            session = SessionSettings(
+                steps=optimize_steps or None,
+                sampler=sampler_name,
+                seed=seed,
+                last_steps=last_steps or None,
+                checkpoint=checkpointing,
+            )
+            sampler.allow_gradients(session)
         others = dict(optimize_steps=optimize_steps, last_steps=last_steps)
         details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | others)}
         details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(weights | {"references": len(references)})}
@@ -322,6 +353,7 @@ def run(select: technique.SeedSelect, sampler: ComfySeedSampler) -> bool:
     try:
         select.choose(progress)
         if select.settings.optimizes:
+            assert sampler.gradients is not None  # the node has allowed them
             sampler.gradients.run(optimize)
         select.draw(progress)
     except InterruptProcessingException:

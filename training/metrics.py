@@ -103,7 +103,7 @@ class CropMetric:
     crop      side of the crops in latent positions; shorter sides are taken whole
     """
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], distance: Distance, crop: int):
+    def __init__(self, decode: Callable[[Tensor], Tensor], distance: Distance, crop: int) -> None:
         self.decode, self.distance, self.crop = decode, distance, crop
 
     def __call__(self, a: Tensor, b: Tensor, places: Tensor) -> Tensor:
@@ -129,4 +129,5 @@ def grad(a: Tensor, b: Tensor) -> Tensor:
     The paper does not publish its ∇; forward differences of each channel are ours.
     """
     apart = a - b
-    return sum(apart.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2))
+    vertical, horizontal = (apart.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2))
+    return vertical + horizontal

@@ -141,12 +141,14 @@ def faces_of_mask(mask: Tensor) -> list[list[Box]]:
     for picture, coarse in zip(painted.numpy(), cells.numpy()):
         labels, _ = ndimage.label(coarse, structure=np.ones((3, 3)))
         areas = repeat(labels, "h w -> (h y) (w x)", y=step, x=step)[:height, :width] * picture
-        boxes = [
-            tuple(map(float, (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)))
-            for rows, columns in ndimage.find_objects(areas)
-        ]
+        boxes = [_box_of(rows, columns) for rows, columns in ndimage.find_objects(areas)]
         found.append(sorted(boxes, key=lambda box: -box[2] * box[3]))
     return found
+
+
+def _box_of(rows: slice, columns: slice) -> Box:
+    left, right, top, bottom = (float(n) for n in (columns.start, columns.stop, rows.start, rows.stop))
+    return left, top, right - left, bottom - top
 
 
 def window(face: Face, padding: float, height: int, width: int) -> Window:

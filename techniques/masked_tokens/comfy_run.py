@@ -109,7 +109,7 @@ class MaskedTokenRun:
     Nothing is loaded or computed before the first forward pass.
     """
 
-    def __init__(self, model: MaskedTokenModel, texts: Sequence[Text], micro: Tensor):
+    def __init__(self, model: MaskedTokenModel, texts: Sequence[Text], micro: Tensor) -> None:
         """``texts``: the prompts and the negative ones, of one length; without those, ask for ``cond`` only.
         ``micro`` [B, 5] as UViT.condition takes it."""
         self.model, self.texts, self.micro = model, texts, micro

@@ -1,10 +1,12 @@
 """Which noises may be sampled in one batch without looking at each other."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...host.attachments import attached
+from ...host.attachments import Conditioning, attached
 
 # samplers that draw nothing after the first noise and decide nothing over the batch; dpm_adaptive, whose step size
 # looks at all samples, is not among them
@@ -22,7 +24,7 @@ CALLS_PER_STEP = dict.fromkeys(
 ) | dict.fromkeys(("heunpp2", "seeds_3"), 3)
 
 
-def rows_are_independent(model, positive: Sequence, negative: Sequence) -> bool:
+def rows_are_independent(model: ModelPatcher, positive: Conditioning, negative: Conditioning) -> bool:
     """Whether what hangs on ``model`` and its conditionings treats every row of a batch as if it were alone."""
     if "easycache" in model.model_options.get("transformer_options", {}):
         return False  # it skips by a mean over the batch
@@ -44,7 +46,7 @@ def _is_for_every_row(entry: Sequence) -> bool:
     return "unclip_conditioning" not in options and _is_single(tensor) and _is_single(options)
 
 
-def _is_single(value) -> bool:
+def _is_single(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim < 2 or len(value) == 1
     if isinstance(value, Mapping):

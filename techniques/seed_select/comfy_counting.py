@@ -1,12 +1,14 @@
 """Counts what a node computes: the rows that pass through the networks of a MODEL and of what hangs on it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import comfy.sampler_helpers
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
 
-from ...host.attachments import attached
+from ...host.attachments import Conditioning, attached
 from ...host.gradients import Recorder
 
 
@@ -18,7 +20,13 @@ class RowCounter:
     recomputed: int = 0  # of these, for a gradient
 
     @contextmanager
-    def counting(self, model, positive: Sequence, negative: Sequence, recorder: Recorder | None = None):
+    def counting(
+        self,
+        model: ModelPatcher,
+        positive: Conditioning,
+        negative: Conditioning,
+        recorder: Recorder | None = None,
+    ) -> Iterator[None]:
         """Counts the rows of every forward pass of ``model`` and what hangs on it meanwhile, also of passes that fail.
 
         ``positive``, ``negative``: the CONDITIONINGs of the run.
@@ -27,10 +35,11 @@ class RowCounter:
         conds = {name: comfy.sampler_helpers.convert_cond(cond) for name, cond in conds.items()}
         patchers = [model, *(p for attachment in attached(model) for p in attachment.patchers(model, conds))]
         if model.is_dynamic() and any("hooks" in c for cond in conds.values() for c in cond):
-            patchers.append(model.get_non_dynamic_delegate())  # where the guider goes then
+            # where the guider goes then
+            patchers.append(model.get_non_dynamic_delegate())  # ty: ignore[missing-attribute]  # a dynamic one has it
         networks = {id(n): n for n in (p.get_model_object("diffusion_model") for p in patchers)}
 
-        def count(module, inputs):
+        def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.rows += len(inputs[0])
             if recorder is not None and recorder.recomputing:
                 self.recomputed += len(inputs[0])

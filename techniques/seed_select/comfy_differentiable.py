@@ -4,14 +4,15 @@ from collections.abc import Iterable
 
 import comfy.model_base
 from comfy.ldm.modules import attention
+from comfy.model_patcher import ModelPatcher
 
-from ...host.attachments import attached
+from ...host.attachments import Conditioning, attached
 
 NO_DERIVATIVE = ("CosmosPredict2", "Anima", "JoyImage")  # their rotary embedding is a fused kernel in training too
 NO_DERIVATIVE_ATTENTION = {"attention_sage": "--use-sage-attention", "attention_flash": "--use-flash-attention"}
 
 
-def check_differentiable(model, positive: list, negative: list) -> None:
+def check_differentiable(model: ModelPatcher, positive: Conditioning, negative: Conditioning) -> None:
     """Refuse, with the reason, what has no gradient or would get a wrong one."""
     conditionings, attachments = (positive, negative), attached(model)
     for patcher in (model, *(further for attachment in attachments for further in attachment.models)):
@@ -26,7 +27,7 @@ def check_differentiable(model, positive: list, negative: list) -> None:
         _check_conditionings([theirs if own is None else own for own, theirs in zip(wired, conditionings, strict=True)])
 
 
-def _check_conditionings(conditionings: Iterable[list]) -> None:
+def _check_conditionings(conditionings: Iterable[Conditioning]) -> None:
     entries = [options for conditioning in conditionings for _, options in conditioning]
     for options in entries:
         for kind, name in (("control", "a ControlNet"), ("gligen", "GLIGEN")):
@@ -44,7 +45,7 @@ def _check_conditionings(conditionings: Iterable[list]) -> None:
         )
 
 
-def _obstacle(patcher) -> str | None:
+def _obstacle(patcher: ModelPatcher) -> str | None:
     inner, name = patcher.model, type(patcher.model).__name__
     kinds = tuple(getattr(comfy.model_base, k) for k in NO_DERIVATIVE if hasattr(comfy.model_base, k))
     if isinstance(inner, kinds):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def read_seed(path: Path, name: str) -> SeedNoise:
     return SeedNoise(noise, seed, details)
 
 
-def model_details(model) -> dict[str, str]:
+def model_details(model: ModelPatcher) -> dict[str, str]:
     """What is known of a MODEL: its class, how many of its weights are patched, and its file with the sha256 of it."""
     details = {"model": type(model.model).__name__, "patched_weights": str(len(model.patches))}
     _, arguments, *_ = model.cached_patcher_init or (None, ())

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ...host.images import size_of
-from ...host.parametrization import family
+from ...host.parametrization import family, sampling_of
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_counting import RowCounter
 from .comfy_progress import SeedProgress
-from .comfy_scoring import ReferenceScorer, ScoringSettings
+from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings
 from .comfy_session import KSamplerInputs, OpenSession, Session, SessionSettings, draw_noise
 from .inversion import invert
 from .sampler import GradientCost
@@ -40,7 +40,7 @@ class ComfySeedSampler:
     sound or nested latents, several noise masks, denoise outside 0 to 1, an image-to-image model, and ReferenceScorer's.
     """
 
-    def __init__(self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None):
+    def __init__(self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None) -> None:
         self.model = inputs.model
         self.samples = self._checked(inputs.latent_image)  # [1, C, h, w]
         self.inputs = replace(inputs, latent_image={**inputs.latent_image, "samples": self.samples})
@@ -50,7 +50,7 @@ class ComfySeedSampler:
                 f"{inputs.steps} steps at denoise {inputs.denoise:g} paint nothing; use at least 1 step and a denoise above"
                 " 0, up to 1"
             )
-        sampling = self.model.get_model_object("model_sampling")
+        sampling = sampling_of(self.model)
         try:
             self.kind = family(sampling)  # of parametrization: VE or FLOW
         except ValueError as error:
@@ -60,8 +60,13 @@ class ComfySeedSampler:
             ) from error
         self.counter = RowCounter()
         self.callback: Callback | None = None  # of ``generate``, in place of the host's progress and preview
-        self.scorer = scoring and ReferenceScorer(scoring, self.model, self.samples)
+        self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, self.samples)
         self.gradients: Session | None = None  # in which noises are optimised
+
+    @property
+    def scorer(self) -> ReferenceScorer:
+        assert self._scorer is not None  # who needs it has given ``scoring``
+        return self._scorer
 
     def _checked(self, latent_image: Mapping) -> Tensor:
         samples = latent_image["samples"]
@@ -97,7 +102,7 @@ class ComfySeedSampler:
         if steps is None or steps >= self.inputs.steps:
             return self._ksampler(steps, sampler).sigmas.clone()
         if self.inputs.denoise == 1.0:
-            return comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), SHORT_RUNS, steps)
+            return comfy.samplers.calculate_sigmas(sampling_of(self.model), SHORT_RUNS, steps)
         full = self._ksampler(None, sampler).sigmas
         return full[torch.linspace(0, len(full) - 1, steps + 1).round().long()]
 
@@ -199,7 +204,7 @@ class ComfySeedSampler:
 
     @property
     def gradient_cost(self) -> GradientCost | None:
-        return self.gradients and self.gradients.cost
+        return None if self.gradients is None else self.gradients.cost
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
         """The scores [N] of a list of one: latents [N, C, h, w] as ``generate`` gives them."""
@@ -216,7 +221,7 @@ class ComfySeedSampler:
         progress.show(text=f"inverting {len(references)} references")
 
         def work(session: OpenSession) -> list[Tensor]:
-            def denoise(x, sigma):
+            def denoise(x: Tensor, sigma: Tensor) -> Tensor:
                 progress.show(steps=1)
                 return session.denoise(x, sigma)
 
@@ -227,11 +232,21 @@ class ComfySeedSampler:
         SeedProgress(self.model, 1).show()  # the bar begins anew
         return noises
 
-    def session(self, settings: SessionSettings, **wired) -> Session:
-        """A session of this sampler; ``wired``: ``models`` and ``scorer`` of Session."""
+    def session(
+        self, settings: SessionSettings, models: ScoringModels | None = None, scorer: ReferenceScorer | None = None
+    ) -> Session:
+        """A session of this sampler; ``models`` and ``scorer`` as Session takes them."""
         inputs = replace(self.inputs, cfg=self.inputs.cfg if settings.cfg is None else settings.cfg)
         sigmas = self.sigmas(settings.steps, settings.sampler)
-        return Session(inputs=inputs, sigmas=sigmas, kind=self.kind, settings=settings, counter=self.counter, **wired)
+        return Session(
+            inputs=inputs,
+            sigmas=sigmas,
+            kind=self.kind,
+            settings=settings,
+            counter=self.counter,
+            models=models or {},
+            scorer=scorer,
+        )
 
 
 def _digest(noise: Tensor) -> bytes:

@@ -3,8 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
-import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
+from torch import Tensor
 
 from ...host.images import check_vae, embeddings, encode
 from .losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
@@ -14,11 +18,18 @@ from .losses import ReferenceLoss, check_references, embedding_centroid, latent_
 class ScoringSettings:
     """What pictures are compared with: ``references`` [K, H, W, 3] in 0..1, a VAE, a CLIP_VISION, and the weights."""
 
-    references: torch.Tensor
-    vae: object
-    clip_vision: object = None  # needed unless semantic_weight is 0
+    references: Tensor
+    vae: VAE
+    clip_vision: ClipVisionModel | None = None  # needed unless semantic_weight is 0
     semantic_weight: float = 10.0
     appearance_weight: float = 1.0
+
+
+class ScoringModels(TypedDict, total=False):
+    """The models that make pictures and embeddings of latents, where they are wired."""
+
+    vae: VAE
+    clip_vision: ClipVisionModel
 
 
 class ReferenceScorer:
@@ -28,7 +39,7 @@ class ReferenceScorer:
     RGB, a VAE of another model or of video, weights without what they need.
     """
 
-    def __init__(self, settings: ScoringSettings, model, samples: torch.Tensor):
+    def __init__(self, settings: ScoringSettings, model: ModelPatcher, samples: Tensor) -> None:
         references, vae = settings.references, settings.vae
         check_references(references)
         if references.shape[-1] < 3:
@@ -37,18 +48,29 @@ class ReferenceScorer:
             )
         check_vae(vae)
         clip_vision = settings.clip_vision if settings.semantic_weight > 0.0 else None
-        self.models = {"vae": vae} if clip_vision is None else {"vae": vae, "clip_vision": clip_vision}
+        self.models: ScoringModels = {"vae": vae}
+        if clip_vision is not None:
+            self.models["clip_vision"] = clip_vision
         self._settings = settings
         self._embedding = None if clip_vision is None else embedding_centroid(embeddings(clip_vision, references))
         self.latents = model.model.process_latent_in(encode(vae, references, samples))
-        self.host_loss = self.loss(partial(embeddings, clip_vision), vae.decode, model.model.process_latent_out)
+        embed = None if clip_vision is None else partial(embeddings, clip_vision)
+        self.host_loss = self.loss(embed, vae.decode, model.model.process_latent_out)
 
-    def loss(self, embed: Callable, decode: Callable, to_latent: Callable) -> ReferenceLoss:
-        """The loss of latents in the model's scale, whose pictures and embeddings are made by these functions."""
+    def loss(
+        self,
+        embed: Callable[[Tensor], Tensor] | None,
+        decode: Callable[[Tensor], Tensor],
+        to_latent: Callable[[Tensor], Tensor],
+    ) -> ReferenceLoss:
+        """The loss of latents in the model's scale, whose pictures and embeddings are made by these functions.
+
+        ``embed``: not needed where semantic_weight is 0.
+        """
         return ReferenceLoss(
             latent_centroid(self.latents),
             self._embedding,
-            None if self._embedding is None else lambda x: embed(decode(to_latent(x))),
+            None if self._embedding is None or embed is None else lambda x: embed(decode(to_latent(x))),
             semantic_weight=self._settings.semantic_weight,
             appearance_weight=self._settings.appearance_weight,
         )

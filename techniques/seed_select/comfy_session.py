@@ -9,26 +9,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ...host import images
+from ...host.attachments import Conditioning
 from ...host.autograd_copies import NormalWeights, own_tensors
 from ...host.gradients import Recorder, gradients, make_room
 from ...host.parametrization import FLOW
 from .comfy_counting import RowCounter
 from .comfy_differentiable import check_differentiable
-from .comfy_scoring import ReferenceScorer
+from .comfy_scoring import ReferenceScorer, ScoringModels
 from .sampler import GradientCost
 
 KEY = "chorus_seed"
 LATE_STEPS = 3  # whose latents the authors' loss sees
 Denoise = Callable[[int, Tensor], Tensor]  # of a step's number and x [1, C, h, w]
+T = TypeVar("T")
 
 
 def _euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -57,7 +63,7 @@ STEPPERS = {"euler": _euler, "ddim": _euler, "dpmpp_2m": _dpmpp_2m}  # samplers 
 
 
 @torch.inference_mode(False)
-def draw_noise(latent: Mapping, seed: int) -> Tensor:
+def draw_noise(latent: Mapping[str, Any], seed: int) -> Tensor:
     """The noise [1, C, h, w] that KSampler draws for ``seed`` and a LATENT of one picture."""
     return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
 
@@ -67,10 +73,10 @@ class KSamplerInputs:
     """What KSampler is given. ``latent_image``: a LATENT of one picture, with its noise mask if it has one. ``seed``: of
     what a sampler draws besides the first noise, for noises that ``noise_of`` has not given; those keep their own."""
 
-    model: object
-    positive: Sequence
-    negative: Sequence
-    latent_image: Mapping
+    model: ModelPatcher
+    positive: Conditioning
+    negative: Conditioning
+    latent_image: Mapping[str, Any]
     steps: int
     cfg: float
     sampler_name: str
@@ -101,10 +107,10 @@ class Session:
     kind: str  # of parametrization: VE or FLOW
     settings: SessionSettings
     counter: RowCounter
-    models: Mapping = field(default_factory=dict)  # "vae" for OpenSession.decode, "clip_vision" for embed
+    models: ScoringModels = field(default_factory=ScoringModels)  # vae for OpenSession.decode, clip_vision for embed
     scorer: ReferenceScorer | None = None  # for OpenSession.score
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settings, steps = self.settings, len(self.sigmas) - 1
         if settings.sampler not in STEPPERS:
             raise ValueError(f"no gradient is known through the sampler {settings.sampler}; use {', '.join(STEPPERS)}")
@@ -128,7 +134,7 @@ class Session:
         again = min(self.settings.last_steps or steps, steps) if self.settings.checkpoint else 0
         return GradientCost(forward=steps, with_gradient=steps + again)
 
-    def run(self, work: Callable[["OpenSession"], object]):
+    def run(self, work: Callable[["OpenSession"], T]) -> T:
         """What ``work(open_session)`` returns, called inside one open run of the host's guider.
 
         All is loaded at once and stays loaded. With gradients everything runs out of inference mode, on copies of
@@ -142,23 +148,24 @@ class Session:
             finally:
                 comfy.model_management.cleanup_models_gc()  # the copies
 
-    def _run(self, work: Callable[["OpenSession"], object]):
+    def _run(self, work: Callable[["OpenSession"], T]) -> T:
         inputs, settings = self.inputs, self.settings
         weights = NormalWeights() if settings.gradients else None
         model = inputs.model.clone() if weights is None else weights.with_attachments(inputs.model)
-        patchers = {name: wired.patcher for name, wired in self.models.items()}
+        wired = {"vae": self.models.get("vae"), "clip_vision": self.models.get("clip_vision")}
+        patchers = {name: found.patcher for name, found in wired.items() if found is not None}
         copies = {name: weights(p) if weights else p.clone() for name, p in patchers.items()}
-        loaded = []
+        loaded: list[ModelPatcher] = []
         recorder = Recorder(settings.checkpoint or not settings.gradients, self._room(model, loaded, copies))
 
-        def keep(patchers: list) -> None:
+        def keep(patchers: Sequence[ModelPatcher]) -> None:
             loaded.extend(patchers)
             for patcher in patchers:
                 recorder.add_weights(patcher.model)
 
         loading = _loaded_with([*copies.values()], settings.gradients, keep)
         model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, loading)
-        modules = {name: (self.models[name], patcher.model) for name, patcher in copies.items()}
+        modules = {name: patcher.model for name, patcher in copies.items()}
         session = OpenSession(self, work, recorder, modules)
 
         guider = comfy.samplers.CFGGuider(model)
@@ -170,7 +177,9 @@ class Session:
             guider.sample(noise, latent, session, sigmas, mask, disable_pbar=True, seed=settings.seed)
         return session.result
 
-    def _room(self, model, loaded: list, copies: Mapping) -> Callable[[str, int], None]:
+    def _room(
+        self, model: ModelPatcher, loaded: Sequence[ModelPatcher], copies: Mapping[str, ModelPatcher]
+    ) -> Callable[[str, int], None]:
         """What a Recorder asks before a gradient is computed: MemoryError where it does not fit beside ``loaded``."""
         settings, shape = self.settings, self.inputs.latent_image["samples"].shape
 
@@ -192,22 +201,45 @@ class Session:
         return check
 
 
+class _Inpaint(Protocol):
+    """KSamplerX0Inpaint with what a sampler sets on it."""
+
+    latent_image: Tensor
+    noise: Tensor | None
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        denoise_mask: Tensor | None,
+        model_options: dict[str, Any] = ...,
+        seed: int | None = ...,
+    ) -> Tensor: ...
+
+
 class OpenSession(comfy.samplers.Sampler):
     """What ``work`` gets in Session.run, a ``sampler.SeedGradients``; of no use after it."""
 
-    def __init__(self, session: Session, work: Callable[["OpenSession"], object], recorder: Recorder, modules: Mapping):
-        """``modules``: (the host's object, the module that computes) of "vae" and "clip_vision", where they are wired."""
-        self.flow, self.work, self.result = session.kind == FLOW, work, None
-        self._settings, self._scorer, self._recorder, self._modules = (
-            session.settings,
-            session.scorer,
-            recorder,
-            modules,
-        )
+    def __init__(
+        self, session: Session, work: Callable[["OpenSession"], Any], recorder: Recorder, modules: Mapping[str, Any]
+    ) -> None:
+        """``modules``: those that compute for the session's ``models``, by the same names."""
+        self.flow, self.work = session.kind == FLOW, work
+        self.result: Any = None
+        self._settings, self._scorer, self._models = session.settings, session.scorer, session.models
+        self._recorder, self._modules = recorder, modules
 
     def sample(
-        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
+        self,
+        guider: CFGGuider,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
         """Called by the host's guider in place of a sampler's steps; what ``work`` returns is in ``result``."""
         self.sigmas = sigmas.clone()  # [N + 1], falling to 0
         self.device, self._guider, self._args = guider.model_patcher.load_device, guider, extra_args
@@ -260,6 +292,7 @@ class OpenSession(comfy.samplers.Sampler):
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
         """The score [B] of such latents against the references, differentiable."""
+        assert self._scorer is not None  # whose work asks for scores gives the session a scorer
         return self._scorer.loss(self.embed, self.decode, self.to_latent)(latents)
 
     def generate(self, noise: Tensor, late: int = 1) -> list[Tensor]:
@@ -285,18 +318,18 @@ class OpenSession(comfy.samplers.Sampler):
 
     def _denoiser(self, noise: Tensor) -> Denoise:
         """The model of a run from ``noise``, inpainting as the host's samplers do."""
-        inpaint = comfy.samplers.KSamplerX0Inpaint(self._guider, self.sigmas)
+        inpaint = cast(_Inpaint, comfy.samplers.KSamplerX0Inpaint(self._guider, self.sigmas))
         inpaint.latent_image = self._latent_image
         steps = len(self.sigmas) - 1
         first = 0 if self._settings.last_steps is None else steps - self._settings.last_steps
 
         def denoise(i: int, x: Tensor) -> Tensor:
-            def predict(x, noise=None):
+            def predict(x: Tensor, noise: Tensor | None = None) -> Tensor:
                 inpaint.noise = noise
                 return inpaint(x, self.sigmas[i] * x.new_ones([1]), self._mask, **self._args)
 
             comfy.model_management.throw_exception_if_processing_interrupted()
-            inputs = (x,) if self._mask is None else (x, noise)
+            inputs: tuple[Tensor, ...] = (x,) if self._mask is None else (x, noise)
             if i < first:  # what these steps say counts as constant: the gradient passes them by
                 inputs = tuple(v.detach() for v in inputs)
             return self._recorder("denoiser", predict, *inputs)
@@ -305,31 +338,41 @@ class OpenSession(comfy.samplers.Sampler):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Pictures [B, H, W, 3] in 0..1 of latents [B, C, h, w] in the VAE's scale."""
-        vae, module = self._wired("vae")
+        self._check_wired("vae")
+        vae, module = self._models["vae"], self._modules["vae"]
         rows = [self._recorder("VAE", lambda z: images.decode(vae, module, z), z) for z in latent.split(1)]
         return torch.cat(rows)
 
     def embed(self, image: Tensor, crop: bool = True) -> Tensor:
         """Embeddings [B, D] of pictures [B, H, W, 3], not normalised: the image_embeds of CLIP_VISION."""
-        encoder, module = self._wired("clip_vision")
+        self._check_wired("clip_vision")
+        encoder, module = self._models["clip_vision"], self._modules["clip_vision"]
         rows = []
         for row in image.split(1):
             rows.append(self._recorder("image encoder", lambda r: images.embed(encoder, module, r, crop), row))
         return torch.cat(rows)
 
-    def _wired(self, name: str):
+    def _check_wired(self, name: str) -> None:
         if name not in self._modules:
             raise ValueError(f"the pictures are asked for without a {name}; wire one")
-        return self._modules[name]
 
 
-def _loaded_with(patchers: list, whole: bool, keep: Callable[[list], None]):
+def _loaded_with(
+    patchers: Sequence[ModelPatcher], whole: bool, keep: Callable[[Sequence[ModelPatcher]], None]
+) -> Callable[..., tuple[BaseModel, dict[str, list[dict]], list[ModelPatcher]]]:
     """A PREPARE_SAMPLING wrapper that loads ``patchers`` in the model's own call and tells ``keep`` what is loaded.
 
     ``whole``: no weight may stay behind.
     """
 
-    def prepare(executor, model, noise_shape, conds, *args, **kwargs):
+    def prepare(
+        executor: WrapperExecutor,
+        model: ModelPatcher,
+        noise_shape: Sequence[int],
+        conds: dict[str, list[dict]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[BaseModel, dict[str, list[dict]], list[ModelPatcher]]:
         if whole:
             kwargs["force_full_load"] = True
         extra = [{"additional_models": [patcher]} for patcher in patchers]

@@ -104,7 +104,7 @@ class ReferenceLoss:
         *,
         semantic_weight: float = 10.0,
         appearance_weight: float = 1.0,
-    ):
+    ) -> None:
         for name, weight in (("semantic_weight", semantic_weight), ("appearance_weight", appearance_weight)):
             if not 0.0 <= weight < math.inf:
                 raise ValueError(f"{name} {weight:g} is not in 0 to infinity; the authors use 10 and 1, 0 is off")
@@ -126,10 +126,10 @@ class ReferenceLoss:
 
     def __call__(self, latents: Sequence[Tensor]) -> Tensor:
         loss = latents[-1].new_zeros(len(latents[-1]))
-        if self.semantic_weight > 0.0:
+        if self.semantic_weight > 0.0 and self.embed is not None and self.embedding is not None:
             embeddings = [self.embed(x) for x in latents[-len(STEP_WEIGHTS) :]]
             loss = loss + self.semantic_weight * semantic_loss(embeddings, self.embedding)
-        if self.appearance_weight > 0.0:
+        if self.appearance_weight > 0.0 and self.latents is not None:
             loss = loss + self.appearance_weight * appearance_loss(latents[-1], self.latents)
         return loss
 

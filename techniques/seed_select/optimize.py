@@ -29,7 +29,7 @@ class OptimizeSettings:
     shell_width: float = 3.0  # of the norm guard, in standard deviations; infinity is off, as the authors have it
     patience: int = 10  # iterations without a new best that end the run; 0 is off, as the authors have it
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.iterations < 0:
             raise ValueError(f"iterations {self.iterations} is negative; use 0 to keep the noise, the authors use 30")
         if not 0.0 < self.learning_rate < math.inf:
@@ -54,7 +54,7 @@ class SeedOptimization:
 
     def __init__(
         self, start: Candidate, gradients: SeedGradients, settings: OptimizeSettings, cost: GradientCost | None = None
-    ):
+    ) -> None:
         self.start, self.noise = start, start.noise()
         check_noise(self.noise)
         self.settings, self.cost = settings, cost or GradientCost()
@@ -83,16 +83,18 @@ class SeedOptimization:
         for iteration in range(self.settings.iterations):
             loss = self._evaluate(noise, iteration, self.cost.with_gradient, progress)
             if self._out_of_patience(iteration):
-                return self.best
+                break
             adam.zero_grad()
             self._backward(loss, noise, iteration)
             adam.param_groups[0]["lr"] = self.settings.rate(iteration)
             adam.step()
             with torch.no_grad():
                 noise.copy_(onto_shell(noise, self.settings.shell_width))
-        # the authors never look at what their last step gave
-        with torch.no_grad():
-            self._evaluate(noise, self.settings.iterations, self.cost.forward, progress)
+        else:
+            # the authors never look at what their last step gave
+            with torch.no_grad():
+                self._evaluate(noise, self.settings.iterations, self.cost.forward, progress)
+        assert self.best is not None  # the first evaluation made it
         return self.best
 
     def _out_of_patience(self, iteration: int) -> bool:

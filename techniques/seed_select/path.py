@@ -77,7 +77,7 @@ def norm_aware_path(a: Tensor, b: Tensor, *, points: int = 50, iterations: int =
     gap = 2 * float((ends[0] - ends[1]).norm()) / points
     line = torch.lerp(ends[0], ends[1], _shares(points))
 
-    def loss(inner):
+    def loss(inner: Tensor) -> Tensor:
         path = torch.cat([ends[:1], inner, ends[1:]])
         return path_length(path, a.numel()) + gap_penalty(path, gap)
 
@@ -102,7 +102,7 @@ def norm_aware_centroid(
     gap = 2 * sum(pairs) / len(pairs) / points
     lines = torch.lerp(start, ends[:, None], _shares(points))  # [K, n, k]
 
-    def joined(c, inner):
+    def joined(c: Tensor, inner: Tensor) -> Tensor:
         return torch.cat([c.expand(len(ends), 1, -1), inner, ends[:, None]], dim=1)
 
     c, inner = _minimise(

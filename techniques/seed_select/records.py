@@ -20,8 +20,14 @@ class Candidate:
     sampler_seed: int = 0  # of what a stochastic sampler draws besides the noise
 
     def result(self, noise: Tensor, latent: Tensor, score: float) -> "SeedResult":
-        names = dict(label=self.label, seed=self.seed, sampler_seed=self.sampler_seed)
-        return SeedResult(**names, noise=noise, latent=latent, score=score)
+        return SeedResult(
+            label=self.label,
+            seed=self.seed,
+            noise=noise,
+            latent=latent,
+            score=score,
+            sampler_seed=self.sampler_seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

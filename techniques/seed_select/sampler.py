@@ -36,8 +36,13 @@ class SeedGradients(Protocol):
 class SeedSampler(Protocol):
     """A model with its prompts, its sampler and the references; called without gradients."""
 
-    calls_per_step: int  # of the denoiser, at most
-    gradient_cost: GradientCost | None  # None: not open to gradients
+    @property
+    def calls_per_step(self) -> int:
+        """How often the denoiser is called in a step, at most."""
+
+    @property
+    def gradient_cost(self) -> GradientCost | None:
+        """Of one run; None: not open to gradients."""
 
     def noise_of(self, seed: int) -> Tensor:
         """The noise [1, C, *S] that a plain sampler draws for ``seed`` at batch 1."""

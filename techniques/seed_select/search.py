@@ -106,7 +106,7 @@ class SeedSearch:
 
     def __init__(
         self, candidates: Sequence[Candidate], sampler: SeedSampler, plan: SearchPlan, *, pick: int = 1, batch: int = 1
-    ):
+    ) -> None:
         if len(candidates) != plan.rounds[0].candidates:
             raise ValueError(f"{len(candidates)} candidates do not fit a plan for {plan.rounds[0].candidates}")
         if not 1 <= pick <= len(candidates):
@@ -176,7 +176,7 @@ class SeedSearch:
         # a search of one candidate has no round before the last
         self._standing = self.ranking or (0,)
         self._run_round([self._standing[self.pick - 1]], self.plan.rounds[-1].steps, progress)
-        return self.best
+        return self._found(self.rounds[-1].ranking[0])
 
     def _run_round(self, chosen: Sequence[int], steps: int, progress: Progress | None) -> None:
         this = RoundScores(steps)

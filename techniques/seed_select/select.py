@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from .search import SearchPlan, SeedSearch, plan_search
 
 MODES = ("search", "optimize", "search+optimize")
 STARTS = ("noise", "inversion", "centroid")
+
+S = TypeVar("S", bound=SeedSampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class SeedSelectSettings:
     optimized: int = 1  # how many noises are optimised; with more than one picture at least two
     optimize: OptimizeSettings = field(default_factory=OptimizeSettings)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("start", STARTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}")
@@ -89,7 +92,7 @@ class SeedSelectSettings:
         return max(ends, self.optimized) if self.optimizes else ends
 
 
-class SeedSelect:
+class SeedSelect(Generic[S]):
     """One run: ``choose``, then ``optimize`` if the settings ask for it, then ``draw``.
 
     The parts are called one by one, since a gradient can be had only inside a session that the caller opens. What it
@@ -98,7 +101,7 @@ class SeedSelect:
     What it raises ends the part.
     """
 
-    def __init__(self, settings: SeedSelectSettings, sampler: SeedSampler):
+    def __init__(self, settings: SeedSelectSettings, sampler: S) -> None:
         if settings.optimizes and sampler.gradient_cost is None:
             raise ValueError(f"mode {settings.mode} needs a sampler that is open to gradients; use mode search")
         self.settings, self.sampler = settings, sampler
@@ -121,10 +124,14 @@ class SeedSelect:
         """The first picture when there is one, before that the best noise so far with its latent, else None."""
         if self.pictures:
             return self.pictures[0]
-        optimized = [o.best for o in self.optimizations if o.best is not None]
-        if optimized:
+        if optimized := self._optimized:
             return min(optimized, key=lambda found: found.score)
         return self.search.best if self.search else None
+
+    @property
+    def _optimized(self) -> list[SeedResult]:
+        """The best of each optimisation so far; an interrupted one may have none."""
+        return [o.best for o in self.optimizations if o.best is not None]
 
     def choose(self, progress: Progress | None = None) -> None:
         """Choose the noises to optimise or draw: candidates by ``start``, the best of them where they are searched."""
@@ -143,14 +150,15 @@ class SeedSelect:
             optimization = SeedOptimization(start, gradients, self.settings.optimize, self.sampler.gradient_cost)
             self.optimizations.append(optimization)
             optimization.run(self._within(progress))
-        results = sorted((o.best for o in self.optimizations), key=lambda result: result.score)
+        results = sorted(self._optimized, key=lambda result: result.score)
         self.chosen = [Candidate(f"{r.label}, optimised", lambda r=r: r.noise, r.seed, r.sampler_seed) for r in results]
 
     @torch.no_grad()
     def draw(self, progress: Progress | None = None) -> list[SeedResult]:
         """Return ``count`` pictures, that of the best noise first, each from a run of all steps at batch 1."""
-        if self.search and not self.settings.optimizes:
-            self.pictures = [self.search.best]
+        found = self.search.best if self.search and not self.settings.optimizes else None
+        if found is not None:
+            self.pictures = [found]
         for candidate in self._stops(self.chosen)[len(self.pictures) :]:
             result = self._picture(candidate)
             if progress is not None:
@@ -164,8 +172,9 @@ class SeedSelect:
         Needs a ``best``.
         """
         if not self.pictures:
-            best, optimized = self.best, any(o.best is not None for o in self.optimizations)
-            if not optimized and self.search.done:
+            best, optimized = self.best, bool(self._optimized)
+            assert best is not None  # the caller has seen one
+            if not optimized and self.search and self.search.done:
                 self.pictures = [best]
             else:
                 label = f"{best.label}, optimised" if optimized else best.label
@@ -202,7 +211,9 @@ class SeedSelect:
             if not s.optimizes:
                 pictures -= 1  # the search ends with it
         if s.optimizes:
-            self.planned += s.needed * s.optimize.planned(self.sampler.gradient_cost)
+            cost = self.sampler.gradient_cost
+            assert cost is not None  # __init__ refuses a sampler without gradients
+            self.planned += s.needed * s.optimize.planned(cost)
         self.planned += pictures * self._cost_of_picture
 
     @property
