@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from chorus.demo import signs
-from chorus.dev.first_recipes import canvas
+from chorus.dev.first_recipes import canvas, lists
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_captions_follow_the_grammar(plan):
 
 
 def test_training_never_sees_what_is_held_out(plan):
-    held = signs.load_heldout()
+    held = lists.load_heldout()
     pairs, places = {tuple(p) for p in held["pairs"]}, {tuple(p) for p in held["positions"]}
     gradients = {frozenset(g) for g in held["gradients"]}
     for scene in map(plan.scene, range(3000)):
@@ -52,7 +52,7 @@ def test_training_never_sees_what_is_held_out(plan):
 
 
 def test_unseen_renderings_come_from_the_held_out_lists_only():
-    held, unseen = signs.load_heldout(), canvas.Canvases("noto", unseen=True, draw=False)
+    held, unseen = lists.load_heldout(), canvas.Canvases("noto", unseen=True, draw=False)
     for scene in map(unseen.scene, range(300)):
         assert all(list(i.place) in held["positions"] and i.angle in held["angles"] for i in scene.items)
         assert list(scene.colors) in held["gradients"] or scene.colors[0] in held["colors"]

@@ -40,7 +40,7 @@ from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.training.generators import new_generator
 from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 
-HOST = Path(__file__).parents[2] / "host"
+TECHNIQUES = Path(__file__).parents[2] / "techniques"
 SMALL = {**denoisers.GENERAL, "model_channels": 32, "num_res_blocks": [1, 1], "transformer_depth": [0, 1]}
 SMALL["transformer_depth_output"] = [0, 0, 1, 1]
 CAPTIONS = ["a fox on blue", "a cat left of a tree"]
@@ -302,11 +302,11 @@ def test_noise_of_a_seed_is_that_of_the_host():
     assert torch.equal(seeds.noise(1003), torch.randn(1, 8, 16, 16, generator=generator))
 
 
-def test_formats_are_those_of_the_host():
-    """As text: the host's modules need ComfyUI."""
+def test_formats_are_those_of_the_adapters():
+    """As text: the adapters need ComfyUI."""
     refiner = importlib.import_module("chorus.dev.recipes.face_refiner")
-    for name, file in ((seeds.FORMAT, "seed_files.py"), (refiner.FORMAT, "face_refiner_files.py")):
-        assert f'FORMAT = "{name}"' in (HOST / file).read_text(encoding="utf-8")
+    for name, folder in ((seeds.FORMAT, "seed_select"), (refiner.FORMAT, "face_refiner")):
+        assert f'FORMAT = "{name}"' in (TECHNIQUES / folder / "comfy_files.py").read_text(encoding="utf-8")
 
 
 def test_crops_of_pixels_are_made_when_asked_for():
