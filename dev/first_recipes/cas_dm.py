@@ -19,7 +19,6 @@ from torch import nn
 from ...demo import modules, weights
 from ...demo.latent import CHANNELS
 from ...demo.text import TextModel, token_rows
-from ...demo.unet import make_unet
 from ...techniques.cas_dm.mix import losses, mix, predict, total
 from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ...training.metrics import feature_distance
@@ -28,6 +27,7 @@ from . import loop
 from .canvas import Canvases
 from .device import DEVICE
 from .encoder import seen_by
+from .unet import make_unet
 
 LATENT, PREDICTION, STYLE = "ChorusDemoLatent", "v", "noto"
 HELD_OUT, LEVELS = 10**6, 8  # the canvas with which the held-out batch begins; levels at which r is told

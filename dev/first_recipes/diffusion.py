@@ -14,11 +14,11 @@ from torch import nn
 from ...demo import weights
 from ...demo.latent import CHANNELS, PATCH, PatchPCA
 from ...demo.text import TextModel, token_rows
-from ...demo.unet import initialise, make_unet
 from ..weights import save_weights
 from . import loop
 from .canvas import Canvases
 from .device import autocast
+from .unet import initialise, make_unet
 
 DROP = 0.1  # share of captions replaced by the empty one, for guidance
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...demo.emoji.autoencoder import Autoencoder, start_as_pca
+from ...demo.emoji.autoencoder import Autoencoder
 from ...demo.emoji.concepts import STYLES
 from . import loop, sheets, snapshots
 from .device import autocast, device
 from .discriminator import Adversary
+from .pca import start_as_pca
 from .scenes import CELL, SIZE, Scenes
 
 NAME = "autoencoder"

@@ -84,7 +84,7 @@ def write(stage, folder):
 
 
 def held_out_sizes():
-    from ...demo.emoji.concepts import load_held_out
+    from .lists import load_held_out
 
     return load_held_out()["sizes"]
 

@@ -11,10 +11,11 @@ import torch
 
 from ...demo.emoji import face_pairs
 from ...demo.emoji.autoencoder import CHANNELS
-from ...demo.emoji.concepts import DATA, FACES
+from ...demo.emoji.concepts import DATA
 from ...demo.emoji.text import token_rows
 from . import autoencoder, banks, chunks, guided, loop, references, snapshots, state, student
 from .errors import RecipeError
+from .lists import FACES
 from .scenes import CELL, SIZE, Scenes
 
 SHIPPED = 500_000  # the number of the first chunk of those that come with the pack

@@ -419,7 +419,8 @@ def test_relations_place_the_first_concept_as_the_caption_says(discs):
 
 def test_autoencoder_starts_as_the_exact_pca():
     """Against numpy's singular value decomposition of the patches."""
-    from chorus.demo.emoji.autoencoder import Autoencoder, start_as_pca
+    from chorus.demo.emoji.autoencoder import Autoencoder
+    from chorus.dev.recipes.pca import start_as_pca
 
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(12, 192, generator=generator)

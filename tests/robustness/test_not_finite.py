@@ -111,7 +111,7 @@ def test_the_base_alone(window, since, sigma, record_property):
     """Before an expert begins, and after all have ended, when nothing but the finished latent can tell."""
     base, expert = unet(0), unet(1)
     blended, _ = blend(base, expert, *OTHER_WORDS, start_percent=window[0], end_percent=window[1])
-    message = rf"'base', which paints alone at sigma {sigma}, .* is not finite{WIDER}.*remove the patches"
+    message = rf"'base', which acts alone at sigma {sigma}, .* is not finite{WIDER}.*remove the patches"
     refused(blended, message, base, expert, spoil=spoiled(network(base), since=since))
     record_property("NaN cases", 1)
 
