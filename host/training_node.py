@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..training.trainer import AveragingTrainer
+from ..training.loop import AveragingTrainer
 from .files import check_prefix
 from .training_run import TrainingRun
 

@@ -1,6 +1,6 @@
 """What the reports of trainings have in common, line by line."""
 
-from .trainer import AveragingTrainer
+from .loop import AveragingTrainer
 
 TRAINED_ON = "the training pictures: too few to hold some out"  # what is looked at before and after then
 

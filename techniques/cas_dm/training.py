@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ...training.finite import NotFiniteError
-from ...training.trainer import AveragingTrainer, Training, weighted_means
+from ...training.loop import AveragingTrainer, Training, weighted_means
 from .mix import losses, mix, predict, total
 from .network import Head
 from .training_data import LEVELS, Draw, Latents

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...training.generators import stream
+from ...training.loop import Trainer
 from ...training.report_lines import verdict
 from ...training.resize import fit_short_side
-from ...training.trainer import Trainer
 from .lora import Lora, attach, check_resume, fresh, learned
 from .networks.uvit import UViT
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ....training.generators import stream
+from ....training.loop import AveragingTrainer, Training
 from ....training.report_lines import TRAINED_ON
-from ....training.trainer import AveragingTrainer, Training
 from ..networks.layers import ImageGenerator
 from ..networks.patch_discriminator import PatchGan, PatchGanConfig
 from .generators import initialise, trainable

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ....training.loop import weighted_means
 from ....training.metrics import Distance, grad, l1
 from ....training.report_lines import settled, started, verdict
-from ....training.trainer import weighted_means
 from ..networks.layers import ImageGenerator
 from .base import BETAS, GAN_BETAS, Examined, RefinerTrainer, RefinerTraining, held_out, networks_and_data, new_judge
 from .pairs import Batch, FaceData
