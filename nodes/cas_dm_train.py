@@ -14,7 +14,7 @@ from ..techniques.cas_dm.comfy_training import Guided, process_of, read_latents
 from ..techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head
 from ..techniques.cas_dm.training import GATE_WEIGHTS, CasDMTrainer, CasDMTraining
 from ..techniques.cas_dm.training_data import FIRST_WEIGHTS, Latents, Process
-from ..training.generators import stream
+from ..training.generators import seeded_generator
 from . import training_widgets as widgets
 from .cas_dm import PREFIX, CasDMHeadSocket
 from .cas_dm import made_for as of_head
@@ -212,10 +212,10 @@ class TrainCasDMHead(io.ComfyNode):
             kind = metric[0] if settings.metric_weight else NONE
             encoder = clip_vision if kind == FEATURES else None
             pictures = TrainingPictures(model, vae, encoder, gradient_checkpointing[0])
-            judge = latent_metric(kind, pictures, crop[0])
+            distance = latent_metric(kind, pictures, crop[0])
             data = Latents(latents, Process(*process_of(model)), held_out[0])
             place = training_place(model)
-            trainer = CasDMTrainer(head, data, theta, settings, judge, *place, pictures.recording)
+            trainer = CasDMTrainer(head, data, theta, settings, distance, *place, pictures.recording)
             run = HeadRun(trainer, pictures, metric[0], checkpoint_prefix[0], checkpoint_every[0], preview_every[0])
             result = run.train()
         sheet = run.last_sheet
@@ -228,7 +228,7 @@ def _new(model, cfg: float, data: str, seed: int, **config) -> Head:
     check_fits(model, made)  # latents that no head refines
     facts = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg, data=data)
     config = CasDMHeadConfig(channels=made.channels, **config)
-    return new_head(config, facts, stream(seed, FIRST_WEIGHTS))
+    return new_head(config, facts, seeded_generator(seed, FIRST_WEIGHTS))
 
 
 def _check_resumed(model, head: Head, cfg: float) -> None:

@@ -17,7 +17,7 @@ from ..techniques.face_refiner.training.generators import ARCHITECTURES, generat
 from ..techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ..techniques.face_refiner.training.pairs import NAMES, FaceData, read_pictures
 from ..techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
-from ..training.generators import stream
+from ..training.generators import seeded_generator
 from . import training_widgets as widgets
 from .checked_inputs import checks_inputs
 from .face_refiner import FaceRefinerSocket
@@ -136,7 +136,7 @@ class TrainFaceRefiner(io.ComfyNode):
                     max=1000.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="paired: of a patch GAN that learns along and judges each result beside its source.",
+                    tooltip="paired: of a patch discriminator that learns along and sees each result beside its source.",
                 ),
                 io.Float.Input(
                     "cycle_weight",
@@ -162,7 +162,7 @@ class TrainFaceRefiner(io.ComfyNode):
                     min=0,
                     max=10000,
                     advanced=True,
-                    tooltip="unpaired: older results that the judges are shown again.",
+                    tooltip="unpaired: older results that the discriminators are shown again.",
                 ),
                 widgets.average(),
                 io.Float.Input(
@@ -223,7 +223,7 @@ def _settings(pairing: str, given: dict) -> PairedTraining | CycleTraining:
 
 
 def _new(architecture: str, seed: int) -> FaceRefinerModel:
-    network = new_generator(ARCHITECTURES[architecture], stream(seed, FIRST_WEIGHTS, GENERATOR))
+    network = new_generator(ARCHITECTURES[architecture], seeded_generator(seed, FIRST_WEIGHTS, GENERATOR))
     return trained(network.state_dict(), {}, load_generator)
 
 
@@ -235,8 +235,8 @@ def _trainer(
     generator = generator_of(start.patcher.model.config, weights_of(start))
     run = dict(first_step=steps_behind(start), resumed=resumed, device=device, precision=precision)
     if data.paired:
-        judge = picture_metric(metric if settings.metric_weight else NONE, seen, device)
-        trainer, measure = PairedTrainer(generator, data, settings, judge, recording=seen.recording, **run), metric
+        distance = picture_metric(metric if settings.metric_weight else NONE, seen, device)
+        trainer, measure = PairedTrainer(generator, data, settings, distance, recording=seen.recording, **run), metric
     else:
         features = None if seen.clip_vision is None else set_features(seen)
         trainer = CycleTrainer(generator, data, settings, features, **run)

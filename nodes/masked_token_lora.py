@@ -21,9 +21,9 @@ from ..techniques.masked_tokens.training import (
     LoraTrainer,
     LoraTraining,
     Pictures,
+    frozen_uvit,
     recompute_layers,
     report,
-    trainable,
     training_bytes,
 )
 from . import training_widgets as widgets
@@ -257,7 +257,7 @@ def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
     config, (device, dtype) = model.transformer.model.config, training_place(model.transformer)
     tokens = (pictures.resolution // model.downscale) ** 2
     make_room(training_bytes(config, dtype, tokens, settings.batch_size), device)
-    network = trainable(config, merged_weights(model.transformer, device, dtype))
+    network = frozen_uvit(config, merged_weights(model.transformer, device, dtype))
     if checkpointing:
         recompute_layers(network)
     return LoraTrainer(network, pictures, settings, lora)

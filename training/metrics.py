@@ -78,11 +78,11 @@ def lpips_distance(network: str = "alex", device: torch.device | str = "cpu") ->
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchvision, about how the package asks for its weights
-        judge = package.LPIPS(net=network, verbose=False)
-    judge = judge.to(device).eval().requires_grad_(False)
+        model = package.LPIPS(net=network, verbose=False)
+    model = model.to(device).eval().requires_grad_(False)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        found = judge(*(_large_enough(p).to(device) for p in (a, b)), normalize=True)
+        found = model(*(_large_enough(p).to(device) for p in (a, b)), normalize=True)
         return found.flatten(1).mean(1).to(a.device)
 
     return distance

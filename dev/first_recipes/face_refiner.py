@@ -26,7 +26,7 @@ from ...techniques.face_refiner.training.generators import new_generator
 from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ...techniques.face_refiner.training.pairs import FaceData
 from ...techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
-from ...training.generators import stream
+from ...training.generators import seeded_generator
 from ...training.metrics import feature_distance
 from ..weights import save_weights
 from . import face_pairs, loop
@@ -91,7 +91,7 @@ def data(paired):
 
 def trainer_of(plan):
     settings, features = plan.settings, Features()
-    generator = new_generator(plan.config, stream(settings.seed, FIRST_WEIGHTS, GENERATOR))
+    generator = new_generator(plan.config, seeded_generator(settings.seed, FIRST_WEIGHTS, GENERATOR))
     precision = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
     run = dict(device=DEVICE, precision=precision)
     if isinstance(settings, PairedTraining):

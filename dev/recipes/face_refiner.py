@@ -15,7 +15,7 @@ from ...techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR
 from ...techniques.face_refiner.training.generators import new_generator
 from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ...techniques.face_refiner.training.pairs import FaceData
-from ...training.generators import stream
+from ...training.generators import seeded_generator
 from ...training.metrics import feature_distance
 from . import face_pairs, features, loop, sheets, snapshots
 from .device import device, has_bfloat16
@@ -80,7 +80,9 @@ class Task:
             l1_weight=plan.l1_weight,
             grad_weight=plan.grad_weight,
         )
-        generator = new_generator(RefinerConfig(widths=plan.widths), stream(plan.seed, FIRST_WEIGHTS, GENERATOR))
+        generator = new_generator(
+            RefinerConfig(widths=plan.widths), seeded_generator(plan.seed, FIRST_WEIGHTS, GENERATOR)
+        )
         self.trainer = PairedTrainer(
             generator,
             FaceData(*pairs, CROP, paired=True, held_out=0.02),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...training.generators import stream
+from ...training.generators import seeded_generator
 from .mix import alpha_bar, amplitudes, posterior_weight
 
 FIRST_WEIGHTS, DRAWS, HELD_OUT = 10, 11, 12  # what a stream of random numbers is for
@@ -88,7 +88,7 @@ class Latents:
 
     def draw(self, seed: int, step: int, count: int) -> Draw:
         """``count`` samples of one size, the levels spread evenly over the sampling; decided by the seed and the step."""
-        generator = stream(seed, DRAWS, step)
+        generator = seeded_generator(seed, DRAWS, step)
         bucket = self._bucket(int(torch.randint(len(self.trained), (1,), generator=generator)))
         rounds = -(-count // len(bucket))
         order = torch.cat([torch.randperm(len(bucket), generator=generator) for _ in range(rounds)])[:count]
@@ -113,7 +113,7 @@ class Latents:
         draws = []
         for k, part in enumerate(rows.values()):
             indices, percent = zip(*part)
-            draws.append(self._noised(list(indices), torch.tensor(percent), stream(0, HELD_OUT, k)))
+            draws.append(self._noised(list(indices), torch.tensor(percent), seeded_generator(0, HELD_OUT, k)))
         return draws
 
     def _noised(self, indices: list[int], percent: Tensor, generator: torch.Generator) -> Draw:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...training.generators import stream
+from ...training.generators import seeded_generator
 from ...training.loop import Trainer
 from ...training.report_lines import verdict
 from ...training.resize import fit_short_side
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     micro: Tensor  # [B, 5]
 
 
-def trainable(config, weights: dict[str, Tensor]) -> UViT:
+def frozen_uvit(config, weights: dict[str, Tensor]) -> UViT:
     """A U-ViT of plain layers around ``weights``, frozen."""
     with torch.device("meta"):
         network = UViT(config)
@@ -139,7 +139,7 @@ class Pictures:
     def order(self, seed: int, position: int) -> int:
         """The picture at a position of the run: all of them once, in a new order, before any comes again."""
         epoch, place = divmod(position, len(self))
-        return int(torch.randperm(len(self), generator=stream(seed, ORDER, epoch))[place])
+        return int(torch.randperm(len(self), generator=seeded_generator(seed, ORDER, epoch))[place])
 
 
 def mask_of(share: float, tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -172,7 +172,7 @@ class LoraTrainer(Trainer):
         pictures.check_batch(settings.batch_size)
         if resume is not None:
             check_resume(resume, network, settings.rank, settings.alpha)
-        start = resume or fresh(network, settings.rank, settings.alpha, stream(settings.seed, INIT))
+        start = resume or fresh(network, settings.rank, settings.alpha, seeded_generator(settings.seed, INIT))
         self.network, self.pictures, self.layers = network, pictures, attach(network, start)
         parameters = [p for layer in self.layers.values() for p in (layer.down, layer.up)]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
@@ -186,7 +186,11 @@ class LoraTrainer(Trainer):
 
     def draw(self, step: int) -> Batch:
         """The batch of a step."""
-        generator, size, seed = stream(self.settings.seed, MASKS, step), self.settings.batch_size, self.settings.seed
+        generator, size, seed = (
+            seeded_generator(self.settings.seed, MASKS, step),
+            self.settings.batch_size,
+            self.settings.seed,
+        )
         indices = [self.pictures.order(seed, step * size + i) for i in range(size)]
         tops, lefts = (torch.randint(room + 1, (size,), generator=generator).tolist() for room in self.pictures.room)
         shares = [math.cos(r * math.pi / 2) for r in torch.rand(size, generator=generator).tolist()]
@@ -204,7 +208,7 @@ class LoraTrainer(Trainer):
         for index in range(min(len(self.pictures), FIXED_PICTURES)):
             for i in range(FIXED_MASKS):
                 share = math.cos((i + 0.5) / FIXED_MASKS * math.pi / 2)
-                masks = functools.partial(mask_of, share, generator=stream(0, FIXED, index, i))
+                masks = functools.partial(mask_of, share, generator=seeded_generator(0, FIXED, index, i))
                 losses.append(float(masked_loss(self.network, self.pictures.batch([(index, top, left)], masks))))
         return math.fsum(losses) / len(losses)
 

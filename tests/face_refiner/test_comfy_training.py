@@ -17,7 +17,7 @@ from chorus.nodes.face_refiner import FaceRefiner, LoadFaceRefiner, SaveFaceRefi
 from chorus.nodes.face_refiner_train import TrainFaceRefiner
 from chorus.techniques.face_refiner import comfy_train_node
 from chorus.techniques.face_refiner.comfy_files import refiner_files
-from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
+from chorus.techniques.face_refiner.networks.patch_discriminator import PatchDiscriminatorConfig
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
@@ -49,10 +49,10 @@ def folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Architectures and judges of few weights."""
+    """Architectures and discriminators of few weights."""
     for name, config in SMALL.items():
         monkeypatch.setitem(face_refiner_train.ARCHITECTURES, name, config)
-    monkeypatch.setattr(training, "PatchGanConfig", functools.partial(PatchGanConfig, ndf=8))
+    monkeypatch.setattr(training, "PatchDiscriminatorConfig", functools.partial(PatchDiscriminatorConfig, ndf=8))
 
 
 @in_inference_mode
@@ -152,7 +152,7 @@ def test_without_pairs(architecture):
     result = train(
         images(5), tinted(images(3, seed=4)), pairing="unpaired", architecture=architecture, metric="clip_vision"
     )
-    assert set(result.loss_map) == {"loss", "gan", "cycle", "identity", "judges"}
+    assert set(result.loss_map) == {"loss", "gan", "cycle", "identity", "discriminators"}
     assert "5 source and 3 target pictures" in result.report and "in colours and detail" in result.report
     assert result.refiner.details["pairing"] == "unpaired" and refine(result.refiner, images(1)).isfinite().all()
     seen = train(
@@ -171,9 +171,9 @@ def test_features_of_an_encoder(checkpointing):
     assert "metric" not in plain.loss_map and not same(plain.refiner, result.refiner)
 
 
-def test_a_judge_learns_along():
+def test_discriminator_learns_along():
     result = train(gan_weight=0.5, l1_weight=10.0)
-    assert set(result.loss_map) == {"loss", "grad", "metric", "l1", "gan", "judge"}
+    assert set(result.loss_map) == {"loss", "grad", "metric", "l1", "gan", "discriminator"}
 
 
 def test_lists_of_sizes():

@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chorus.techniques.face_refiner.networks.image_generators import is_patch_gan
-from chorus.techniques.face_refiner.networks.patch_discriminator import PATCH, PatchGan, PatchGanConfig
+from chorus.techniques.face_refiner.networks.image_generators import is_patch_discriminator
+from chorus.techniques.face_refiner.networks.patch_discriminator import (
+    PATCH,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+)
 from chorus.techniques.face_refiner.training.generators import initialise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +32,8 @@ def straight(x, w, norm):
 @pytest.mark.parametrize(("channels", "norm"), [(3, "instance"), (6, "batch")])
 def test_the_published_layout(channels, norm):
     network = initialise(
-        PatchGan(PatchGanConfig(channels=channels, ndf=8, norm=norm)), torch.Generator().manual_seed(1)
+        PatchDiscriminator(PatchDiscriminatorConfig(channels=channels, ndf=8, norm=norm)),
+        torch.Generator().manual_seed(1),
     )
     weights = network.state_dict()
     for name, weight in weights.items():
@@ -41,19 +46,21 @@ def test_the_published_layout(channels, norm):
     # batch norms read their statistics in float32
     tolerance = {} if norm == "instance" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(network(x), straight(x, network.state_dict(), norm), **tolerance)
-    assert is_patch_gan(weights)
+    assert is_patch_discriminator(weights)
 
 
 @pytest.mark.parametrize(("channels", "norm", "count"), [(3, "instance", 2_764_737), (6, "batch", 2_768_705)])
 def test_sizes(channels, norm, count):
     with torch.device("meta"):
-        network = PatchGan(PatchGanConfig(channels=channels, norm=norm))
+        network = PatchDiscriminator(PatchDiscriminatorConfig(channels=channels, norm=norm))
     assert sum(p.numel() for p in network.parameters()) == count
 
 
 def test_a_number_sees_seventy_pixels():
     """Without norms, which see everything."""
-    network = initialise(PatchGan(PatchGanConfig(ndf=4, norm="batch")), torch.Generator().manual_seed(1)).eval()
+    network = initialise(
+        PatchDiscriminator(PatchDiscriminatorConfig(ndf=4, norm="batch")), torch.Generator().manual_seed(1)
+    ).eval()
     x = torch.zeros(1, 3, 160, 160, requires_grad=True)
     out = network(x)
     out[0, 0, out.shape[2] // 2, out.shape[3] // 2].backward()
@@ -62,7 +69,7 @@ def test_a_number_sees_seventy_pixels():
 
 
 def test_the_least_picture():
-    network = PatchGan(PatchGanConfig(ndf=4))
-    assert network(torch.randn(1, 3, PatchGan.least, PatchGan.least)).numel() == 1
+    network = PatchDiscriminator(PatchDiscriminatorConfig(ndf=4))
+    assert network(torch.randn(1, 3, PatchDiscriminator.least, PatchDiscriminator.least)).numel() == 1
     with pytest.raises((RuntimeError, ValueError)):
-        network(torch.randn(1, 3, PatchGan.least - 8, PatchGan.least - 8))
+        network(torch.randn(1, 3, PatchDiscriminator.least - 8, PatchDiscriminator.least - 8))

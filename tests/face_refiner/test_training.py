@@ -12,7 +12,7 @@ from torch import nn
 
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, load_generator
 from chorus.techniques.face_refiner.networks.layers import BatchNorm, ImageGenerator
-from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
+from chorus.techniques.face_refiner.networks.patch_discriminator import PatchDiscriminatorConfig
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
@@ -23,7 +23,7 @@ from chorus.techniques.face_refiner.training.generators import (
     TrainedBatchNorm,
     generator_of,
     new_generator,
-    trainable,
+    with_trained_batch_norms,
 )
 from chorus.techniques.face_refiner.training.paired import PairedTrainer, PairedTraining, report
 from chorus.techniques.face_refiner.training.pairs import MOST_HELD_OUT, SOURCE, FaceData, read_pictures
@@ -47,8 +47,8 @@ TINT = torch.tensor([0.15, -0.1, 0.05])[:, None, None]
 
 
 @pytest.fixture(autouse=True)
-def small_judges(monkeypatch):
-    monkeypatch.setattr(base, "PatchGanConfig", functools.partial(PatchGanConfig, ndf=8))
+def small_discriminators(monkeypatch):
+    monkeypatch.setattr(base, "PatchDiscriminatorConfig", functools.partial(PatchDiscriminatorConfig, ndf=8))
 
 
 def pictures(count=12, size=(40, 40), seed=0):
@@ -127,7 +127,7 @@ def test_grad_by_hand():
 def test_paired_losses_and_gradients(gan_weight):
     weights = dict(grad_weight=1.5, metric_weight=0.8, l1_weight=3.0, gan_weight=gan_weight)
     made = paired(RESNET, metric=lambda a, b: (a - b).square().mean((1, 2, 3)), **weights)
-    generator, *judges = in_double(made)
+    generator, *discriminators = in_double(made)
     found = made._gradient(0)
     source, target = (t.double() for t in made.draw(0))
     x, y = 2 * source - 1, 2 * target - 1
@@ -137,29 +137,29 @@ def test_paired_losses_and_gradients(gan_weight):
         "metric": ((z - y) / 2).square().mean(),
         "l1": (z - y).abs().mean(),
     }
-    if judges:
-        [judge] = judges
-        expected["gan"] = F.softplus(-judge(torch.cat([x, z], 1))).mean()
-        real, fake = judge(torch.cat([x, y], 1)), judge(torch.cat([x, z.detach()], 1))
-        expected["judge"] = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+    if discriminators:
+        [discriminator] = discriminators
+        expected["gan"] = F.softplus(-discriminator(torch.cat([x, z], 1))).mean()
+        real, fake = discriminator(torch.cat([x, y], 1)), discriminator(torch.cat([x, z.detach()], 1))
+        expected["discriminator"] = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
     loss = sum(weights.get(f"{name}_weight", 0.0) * value for name, value in expected.items())
     assert found.keys() == {"loss", *expected}
     for name, value in {"loss": loss, **expected}.items():
         torch.testing.assert_close(found[name].double(), value.detach(), rtol=1e-4, atol=1e-6)
     assert_gradients(made.generator, gradients_of(loss, generator))
-    if judges:
-        assert_gradients(made.others[0], gradients_of(expected["judge"], judge))
+    if discriminators:
+        assert_gradients(made.others[0], gradients_of(expected["discriminator"], discriminator))
 
 
 @pytest.mark.parametrize("identity_weight", [0.0, 0.5])
 def test_unpaired_losses_and_gradients(identity_weight):
     made = unpaired(RESNET, cycle_weight=7.0, identity_weight=identity_weight)
-    g, f, judge_a, judge_b = in_double(made)
+    g, f, d_a, d_b = in_double(made)
     found = made._gradient(0)
     a, b = (2 * t.double() - 1 for t in made.draw(0))
     fake_b, fake_a = g(a), f(b)
     expected = {
-        "gan": (judge_b(fake_b) - 1).square().mean() + (judge_a(fake_a) - 1).square().mean(),
+        "gan": (d_b(fake_b) - 1).square().mean() + (d_a(fake_a) - 1).square().mean(),
         "cycle": (f(fake_b) - a).abs().mean() + (g(fake_a) - b).abs().mean(),
     }
     loss = expected["gan"] + 7.0 * expected["cycle"]
@@ -167,16 +167,16 @@ def test_unpaired_losses_and_gradients(identity_weight):
         expected["identity"] = (g(b) - b).abs().mean() + (f(a) - a).abs().mean()
         loss = loss + 7.0 * 0.5 * expected["identity"]
     own = [
-        ((judge(real) - 1).square().mean() + judge(fake.detach()).square().mean()) / 2
-        for judge, real, fake in ((judge_a, a, fake_a), (judge_b, b, fake_b))
+        ((discriminator(real) - 1).square().mean() + discriminator(fake.detach()).square().mean()) / 2
+        for discriminator, real, fake in ((d_a, a, fake_a), (d_b, b, fake_b))
     ]
-    expected |= {"loss": loss, "judges": sum(own)}
+    expected |= {"loss": loss, "discriminators": sum(own)}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value.detach(), rtol=1e-4, atol=1e-6)
     for ours, theirs in ((made.generator, g), (made.back, f)):
         assert_gradients(ours, gradients_of(loss, theirs))
-    for ours, theirs, value in zip(made.judges, (judge_a, judge_b), own):
+    for ours, theirs, value in zip(made.discriminators, (d_a, d_b), own):
         assert_gradients(ours, gradients_of(value, theirs))
 
 
@@ -213,7 +213,7 @@ def test_batch_norm_is_torchs():
     }
     layer.load_state_dict(state)
     theirs.load_state_dict(state, strict=False)
-    ours = trainable(nn.Sequential(layer))[0]
+    ours = with_trained_batch_norms(nn.Sequential(layer))[0]
     assert isinstance(ours, TrainedBatchNorm) and ours.state_dict().keys() == state.keys()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs)]
     for _ in range(3):
@@ -388,7 +388,7 @@ def test_the_pool_keeps_and_gives_back():
     assert all(torch.equal(none(p, draws), p) for p in numbered[:5]) and none.pictures == []
 
 
-def test_judges_see_the_pool():
+def test_discriminators_see_the_pool():
     made = unpaired(pool_size=4, batch_size=2)
     for step in range(4):
         made._gradient(step)
@@ -422,7 +422,7 @@ def test_a_tint_is_learned(gan_weight):
     assert "no nearer" not in text
     spoiled = report(made, after, before, "L1")
     assert "did NOT learn" in spoiled and "no nearer to the target" in spoiled
-    assert set(made.losses) == {"loss", "grad", "metric", *(["gan", "judge"] if gan_weight else [])}
+    assert set(made.losses) == {"loss", "grad", "metric", *(["gan", "discriminator"] if gan_weight else [])}
     assert {len(v) for v in made.losses.values()} == {80}
     assert float(made.facts(after)["held_out_loss"]) == pytest.approx(after.loss, rel=1e-4)
 
@@ -469,7 +469,7 @@ def test_grad_ties_the_structure_to_the_source():
 def test_a_colour_cast_is_learned_without_pairs():
     cast = torch.tensor([0.2, 0.0, -0.2])[:, None, None]
     known = FaceData([p + cast for p in pictures()], pictures(9, seed=7), 24, paired=False, held_out=0.25)
-    # a judge of few weights and steps has to be listened to
+    # a discriminator of few weights and steps has to be listened to
     made = unpaired(known=known, features=lambda p: p.mean((1, 2)), steps=60, learning_rate=2e-3, cycle_weight=1.0)
     before = made.examine()
     assert before.loss == pytest.approx(before.source["set"], rel=1e-4)
@@ -520,7 +520,7 @@ def test_colours_and_detail_see_colour_contrast_and_blur():
     assert (blurred[:, 6:12] < 0.6 * seen[:, 6:12]).all()
 
 
-def test_a_resumed_refiner_waits_for_the_judges():
+def test_a_resumed_refiner_waits_for_the_discriminators():
     first = unpaired(steps=2)
     first.train(nothing)
     made = unpaired(generator_of(OWN, first.weights()), steps=40, run=dict(first_step=2))
@@ -734,5 +734,5 @@ def test_runs_that_cannot_be():
     assert paired(metric=None, gan_weight=1.0).examine().loss == pytest.approx(0.1, rel=1e-3)
     with pytest.raises(ValueError, match=r"U-Net 32.* in multiples of 32, and crop is 40; use such a crop"):
         paired(UNET, data(crop=40))
-    with pytest.raises(ValueError, match="crop 16 is less than 24, the least that a patch GAN judges"):
+    with pytest.raises(ValueError, match="crop 16 is less than 24, the least that a discriminator takes"):
         unpaired(known=data(paired=False, crop=16))

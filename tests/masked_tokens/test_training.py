@@ -12,14 +12,14 @@ from chorus.techniques.masked_tokens.training import (
     LoraTrainer,
     LoraTraining,
     Pictures,
+    frozen_uvit,
     mask_of,
     masked_loss,
     recompute_layers,
     report,
-    trainable,
 )
 from chorus.training.finite import NotFiniteError
-from chorus.training.generators import stream
+from chorus.training.generators import seeded_generator
 from chorus.training.resize import fit_short_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,7 +76,7 @@ def pictures(images=None, prompts=None, resolution=16, encode=encode):
 
 def trainer(seed=0, resume=None, data=None, **settings):
     settings = LoraTraining(**{"steps": 5, "rank": 4, "alpha": 4.0, "learning_rate": 1e-2, "seed": seed, **settings})
-    return LoraTrainer(trainable(CONFIG, base()), data or pictures(), settings, resume)
+    return LoraTrainer(frozen_uvit(CONFIG, base()), data or pictures(), settings, resume)
 
 
 def run(*args, **kwargs):
@@ -103,7 +103,7 @@ def test_it_learns_a_picture():
 
 def test_only_the_lora_changes():
     weights = base()
-    network = trainable(CONFIG, {name: weight.clone() for name, weight in weights.items()})
+    network = frozen_uvit(CONFIG, {name: weight.clone() for name, weight in weights.items()})
     made = LoraTrainer(network, pictures(), LoraTraining(steps=3, rank=2, alpha=2.0))
     start = bits(made.lora())
     made.train(lambda done, loss: None)
@@ -119,7 +119,7 @@ def test_only_the_lora_changes():
 
 def test_gradients_are_those_of_the_merged_weights():
     """W + s B A has the gradients dB = s dW Aᵀ and dA = s Bᵀ dW; also those that come through the text's keys."""
-    network, merged = trainable(CONFIG, base()), trainable(CONFIG, base())
+    network, merged = frozen_uvit(CONFIG, base()), frozen_uvit(CONFIG, base())
     made = LoraTrainer(network, pictures(), LoraTraining(steps=1, rank=2, alpha=3.0))
     for name, layer in made.layers.items():
         torch.nn.init.normal_(layer.up, std=0.2)
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_merged_weights():
 
 
 def test_the_loss_looks_at_masked_tokens_only():
-    network, batch = trainable(CONFIG, base()), trainer().draw(0)
+    network, batch = frozen_uvit(CONFIG, base()), trainer().draw(0)
     ids = batch.tokens.masked_fill(batch.mask, CONFIG.vocab_size - 1)
     logits = network(ids, network.condition(batch.text, batch.pooled, batch.micro))[0].flatten(1).log_softmax(0)
     hidden = batch.mask.flatten().nonzero().flatten().tolist()
@@ -161,7 +161,9 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others():
 
 def test_draws_differ_by_every_part_of_their_key():
     keys = [(0, 1), (1, 0), (0, 2), (2**32, 1), (2**32, 0), (2**64 - 1, 1)]
-    assert len({float(torch.rand(1, generator=stream(*key), dtype=torch.float64)) for key in keys}) == len(keys)
+    assert len({float(torch.rand(1, generator=seeded_generator(*key), dtype=torch.float64)) for key in keys}) == len(
+        keys
+    )
 
 
 def test_a_resumed_run_goes_on_where_the_first_ended():
@@ -178,7 +180,7 @@ def test_a_resumed_run_goes_on_where_the_first_ended():
 def test_recomputed_layers_give_the_same_gradients():
     grads = []
     for change in (lambda network: None, recompute_layers):
-        network = trainable(CONFIG, base())
+        network = frozen_uvit(CONFIG, base())
         change(network)
         made = LoraTrainer(network, pictures(), LoraTraining(steps=1, rank=2, alpha=2.0))
         masked_loss(network, made.draw(0)).backward()
@@ -188,7 +190,7 @@ def test_recomputed_layers_give_the_same_gradients():
 
 
 def test_a_network_in_bfloat16_learns_in_float32():
-    network = trainable(CONFIG, {name: weight.bfloat16() for name, weight in base().items()})
+    network = frozen_uvit(CONFIG, {name: weight.bfloat16() for name, weight in base().items()})
     made = LoraTrainer(network, pictures(), LoraTraining(steps=30, rank=4, alpha=4.0, learning_rate=1e-2))
     before = made.fixed_loss()
     made.train(lambda done, loss: None)

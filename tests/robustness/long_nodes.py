@@ -15,7 +15,7 @@ import torch
 from chorus.demo import modules
 from chorus.demo.latent import ChorusDemoLatent
 from chorus.nodes import NODES, face_refiner_train
-from chorus.techniques.face_refiner.networks.patch_discriminator import PatchGanConfig
+from chorus.techniques.face_refiner.networks.patch_discriminator import PatchDiscriminatorConfig
 from chorus.techniques.face_refiner.training import base as face_refiner_run
 from chorus.techniques.seed_select import comfy_sampler, path, select
 from chorus.tests.cas_dm.test_comfy_training import latents, train
@@ -233,7 +233,7 @@ def folders(tmp_path, monkeypatch) -> Path:
 def small(monkeypatch) -> None:
     """Few weights and steps where the nodes have no widget for it."""
     monkeypatch.setitem(face_refiner_train.ARCHITECTURES, "residual", OWN)
-    monkeypatch.setattr(face_refiner_run, "PatchGanConfig", partial(PatchGanConfig, ndf=8))
+    monkeypatch.setattr(face_refiner_run, "PatchDiscriminatorConfig", partial(PatchDiscriminatorConfig, ndf=8))
     monkeypatch.setattr(comfy_sampler, "INVERSION_STEPS", 3)
     known: list = []  # centroids take a second each, and are of the same noises in every run
 

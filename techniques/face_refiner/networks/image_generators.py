@@ -43,13 +43,15 @@ def detect(state_dict: Mapping[str, Tensor]) -> Config:
     if "down.0.0.attention.squeeze.weight" in names:
         return RefinerConfig.from_state_dict(state_dict)
     listed = shorten([f"{name} {seen(value)}" for name, value in state_dict.items()]) or "nothing"
-    judge = (
-        "; this looks like a discriminator, take the file of a generator (net_G)" if is_patch_gan(state_dict) else ""
+    hint = (
+        "; this looks like a discriminator, take the file of a generator (net_G)"
+        if is_patch_discriminator(state_dict)
+        else ""
     )
-    raise ValueError(f"No known generator{judge}. Seen: {listed}. Supported: {SUPPORTED}")
+    raise ValueError(f"No known generator{hint}. Seen: {listed}. Supported: {SUPPORTED}")
 
 
-def is_patch_gan(state_dict: Mapping[str, Tensor]) -> bool:
+def is_patch_discriminator(state_dict: Mapping[str, Tensor]) -> bool:
     return "model.1.weight" not in state_dict and getattr(state_dict.get("model.0.weight"), "shape", ())[2:] == (4, 4)
 
 

@@ -1,4 +1,4 @@
-"""The discriminator of pix2pix and CycleGAN (arXiv 1611.07004, 1703.10593): each of its numbers judges 70 x 70 pixels.
+"""The discriminator of pix2pix and CycleGAN (arXiv 1611.07004, 1703.10593): each of its numbers rates 70 x 70 pixels.
 
 Module names are those of the published state dicts.
 """
@@ -15,16 +15,18 @@ PATCH = 70  # pixels along a side that one number sees
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchGanConfig:
-    channels: int = 3  # 6 where a picture is judged beside the one that it was made of
+class PatchDiscriminatorConfig:
+    channels: int = 3  # 6 where a picture is rated beside the one that it was made of
     ndf: int = 64
     norm: str = "instance"
 
 
-class PatchGan(nn.Module):
+class PatchDiscriminator(nn.Module):
     least = 24  # pixels of a side: below that instance norm is left with one number
 
-    def __init__(self, config: PatchGanConfig = PatchGanConfig(), operations: Operations = torch.nn) -> None:
+    def __init__(
+        self, config: PatchDiscriminatorConfig = PatchDiscriminatorConfig(), operations: Operations = torch.nn
+    ) -> None:
         super().__init__()
         self.config = config
         ndf, biased = config.ndf, config.norm != "batch"

@@ -15,16 +15,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....training.generators import stream
+from ....training.generators import seeded_generator
 from ....training.loop import AveragingTrainer, Training
 from ....training.report_lines import TRAINED_ON
 from ..networks.layers import ImageGenerator
-from ..networks.patch_discriminator import PatchGan, PatchGanConfig
-from .generators import initialise, trainable
+from ..networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from .generators import initialise, with_trained_batch_norms
 from .pairs import Batch, FaceData
 
 FIRST_WEIGHTS, DROPOUT = 20, 23  # what a stream of random numbers is for, beside those of face_pairs
-GENERATOR, BACK, JUDGES = 0, 1, 2  # whose first weights
+GENERATOR, BACK, DISCRIMINATORS = 0, 1, 2  # whose first weights
 BETAS, GAN_BETAS = (0.9, 0.999), (0.5, 0.999)  # Adam's; the second of the GANs that we follow
 
 
@@ -88,7 +88,8 @@ class RefinerTrainer(AveragingTrainer):
             )
         self.data = data
         self.generator, *self.others = networks = [
-            trainable(network).to(device, memory_format=torch.channels_last) for network in (generator, *others)
+            with_trained_batch_norms(network).to(device, memory_format=torch.channels_last)
+            for network in (generator, *others)
         ]
         weights = [p for network in networks for p in network.parameters()]
         optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=self.betas)
@@ -108,7 +109,7 @@ class RefinerTrainer(AveragingTrainer):
     def _draws(self, step: int, number: int, count: int) -> list[torch.Generator]:
         """What dropout draws from: a generator for each sample, however they are batched."""
         first = number * self.settings.batch_size
-        return [stream(self.settings.seed, DROPOUT, self.first_step + step, first + i) for i in range(count)]
+        return [seeded_generator(self.settings.seed, DROPOUT, self.first_step + step, first + i) for i in range(count)]
 
     def apply(self, network: nn.Module, x: Tensor, draws: Sequence[torch.Generator] | None = None) -> Tensor:
         """``network(x)`` in the run's precision; float32."""
@@ -150,14 +151,15 @@ class RefinerTrainer(AveragingTrainer):
         return kept if examined is None else kept | {"held_out_loss": f"{examined.loss:.6g}"}
 
 
-def new_judge(settings: RefinerTraining, channels: int, number: int, crop: int) -> PatchGan:
+def new_discriminator(settings: RefinerTraining, channels: int, number: int, crop: int) -> PatchDiscriminator:
     """An untrained patch GAN; instance norm, since batches are small."""
-    if crop < PatchGan.least:
+    if crop < PatchDiscriminator.least:
         raise ValueError(
-            f"crop {crop} is less than {PatchGan.least}, the least that a patch GAN judges; use a larger one"
+            f"crop {crop} is less than {PatchDiscriminator.least}, the least that a discriminator takes; use a larger one"
         )
     return initialise(
-        PatchGan(PatchGanConfig(channels=channels)), stream(settings.seed, FIRST_WEIGHTS, JUDGES + number)
+        PatchDiscriminator(PatchDiscriminatorConfig(channels=channels)),
+        seeded_generator(settings.seed, FIRST_WEIGHTS, DISCRIMINATORS + number),
     )
 
 

@@ -41,7 +41,7 @@ class TrainedBatchNorm(BatchNorm):
         return found.to(x.dtype)
 
 
-def trainable(network: nn.Module) -> nn.Module:
+def with_trained_batch_norms(network: nn.Module) -> nn.Module:
     """``network`` itself, with batch norms that learn."""
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):

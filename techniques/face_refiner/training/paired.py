@@ -1,7 +1,7 @@
 """Trains a face refiner on pairs: GRAD(source, refined) + LPIPS(target, refined), as arXiv 2505.02255 has it in words.
 
-The structure is tied to the source, the look to the target. Options that are not the paper's: an L1 distance, and a patch GAN
-that judges the result beside its source as pix2pix's does (arXiv 1611.07004; cross-entropy, its own loss halved).
+The structure is tied to the source, the look to the target. Options that are not the paper's: an L1 distance, and a patch
+discriminator that sees the result beside its source, as pix2pix's does (arXiv 1611.07004; cross-entropy, its own loss halved).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,16 @@ from ....training.loop import weighted_means
 from ....training.metrics import Distance, grad, l1
 from ....training.report_lines import settled, started, verdict
 from ..networks.layers import ImageGenerator
-from .base import BETAS, GAN_BETAS, Examined, RefinerTrainer, RefinerTraining, held_out, networks_and_data, new_judge
+from .base import (
+    BETAS,
+    GAN_BETAS,
+    Examined,
+    RefinerTrainer,
+    RefinerTraining,
+    held_out,
+    networks_and_data,
+    new_discriminator,
+)
 from .pairs import Batch, FaceData
 
 
@@ -50,9 +59,9 @@ class PairedTrainer(RefinerTrainer):
                 "nothing draws the result to the target: set a metric with a metric_weight above 0, or an l1_weight, or a"
                 " gan_weight"
             )
-        judges = [new_judge(settings, 6, 0, data.crop)] if settings.gan_weight else []
-        self.betas = GAN_BETAS if judges else BETAS
-        super().__init__(generator, data, settings, judges, **run)
+        discriminators = [new_discriminator(settings, 6, 0, data.crop)] if settings.gan_weight else []
+        self.betas = GAN_BETAS if discriminators else BETAS
+        super().__init__(generator, data, settings, discriminators, **run)
 
     def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
         count = self.settings.accumulation
@@ -60,20 +69,20 @@ class PairedTrainer(RefinerTrainer):
         z = self.apply(self.generator, x, self._draws(step, number, len(x)))
         parts = self.parts(x, y, z)
         if self.others:
-            [judge] = self.others
-            judge.requires_grad_(False)
-            parts["gan"] = realness(self.apply(judge, torch.cat([x, z], 1)), True)
+            [discriminator] = self.others
+            discriminator.requires_grad_(False)
+            parts["gan"] = gan_bce(self.apply(discriminator, torch.cat([x, z], 1)), True)
         loss = self.total(parts)
         (loss / count).backward()
         if self.others:
-            judge.requires_grad_(True)
-            real, fake = (self.apply(judge, torch.cat([x, shown], 1)) for shown in (y, z.detach()))
-            parts["judge"] = 0.5 * (realness(real, True) + realness(fake, False))
-            (parts["judge"] / count).backward()
+            discriminator.requires_grad_(True)
+            real, fake = (self.apply(discriminator, torch.cat([x, shown], 1)) for shown in (y, z.detach()))
+            parts["discriminator"] = 0.5 * (gan_bce(real, True) + gan_bce(fake, False))
+            (parts["discriminator"] / count).backward()
         return {"loss": loss, **parts}
 
     def parts(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """What needs no judge of the loss of z, made of x in place of y; all [B, 3, S, S] in -1..1."""
+        """What needs no discriminator of the loss of z, made of x in place of y; all [B, 3, S, S] in -1..1."""
         settings = self.settings
         found = {"grad": grad(*_rows(x, z)).mean()} if settings.grad_weight else {}
         if self.metric is not None:
@@ -87,7 +96,7 @@ class PairedTrainer(RefinerTrainer):
 
     @torch.no_grad()
     def _examine(self) -> Examined:
-        """The loss without the judge's part, since it learns along: what it says now and later does not compare. Where
+        """The loss without the discriminator's part, since it learns along: what it says now and later does not compare. Where
         nothing else draws to the target, the mean difference from it."""
         source, target = self.data.fixed()
         rows, refined = [], self.refine(source)
@@ -110,9 +119,9 @@ def _rows(*pictures: Tensor) -> list[Tensor]:
     return [p.movedim(1, -1) for p in pictures]
 
 
-def realness(judged: Tensor, real: bool) -> Tensor:
-    """pix2pix's loss: cross-entropy of what a judge says of every patch, where all are ``real`` or none is."""
-    return F.binary_cross_entropy_with_logits(judged, torch.full_like(judged, float(real)))
+def gan_bce(logits: Tensor, real: bool) -> Tensor:
+    """pix2pix's loss: cross-entropy of what a discriminator says of every patch, where all are ``real`` or none is."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
 
 
 def report(trainer: PairedTrainer, before: Examined, after: Examined, metric: str = "metric") -> str:

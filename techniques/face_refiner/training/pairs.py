@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....training.generators import stream
+from ....training.generators import seeded_generator
 from ....training.metrics import crops
 from ....training.resize import fit_short_side
 from ..refine import check_pictures
@@ -77,7 +77,9 @@ class Side:
     def order(self, seed: int, side: int, position: int) -> int:
         """The picture at a position of all runs: all that are trained on once, in a new order, before any comes again."""
         epoch, place = divmod(position, len(self.trained))
-        return self.trained[int(torch.randperm(len(self.trained), generator=stream(seed, ORDER, side, epoch))[place])]
+        return self.trained[
+            int(torch.randperm(len(self.trained), generator=seeded_generator(seed, ORDER, side, epoch))[place])
+        ]
 
     def cut(self, indices: Sequence[int], places: Tensor, flipped: Sequence[bool]) -> Tensor:
         """[B, 3, S, S]: the crops of the pictures ``indices`` at ``places`` [B, 2] in 0..1, some as in a mirror."""
@@ -122,7 +124,7 @@ class FaceData:
 
     def draw(self, seed: int, step: int, count: int) -> Batch:
         """``count`` crops of each side for a step."""
-        generator = stream(seed, CROPS, step)
+        generator = seeded_generator(seed, CROPS, step)
         found, cut = [], ()
         for number, side in enumerate(self.sides):
             if not (cut and self.paired):

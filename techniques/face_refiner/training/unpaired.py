@@ -1,8 +1,8 @@
 """Trains a face refiner on two sets of pictures that know nothing of each other: CycleGAN (arXiv 1703.10593).
 
-G: source -> target is the refiner; F: target -> source and the judges of both sides are needed for training alone, and begin
+G: source -> target is the refiner; F: target -> source and the discriminators of both sides are needed for training alone, and begin
 anew in every run. Losses, weights and the pool of older results are those of pytorch-CycleGAN-and-pix2pix: least squares,
-cycle 10, identity 0.5 of it, 50 pictures, each judge's loss halved.
+cycle 10, identity 0.5 of it, 50 pictures, each discriminator's loss halved.
 
 Whether it learned is told by how far the refined held-out pictures, as a set, are from those of the target.
 
@@ -16,11 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....training.generators import stream
+from ....training.generators import seeded_generator
 from ....training.metrics import l1
 from ....training.report_lines import settled, started, verdict
 from ..networks.layers import ImageGenerator
-from .base import BACK, FIRST_WEIGHTS, Examined, RefinerTrainer, RefinerTraining, held_out, networks_and_data, new_judge
+from .base import (
+    BACK,
+    FIRST_WEIGHTS,
+    Examined,
+    RefinerTrainer,
+    RefinerTraining,
+    held_out,
+    networks_and_data,
+    new_discriminator,
+)
 from .generators import new_generator
 from .pairs import SOURCE, TARGET, Batch, FaceData
 
@@ -36,13 +45,13 @@ Features = Callable[[Tensor], Tensor]  # pictures [B, S, S, 3] in 0..1 -> [B, D]
 class CycleTraining(RefinerTraining):
     cycle_weight: float = 10.0
     identity_weight: float = 0.5  # times cycle_weight
-    pool_size: int = 50  # older results of each generator that its judge is shown in turn with new ones
+    pool_size: int = 50  # older results of each generator that its discriminator is shown in turn with new ones
 
     def __post_init__(self):
         super().__post_init__()
         self.check_weights("cycle_weight", "identity_weight")
         if self.pool_size < 0:
-            raise ValueError(f"pool_size {self.pool_size} is negative; 0 shows the judges new results only")
+            raise ValueError(f"pool_size {self.pool_size} is negative; 0 shows the discriminators new results only")
 
 
 class ImagePool:
@@ -77,16 +86,18 @@ class CycleTrainer(RefinerTrainer):
         **run,
     ):
         """``features``: by which held-out sets are compared; None: colours and detail. ``run``: as RefinerTrainer has it."""
-        back = new_generator(generator.config, stream(settings.seed, FIRST_WEIGHTS, BACK))
-        judges = [new_judge(settings, 3, side, data.crop) for side in (SOURCE, TARGET)]
-        super().__init__(generator, data, settings, [back, *judges], **run)
-        self.back, *self.judges = self.others
-        self.pools = [ImagePool(settings.pool_size) for _ in self.judges]
+        back = new_generator(generator.config, seeded_generator(settings.seed, FIRST_WEIGHTS, BACK))
+        discriminators = [new_discriminator(settings, 3, side, data.crop) for side in (SOURCE, TARGET)]
+        super().__init__(generator, data, settings, [back, *discriminators], **run)
+        self.back, *self.discriminators = self.others
+        self.pools = [ImagePool(settings.pool_size) for _ in self.discriminators]
         self.features = features or colours_and_detail
         self.hold = min(HOLD, settings.steps // 10) if self.resumed else 0
 
     def _gradient(self, step: int) -> dict[str, Tensor]:
-        self._chances = [stream(self.settings.seed, POOL, self.first_step + step, side) for side in (SOURCE, TARGET)]
+        self._chances = [
+            seeded_generator(self.settings.seed, POOL, self.first_step + step, side) for side in (SOURCE, TARGET)
+        ]
         parts = super()._gradient(step)
         if step < self.hold:
             for parameter in self.parameters:
@@ -101,11 +112,11 @@ class CycleTrainer(RefinerTrainer):
         def run(network, x):
             return self.apply(network, x, draws)
 
-        for judge in self.judges:
-            judge.requires_grad_(False)
+        for discriminator in self.discriminators:
+            discriminator.requires_grad_(False)
         fake_b, fake_a = run(self.generator, a), run(self.back, b)
         fakes = fake_a, fake_b  # by the side that they pretend to be of
-        parts = {"gan": sum(realness(self.apply(j, fake), True) for j, fake in zip(self.judges, fakes))}
+        parts = {"gan": sum(lsgan(self.apply(j, fake), True) for j, fake in zip(self.discriminators, fakes))}
         parts["cycle"] = l1(run(self.back, fake_b), a).mean() + l1(run(self.generator, fake_a), b).mean()
         if settings.identity_weight:
             parts["identity"] = l1(run(self.generator, b), b).mean() + l1(run(self.back, a), a).mean()
@@ -113,14 +124,16 @@ class CycleTrainer(RefinerTrainer):
             parts["cycle"] + settings.identity_weight * parts.get("identity", 0.0)
         )
         (loss / count).backward()
-        parts["judges"] = 0.0
-        for judge, pool, chances, real, fake in zip(self.judges, self.pools, self._chances, (a, b), fakes):
-            judge.requires_grad_(True)
+        parts["discriminators"] = 0.0
+        for discriminator, pool, chances, real, fake in zip(
+            self.discriminators, self.pools, self._chances, (a, b), fakes
+        ):
+            discriminator.requires_grad_(True)
             shown = pool(fake.detach(), chances)
-            parts["judges"] += 0.5 * (
-                realness(self.apply(judge, real), True) + realness(self.apply(judge, shown), False)
+            parts["discriminators"] += 0.5 * (
+                lsgan(self.apply(discriminator, real), True) + lsgan(self.apply(discriminator, shown), False)
             )
-        (parts["judges"] / count).backward()
+        (parts["discriminators"] / count).backward()
         return {"loss": loss, **parts}
 
     @torch.no_grad()
@@ -140,9 +153,9 @@ class CycleTrainer(RefinerTrainer):
         return torch.cat([self.features(part).double().cpu() for part in rows])
 
 
-def realness(judged: Tensor, real: bool) -> Tensor:
-    """Least squares, of what a judge says of every patch."""
-    return F.mse_loss(judged, torch.full_like(judged, float(real)))
+def lsgan(logits: Tensor, real: bool) -> Tensor:
+    """Least squares, of what a discriminator says of every patch."""
+    return F.mse_loss(logits, torch.full_like(logits, float(real)))
 
 
 def colours_and_detail(pictures: Tensor) -> Tensor:
@@ -184,5 +197,7 @@ def report(trainer: CycleTrainer, before: Examined, after: Examined, features: s
     else:
         lines.append(f"{1.0 - after.loss / source:.0%} of the distance is closed")
     if trainer.hold:
-        lines.append(f"the way back and the judges began anew; the refiner waited {trainer.hold} steps for them")
+        lines.append(
+            f"the way back and the discriminators began anew; the refiner waited {trainer.hold} steps for them"
+        )
     return "\n".join(lines)
