@@ -171,8 +171,8 @@ def _check_same(what: str, before: Tensor, after: Tensor) -> None:
         )
 
 
-def make_room(what: str, size: int, device: torch.device, keep: Sequence[ModelPatcher], remedy: str) -> None:
-    """Have the host free ``size`` bytes on ``device`` without unloading the patchers ``keep``; MemoryError if it cannot."""
+def make_room(size: int, device: torch.device, keep: Sequence[ModelPatcher] = ()) -> None:
+    """Have the host take models off ``device`` until ``size`` bytes are free there, all but the patchers ``keep``."""
     if comfy.model_management.get_free_memory(device) < size:
         modules = [p.model for p in keep]
         loaded = [
@@ -181,6 +181,11 @@ def make_room(what: str, size: int, device: torch.device, keep: Sequence[ModelPa
             if m.model is not None and any(m.model.model is k for k in modules)
         ]
         comfy.model_management.free_memory(size, device, keep_loaded=loaded)
+
+
+def require_room(what: str, size: int, device: torch.device, keep: Sequence[ModelPatcher], remedy: str) -> None:
+    """``make_room`` for the gradient of ``what``; a MemoryError where less is free after it."""
+    make_room(size, device, keep)
     free = comfy.model_management.get_free_memory(device)
     if free < size:
         raise MemoryError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import images
 from .autograd_copies import NormalWeights
-from .gradients import Recorder, gradients, make_room
+from .gradients import Recorder, gradients, require_room
 
 KEPT_PER_DECODED = 3  # what a gradient through a VAE keeps, in what the host reckons for decoding
 
@@ -49,11 +49,11 @@ class TrainingPictures:
         weights = NormalWeights()
         wired = {"VAE": vae, "image encoder": clip_vision}
         self._patchers = {name: weights(one.patcher) for name, one in wired.items() if one is not None}
-        self.recorder = Recorder(checkpoint, self._make_room)
+        self.recorder = Recorder(checkpoint, self._require_room)
 
-    def _make_room(self, what: str, size: int) -> None:
+    def _require_room(self, what: str, size: int) -> None:
         remedy = "use a smaller crop or batch_size, switch gradient_checkpointing on, or set metric to none"
-        make_room(what, size, self._patchers[what].load_device, list(self._patchers.values()), remedy)
+        require_room(what, size, self._patchers[what].load_device, list(self._patchers.values()), remedy)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

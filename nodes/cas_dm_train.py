@@ -9,7 +9,7 @@ from ..host.training_images import TrainingPictures, training_gradients
 from ..host.training_metrics import FEATURES, METRICS, NONE
 from ..host.training_run import training_place
 from ..techniques.cas_dm.comfy_hook import check_fits, made_for
-from ..techniques.cas_dm.comfy_train_node import HeadRun, latent_metric
+from ..techniques.cas_dm.comfy_train_node import head_run, latent_metric
 from ..techniques.cas_dm.comfy_training import Guided, process_of, read_latents
 from ..techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head
 from ..techniques.cas_dm.training import GATE_WEIGHTS, CasDMTrainer, CasDMTraining
@@ -216,10 +216,10 @@ class TrainCasDMHead(io.ComfyNode):
             data = Latents(latents, Process(*process_of(model)), held_out[0])
             place = training_place(model)
             trainer = CasDMTrainer(head, data, theta, settings, distance, *place, pictures.recording)
-            run = HeadRun(trainer, pictures, metric[0], checkpoint_prefix[0], checkpoint_every[0], preview_every[0])
+            keep = dict(checkpoint_every=checkpoint_every[0], preview_every=preview_every[0])
+            run = head_run(trainer, pictures, metric[0], prefix=checkpoint_prefix[0], **keep)
             result = run.train()
-        sheet = run.last_sheet
-        shown = {} if sheet is None else {"ui": ui.PreviewImage(sheet[None], cls=cls)}
+        shown = {} if run.picture is None else {"ui": ui.PreviewImage(run.picture[None], cls=cls)}
         return io.NodeOutput(*result, **shown)
 
 

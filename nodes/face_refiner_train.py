@@ -5,14 +5,14 @@ After arXiv 2505.02255, which trains a residual U-Net on pairs and CycleGAN with
 
 from comfy_api.latest import io, ui
 
+from ..host.gradients import make_room
 from ..host.training_images import TrainingPictures, training_gradients
 from ..host.training_metrics import FEATURES, METRICS, NONE, set_features
 from ..host.training_run import training_place
 from ..techniques.face_refiner.comfy_model import FaceRefinerModel
-from ..techniques.face_refiner.comfy_train_node import RefinerRun, picture_metric
-from ..techniques.face_refiner.comfy_training import make_room, steps_behind, trained, weights_of
-from ..techniques.face_refiner.networks.image_generators import load_generator
-from ..techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR, RefinerTrainer
+from ..techniques.face_refiner.comfy_train_node import picture_metric, refiner_run
+from ..techniques.face_refiner.comfy_training import steps_behind, trained, training_bytes, weights_of
+from ..techniques.face_refiner.training.base import FIRST_WEIGHTS, GENERATOR
 from ..techniques.face_refiner.training.generators import ARCHITECTURES, generator_of, new_generator
 from ..techniques.face_refiner.training.paired import PairedTrainer, PairedTraining
 from ..techniques.face_refiner.training.pairs import NAMES, FaceData, read_pictures
@@ -206,11 +206,10 @@ class TrainFaceRefiner(io.ComfyNode):
             encoder = clip_vision if compared else None
             seen = TrainingPictures(clip_vision=encoder, checkpoint=given["gradient_checkpointing"])
             trainer, measure = _trainer(data, settings, start, refiner is not None, seen, metric)
-            keep = given["checkpoint_prefix"], given["checkpoint_every"], given["preview_every"]
-            run = RefinerRun(trainer, measure, *keep, metric=measure)
+            keep = {name: given[name] for name in ("checkpoint_every", "preview_every")}
+            run = refiner_run(trainer, measure, prefix=given["checkpoint_prefix"], **keep)
             result = run.train()
-        sheet = run.last_sheet
-        shown = {} if sheet is None else {"ui": ui.PreviewImage(sheet[None], cls=cls)}
+        shown = {} if run.picture is None else {"ui": ui.PreviewImage(run.picture[None], cls=cls)}
         return io.NodeOutput(*result, **shown)
 
 
@@ -224,12 +223,12 @@ def _settings(pairing: str, given: dict) -> PairedTraining | CycleTraining:
 
 def _new(architecture: str, seed: int) -> FaceRefinerModel:
     network = new_generator(ARCHITECTURES[architecture], seeded_generator(seed, FIRST_WEIGHTS, GENERATOR))
-    return trained(network.state_dict(), {}, load_generator)
+    return trained(network.state_dict(), {})
 
 
 def _trainer(
     data: FaceData, settings, start: FaceRefinerModel, resumed: bool, seen: TrainingPictures, metric: str
-) -> tuple[RefinerTrainer, str]:
+) -> tuple[PairedTrainer | CycleTrainer, str]:
     """The run, and what its report calls the distance that it tells."""
     device, precision = training_place(start.patcher)
     generator = generator_of(start.patcher.model.config, weights_of(start))
@@ -241,9 +240,9 @@ def _trainer(
         features = None if seen.clip_vision is None else set_features(seen)
         trainer = CycleTrainer(generator, data, settings, features, **run)
         measure = "the encoder's features" if features else "colours and detail"
-    networks = sum(p.numel() for p in trainer.all_parameters)
+    networks = sum(p.numel() for p in trainer.loop.trained)
     passes = PASSES[PAIRED if data.paired else UNPAIRED]
-    make_room(networks, generator.width, passes, settings.batch_size * data.crop**2, device)
+    make_room(training_bytes(networks, generator.width, passes, settings.batch_size * data.crop**2), device)
     return trainer, measure
 
 

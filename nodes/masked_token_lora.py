@@ -4,17 +4,17 @@ aMUSEd: An Open MUSE Reproduction (arXiv 2401.01808, section 4), after StyleDrop
 """
 
 import logging
-from functools import partial
 
 import torch
 from comfy_api.latest import io
 
-from ..host.files import check_prefix
-from ..host.training_run import TrainingRun, training_place
+from ..host.gradients import make_room
+from ..host.training_images import training_gradients
+from ..host.training_run import TrainingRun, release_memory, training_place
 from ..techniques.masked_tokens.canvas import rgb
 from ..techniques.masked_tokens.comfy_lora_files import NONE, lora_files, read_lora, write_lora
 from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures, read_prompts
-from ..techniques.masked_tokens.comfy_training import add_lora, gradients, make_room, merged_weights, release
+from ..techniques.masked_tokens.comfy_training import add_lora, merged_weights
 from ..techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
 from ..techniques.masked_tokens.lora import Lora, check_fits, from_file, to_file
 from ..techniques.masked_tokens.training import (
@@ -224,31 +224,21 @@ class TrainMaskedTokenLora(io.ComfyNode):
         gradient_checkpointing,
         lora=None,
     ) -> io.NodeOutput:
-        check_prefix(checkpoint_prefix, PREFIX)  # not after hours
-        settings = LoraTraining(steps, batch_size, learning_rate, rank, alpha, seed)
+        settings = LoraTraining(
+            steps=steps, batch_size=batch_size, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed
+        )
         texts = read_prompts(model, positive, "positive")
         resolution = resolution or model.transformer.model.config.sample_size * model.downscale
-        with gradients():
+        with training_gradients():
             pictures = Pictures(
                 rgb(images), texts, resolution, model.downscale, lambda crops: encode_pictures(model, crops)
             )
             trainer = _trainer(model, pictures, settings, lora, gradient_checkpointing)
-            before = trainer.fixed_loss()
-            run = TrainingRun(
-                "TrainMaskedTokenLora",
-                steps,
-                partial(_save, trainer, model.name, checkpoint_prefix),
-                partial(_preview, model, trainer),
-                checkpoint_every,
-                preview_every,
-            )
-            with run.keeping():
-                trainer.train(run.after_step)
-                after = trainer.fixed_loss()
-            lines = [report(trainer, before, after), *run.remarks]
-            result = trainer.lora(base_model=model.name), trainer.losses, "\n".join(lines)
+            keep = dict(checkpoint_every=checkpoint_every, preview_every=preview_every)
+            run = _run(model, trainer, prefix=checkpoint_prefix, **keep)
+            result = run.train()
         del trainer, run
-        release()
+        release_memory()
         return io.NodeOutput(*result)
 
 
@@ -263,11 +253,18 @@ def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
     return LoraTrainer(network, pictures, settings, lora)
 
 
-def _save(trainer: LoraTrainer, base: str, prefix: str, mark: str):
-    """None where not a step was done."""
-    if trainer.done == 0:
-        return None
-    return write_lora(f"{prefix}_{mark}step{trainer.steps}", *to_file(trainer.lora(base_model=base)))
+def _run(model, trainer: LoraTrainer, **keep) -> TrainingRun:
+    """``keep``: as TrainingRun has it, from prefix to preview_every."""
+    return TrainingRun(
+        node="TrainMaskedTokenLora",
+        loop=trainer.loop,
+        learned=lambda evaluation: trainer.lora(base_model=model.name),
+        write=lambda lora, prefix: write_lora(prefix, *to_file(lora)),
+        report=lambda before, after: report(trainer, before.loss, after.loss),
+        show=lambda: _preview(model, trainer),
+        show_result=False,
+        **keep,
+    )
 
 
 def _preview(model, trainer: LoraTrainer) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What ends a training: a number that is none. And the way back to the weights that were still good."""
+"""Non-finite numbers end a training; the last state whose loss was finite is kept to go back to."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class NotFiniteError(ValueError):
-    """The loss became NaN or infinite; the trainer holds the weights of the last loss that was a number."""
+    """The loss became NaN or infinite; the weights are those of the last finite loss."""
 
     @classmethod
     def at(cls, what: str, step: int, steps: int, learning_rate: float) -> "NotFiniteError":
@@ -19,12 +19,12 @@ class NotFiniteError(ValueError):
 
 @torch.no_grad()
 def all_finite(values: Sequence[Tensor]) -> bool:
-    """Whether every number of ``values``, of any shapes on one device, is one; waits for the device once."""
+    """Whether every number of ``values``, of any shapes on one device, is finite; waits for the device once."""
     return bool(torch.stack([value.abs().amax() for value in values]).isfinite().all())
 
 
-class LastGood:
-    """A copy of some tensors that are changed in place, as they were after so many steps."""
+class LastFiniteState:
+    """A copy of tensors that training changes in place, as they were after ``done`` steps."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = list(tensors)
@@ -35,6 +35,6 @@ class LastGood:
 
     @torch.no_grad()
     def restore(self) -> int:
-        """Put the copy back; the steps that it has seen."""
+        """Put the copy back; returns the steps behind it."""
         torch._foreach_copy_(self.tensors, self.copies)
         return self.done

@@ -1,26 +1,26 @@
-"""What the reports of trainings have in common, line by line."""
+"""Lines that the reports of all trainings have in common."""
 
-from .loop import AveragingTrainer
+from .loop import TrainingLoop
 
-TRAINED_ON = "the training pictures: too few to hold some out"  # what is looked at before and after then
+TRAINED_ON = "the training pictures: too few to hold some out"  # what evaluations use then
 
 
-def started(trainer: AveragingTrainer) -> str:
-    settings = trainer.settings
-    resumed = f", resumed at step {trainer.first_step}" if trainer.resumed else ""
+def started(loop: TrainingLoop) -> str:
+    settings = loop.settings
+    resumed = f", resumed at step {loop.first_step}" if loop.resumed else ""
     return (
-        f"{len(trainer.losses['loss'])} steps of {settings.batch_size} x {settings.accumulation} at learning rate"
+        f"{len(loop.losses['loss'])} steps of {settings.batch_size} x {settings.accumulation} at learning rate"
         f" {settings.learning_rate:g}, seed {settings.seed}{resumed}"
     )
 
 
 def verdict(before: float, after: float) -> str:
-    """By the loss on what is looked at before and after."""
+    """By the losses of the evaluations before and after."""
     return "it learned" if after < before else "it did NOT learn: use more steps or another learning rate"
 
 
-def settled(trainer: AveragingTrainer) -> list[str]:
-    """A line where earlier weights than the last are handed out."""
-    if trainer.done == len(trainer.losses["loss"]):
+def restored(loop: TrainingLoop) -> list[str]:
+    """A line where the best checkpoint is not the last step."""
+    if loop.done == len(loop.losses["loss"]):
         return []
-    return [f"that is after {trainer.done} steps of this run, where it was lowest; these weights are handed out"]
+    return [f"that is after {loop.done} steps of this run, where it was lowest; these weights are handed out"]

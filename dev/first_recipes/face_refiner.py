@@ -27,6 +27,7 @@ from ...techniques.face_refiner.training.paired import PairedTrainer, PairedTrai
 from ...techniques.face_refiner.training.pairs import FaceData
 from ...techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
 from ...training.generators import seeded_generator
+from ...training.loop import train as train_steps
 from ...training.metrics import feature_distance
 from ..weights import save_weights
 from . import face_pairs, loop
@@ -70,7 +71,9 @@ UNPAIRED = Plan(
         cycle_weight=1.0,
         identity_weight=0.1,
     ),
-    RefinerConfig(widths=(16, 32, 64, 96)),  # two of them and two judges learn in the time that the other has alone
+    RefinerConfig(
+        widths=(16, 32, 64, 96)
+    ),  # two of them and two discriminators learn in the time that the other has alone
 )
 
 
@@ -110,37 +113,37 @@ def train(plan, minutes=None):
         nonlocal saved
         bar.update()
         if done % EXAMINED == 0:
-            told = trainer.examine()
+            told = trainer.loop.evaluate()
             bar.write(f"step {done}: loss {loss:.4f}, held out {told.loss:.5f}, {told.source} -> {told.refined}")
         if time.time() - saved > SAVED:
             saved = time.time()
-            write(plan, trainer, trainer.examine(), started)
+            write(plan, trainer, trainer.loop.evaluate(), started)
 
-    before = trainer.examine()
+    before = trainer.loop.evaluate()
     bar.write(f"before: held out {before.loss:.5f}, {before.source}")
-    trainer.train(after_step)
-    write(plan, trainer, trainer.settle(), started)
+    train_steps(trainer.loop, after_step)
+    write(plan, trainer, trainer.loop.restore_best(), started)
 
 
 def steps_in(plan, minutes):
     """Steps that there is time for, by the second five of ten."""
     trial, times = trainer_of(replace(plan, settings=replace(plan.settings, steps=10))), []
-    trial.train(lambda done, loss: times.append(time.time()))
+    train_steps(trial.loop, lambda done, loss: times.append(time.time()))
     return max(10, int(minutes * 60 * 5 / (times[-1] - times[-6])))
 
 
-def write(plan, trainer, examined, started):
-    found = {"source": examined.source, "refined": examined.refined}
+def write(plan, trainer, evaluation, started):
+    found = {"source": evaluation.source, "refined": evaluation.refined}
     facts = {
         "format": FORMAT,
         "network": str(plan.config),
-        **trainer.facts(examined),
+        **trainer.facts(evaluation),
         "held_out": json.dumps(found),
         "seconds": round(time.time() - started),
         "license": "Apache-2.0",
     }
     save_weights(plan.file, trainer.weights(), **facts)
-    print(f"step {trainer.steps}:", json.dumps(found), flush=True)
+    print(f"step {trainer.loop.steps}:", json.dumps(found), flush=True)
 
 
 def main(minutes=None):

@@ -104,8 +104,8 @@ class Task:
     def take_over(self, network, step=0):
         """Give the averaged weights to the trainer, which evaluates and exports them."""
         with torch.no_grad():
-            torch._foreach_copy_(self.trainer.average, list(network.parameters()))
-        self.trainer.done = step
+            torch._foreach_copy_(self.trainer.loop.average, list(network.parameters()))
+        self.trainer.loop.done = step
 
     def sheet(self, network):
         """Sources, refined pictures and targets of pairs that training does not reach."""
@@ -116,7 +116,7 @@ class Task:
 
     def export(self, network, facts):
         self.take_over(network, facts["step"])
-        found = self.trainer.examine()
+        found = self.trainer.loop.evaluate()
         distances = {"source": found.source, "refined": found.refined}
         print(f"{self.plan.name}: distance to the target on unseen pairs: {distances}", flush=True)
         facts = {

@@ -1,17 +1,17 @@
-"""The run of Train Cas-DM Head: what its metric is made of, and what of the training is shown and kept."""
+"""The run of Train Cas-DM Head: its metric, and how what it learns is shown and written."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from ...host.training_images import TrainingPictures, rough_pictures
 from ...host.training_metrics import FEATURES, NONE, OF_NUMBERS, distance_of
-from ...host.training_node import TrainingNodeRun
+from ...host.training_run import TrainingRun
 from ...training.metrics import CropMetric
 from .comfy_files import save_head
-from .network import Head, to_file
+from .network import to_file
 from .report import report
-from .training import CasDMTrainer, Examined
+from .training import CasDMTrainer
 from .view import draw_examples
 
 
@@ -31,41 +31,41 @@ def latent_metric(kind: str, pictures: TrainingPictures, crop: int):
     return CropMetric(pictures.decode, distance, max(1, crop // pictures.vae.spacial_compression_decode()))
 
 
-class HeadRun(TrainingNodeRun):
-    node = "TrainCasDMHead"
-    trainer: CasDMTrainer
+def head_run(trainer: CasDMTrainer, pictures: TrainingPictures, metric: str, **keep) -> TrainingRun:
+    """``trainer`` asks a ``Guided``. ``keep``: as TrainingRun has it, from prefix to preview_every."""
 
-    def __init__(self, trainer: CasDMTrainer, pictures: TrainingPictures, metric: str, *keep):
-        """The trainer asks a ``Guided``. ``keep``: as TrainingNodeRun has it, from prefix to preview_every."""
-        self.pictures, self.metric = pictures, metric
-        super().__init__(trainer, *keep, beforehand=min(trainer.settings.cached_steps, trainer.settings.steps))
+    def prepare(progress: Callable[[], None]) -> None:
+        trainer.ask_beforehand(lambda done, count: progress())
+        if trainer.settings.cached_steps:
+            trainer.x0_theta.unload()
 
-    def _before(self) -> None:
-        self.trainer.ask_beforehand(lambda done, count: self.run.progress())
-        if self.trainer.settings.cached_steps:
-            self.trainer.x0_theta.unload()
+    return TrainingRun(
+        node="TrainCasDMHead",
+        loop=trainer.loop,
+        learned=lambda evaluation: trainer.head(evaluation, metric=metric),
+        write=lambda head, prefix: save_head(*to_file(head), prefix),
+        report=lambda before, after: report(trainer, before, after, metric),
+        show=lambda: sheet(trainer, pictures),
+        prepare=prepare,
+        preparations=min(trainer.settings.cached_steps, trainer.settings.steps),
+        **keep,
+    )
 
-    def _report(self, before: Examined, after: Examined) -> str:
-        return report(self.trainer, before, after, self.metric)
 
-    def _learned(self, examined: Examined | None) -> Head:
-        return self.trainer.head(examined, metric=self.metric)
+def sheet(trainer: CasDMTrainer, pictures: TrainingPictures) -> torch.Tensor | None:
+    """Held-out pictures as the model, the head and the mix have them; None where they cannot be shown."""
+    rows = []
+    for example in trainer.examples():
+        latents = torch.stack([example.x_theta, example.x_phi, example.mixed, example.x0])
+        shown = _shown(latents.to(trainer.device), pictures)
+        if shown is None:
+            return None
+        rows.append((f"{example.percent:.0%} done", f"r {example.r:.2f}", shown.unbind(0)))
+    return draw_examples(rows) if rows else None
 
-    def _write(self, learned: Head, prefix: str) -> Path:
-        return save_head(*to_file(learned), prefix)
 
-    def sheet(self) -> torch.Tensor | None:
-        """Held-out pictures as the model, the head and the mix have them; None where they cannot be shown."""
-        rows = []
-        for example in self.trainer.examples():
-            shown = self._shown(torch.stack([example.x_theta, example.x_phi, example.mixed, example.x0]))
-            if shown is None:
-                return None
-            rows.append((f"{example.percent:.0%} done", f"r {example.r:.2f}", shown.unbind(0)))
-        return draw_examples(rows) if rows else None
-
-    @torch.no_grad()
-    def _shown(self, latents: torch.Tensor) -> torch.Tensor | None:
-        if self.pictures.vae is None:
-            return rough_pictures(self.pictures.model, latents)
-        return self.pictures.decode(latents.to(self.trainer.device)).cpu()
+@torch.no_grad()
+def _shown(latents: torch.Tensor, pictures: TrainingPictures) -> torch.Tensor | None:
+    if pictures.vae is None:
+        return rough_pictures(pictures.model, latents)
+    return pictures.decode(latents).cpu()

@@ -34,7 +34,7 @@ def process_of(model) -> tuple[Callable[[float], float], bool, float]:
 def read_latents(model, samples: Sequence[Mapping]) -> list[Tensor]:
     """The pictures of some LATENTs, each of one or several of one size, in the model's scale: [C, h, w] or [C, T, h, w].
 
-    Errors (ValueError): none at all, nested ones, other channels than the model's, numbers that are none.
+    Errors (ValueError): none at all, nested ones, other channels than the model's, non-finite numbers.
     """
     latent_format = model.get_model_object("latent_format")
     channels, axes = latent_format.latent_channels, latent_format.latent_dimensions + 2

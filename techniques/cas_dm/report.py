@@ -1,22 +1,22 @@
-"""What a training of a Cas-DM head did, in a few lines for people."""
+"""The report of a training of a Cas-DM head."""
 
-from ...training.report_lines import TRAINED_ON, settled, started, verdict
-from .training import CasDMTrainer, Examined
+from ...training.report_lines import TRAINED_ON, restored, started, verdict
+from .training import CasDMTrainer, HeadEvaluation
 
 UNUSED = 0.1  # below this r everywhere a head does next to nothing
 
 
-def report(trainer: CasDMTrainer, before: Examined, after: Examined, metric: str = "metric") -> str:
-    """``after``: how the weights that are handed out do, which may be earlier ones than the last."""
-    latents = trainer.latents
-    weights = sum(p.numel() for p in trainer.parameters)
-    which = f"{len(latents.held)} held-out pictures" if latents.unseen else TRAINED_ON
+def report(trainer: CasDMTrainer, before: HeadEvaluation, after: HeadEvaluation, metric: str = "metric") -> str:
+    """``after``: of the weights that are handed out, which may be earlier ones than the last."""
+    latents, split = trainer.latents, trainer.latents.split
+    weights = sum(p.numel() for p in trainer.loop.parameters)
+    which = f"{len(split.held)} held-out pictures" if split.unseen else TRAINED_ON
     lines = [
-        started(trainer),
-        f"{weights} weights, {len(latents.trained)} latents of {len(latents.buckets)} size(s)",
+        started(trainer.loop),
+        f"{weights} weights, {len(split.trained)} latents of {len(latents.buckets)} size(s)",
         f"loss on {which}: {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
         _line("squared distance to the truth", after.l2),
-        *settled(trainer),
+        *restored(trainer.loop),
     ]
     if after.metric:
         lines.append(_line(metric, after.metric))

@@ -10,14 +10,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from ...training.finite import NotFiniteError
-from ...training.loop import AveragingTrainer, Training, weighted_means
+from ...training.loop import Evaluation, Training, TrainingLoop, autocast, weighted_means
 from .mix import losses, mix, predict, total
 from .network import Head
 from .training_data import LEVELS, Draw, Latents
@@ -34,8 +33,6 @@ LatentMetric = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_φ, x0, places [B
 class CasDMTraining(Training):
     """The papers weigh L2 and the gate's loss with 1; the metric's weight is not known."""
 
-    usual_rate: ClassVar[str] = "3e-4"
-
     steps: int = 1000
     batch_size: int = 8
     learning_rate: float = 3e-4
@@ -47,8 +44,7 @@ class CasDMTraining(Training):
         super().__post_init__()
         if self.cached_steps < 0:
             raise ValueError(f"cached_steps {self.cached_steps} is negative; use 0 to cache nothing")
-        if not 0.0 <= self.metric_weight < math.inf:
-            raise ValueError(f"metric_weight {self.metric_weight:g} is not 0 or more; 0 switches the metric off")
+        self.check_weights("metric_weight")
         if self.gate_weights not in GATE_WEIGHTS:
             raise ValueError(f"gate_weights '{self.gate_weights}' is not one of {', '.join(GATE_WEIGHTS)}")
 
@@ -58,10 +54,9 @@ class CasDMTraining(Training):
 
 
 @dataclass(frozen=True)
-class Examined:
-    """How a head does on fixed noisy pictures: means over them, of θ alone, of x_φ alone and of the mix."""
+class HeadEvaluation(Evaluation):
+    """Means over fixed noisy pictures, of θ alone, of x_φ alone and of the mix."""
 
-    loss: float  # what is trained on
     l2: dict[str, float]  # squared distance to x0, by "theta", "phi", "mix"
     metric: dict[str, float] = field(default_factory=dict)  # the same of the metric, where there is one
     gate: tuple[tuple[float, float], ...] = ()  # (percent of the sampling in 0..1, mean r there)
@@ -79,11 +74,8 @@ class Example:
     x0: Tensor
 
 
-class CasDMTrainer(AveragingTrainer):
-    """One run; ``head()`` is what it has learned so far."""
-
-    clip = CLIP
-    settings: CasDMTraining
+class CasDMTrainer:
+    """What ``loop`` trains a head by; ``head()`` is what it has learned so far."""
 
     def __init__(
         self,
@@ -106,13 +98,23 @@ class CasDMTrainer(AveragingTrainer):
                 f"the head repaints latents of {head.config.channels} channels, these have {shapes.pop()[0]}; use a head"
                 " and latents of one model"
             )
-        self.start, self.latents, self.x0_theta = head, latents, x0_theta
+        self.start, self.latents, self.x0_theta, self.settings = head, latents, x0_theta, settings
+        self.device, self.precision = torch.device(device), precision
         self.metric = metric if settings.metric_weight else None
         self.network = head.network().to(device).train().requires_grad_(True)
-        parameters = list(self.network.parameters())
+        parameters: list[Tensor] = list(self.network.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
-        run = dict(device=device, precision=precision, recording=recording)
-        super().__init__(settings, parameters, optimizer, head.facts.steps, **run)
+        self.loop = TrainingLoop(
+            settings=settings,
+            optimizer=optimizer,
+            parameters=parameters,
+            batches=self._batches,
+            backward=self._backward,
+            measure=self._measure,
+            recording=recording,
+            clip=CLIP,
+            first_step=head.facts.steps,
+        )
         self._cache: dict[int, list[Tensor]] = {}
         self._fixed: list[tuple[Draw, Tensor]] | None = None
 
@@ -135,7 +137,7 @@ class CasDMTrainer(AveragingTrainer):
         draw, x_theta = _frames(draw, x_theta)
         x0, x, sigma, places = (t.to(self.device) for t in (draw.x0, draw.x, draw.sigma, draw.places))
         process, weight = self.latents.process, 1.0
-        with self._autocast():
+        with autocast(self.device, self.precision):
             x_phi, r = predict(self.network, x_theta, x, sigma, flow=process.flow, noise_scale=process.noise_scale)
         if self.settings.gate_weights == "paper":
             weight = process.posterior_weight(draw.percent).to(self.device)
@@ -147,7 +149,7 @@ class CasDMTrainer(AveragingTrainer):
         """The samples of a step of this run."""
         if self.settings.cached_steps:
             step %= self.settings.cached_steps
-        return self.latents.draw(self.settings.seed, self.first_step + step, self.settings.samples)
+        return self.latents.draw(self.settings.seed, self.loop.first_step + step, self.settings.samples)
 
     def _predictions(self, step: int, batches: list[Draw]) -> Iterator[Tensor]:
         if self.settings.cached_steps == 0:
@@ -178,15 +180,15 @@ class CasDMTrainer(AveragingTrainer):
             progress(step + 1, count)
 
     def _fixed_draws(self) -> list[tuple[Draw, Tensor]]:
-        """The draws that are looked at before and after, with θ's answers, which do not change."""
+        """The draws that evaluations use, with θ's predictions, which do not change."""
         if self._fixed is None:
             batches = [batch for draw in self.latents.fixed() for batch in draw.split(self.settings.batch_size)]
             self._fixed = [(batch, self._ask(batch).cpu()) for batch in batches]
         return self._fixed
 
-    def _examine(self) -> Examined:
+    def _measure(self) -> HeadEvaluation:
         rows, by_level = [], [[] for _ in range(LEVELS)]
-        with self._averaged():
+        with self.loop.averaged():
             for draw, x_theta in self._fixed_draws():
                 parts, x_phi, r, draw, x_theta = self._parts(draw, x_theta.to(self.device))
                 rows.append((len(draw.x0), self._scores(draw, x_theta, x_phi, r) | {"loss": float(self._total(parts))}))
@@ -198,7 +200,7 @@ class CasDMTrainer(AveragingTrainer):
             for kind in ("l2", "metric")
         }
         gate = tuple(((k + 0.5) / LEVELS, math.fsum(part) / len(part)) for k, part in enumerate(by_level) if part)
-        return Examined(means["loss"], **kinds, gate=gate)
+        return HeadEvaluation(means["loss"], **kinds, gate=gate)
 
     def _scores(self, draw: Draw, x_theta: Tensor, x_phi: Tensor, r: Tensor) -> dict[str, float]:
         x0, places, found = draw.x0.to(self.device), draw.places.to(self.device), {}
@@ -211,7 +213,7 @@ class CasDMTrainer(AveragingTrainer):
     def examples(self, levels: Sequence[float] = (0.1, 0.35, 0.6, 0.85)) -> list[Example]:
         """A held-out picture at each of some ``levels``, for a preview."""
         found: dict[float, Example] = {}
-        with self._averaged():
+        with self.loop.averaged():
             for draw, x_theta in self._fixed_draws():
                 for k, percent in enumerate(draw.percent.tolist()):
                     level = next((v for v in levels if abs(percent - v) <= 0.5 / LEVELS), None)
@@ -223,18 +225,18 @@ class CasDMTrainer(AveragingTrainer):
                     found[level] = Example(percent, float(r[0].mean()), *kept)
         return [found[level] for level in sorted(found)]
 
-    def head(self, examined: Examined | None = None, **details: str) -> Head:
+    def head(self, evaluation: HeadEvaluation | None = None, **details: str) -> Head:
         """What has been learned so far; ``details`` about the run are kept with it."""
         names = [name for name, _ in self.network.named_parameters()]
-        weights = {name: value.detach().to("cpu", copy=True) for name, value in zip(names, self.average)}
+        weights = {name: value.detach().to("cpu", copy=True) for name, value in zip(names, self.loop.average)}
         own = {
             key: str(getattr(self.settings, key)) for key in ("batch_size", "learning_rate", "seed", "metric_weight")
         }
-        if examined is not None:
-            own["held_out_loss"] = f"{examined.loss:.6g}"
+        if evaluation is not None:
+            own["held_out_loss"] = f"{evaluation.loss:.6g}"
         facts = self.start.facts
-        gate = facts.gate if examined is None else examined.gate
-        facts = replace(facts, steps=self.steps, gate=gate, details={**facts.details, **own, **details})
+        gate = facts.gate if evaluation is None else evaluation.gate
+        facts = replace(facts, steps=self.loop.steps, gate=gate, details={**facts.details, **own, **details})
         return Head(self.start.config, weights, facts)
 
 

@@ -3,7 +3,6 @@
 Shapes: B samples, C channels, h and w positions; video has T frames between C and h.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...training.generators import seeded_generator
+from ...training.sampling import split
 from .mix import alpha_bar, amplitudes, posterior_weight
 
-FIRST_WEIGHTS, DRAWS, HELD_OUT = 10, 11, 12  # what a stream of random numbers is for
-MOST_HELD_OUT = 32  # pictures
-LEVELS = 8  # noise levels at which held-out pictures are looked at
+FIRST_WEIGHTS, DRAWS, HELD_OUT = 10, 11, 12  # what a generator is for, in its key
+LEVELS = 8  # noise levels at which evaluations use held-out pictures
 ROWS_PER_LEVEL = 8
 FINEST = 1e-3  # one step of the papers' process of 1000, as a share of the sampling
 EDGE = 1e-6  # percents keep off 0 and 1, where the host's are infinite and zero noise
@@ -65,31 +64,22 @@ class Draw(NamedTuple):
 
 
 class Latents:
-    """Pictures in the model's scale, by size; some are kept back to see whether what is learned holds for others."""
+    """Pictures in the model's scale, by size; some are held out for evaluations."""
 
     def __init__(self, pictures: Sequence[Tensor], process: Process, held_out: float = 0.1):
-        """``pictures``: [C, h, w] or [C, T, h, w] each, of any sizes. ``held_out``: the share that is not trained on.
-
-        Where that is no picture, ``held`` are some of the trained ones, and ``unseen`` is False.
-        """
+        """``pictures``: [C, h, w] or [C, T, h, w] each, of any sizes. ``held_out``: the share that is not trained on."""
         if not pictures:
             raise ValueError("there are no latents to learn from; wire a LATENT of at least one picture")
-        if not 0.0 <= held_out < 1.0:
-            raise ValueError(f"held_out {held_out:g} is not a share of 0 to 1; use 0.1 for every tenth picture")
         self.pictures, self.process = pictures, process
-        count, number = len(pictures), min(MOST_HELD_OUT, math.floor(held_out * len(pictures)))
-        self.unseen = number > 0
-        kept = {int((i + 0.5) * count / number) for i in range(number)}
-        self.trained = [i for i in range(count) if i not in kept]
-        self.held = sorted(kept) if self.unseen else self.trained[:MOST_HELD_OUT]
+        self.split = split(len(pictures), held_out)
         self.buckets: dict[tuple[int, ...], list[int]] = {}
-        for i in self.trained:
+        for i in self.split.trained:
             self.buckets.setdefault(tuple(pictures[i].shape), []).append(i)
 
     def draw(self, seed: int, step: int, count: int) -> Draw:
         """``count`` samples of one size, the levels spread evenly over the sampling; decided by the seed and the step."""
         generator = seeded_generator(seed, DRAWS, step)
-        bucket = self._bucket(int(torch.randint(len(self.trained), (1,), generator=generator)))
+        bucket = self._bucket(int(torch.randint(len(self.split.trained), (1,), generator=generator)))
         rounds = -(-count // len(bucket))
         order = torch.cat([torch.randperm(len(bucket), generator=generator) for _ in range(rounds)])[:count]
         percent = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
@@ -103,12 +93,13 @@ class Latents:
         raise IndexError(place)
 
     def fixed(self) -> list[Draw]:
-        """Draws of ``held`` that are the same in every run, at every level, one size each."""
+        """Draws of the held-out pictures that are the same in every run, at every level, one size each."""
+        held = self.split.held
         rows: dict[tuple[int, ...], list[tuple[int, float]]] = {}
-        each = min(len(self.held), ROWS_PER_LEVEL)
+        each = min(len(held), ROWS_PER_LEVEL)
         for level in range(LEVELS):
             for k in range(each):
-                index = self.held[(level * each + k) % len(self.held)]
+                index = held[(level * each + k) % len(held)]
                 rows.setdefault(tuple(self.pictures[index].shape), []).append((index, (level + 0.5) / LEVELS))
         draws = []
         for k, part in enumerate(rows.values()):

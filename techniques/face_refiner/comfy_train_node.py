@@ -1,19 +1,12 @@
-"""The run of Train Face Refiner: what its metric is made of, and what of the training is shown and kept."""
-
-from pathlib import Path
-
-from torch import Tensor
+"""The run of Train Face Refiner: its metric, and how what it learns is shown and written."""
 
 from ...host.training_images import TrainingPictures
 from ...host.training_metrics import FEATURES, NONE, distance_of
-from ...host.training_node import TrainingNodeRun
+from ...host.training_run import TrainingRun
 from ...training.metrics import Distance
-from .comfy_model import FaceRefinerModel
 from .comfy_training import save, trained
-from .networks.image_generators import load_generator
-from .training import paired as face_refiner
-from .training import unpaired
-from .training.base import Examined, RefinerTrainer
+from .training import paired, unpaired
+from .training.base import RefinerEvaluation
 from .view import PAIRED, UNPAIRED, draw_refined
 
 
@@ -29,28 +22,22 @@ def picture_metric(kind: str, pictures: TrainingPictures, device) -> Distance | 
     return distance_of(kind, pictures, device)
 
 
-class RefinerRun(TrainingNodeRun):
-    node = "TrainFaceRefiner"
-    trainer: RefinerTrainer
+def refiner_run(trainer: paired.PairedTrainer | unpaired.CycleTrainer, measure: str, **keep) -> TrainingRun:
+    """``measure``: what the report and the file call the distance by which it is told whether it learned. ``keep``: as
+    TrainingRun has it, from prefix to preview_every.
+    """
 
-    def __init__(self, trainer: RefinerTrainer, measure: str, *keep, **details: str):
-        """``measure``: what the report calls the distance by which it tells whether it learned; ``details`` go into the
-        file. ``keep``: as TrainingNodeRun has it, from prefix to preview_every.
-        """
-        self.measure, self.details = measure, details
-        super().__init__(trainer, *keep)
+    def report(before: RefinerEvaluation, after: RefinerEvaluation) -> str:
+        if isinstance(trainer, paired.PairedTrainer):
+            return paired.report(trainer, before, after, measure)
+        return unpaired.report(trainer, before, after, measure)
 
-    def _report(self, before: Examined, after: Examined) -> str:
-        report = face_refiner.report if self.trainer.data.paired else unpaired.report
-        return report(self.trainer, before, after, self.measure)
-
-    def _learned(self, examined: Examined | None) -> FaceRefinerModel:
-        details = {**self.trainer.facts(examined), **self.details}
-        return trained(self.trainer.weights(), details, load_generator)
-
-    def _write(self, learned: FaceRefinerModel, prefix: str) -> Path:
-        return save(learned, prefix)
-
-    def sheet(self) -> Tensor:
-        """Held-out pictures, refined."""
-        return draw_refined(self.trainer.examples(), PAIRED if self.trainer.data.paired else UNPAIRED)
+    return TrainingRun(
+        node="TrainFaceRefiner",
+        loop=trainer.loop,
+        learned=lambda evaluation: trained(trainer.weights(), {**trainer.facts(evaluation), "metric": measure}),
+        write=save,
+        report=report,
+        show=lambda: draw_refined(trainer.examples(), PAIRED if trainer.data.paired else UNPAIRED),
+        **keep,
+    )

@@ -1,41 +1,37 @@
-"""What training a face refiner asks of the host: room, a refiner's weights, and its result as one."""
+"""What training a face refiner asks of the host: a refiner's weights, and its result as one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import comfy.model_management
 import comfy.ops
 import folder_paths
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .comfy_files import save_refiner
 from .comfy_model import LAYERS, FaceRefinerModel, wrap
+from .networks.image_generators import load_generator
 
-COPIES = (
-    8  # of every weight in float32: itself, gradient, Adam's two, average, the last good ones of both, one to spare
-)
+# of every weight in float32: itself, gradient, Adam's two, average, the last finite ones of both, one to spare
+COPIES = 8
 KEPT = 4 * LAYERS  # features at full size that a gradient keeps of one pass
 NAME = "trained"
 
-Load = Callable[..., nn.Module]  # as networks.image_generators.load_generator
 
-
-def make_room(networks: int, width: int, passes: int, pixels: int, device: torch.device) -> None:
-    """Have the host take its models off ``device`` for about what training takes there.
+def training_bytes(networks: int, width: int, passes: int, pixels: int) -> int:
+    """About what training takes.
 
     networks  weights of all that are trained
     width     channels at full size
     passes    of a generator in a step
     pixels    of a batch
     """
-    if not comfy.model_management.is_device_cpu(device):
-        comfy.model_management.free_memory(4 * (COPIES * networks + KEPT * width * passes * pixels), device)
+    return 4 * (COPIES * networks + KEPT * width * passes * pixels)
 
 
 @torch.inference_mode(False)
 def weights_of(model: FaceRefinerModel) -> dict[str, Tensor]:
-    """Copies of a refiner's weights, in float32 on the CPU, of which autograd may know."""
+    """Copies of a refiner's weights, in float32 on the CPU, as no inference tensors."""
     state_dict = model.patcher.model.state_dict()
     return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in state_dict.items()}
 
@@ -47,9 +43,9 @@ def steps_behind(model: FaceRefinerModel) -> int:
 
 
 @torch.inference_mode(False)
-def trained(weights: Mapping[str, Tensor], details: Mapping[str, str], load: Load) -> FaceRefinerModel:
+def trained(weights: Mapping[str, Tensor], details: Mapping[str, str]) -> FaceRefinerModel:
     """What was learned, as Load Face Refiner gives it."""
-    return wrap(NAME, load(dict(weights), comfy.ops.manual_cast), details)
+    return wrap(NAME, load_generator(dict(weights), comfy.ops.manual_cast), details)
 
 
 def save(model: FaceRefinerModel, prefix: str) -> Path:

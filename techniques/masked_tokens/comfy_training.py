@@ -1,23 +1,13 @@
-"""What training on a masked token model asks of the host: its weights as they are patched, room, a LoRA put on."""
+"""What training on a masked token model asks of the host: its weights as they are patched, a LoRA put on."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import comfy.lora
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .comfy_model import MaskedTokenModel
-
-
-@contextmanager
-def gradients() -> Iterator[None]:
-    """Autograd inside a node: the host runs them in inference mode, whose tensors cannot be saved for a backward pass."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 def merged_weights(patcher: ModelPatcher, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -27,16 +17,6 @@ def merged_weights(patcher: ModelPatcher, device: torch.device, dtype: torch.dty
         weight = convert(weight.to(device, torch.float32, copy=True), inplace=True)
         weights[key] = comfy.lora.calculate_weight(patches, weight, key).to(dtype)
     return weights
-
-
-def make_room(size: int, device: torch.device) -> None:
-    """Have the host take its models off ``device`` until ``size`` bytes are free there."""
-    if not comfy.model_management.is_device_cpu(device):
-        comfy.model_management.free_memory(size, device)
-
-
-def release() -> None:
-    comfy.model_management.soft_empty_cache()
 
 
 def add_lora(

@@ -11,7 +11,7 @@ Shapes: B samples, L text tokens, h and w tokens of height and width.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...training.generators import seeded_generator
-from ...training.loop import Trainer
+from ...training.loop import Evaluation, Training, TrainingLoop
 from ...training.report_lines import verdict
 from ...training.resize import fit_short_side
+from ...training.sampling import shuffled
 from .lora import Lora, attach, check_resume, fresh, learned
 from .networks.uvit import UViT
 
@@ -31,33 +32,29 @@ AESTHETIC = 6.0  # the score with which aMUSEd is trained and sampled
 FIXED_MASKS = 8  # per picture, to compare before and after
 FIXED_PICTURES = 8  # at most, that the comparison looks at
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 1e-2
-INIT, ORDER, MASKS, FIXED = 1, 2, 3, 4  # what a stream of random numbers is for
+INIT, ORDER, MASKS, FIXED = 1, 2, 3, 4  # what a generator is for, in its key
 
 Encode = Callable[[Tensor], Tensor]  # pictures [B, H, W, 3] in 0..1 -> token ids [B, h, w]
 Text = tuple[Tensor, Tensor]  # states [1, L, C], pooled [1, C]
 
 
-@dataclass(frozen=True)
-class LoraTraining:
-    """How to train; the defaults are those of aMUSEd's fine-tuning script for a model of 256 pixels."""
+@dataclass(frozen=True, kw_only=True)
+class LoraTraining(Training):
+    """The defaults are those of aMUSEd's fine-tuning script for a model of 256 pixels, which averages no weights."""
 
     steps: int = 1500
     batch_size: int = 1
     learning_rate: float = 4e-4
     rank: int = 16
     alpha: float = 32.0
-    seed: int = 0
+    average: float = 0.0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is less than 1; use at least 1")
-        for name in ("learning_rate", "alpha"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name):g} is not a positive number; aMUSEd uses 4e-4 and 32")
-
-    def rate(self, step: int) -> float:
-        return self.learning_rate
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank} is less than 1; use at least 1")
+        if not 0.0 < self.alpha < math.inf:
+            raise ValueError(f"alpha {self.alpha:g} is not a positive number; aMUSEd uses 32")
 
 
 class Batch(NamedTuple):
@@ -136,10 +133,9 @@ class Pictures:
         states, pooled = (torch.cat(parts) for parts in zip(*texts))
         return Batch(tokens, masks(tokens), states, pooled, torch.tensor(micro, dtype=torch.float32))
 
-    def order(self, seed: int, position: int) -> int:
-        """The picture at a position of the run: all of them once, in a new order, before any comes again."""
-        epoch, place = divmod(position, len(self))
-        return int(torch.randperm(len(self), generator=seeded_generator(seed, ORDER, epoch))[place])
+    def index_at(self, seed: int, position: int) -> int:
+        """The picture at a position of the run."""
+        return shuffled(len(self), position, seed, ORDER)
 
 
 def mask_of(share: float, tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -162,10 +158,8 @@ def masked_loss(network: UViT, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.movedim(1, -1)[mask].float(), tokens[mask])
 
 
-class LoraTrainer(Trainer):
-    """One run; ``lora()`` is what it has learned so far."""
-
-    settings: LoraTraining
+class LoraTrainer:
+    """What ``loop`` trains a LoRA by; ``lora()`` is what it has learned so far."""
 
     def __init__(self, network: UViT, pictures: Pictures, settings: LoraTraining, resume: Lora | None = None):
         """``network`` is changed: give it a copy. ``resume``: go on with these weights, with a fresh optimizer."""
@@ -173,25 +167,34 @@ class LoraTrainer(Trainer):
         if resume is not None:
             check_resume(resume, network, settings.rank, settings.alpha)
         start = resume or fresh(network, settings.rank, settings.alpha, seeded_generator(settings.seed, INIT))
-        self.network, self.pictures, self.layers = network, pictures, attach(network, start)
-        parameters = [p for layer in self.layers.values() for p in (layer.down, layer.up)]
+        self.settings, self.network, self.pictures, self.layers = settings, network, pictures, attach(network, start)
+        parameters: list[Tensor] = [p for layer in self.layers.values() for p in (layer.down, layer.up)]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
-        super().__init__(settings, parameters, optimizer, start.steps)
+        self.loop = TrainingLoop(
+            settings=settings,
+            optimizer=optimizer,
+            parameters=parameters,
+            batches=self._batches,
+            backward=self._backward,
+            measure=lambda: Evaluation(self.fixed_loss()),
+            keep_best=False,  # by the loss on the training pictures the last is nearly always the best
+            first_step=start.steps,
+        )
 
-    def _gradient(self, step: int) -> dict[str, Tensor]:
-        self.optimizer.zero_grad()
-        loss = masked_loss(self.network, self.draw(self.first_step + step))
-        loss.backward()
-        return {"loss": loss.detach()}
+    def _batches(self, step: int) -> Iterator[Batch]:
+        parts = zip(*(t.split(self.settings.batch_size) for t in self.draw(self.loop.first_step + step)))
+        return (Batch(*part) for part in parts)
+
+    def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
+        loss = masked_loss(self.network, batch)
+        (loss / self.settings.accumulation).backward()
+        return {"loss": loss}
 
     def draw(self, step: int) -> Batch:
-        """The batch of a step."""
-        generator, size, seed = (
-            seeded_generator(self.settings.seed, MASKS, step),
-            self.settings.batch_size,
-            self.settings.seed,
-        )
-        indices = [self.pictures.order(seed, step * size + i) for i in range(size)]
+        """The samples of a step."""
+        size, seed = self.settings.samples, self.settings.seed
+        generator = seeded_generator(seed, MASKS, step)
+        indices = [self.pictures.index_at(seed, step * size + i) for i in range(size)]
         tops, lefts = (torch.randint(room + 1, (size,), generator=generator).tolist() for room in self.pictures.room)
         shares = [math.cos(r * math.pi / 2) for r in torch.rand(size, generator=generator).tolist()]
 
@@ -215,7 +218,7 @@ class LoraTrainer(Trainer):
     def lora(self, **facts) -> Lora:
         """What has been learned so far; ``facts`` about the run are kept with it."""
         own = {key: getattr(self.settings, key) for key in ("batch_size", "learning_rate", "seed")}
-        return learned(self.layers, own | {"resolution": self.pictures.resolution, "steps": self.steps} | facts)
+        return learned(self.layers, own | {"resolution": self.pictures.resolution, "steps": self.loop.steps} | facts)
 
     @torch.no_grad()
     def tokens_to_logits(self, index: int = 0) -> Callable[[Tensor, int], Tensor]:
@@ -228,12 +231,12 @@ class LoraTrainer(Trainer):
 
 
 def report(trainer: LoraTrainer, before: float, after: float) -> str:
-    """What a run did, in a few lines for people."""
-    settings, pictures, losses = trainer.settings, trainer.pictures, trainer.losses["loss"]
-    weights = sum(p.numel() for p in trainer.parameters)
+    """The report of a run, in a few lines; ``before``, ``after``: losses on fixed masks."""
+    settings, pictures, loop, losses = trainer.settings, trainer.pictures, trainer.loop, trainer.loop.losses["loss"]
+    weights = sum(p.numel() for p in loop.parameters)
     window = max(1, min(50, len(losses) // 5))
     first, last = (math.fsum(part) / len(part) for part in (losses[:window], losses[-window:]))
-    resumed = f", resumed at step {trainer.first_step}" if trainer.first_step else ""
+    resumed = f", resumed at step {loop.first_step}" if loop.resumed else ""
     return "\n".join(
         [
             f"{settings.steps} steps of batch {settings.batch_size} at learning rate {settings.learning_rate:g},"

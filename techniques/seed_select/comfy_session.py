@@ -24,7 +24,7 @@ from torch import Tensor
 from ...host import images
 from ...host.attachments import Conditioning
 from ...host.autograd_copies import NormalWeights, own_tensors
-from ...host.gradients import Recorder, gradients, make_room
+from ...host.gradients import Recorder, gradients, require_room
 from ...host.parametrization import FLOW
 from .comfy_counting import RowCounter
 from .comfy_differentiable import check_differentiable
@@ -196,7 +196,7 @@ class Session:
                 size += vae.memory_used_decode(shape, vae.vae_dtype)
             else:
                 device = copies["clip_vision"].load_device
-            make_room(what, int(size), device, loaded, remedy)
+            require_room(what, int(size), device, loaded, remedy)
 
         return check
 

@@ -22,7 +22,6 @@ from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.techniques.cas_dm import comfy_train_node
 from chorus.techniques.cas_dm.comfy_files import head_files, read_head
 from chorus.techniques.cas_dm.comfy_training import Guided, process_of, read_latents
-from chorus.techniques.cas_dm.training import CasDMTrainer
 from chorus.techniques.cas_dm.training_data import Process
 from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.heads import MODELS, WORDS, channels_of, head_for, put, sample
@@ -37,6 +36,7 @@ from chorus.tests.support.tiny_models import (
     recording,
     unet,
 )
+from chorus.training.loop import TrainingLoop
 from chorus.training.metrics import join_features, l1
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders")
@@ -313,7 +313,7 @@ def worse_after(monkeypatch):
     """``worse_after(done)``: from then on the head is spoiled by every step, as one that overfits."""
 
     def of(done):
-        follow = CasDMTrainer._follow
+        follow = TrainingLoop.update_average
 
         def spoiled(self):
             if self.done > done:
@@ -321,7 +321,7 @@ def worse_after(monkeypatch):
                     self.parameters[-1].add_(1.0)
             follow(self)
 
-        monkeypatch.setattr(CasDMTrainer, "_follow", spoiled)
+        monkeypatch.setattr(TrainingLoop, "update_average", spoiled)
 
     return of
 
@@ -361,18 +361,18 @@ def test_an_interrupt_keeps_the_best_that_was_looked_at(worse_after):
         assert torch.equal(kept.weights[key], weight.half())
 
 
-def test_where_the_last_cannot_be_examined_they_are_kept(monkeypatch, caplog):
-    settle = []
+def test_where_the_last_cannot_be_evaluated_they_are_kept(monkeypatch, caplog):
+    restored = []
 
     def no_room(self):
-        settle.append(1)
+        restored.append(1)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(CasDMTrainer, "settle", no_room)
+    monkeypatch.setattr(TrainingLoop, "restore_best", no_room)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), steps=9, held_out=0.0, preview_every=2)
     (name,) = head_files()
-    assert settle == [1] and "_interrupted_step3_" in name and "could not be examined; they are kept" in caplog.text
+    assert restored == [1] and "_interrupted_step3_" in name and "could not be evaluated; they are kept" in caplog.text
 
 
 def files(folder):

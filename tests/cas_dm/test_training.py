@@ -15,6 +15,7 @@ from chorus.techniques.cas_dm.report import report
 from chorus.techniques.cas_dm.training import CasDMTrainer, CasDMTraining
 from chorus.techniques.cas_dm.training_data import Latents, Process
 from chorus.training.finite import NotFiniteError
+from chorus.training.loop import train
 from chorus.training.metrics import (
     BACKBONES,
     CropMetric,
@@ -91,10 +92,10 @@ def pixel_metric(a, b, places):
 @pytest.mark.parametrize("gate", ["pixel", "sample", "fixed"])
 def test_it_learns(gate):
     made = trainer(head(gate=gate), steps=150, metric=pixel_metric)
-    before = made.examine()
-    made.train(nothing)
-    after = made.examine()
-    losses = made.losses["loss"]
+    before = made.loop.evaluate()
+    train(made.loop, nothing)
+    after = made.loop.evaluate()
+    losses = made.loop.losses["loss"]
     assert math.fsum(losses[-20:]) < 0.6 * math.fsum(losses[:20])
     assert after.loss < 0.6 * before.loss
     # a new head is the model alone
@@ -102,7 +103,9 @@ def test_it_learns(gate):
     assert after.l2["theta"] == before.l2["theta"]
     assert after.l2["mix"] < 0.6 * after.l2["theta"] and after.l2["phi"] < 0.6 * after.l2["theta"]
     assert after.metric["phi"] < 0.8 * after.metric["theta"]
-    assert set(made.losses) == {"loss", "l2", "metric", "gate"} and {len(v) for v in made.losses.values()} == {150}
+    assert set(made.loop.losses) == {"loss", "l2", "metric", "gate"} and {
+        len(v) for v in made.loop.losses.values()
+    } == {150}
     text = report(made, before, after, "L1")
     assert "it learned" in text and "2 held-out pictures" in text and "L1: model" in text
     assert "no nearer" not in text
@@ -119,18 +122,18 @@ def test_the_gate_learns_whom_to_trust():
     known = pictures()
     right = lambda x, sigma, indices: torch.stack([known[i] for i in indices])  # noqa: E731
     made = trainer(spoiled, known, theta=right, steps=25, learning_rate=1e-2, average=0.0)
-    before = dict(made.examine().gate)
+    before = dict(made.loop.evaluate().gate)
     assert set(before.values()) == {0.5}
-    made.train(nothing)
-    after = dict(made.examine().gate)
+    train(made.loop, nothing)
+    after = dict(made.loop.evaluate().gate)
     assert len(after) == 8
     assert max(after[p] for p in after if p < 0.7) < 0.4
 
 
 def test_what_is_examined_is_what_it_is_called():
     made = trainer(metric=pixel_metric, steps=20)
-    made.train(nothing)
-    after, network, rows = made.examine(), made.head().network(), []
+    train(made.loop, nothing)
+    after, network, rows = made.loop.evaluate(), made.head().network(), []
     for draw in made.latents.fixed():
         with torch.no_grad():
             x_theta = made.x0_theta(draw.x, draw.sigma, draw.indices)
@@ -145,22 +148,22 @@ def test_what_is_examined_is_what_it_is_called():
 def test_theta_is_not_touched():
     made = trainer(steps=5, metric=pixel_metric)
     before = [p.detach().clone() for p in made.x0_theta.parameters()]
-    made.examine()
-    made.train(nothing)
+    made.loop.evaluate()
+    train(made.loop, nothing)
     assert all(torch.equal(a, b) for a, b in zip(before, made.x0_theta.parameters()))
     assert all(p.grad is None for p in made.x0_theta.parameters())
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.loop.parameters)
 
 
 def test_theta_is_asked_once_for_every_draw():
     made = trainer(steps=5, batch_size=4, accumulation=2)
-    made.train(nothing)
+    train(made.loop, nothing)
     assert [len(rows) for rows in made.x0_theta.asked] == [4] * 10
     assert made.x0_theta.asked == [
         rows for k in range(5) for rows in (made.draw(k).indices[:4], made.draw(k).indices[4:])
     ]
     made.x0_theta.asked.clear()
-    made.examine(), made.examine(), made.examples()
+    made.loop.evaluate(), made.loop.evaluate(), made.examples()
     assert sum(len(rows) for rows in made.x0_theta.asked) == 8 * 2  # the held-out pictures, at every level, once
 
 
@@ -179,19 +182,19 @@ def test_the_loss_is_that_of_the_paper():
             assert 0 < weight.min() < 0.1 * weight.max()
         gate = weight * (draw.x0 - mix(x_theta, x_phi, r)).square().mean((1, 2, 3))
         expected = (draw.x0 - x_phi).square().mean() + 0.5 * (draw.x0 - x_phi).abs().mean() + gate.mean()
-        made.train(nothing)
-        assert made.losses["loss"][0] == pytest.approx(float(expected.detach()), rel=1e-5)
+        train(made.loop, nothing)
+        assert made.loop.losses["loss"][0] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_accumulated_batches_are_one_large_one():
     first = trainer(steps=3)
-    first.train(nothing)  # in a new head most gradients are zero
+    train(first.loop, nothing)  # in a new head most gradients are zero
     runs = [
         trainer(first.head(), metric=pixel_metric, **settings)
         for settings in (dict(batch_size=8), dict(batch_size=2, accumulation=4), dict(batch_size=8, seed=1))
     ]
-    parts = [made._gradient(0) for made in runs]
-    gradients = [torch.cat([p.grad.flatten() for p in made.parameters]) for made in runs]
+    parts = [made.loop.gradient(0) for made in runs]
+    gradients = [torch.cat([p.grad.flatten() for p in made.loop.parameters]) for made in runs]
     assert float((gradients[1] - gradients[0]).norm()) < 1e-4 * float(gradients[0].norm())
     assert float((gradients[2] - gradients[0]).norm()) > 1e-2 * float(gradients[0].norm())
     for name, value in parts[0].items():
@@ -201,8 +204,8 @@ def test_accumulated_batches_are_one_large_one():
 def test_one_seed_gives_the_same_bits_and_another_gives_others():
     runs = [trainer(steps=4, seed=seed) for seed in (1, 1, 2)]
     for made in runs:
-        made.train(nothing)
-    assert runs[0].losses == runs[1].losses != runs[2].losses
+        train(made.loop, nothing)
+    assert runs[0].loop.losses == runs[1].loop.losses != runs[2].loop.losses
     assert all(torch.equal(a, b) for a, b in zip(weights(runs[0]), weights(runs[1])))
 
 
@@ -214,15 +217,15 @@ def test_a_cache_of_all_steps_changes_nothing(cached):
     assert seen == [(k + 1, 6) for k in range(6)]
     kept.x0_theta = None  # it need not be there any more
     for made in (plain, kept):
-        made.train(nothing)
-    assert plain.losses == kept.losses
+        train(made.loop, nothing)
+    assert plain.loop.losses == kept.loop.losses
     assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(kept)))
-    assert kept.examine() == plain.examine()
+    assert kept.loop.evaluate() == plain.loop.evaluate()
 
 
 def test_a_small_cache_is_used_in_turn():
     made = trainer(steps=7, cached_steps=3)
-    made.train(nothing)
+    train(made.loop, nothing)
     assert len(made.x0_theta.asked) == 3
     assert made.draw(4).indices == made.draw(1).indices
     assert not torch.equal(made.draw(2).x, made.draw(1).x)
@@ -230,22 +233,22 @@ def test_a_small_cache_is_used_in_turn():
 
 def test_a_resumed_run_goes_on_where_the_first_ended():
     whole, first = trainer(steps=19, average=0.0), trainer(steps=12, average=0.0)  # of one length of warm-up
-    whole.train(nothing), first.train(nothing)
-    kept = first.head(first.examine())
+    train(whole.loop, nothing), train(first.loop, nothing)
+    kept = first.head(first.loop.evaluate())
     assert kept.facts.steps == 12 and len(kept.facts.gate) == 8 and kept.facts.cfg == 4.0
     second = trainer(kept, steps=7, average=0.0)
-    assert second.examine().loss == pytest.approx(first.examine().loss, rel=1e-5)
-    second.train(nothing)
+    assert second.loop.evaluate().loss == pytest.approx(first.loop.evaluate().loss, rel=1e-5)
+    train(second.loop, nothing)
     # the same draws and weights; only the optimizer starts afresh
-    assert second.losses["loss"][0] == pytest.approx(whole.losses["loss"][12], rel=1e-5)
-    assert second.head().facts.steps == second.steps == 19
-    assert "resumed at step 12" in report(second, second.examine(), second.examine())
+    assert second.loop.losses["loss"][0] == pytest.approx(whole.loop.losses["loss"][12], rel=1e-5)
+    assert second.head().facts.steps == second.loop.steps == 19
+    assert "resumed at step 12" in report(second, second.loop.evaluate(), second.loop.evaluate())
 
 
 def test_what_is_learned_survives_a_file():
     made = trainer(steps=5)
-    made.train(nothing)
-    kept = made.head(made.examine(), metric="l1")
+    train(made.loop, nothing)
+    kept = made.head(made.loop.evaluate(), metric="l1")
     read = from_file(*to_file(kept, torch.float32))
     assert read.config == kept.config and read.facts == kept.facts
     assert read.facts.details["metric"] == "l1" and float(read.facts.details["held_out_loss"]) > 0
@@ -254,27 +257,27 @@ def test_what_is_learned_survives_a_file():
 
 def test_the_average_follows_slowly():
     made, followed = trainer(steps=12, average=0.8), []
-    start = [p.detach().clone() for p in made.parameters]
+    start = [p.detach().clone() for p in made.loop.parameters]
 
     def after_step(done, loss):
         keep = min(0.8, (1 + done) / (10 + done))
-        followed[:] = [keep * a + (1 - keep) * p.detach() for a, p in zip(followed or start, made.parameters)]
+        followed[:] = [keep * a + (1 - keep) * p.detach() for a, p in zip(followed or start, made.loop.parameters)]
 
-    made.train(after_step)
-    for a, b in zip(followed, made.average):
+    train(made.loop, after_step)
+    for a, b in zip(followed, made.loop.average):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert not all(torch.equal(a, p) for a, p in zip(made.average, made.parameters))
+    assert not all(torch.equal(a, p) for a, p in zip(made.loop.average, made.loop.parameters))
     bare = trainer(steps=3, average=0.0)
-    bare.train(nothing)
-    assert all(torch.equal(a, p) for a, p in zip(bare.average, bare.parameters))
+    train(bare.loop, nothing)
+    assert all(torch.equal(a, p) for a, p in zip(bare.loop.average, bare.loop.parameters))
 
 
 def test_the_average_is_what_is_examined_and_the_weights_are_left():
     made = trainer(steps=6, average=0.9)
-    made.train(nothing)
-    before = [p.detach().clone() for p in made.parameters]
-    made.examine(), made.examples()
-    assert all(torch.equal(a, b) for a, b in zip(before, made.parameters))
+    train(made.loop, nothing)
+    before = [p.detach().clone() for p in made.loop.parameters]
+    made.loop.evaluate(), made.examples()
+    assert all(torch.equal(a, b) for a, b in zip(before, made.loop.parameters))
 
 
 @pytest.mark.parametrize("spoil", ["loss", "weight"])
@@ -287,13 +290,13 @@ def test_nan_ends_the_run_and_keeps_the_last_good(spoil):
     def after_step(done, loss):
         kept["done"] = done
         if done == 4 and spoil == "weight":
-            made.optimizer.step = lambda: made.parameters[0].data.fill_(torch.nan)
+            made.loop.optimizer.step = lambda: made.loop.parameters[0].data.fill_(torch.nan)
 
     made = trainer(steps=10, metric=metric)
     made._fixed_draws()
     with pytest.raises(NotFiniteError, match=r"at step 5 of 10; lower the learning rate, 0\.003"):
-        made.train(after_step)
-    assert len(made.losses["loss"]) == 4 and all(math.isfinite(v) for v in made.losses["loss"])
+        train(made.loop, after_step)
+    assert len(made.loop.losses["loss"]) == 4 and all(math.isfinite(v) for v in made.loop.losses["loss"])
     # of a loss that is none the weights are to blame that gave it; those before it had one that was
     good = trainer(steps=10, metric=lambda a, b, places: l1(a, b))
     until = 3 if spoil == "loss" else 4
@@ -306,8 +309,8 @@ def test_nan_ends_the_run_and_keeps_the_last_good(spoil):
             raise Enough
 
     with pytest.raises(Enough):
-        good.train(stop)
-    assert made.done == made.head().facts.steps == until
+        train(good.loop, stop)
+    assert made.loop.done == made.head().facts.steps == until
     assert all(torch.equal(a, b) for a, b in zip(weights(made), weights(good)))
     to_file(made.head())
 
@@ -315,8 +318,8 @@ def test_nan_ends_the_run_and_keeps_the_last_good(spoil):
 def test_a_model_that_predicts_nan_is_blamed():
     made = trainer(theta=lambda x, sigma, indices: x * torch.nan)
     with pytest.raises(NotFiniteError, match="the model's own prediction is NaN"):
-        made.train(nothing)
-    assert made.done == 0
+        train(made.loop, nothing)
+    assert made.loop.done == 0
 
 
 def test_an_interrupt_keeps_what_was_learned():
@@ -328,34 +331,34 @@ def test_an_interrupt_keeps_what_was_learned():
             raise Interrupt
 
     made = trainer(steps=50)
-    before = made.examine()
+    before = made.loop.evaluate()
     with pytest.raises(Interrupt):
-        made.train(after_step)
-    assert made.done == made.head().facts.steps == len(made.losses["loss"]) == 7
-    assert made.examine().loss < before.loss
+        train(made.loop, after_step)
+    assert made.loop.done == made.head().facts.steps == len(made.loop.losses["loss"]) == 7
+    assert made.loop.evaluate().loss < before.loss
 
 
 def test_the_best_by_the_held_out_pictures_is_what_one_gets():
     made, found = trainer(steps=8, average=0.0), []
 
     def after_step(done, loss):
-        found.append(made.examine().loss)
+        found.append(made.loop.evaluate().loss)
         if done == 4:  # from here on it gets worse
-            made.optimizer.step = lambda: made.parameters[-1].data.add_(0.5)
+            made.loop.optimizer.step = lambda: made.loop.parameters[-1].data.add_(0.5)
 
-    start = made.examine()
-    made.train(after_step)
+    start = made.loop.evaluate()
+    train(made.loop, after_step)
     lowest, last = min(found), weights(made)
     done = found.index(lowest) + 1
     assert done <= 4 and found[-1] > 1.5 * lowest
-    after = made.settle()
-    assert after.loss == lowest and made.done == made.head().facts.steps == done
+    after = made.loop.restore_best()
+    assert after.loss == lowest and made.loop.done == made.head().facts.steps == done
     assert not all(torch.equal(a, b) for a, b in zip(weights(made), last))
     # as a run that ended there
     short = trainer(steps=done, average=0.0)
-    short.train(nothing)
+    train(short.loop, nothing)
     assert all(torch.equal(a, b) for a, b in zip(weights(made), weights(short)))
-    assert made.examine() == after and short.examine().loss == pytest.approx(lowest, rel=1e-6)
+    assert made.loop.evaluate() == after and short.loop.evaluate().loss == pytest.approx(lowest, rel=1e-6)
     text = report(made, start, after)
     assert f"that is after {done} steps of this run, where it was lowest; these weights are handed out" in text
     assert "8 steps of 8 x 1" in text
@@ -364,21 +367,21 @@ def test_the_best_by_the_held_out_pictures_is_what_one_gets():
 def test_the_last_weights_are_kept_where_none_did_better():
     made = trainer(steps=30)
     seen = []
-    made.train(lambda done, loss: seen.append(made.examine().loss) if done % 10 == 0 else None)
+    train(made.loop, lambda done, loss: seen.append(made.loop.evaluate().loss) if done % 10 == 0 else None)
     assert seen == sorted(seen, reverse=True) and len(seen) == 3
     last = weights(made)
-    assert made.settle().loss == seen[-1] and made.done == 30
+    assert made.loop.restore_best().loss == seen[-1] and made.loop.done == 30
     assert all(torch.equal(a, b) for a, b in zip(weights(made), last))
-    assert "where it was lowest" not in report(made, trainer().examine(), made.examine())
+    assert "where it was lowest" not in report(made, trainer().loop.evaluate(), made.loop.evaluate())
 
 
 def test_where_a_run_began_is_not_what_it_gives():
     made = trainer(steps=3, average=0.0, theta=lambda x, sigma, indices: x * 0 + 0.1, learning_rate=1.0)
-    before = made.examine()
-    made.train(lambda done, loss: made.parameters[-1].data.add_(5.0 * done))
-    made._follow()
-    after = made.settle()
-    assert after.loss > before.loss and made.done == 3
+    before = made.loop.evaluate()
+    train(made.loop, lambda done, loss: made.loop.parameters[-1].data.add_(5.0 * done))
+    made.loop.update_average()
+    after = made.loop.restore_best()
+    assert after.loss > before.loss and made.loop.done == 3
     assert "did NOT learn" in report(made, before, after)
 
 
@@ -392,11 +395,11 @@ def test_weights_whose_held_out_loss_is_no_number_are_not_the_best():
 
     def after_step(done, loss):
         if done == 2:
-            made.examine()
+            made.loop.evaluate()
         spoiled[:] = [1] if done == 4 else []
 
-    made.train(after_step)
-    assert made.settle().loss == made.best.examined.loss and made.done == 2
+    train(made.loop, after_step)
+    assert made.loop.restore_best().loss == made.loop.best.evaluation.loss and made.loop.done == 2
 
 
 def test_looking_twice_costs_once():
@@ -407,12 +410,12 @@ def test_looking_twice_costs_once():
         return l1(a, b)
 
     made = trainer(steps=2, metric=metric)
-    first = made.examine()
+    first = made.loop.evaluate()
     once = len(calls)
-    assert made.examine() is first and len(calls) == once > 0
-    made.train(nothing)
+    assert made.loop.evaluate() is first and len(calls) == once > 0
+    train(made.loop, nothing)
     calls.clear()
-    assert made.examine() is not first and len(calls) == once
+    assert made.loop.evaluate() is not first and len(calls) == once
 
 
 def test_sizes_are_not_mixed_and_all_are_used():
@@ -426,8 +429,8 @@ def test_sizes_are_not_mixed_and_all_are_used():
         assert len({known[i].shape for i in draw.indices}) == 1 and len(draw.indices) == 4
         assert all(torch.equal(known[i], x0) for i, x0 in zip(draw.indices, draw.x0))
     assert sizes == {(8, 8), (5, 12), (3, 3)} and used == set(range(10))
-    made.train(nothing)
-    assert made.examine().l2["mix"] < made.examine().l2["theta"]
+    train(made.loop, nothing)
+    assert made.loop.evaluate().l2["mix"] < made.loop.evaluate().l2["theta"]
 
 
 def test_levels_are_those_of_the_process():
@@ -445,20 +448,20 @@ def test_levels_are_those_of_the_process():
 def test_a_flow_learns_too():
     flow = Process(lambda percent: 1.0 - percent, flow=True)
     made = trainer(head(sees_x=True), process=flow, steps=80)
-    made.train(nothing)
-    assert made.examine().l2["mix"] < 0.7 * made.examine().l2["theta"]
+    train(made.loop, nothing)
+    assert made.loop.evaluate().l2["mix"] < 0.7 * made.loop.evaluate().l2["theta"]
 
 
 def test_held_out_pictures_are_not_trained_on():
     made = trainer(steps=1, held_out=0.3)
-    assert len(made.latents.held) == 3 and made.latents.unseen
+    assert len(made.latents.split.held) == 3 and made.latents.split.unseen
     used = {i for step in range(50) for i in made.draw(step).indices}
-    assert not used & set(made.latents.held) and used | set(made.latents.held) == set(range(10))
+    assert not used & set(made.latents.split.held) and used | set(made.latents.split.held) == set(range(10))
     looked_at = {i for draw in made.latents.fixed() for i in draw.indices}
-    assert looked_at == set(made.latents.held)
+    assert looked_at == set(made.latents.split.held)
     few = trainer(known=pictures(4), held_out=0.1)
-    assert not few.latents.unseen and few.latents.held == [0, 1, 2, 3]
-    assert "too few to hold some out" in report(few, few.examine(), few.examine())
+    assert not few.latents.split.unseen and few.latents.split.held == [0, 1, 2, 3]
+    assert "too few to hold some out" in report(few, few.loop.evaluate(), few.loop.evaluate())
 
 
 def test_frames_of_video_are_samples():
@@ -475,30 +478,30 @@ def test_frames_of_video_are_samples():
         return l1(a, b)
 
     made = trainer(known=known, theta=theta, steps=40, metric=metric)
-    before = made.examine()
-    made.train(nothing)
-    assert made.examine().loss < 0.8 * before.loss
+    before = made.loop.evaluate()
+    train(made.loop, nothing)
+    assert made.loop.evaluate().loss < 0.8 * before.loss
     assert seen[-1] == ((16, CHANNELS, 8, 8), (16, 2))
     assert made.examples()[0].x0.shape == (CHANNELS, 8, 8)
 
 
 def test_examples_are_rows_of_every_level():
     made = trainer(steps=10)
-    made.train(nothing)
+    train(made.loop, nothing)
     rows = made.examples()
     assert [row.percent for row in rows] == sorted(row.percent for row in rows) and len(rows) == 4
     for row in rows:
         assert 0 < row.r < 1 and row.x_theta.shape == (CHANNELS, 8, 8)
-        assert any(torch.equal(row.x0, made.latents.pictures[i]) for i in made.latents.held)
+        assert any(torch.equal(row.x0, made.latents.pictures[i]) for i in made.latents.split.held)
         assert not torch.equal(row.x_phi, row.x_theta)
 
 
 def test_bfloat16_learns_in_float32():
     made = trainer(steps=100)
     made.precision = torch.bfloat16
-    before = made.examine()
-    made.train(nothing)
-    assert made.examine().loss < 0.8 * before.loss
+    before = made.loop.evaluate()
+    train(made.loop, nothing)
+    assert made.loop.evaluate().loss < 0.8 * before.loss
     assert {w.dtype for w in weights(made)} == {torch.float32}
 
 

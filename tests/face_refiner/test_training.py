@@ -17,7 +17,6 @@ from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.face_refiner.training import base
-from chorus.techniques.face_refiner.training.base import RefinerTraining
 from chorus.techniques.face_refiner.training.generators import (
     ARCHITECTURES,
     TrainedBatchNorm,
@@ -26,7 +25,7 @@ from chorus.techniques.face_refiner.training.generators import (
     with_trained_batch_norms,
 )
 from chorus.techniques.face_refiner.training.paired import PairedTrainer, PairedTraining, report
-from chorus.techniques.face_refiner.training.pairs import MOST_HELD_OUT, SOURCE, FaceData, read_pictures
+from chorus.techniques.face_refiner.training.pairs import SOURCE, FaceData, read_pictures
 from chorus.techniques.face_refiner.training.unpaired import (
     CycleTrainer,
     CycleTraining,
@@ -36,7 +35,9 @@ from chorus.techniques.face_refiner.training.unpaired import (
 )
 from chorus.techniques.face_refiner.training.unpaired import report as unpaired_report
 from chorus.training.finite import NotFiniteError
+from chorus.training.loop import train
 from chorus.training.metrics import grad, l1
+from chorus.training.sampling import MOST_HELD_OUT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +129,7 @@ def test_paired_losses_and_gradients(gan_weight):
     weights = dict(grad_weight=1.5, metric_weight=0.8, l1_weight=3.0, gan_weight=gan_weight)
     made = paired(RESNET, metric=lambda a, b: (a - b).square().mean((1, 2, 3)), **weights)
     generator, *discriminators = in_double(made)
-    found = made._gradient(0)
+    found = made.loop.gradient(0)
     source, target = (t.double() for t in made.draw(0))
     x, y = 2 * source - 1, 2 * target - 1
     z = generator(x)
@@ -155,7 +156,7 @@ def test_paired_losses_and_gradients(gan_weight):
 def test_unpaired_losses_and_gradients(identity_weight):
     made = unpaired(RESNET, cycle_weight=7.0, identity_weight=identity_weight)
     g, f, d_a, d_b = in_double(made)
-    found = made._gradient(0)
+    found = made.loop.gradient(0)
     a, b = (2 * t.double() - 1 for t in made.draw(0))
     fake_b, fake_a = g(a), f(b)
     expected = {
@@ -184,7 +185,7 @@ def test_unpaired_losses_and_gradients(identity_weight):
 def test_accumulated_batches_are_one_large(make):
     more = {"gan_weight": 1.0} if make is paired else {}
     one, many = make(RESNET, batch_size=4, **more), make(RESNET, batch_size=1, accumulation=4, **more)
-    losses = one._gradient(3), many._gradient(3)
+    losses = one.loop.gradient(3), many.loop.gradient(3)
     for name in losses[0]:
         torch.testing.assert_close(losses[0][name], losses[1][name], rtol=1e-4, atol=1e-6)
     for ours, theirs in zip((one.generator, *one.others), (many.generator, *many.others)):
@@ -240,7 +241,7 @@ def test_running_statistics_are_learned_and_used(config):
         lambda module, inputs, out: theirs(inputs[0].detach()) if inputs[1] is not None else None
     )
     assert not any(type(m) is BatchNorm for m in made.generator.modules())
-    made.train(nothing)
+    train(made.loop, nothing)
     weights = made.weights()
     torch.testing.assert_close(weights[f"{name}.running_mean"], theirs.running_mean)
     torch.testing.assert_close(weights[f"{name}.running_var"], theirs.running_var)
@@ -332,40 +333,40 @@ def test_two_runs_draw_what_one_long_does(make):
     numbers = [[float(torch.rand((), generator=d)) for d in long._draws(step, 0, 2)] for step in range(6)]
     first = make(UNET, steps=3)
     assert all(torch.equal(a, b) for step in range(3) for a, b in zip(first.draw(step), known[step]))
-    first.train(nothing)
-    assert first.steps == 3
-    second = make(generator_of(UNET, first.weights()), steps=3, run=dict(first_step=first.steps))
+    train(first.loop, nothing)
+    assert first.loop.steps == 3
+    second = make(generator_of(UNET, first.weights()), steps=3, run=dict(first_step=first.loop.steps))
     for step in range(3):
         assert all(torch.equal(a, b) for a, b in zip(second.draw(step), known[3 + step]))
         assert [float(torch.rand((), generator=d)) for d in second._draws(step, 0, 2)] == numbers[3 + step]
     assert not torch.equal(known[0].source, known[3].source)
     other = make(UNET, steps=6, seed=1)
     assert not torch.equal(other.draw(0).source, known[0].source)
-    second.train(nothing)
-    assert second.steps == 6 and second.facts()["steps"] == "6"
+    train(second.loop, nothing)
+    assert second.loop.steps == 6 and second.facts()["steps"] == "6"
 
 
 @pytest.mark.parametrize("make", [paired, unpaired])
 def test_the_same_run_gives_the_same_refiner(make):
     runs = [make(steps=3, seed=seed) for seed in (4, 4, 5)]
     for run in runs:
-        run.train(nothing)
-    assert same(runs[0], runs[1]) and runs[0].losses == runs[1].losses
+        train(run.loop, nothing)
+    assert same(runs[0], runs[1]) and runs[0].loop.losses == runs[1].loop.losses
     assert not same(runs[0], runs[2])
 
 
 def test_held_out_pictures_are_not_trained_on():
     known = data(held_out=0.25)
     side = known.sides[SOURCE]
-    assert len(side.held) == 3 and not set(side.held) & set(side.trained) and known.unseen
-    used = {side.order(0, SOURCE, position) for position in range(30)}
-    assert used == set(side.trained)
+    assert len(side.split.held) == 3 and not set(side.split.held) & set(side.split.trained) and known.unseen
+    used = {side.index_at(0, SOURCE, position) for position in range(30)}
+    assert used == set(side.split.trained)
     assert known.fixed().source.shape == (3, 3, 32, 32)
-    assert torch.equal(known.fixed().source[0], side.pictures[side.held[0]][:, 4:36, 4:36])
+    assert torch.equal(known.fixed().source[0], side.pictures[side.split.held[0]][:, 4:36, 4:36])
     few = data(held_out=0.01)
-    assert not few.unseen and few.sides[0].held == few.sides[0].trained
+    assert not few.unseen and few.sides[0].split.held == few.sides[0].split.trained
     many = FaceData(*(pictures(10, (24, 24)) * 20,) * 2, 24, paired=True, held_out=0.5)
-    assert len(many.sides[0].held) == MOST_HELD_OUT
+    assert len(many.sides[0].split.held) == MOST_HELD_OUT
 
 
 # ---- the image pool, the learning rate ----
@@ -391,17 +392,17 @@ def test_the_pool_keeps_and_gives_back():
 def test_discriminators_see_the_pool():
     made = unpaired(pool_size=4, batch_size=2)
     for step in range(4):
-        made._gradient(step)
+        made.loop.gradient(step)
     assert all(len(pool.pictures) == 4 for pool in made.pools)
     assert not any(p.requires_grad for pool in made.pools for p in pool.pictures)
 
 
 def test_the_learning_rate_falls_in_the_second_half():
-    settings = RefinerTraining(steps=10, learning_rate=1.0)
+    settings = PairedTraining(steps=10, learning_rate=1.0)
     assert [settings.rate(step) for step in range(10)] == pytest.approx([1.0] * 5 + [1 - k / 6 for k in range(1, 6)])
-    assert RefinerTraining(steps=1, learning_rate=1.0).rate(0) == pytest.approx(0.5)
+    assert PairedTraining(steps=1, learning_rate=1.0).rate(0) == pytest.approx(0.5)
     made, seen = paired(steps=10), []
-    made.train(lambda done, loss: seen.append(made.optimizer.param_groups[0]["lr"]))
+    train(made.loop, lambda done, loss: seen.append(made.loop.optimizer.param_groups[0]["lr"]))
     assert seen == pytest.approx([made.settings.rate(step) for step in range(10)]) and seen[-1] < 0.2 * seen[0]
 
 
@@ -411,10 +412,10 @@ def test_the_learning_rate_falls_in_the_second_half():
 @pytest.mark.parametrize("gan_weight", [0.0, 0.1])
 def test_a_tint_is_learned(gan_weight):
     made = paired(steps=80, gan_weight=gan_weight)
-    before = made.examine()
+    before = made.loop.evaluate()
     assert before.refined == before.source and before.source["l1"] == pytest.approx(0.1, rel=1e-3)
-    made.train(nothing)
-    after = made.examine()
+    train(made.loop, nothing)
+    after = made.loop.evaluate()
     assert after.loss < 0.5 * before.loss and after.refined["l1"] < 0.5 * after.source["l1"]
     assert after.source == before.source
     text = report(made, before, after, "L1")
@@ -422,8 +423,8 @@ def test_a_tint_is_learned(gan_weight):
     assert "no nearer" not in text
     spoiled = report(made, after, before, "L1")
     assert "did NOT learn" in spoiled and "no nearer to the target" in spoiled
-    assert set(made.losses) == {"loss", "grad", "metric", *(["gan", "discriminator"] if gan_weight else [])}
-    assert {len(v) for v in made.losses.values()} == {80}
+    assert set(made.loop.losses) == {"loss", "grad", "metric", *(["gan", "discriminator"] if gan_weight else [])}
+    assert {len(v) for v in made.loop.losses.values()} == {80}
     assert float(made.facts(after)["held_out_loss"]) == pytest.approx(after.loss, rel=1e-4)
 
 
@@ -432,9 +433,9 @@ def test_contrast_is_learned():
     source = pictures()
     known = FaceData(source, [0.5 + 0.4 * (p - 0.5) for p in source], 24, paired=True, held_out=0.2)
     made = paired(known=known, steps=60, grad_weight=0.0)
-    before = made.examine()
-    made.train(nothing)
-    assert made.examine().refined["l1"] < 0.5 * before.source["l1"]
+    before = made.loop.evaluate()
+    train(made.loop, nothing)
+    assert made.loop.evaluate().refined["l1"] < 0.5 * before.source["l1"]
 
 
 def test_blur_is_undone():
@@ -448,8 +449,8 @@ def test_blur_is_undone():
     blurred = [F.avg_pool2d(p[None], 3, 1, 1, count_include_pad=False)[0] for p in sharp]
     known = FaceData(blurred, sharp, 32, paired=True, held_out=0.2)
     made = paired(known=known, metric=lambda a, b: 10 * (a - b).square().mean((1, 2, 3)), steps=120, grad_weight=0.0)
-    made.train(nothing)
-    after = made.examine()
+    train(made.loop, nothing)
+    after = made.loop.evaluate()
     assert after.refined["metric"] < 0.7 * after.source["metric"]
 
 
@@ -460,7 +461,7 @@ def test_grad_ties_the_structure_to_the_source():
     loose, tied = (paired(known=known, steps=80, grad_weight=weight) for weight in (0.0, 20.0))
     kept = []
     for made in (loose, tied):
-        made.train(nothing)
+        train(made.loop, nothing)
         before, after = (t.movedim(1, -1) for t in (known.fixed().source, made.refine(known.fixed().source)))
         kept.append(float(grad(before, after).mean()))
     assert kept[1] < 0.3 * kept[0]
@@ -471,10 +472,10 @@ def test_a_colour_cast_is_learned_without_pairs():
     known = FaceData([p + cast for p in pictures()], pictures(9, seed=7), 24, paired=False, held_out=0.25)
     # a discriminator of few weights and steps has to be listened to
     made = unpaired(known=known, features=lambda p: p.mean((1, 2)), steps=60, learning_rate=2e-3, cycle_weight=1.0)
-    before = made.examine()
+    before = made.loop.evaluate()
     assert before.loss == pytest.approx(before.source["set"], rel=1e-4)
-    made.train(nothing)
-    after = made.examine()
+    train(made.loop, nothing)
+    after = made.loop.evaluate()
     assert after.loss < 0.6 * before.loss and after.source == before.source
     text = unpaired_report(made, before, after)
     assert "it learned" in text and "% of the distance is closed" in text
@@ -491,7 +492,7 @@ def test_features_compare_the_sets():
         return p.mean((1, 2))
 
     made = unpaired(features=features)
-    examined = made.examine()
+    examined = made.loop.evaluate()
     assert set(asked) == {(2, 32, 32, 3), (1, 32, 32, 3)}
     a, b = (t.mean((2, 3)).double() for t in made.data.fixed())
     assert examined.source["set"] == pytest.approx(energy_distance(a, b), rel=1e-5)
@@ -522,37 +523,37 @@ def test_colours_and_detail_see_colour_contrast_and_blur():
 
 def test_a_resumed_refiner_waits_for_the_discriminators():
     first = unpaired(steps=2)
-    first.train(nothing)
+    train(first.loop, nothing)
     made = unpaired(generator_of(OWN, first.weights()), steps=40, run=dict(first_step=2))
     start, states = made.weights(), []
-    made.train(lambda done, loss: states.append(all(torch.equal(w, start[n]) for n, w in made.weights().items())))
+    train(made.loop, lambda done, loss: states.append(all(torch.equal(w, start[n]) for n, w in made.weights().items())))
     assert states == [True] * 4 + [False] * 36
-    assert "the refiner waited 4 steps" in unpaired_report(made, made.examine(), made.examine())
+    assert "the refiner waited 4 steps" in unpaired_report(made, made.loop.evaluate(), made.loop.evaluate())
     assert unpaired(steps=40).hold == 0
     assert unpaired(steps=40, run=dict(resumed=True)).hold == 4  # of others, without a number of steps
 
 
 def test_the_average_follows():
     made = paired(average=0.5, steps=3)
-    kept = [p.detach().clone() for p in made.parameters]
+    kept = [p.detach().clone() for p in made.loop.parameters]
     expected = kept
 
     def after_step(done, loss):
         nonlocal expected
         keep = min(0.5, (1 + done) / (10 + done))
-        expected = [keep * a + (1 - keep) * p.detach() for a, p in zip(expected, made.parameters)]
+        expected = [keep * a + (1 - keep) * p.detach() for a, p in zip(expected, made.loop.parameters)]
 
-    made.train(after_step)
-    for ours, theirs in zip(made.average, expected):
+    train(made.loop, after_step)
+    for ours, theirs in zip(made.loop.average, expected):
         torch.testing.assert_close(ours, theirs)
     raw = paired(average=0.0, steps=3)
-    raw.train(nothing)
-    assert all(torch.equal(a, p) for a, p in zip(raw.average, raw.parameters))
+    train(raw.loop, nothing)
+    assert all(torch.equal(a, p) for a, p in zip(raw.loop.average, raw.loop.parameters))
 
 
 def test_examples_are_held_out_pictures():
     made = paired(steps=10)
-    made.train(nothing)
+    train(made.loop, nothing)
     rows = made.examples(1)
     assert len(rows) == 1
     source, refined, target = rows[0]
@@ -563,31 +564,31 @@ def test_examples_are_held_out_pictures():
 
 def test_bfloat16_learns_in_float32():
     made = paired(RESNET, steps=60, run=dict(precision=torch.bfloat16))
-    before = made.examine()
-    made.train(nothing)
-    assert made.examine().loss < 0.8 * before.loss
+    before = made.loop.evaluate()
+    train(made.loop, nothing)
+    assert made.loop.evaluate().loss < 0.8 * before.loss
     assert {w.dtype for w in made.weights().values()} == {torch.float32}
 
 
 def test_the_best_that_was_looked_at_is_handed_out():
     made, weights = paired(UNET, steps=6), {}
     scores = iter([9.0, 3.0, 2.0, 4.0])
-    examine = made._examine
-    made._examine = lambda: dataclasses.replace(examine(), loss=next(scores))
-    before = made.examine()
+    examine = made.loop.measure
+    made.loop.measure = lambda: dataclasses.replace(examine(), loss=next(scores))
+    before = made.loop.evaluate()
 
     def after_step(done, loss):
         if done % 2 == 0:
             weights[done] = made.weights()
-            made.examine()
-            made.examine()  # known already
+            made.loop.evaluate()
+            made.loop.evaluate()  # known already
 
-    made.train(after_step)
-    after = made.settle()
-    assert after.loss == 2.0 and made.done == made.steps == 4
+    train(made.loop, after_step)
+    after = made.loop.restore_best()
+    assert after.loss == 2.0 and made.loop.done == made.loop.steps == 4
     assert all(torch.equal(w, weights[4][name]) for name, w in made.weights().items())
     assert any(not torch.equal(w, weights[6][name]) for name, w in made.weights().items())
-    assert made.settle() is after and made.facts(after)["steps"] == "4"
+    assert made.loop.restore_best() is after and made.facts(after)["steps"] == "4"
     text = report(made, before, after)
     assert "6 steps of 4 x 1" in text and "after 4 steps of this run, where it was lowest" in text
 
@@ -608,10 +609,10 @@ def test_nan_ends_it_with_the_last_good_weights(spoil, config):
 
     def after_step(done, loss):
         if spoil == "weight" and done == 4:
-            made.optimizer.param_groups[0]["eps"] = torch.nan
+            made.loop.optimizer.param_groups[0]["eps"] = torch.nan
 
     with pytest.raises(NotFiniteError, match=r"at step 5 of 10; lower the learning rate, 0\.002"):
-        made.train(after_step)
+        train(made.loop, after_step)
     # of a loss that is none the weights are to blame that gave it; those before it had one that was
     until = 3 if spoil == "loss" else 4
     good = paired(config, steps=10)
@@ -624,8 +625,8 @@ def test_nan_ends_it_with_the_last_good_weights(spoil, config):
             raise Enough
 
     with pytest.raises(Enough):
-        good.train(stop)
-    assert made.done == made.steps == until and len(made.losses["loss"]) == 4
+        train(good.loop, stop)
+    assert made.loop.done == made.loop.steps == until and len(made.loop.losses["loss"]) == 4
     ours, theirs = made.weights(), good.weights()
     learned = [name for name in theirs if "running" not in name]
     assert all(torch.equal(ours[name], theirs[name]) for name in learned)
@@ -644,8 +645,8 @@ def test_an_interrupt_keeps_what_was_learned(make):
     made = make(steps=50)
     start = made.weights()
     with pytest.raises(Interrupt):
-        made.train(after_step)
-    assert made.done == made.steps == len(made.losses["loss"]) == 7
+        train(made.loop, after_step)
+    assert made.loop.done == made.loop.steps == len(made.loop.losses["loss"]) == 7
     assert any(not torch.equal(w, start[name]) for name, w in made.weights().items())
 
 
@@ -712,9 +713,9 @@ def test_a_share_that_is_none():
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [
-        (RefinerTraining, dict(steps=0), "steps 0 is less than 1"),
-        (RefinerTraining, dict(learning_rate=0.0), "learning_rate 0 is not a positive number"),
-        (RefinerTraining, dict(average=1.0), "average 1 is not in 0 to below 1"),
+        (PairedTraining, dict(steps=0), "steps 0 is less than 1"),
+        (PairedTraining, dict(learning_rate=0.0), "learning_rate 0 is not a positive number"),
+        (PairedTraining, dict(average=1.0), "average 1 is not in 0 to below 1"),
         (PairedTraining, dict(grad_weight=-1.0), "grad_weight -1 is not 0 or more"),
         (PairedTraining, dict(batch_size=0), "batch_size 0 is less than 1"),
         (CycleTraining, dict(cycle_weight=math.nan), "cycle_weight nan is not 0 or more"),
@@ -731,7 +732,7 @@ def test_runs_that_cannot_be():
         paired(metric=None)
     with pytest.raises(ValueError, match="nothing draws the result to the target"):
         paired(metric_weight=0.0)
-    assert paired(metric=None, gan_weight=1.0).examine().loss == pytest.approx(0.1, rel=1e-3)
+    assert paired(metric=None, gan_weight=1.0).loop.evaluate().loss == pytest.approx(0.1, rel=1e-3)
     with pytest.raises(ValueError, match=r"U-Net 32.* in multiples of 32, and crop is 40; use such a crop"):
         paired(UNET, data(crop=40))
     with pytest.raises(ValueError, match="crop 16 is less than 24, the least that a discriminator takes"):

@@ -341,6 +341,19 @@ def test_previews(plain_model):
     assert same(train(plain_model)[0], shown[0])
 
 
+def test_host_is_told_that_it_trains(plain_model, monkeypatch):
+    """So that its networks use kernels that have a derivative; in sampling they are as before."""
+    plain, told = masked_token_lora.masked_loss, []
+
+    def masked_loss(network, batch):
+        told.append(comfy.model_management.in_training)
+        return plain(network, batch)
+
+    monkeypatch.setattr(masked_token_lora, "masked_loss", masked_loss)
+    train(plain_model)
+    assert set(told) == {True} and not comfy.model_management.in_training
+
+
 def spoil(monkeypatch, step):
     """The loss of that step is no number."""
     plain, calls = masked_token_lora.masked_loss, []

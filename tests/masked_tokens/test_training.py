@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from chorus.techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
 from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from chorus.techniques.masked_tokens.training import (
+    Batch,
     LoraTrainer,
     LoraTraining,
     Pictures,
@@ -20,6 +21,7 @@ from chorus.techniques.masked_tokens.training import (
 )
 from chorus.training.finite import NotFiniteError
 from chorus.training.generators import seeded_generator
+from chorus.training.loop import train
 from chorus.training.resize import fit_short_side
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,7 +83,7 @@ def trainer(seed=0, resume=None, data=None, **settings):
 
 def run(*args, **kwargs):
     made = trainer(*args, **kwargs)
-    made.train(lambda done, loss: None)
+    train(made.loop, lambda done, loss: None)
     return made
 
 
@@ -92,10 +94,10 @@ def bits(lora):
 def test_it_learns_a_picture():
     made = trainer(steps=60)
     before = made.fixed_loss()
-    made.train(lambda done, loss: None)
+    train(made.loop, lambda done, loss: None)
     after = made.fixed_loss()
     assert after < 0.6 * before
-    losses = made.losses["loss"]
+    losses = made.loop.losses["loss"]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert "it learned" in report(made, before, after)
     assert "did NOT learn" in report(made, after, before)
@@ -106,7 +108,7 @@ def test_only_the_lora_changes():
     network = frozen_uvit(CONFIG, {name: weight.clone() for name, weight in weights.items()})
     made = LoraTrainer(network, pictures(), LoraTraining(steps=3, rank=2, alpha=2.0))
     start = bits(made.lora())
-    made.train(lambda done, loss: None)
+    train(made.loop, lambda done, loss: None)
     left = {
         name.replace(".linear.weight", ".weight") if ".to_" in name else name: w
         for name, w in network.state_dict().items()
@@ -148,15 +150,27 @@ def test_the_loss_looks_at_masked_tokens_only():
 def test_losses_are_those_of_the_batches():
     made = trainer(steps=1)
     expected = float(masked_loss(made.network, made.draw(0)).detach())
-    made.train(lambda done, loss: None)
-    assert made.losses == {"loss": [expected]}
+    train(made.loop, lambda done, loss: None)
+    assert made.loop.losses == {"loss": [expected]}
+
+
+def test_accumulated_batches_are_averaged():
+    made = trainer(data=pictures(picture(count=3), texts(3)), batch_size=2, accumulation=2)
+    losses = [masked_loss(made.network, Batch(*part)) for part in zip(*(t.split(2) for t in made.draw(0)))]
+    assert len(losses) == 2
+    expected = torch.autograd.grad(sum(losses) / 2, made.loop.parameters)
+    parts = made.loop.gradient(0)
+    assert float(parts["loss"]) == pytest.approx(float(sum(losses).detach()) / 2, rel=1e-6)
+    assert any(gradient.any() for gradient in expected)
+    for parameter, gradient in zip(made.loop.parameters, expected):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_one_seed_gives_the_same_bits_and_another_gives_others():
     a, b, c = run(seed=1), run(seed=1), run(seed=2)
-    assert a.losses == b.losses
+    assert a.loop.losses == b.loop.losses
     assert all(torch.equal(x, y) for x, y in zip(bits(a.lora()), bits(b.lora())))
-    assert a.losses != c.losses
+    assert a.loop.losses != c.loop.losses
 
 
 def test_draws_differ_by_every_part_of_their_key():
@@ -170,10 +184,10 @@ def test_a_resumed_run_goes_on_where_the_first_ended():
     whole, first = run(steps=20), run(steps=12)
     second = trainer(steps=8, resume=first.lora())
     assert second.fixed_loss() == pytest.approx(first.fixed_loss(), rel=1e-6)
-    second.train(lambda done, loss: None)
+    train(second.loop, lambda done, loss: None)
     # the same draws and weights; only the optimizer starts afresh
-    assert second.losses["loss"][0] == pytest.approx(whole.losses["loss"][12], rel=1e-6)
-    assert second.steps == second.lora().steps == 20
+    assert second.loop.losses["loss"][0] == pytest.approx(whole.loop.losses["loss"][12], rel=1e-6)
+    assert second.loop.steps == second.lora().steps == 20
     assert "resumed at step 12" in report(second, 1.0, 0.5)
 
 
@@ -184,7 +198,7 @@ def test_recomputed_layers_give_the_same_gradients():
         change(network)
         made = LoraTrainer(network, pictures(), LoraTraining(steps=1, rank=2, alpha=2.0))
         masked_loss(network, made.draw(0)).backward()
-        grads.append([p.grad for p in made.parameters])
+        grads.append([p.grad for p in made.loop.parameters])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
@@ -193,7 +207,7 @@ def test_a_network_in_bfloat16_learns_in_float32():
     network = frozen_uvit(CONFIG, {name: weight.bfloat16() for name, weight in base().items()})
     made = LoraTrainer(network, pictures(), LoraTraining(steps=30, rank=4, alpha=4.0, learning_rate=1e-2))
     before = made.fixed_loss()
-    made.train(lambda done, loss: None)
+    train(made.loop, lambda done, loss: None)
     assert made.fixed_loss() < 0.8 * before
     assert {t.dtype for t in bits(made.lora())} == {torch.float32}
 
@@ -239,7 +253,7 @@ def test_every_picture_comes_equally_often_with_its_own_prompt():
         assert torch.equal(text, prompts[index][0][0])
         counts[index] += 1
     assert counts == [4, 4, 4]
-    epochs = [[made.pictures.order(0, 3 * epoch + i) for i in range(3)] for epoch in range(6)]
+    epochs = [[made.pictures.index_at(0, 3 * epoch + i) for i in range(3)] for epoch in range(6)]
     assert {tuple(sorted(epoch)) for epoch in epochs} == {(0, 1, 2)}
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
@@ -267,8 +281,8 @@ def test_an_exception_keeps_what_was_learned():
 
     made = trainer(steps=9)
     with pytest.raises(KeyboardInterrupt):
-        made.train(stop)
-    assert made.lora().steps == made.done == len(made.losses["loss"]) == 3
+        train(made.loop, stop)
+    assert made.lora().steps == made.loop.done == len(made.loop.losses["loss"]) == 3
     assert all(torch.equal(a, b) for a, b in zip(bits(made.lora()), bits(run(steps=3).lora())))
 
 
@@ -280,16 +294,16 @@ def test_a_loss_that_is_no_number_ends_the_run_at_the_last_good_weights():
 
     made = trainer(steps=9)
     with pytest.raises(NotFiniteError, match=r"NaN or infinite at step 4 of 9; lower the learning rate, 0\.01"):
-        made.train(spoil)
+        train(made.loop, spoil)
     # the third step led to what had no loss
-    assert made.done == 2
+    assert made.loop.done == 2
     assert all(torch.equal(a, b) for a, b in zip(bits(made.lora()), bits(run(steps=2).lora())))
 
 
 def test_a_learning_rate_too_large_ends_with_an_error():
     made = trainer(steps=20, learning_rate=1e30)
     with pytest.raises(NotFiniteError):
-        made.train(lambda done, loss: None)
+        train(made.loop, lambda done, loss: None)
     assert all(t.isfinite().all() for t in bits(made.lora()))
 
 

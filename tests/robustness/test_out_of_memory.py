@@ -7,7 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from chorus.techniques.cas_dm.comfy_train_node import HeadRun
+from chorus.techniques.cas_dm import comfy_train_node
 from chorus.tests.robustness.long_nodes import CASES, folders, small  # noqa: F401 (fixtures)
 from chorus.tests.robustness.remains import Remains, same_bits
 from chorus.tests.robustness.stopping import BackwardPoints, Points, run_out_of_memory
@@ -70,10 +70,10 @@ def test_of_the_pictures_of_a_result_none_is_worth_the_training(monkeypatch):
         case = CASES["TrainCasDMHead"]()
         head, losses, report = case.run()
 
-        def sheet(self):
+        def sheet(trainer, pictures):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-        monkeypatch.setattr(HeadRun, "sheet", sheet)
+        monkeypatch.setattr(comfy_train_node, "sheet", sheet)
         found = case.run()
     assert same_bits(found[:2], [head, losses])
     assert (

@@ -42,7 +42,7 @@ class TrainedBatchNorm(BatchNorm):
 
 
 def with_trained_batch_norms(network: nn.Module) -> nn.Module:
-    """``network`` itself, with batch norms that learn."""
+    """``network`` itself, its batch norms exchanged for TrainedBatchNorm, open to gradients."""
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is BatchNorm:

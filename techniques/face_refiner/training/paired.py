@@ -1,7 +1,7 @@
 """Trains a face refiner on pairs: GRAD(source, refined) + LPIPS(target, refined), as arXiv 2505.02255 has it in words.
 
 The structure is tied to the source, the look to the target. Options that are not the paper's: an L1 distance, and a patch
-discriminator that sees the result beside its source, as pix2pix's does (arXiv 1611.07004; cross-entropy, its own loss halved).
+discriminator that sees the result beside its source, as pix2pix's (arXiv 1611.07004; cross-entropy, its own loss halved).
 """
 
 from dataclasses import dataclass
@@ -10,35 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....training.loop import weighted_means
+from ....training.loop import Training, weighted_means
 from ....training.metrics import Distance, grad, l1
-from ....training.report_lines import settled, started, verdict
+from ....training.report_lines import restored, started, verdict
 from ..networks.layers import ImageGenerator
-from .base import (
-    BETAS,
-    GAN_BETAS,
-    Examined,
-    RefinerTrainer,
-    RefinerTraining,
-    held_out,
-    networks_and_data,
-    new_discriminator,
-)
+from . import base
+from .base import RefinerEvaluation, RefinerTrainer
 from .pairs import Batch, FaceData
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairedTraining(RefinerTraining):
+class PairedTraining(Training):
     """The paper weighs GRAD and LPIPS alike."""
 
+    steps: int = 2000
+    batch_size: int = 4
+    learning_rate: float = base.RATE
     grad_weight: float = 1.0  # of pictures in -1..1
     metric_weight: float = 1.0
-    l1_weight: float = 0.0  # of pictures in -1..1; pix2pix has 100 beside a patch GAN of 1
+    l1_weight: float = 0.0  # of pictures in -1..1; pix2pix has 100 beside a gan_weight of 1
     gan_weight: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         self.check_weights("grad_weight", "metric_weight", "l1_weight", "gan_weight")
+
+    def rate(self, step: int) -> float:
+        return base.falling_rate(self, step)
 
 
 class PairedTrainer(RefinerTrainer):
@@ -59,9 +57,9 @@ class PairedTrainer(RefinerTrainer):
                 "nothing draws the result to the target: set a metric with a metric_weight above 0, or an l1_weight, or a"
                 " gan_weight"
             )
-        discriminators = [new_discriminator(settings, 6, 0, data.crop)] if settings.gan_weight else []
-        self.betas = GAN_BETAS if discriminators else BETAS
-        super().__init__(generator, data, settings, discriminators, **run)
+        discriminators = [base.new_discriminator(settings.seed, 6, 0, data.crop)] if settings.gan_weight else []
+        betas = base.GAN_BETAS if discriminators else base.BETAS
+        super().__init__(generator, data, settings, discriminators, betas=betas, **run)
 
     def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
         count = self.settings.accumulation
@@ -82,7 +80,7 @@ class PairedTrainer(RefinerTrainer):
         return {"loss": loss, **parts}
 
     def parts(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """What needs no discriminator of the loss of z, made of x in place of y; all [B, 3, S, S] in -1..1."""
+        """The parts of the loss of z without the discriminator's, z made of x in place of y; all [B, 3, S, S] in -1..1."""
         settings = self.settings
         found = {"grad": grad(*_rows(x, z)).mean()} if settings.grad_weight else {}
         if self.metric is not None:
@@ -95,9 +93,9 @@ class PairedTrainer(RefinerTrainer):
         return sum(getattr(self.settings, f"{name}_weight") * value for name, value in parts.items())
 
     @torch.no_grad()
-    def _examine(self) -> Examined:
-        """The loss without the discriminator's part, since it learns along: what it says now and later does not compare. Where
-        nothing else draws to the target, the mean difference from it."""
+    def _measure(self) -> RefinerEvaluation:
+        """The loss without the discriminator's part, which changes as the discriminator learns. Where nothing else draws to
+        the target, the mean difference from it."""
         source, target = self.data.fixed()
         rows, refined = [], self.refine(source)
         for x, y, z in zip(*(t.split(self.settings.batch_size) for t in (source, target, refined.cpu()))):
@@ -111,7 +109,7 @@ class PairedTrainer(RefinerTrainer):
             rows.append((len(x), row))
         means = weighted_means(rows)
         kinds = ({k.split()[1]: v for k, v in means.items() if k.startswith(kind)} for kind in ("source", "refined"))
-        return Examined(means["loss"], *kinds)
+        return RefinerEvaluation(means["loss"], *kinds)
 
 
 def _rows(*pictures: Tensor) -> list[Tensor]:
@@ -120,17 +118,17 @@ def _rows(*pictures: Tensor) -> list[Tensor]:
 
 
 def gan_bce(logits: Tensor, real: bool) -> Tensor:
-    """pix2pix's loss: cross-entropy of what a discriminator says of every patch, where all are ``real`` or none is."""
+    """pix2pix's loss: binary cross-entropy of a discriminator's logits, one for every patch, all ``real`` or all not."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
 
 
-def report(trainer: PairedTrainer, before: Examined, after: Examined, metric: str = "metric") -> str:
-    """What a run did, in a few lines for people."""
+def report(trainer: PairedTrainer, before: RefinerEvaluation, after: RefinerEvaluation, metric: str = "metric") -> str:
+    """The report of a run, in a few lines."""
     lines = [
-        started(trainer),
-        networks_and_data(trainer),
-        f"loss on {held_out(trainer)}: {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
-        *settled(trainer),
+        started(trainer.loop),
+        base.networks_and_data(trainer),
+        f"loss on {base.held_out(trainer)}: {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
+        *restored(trainer.loop),
     ]
     titles = {"metric": f"{metric} distance to the target", "l1": "mean difference from the target"}
     for name, title in titles.items():

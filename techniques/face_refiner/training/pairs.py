@@ -5,7 +5,6 @@ The crops of a step depend on the seed and its number alone. Every picture comes
 Shapes: B samples, C channels, H and W pixels, S the side of a crop. Pictures are 0..1.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,12 +14,12 @@ from torch import Tensor
 from ....training.generators import seeded_generator
 from ....training.metrics import crops
 from ....training.resize import fit_short_side
+from ....training.sampling import shuffled, split
 from ..refine import check_pictures
 
-ORDER, CROPS = 21, 22  # what a stream of random numbers is for
+ORDER, CROPS = 21, 22  # what a generator is for, in its key
 SOURCE, TARGET = 0, 1
 NAMES = ("source", "target")
-MOST_HELD_OUT = 32  # pictures
 
 
 class Batch(NamedTuple):
@@ -36,7 +35,7 @@ class Batch(NamedTuple):
 def read_pictures(name: str, batches: Sequence[Tensor], resize: int = 0) -> list[Tensor]:
     """The pictures [3, H, W] of some batches [B, H, W, 3], their shorter sides scaled to ``resize`` unless it is 0.
 
-    Errors (ValueError): none at all, grey or RGBA, numbers that are none. ``name`` is for them.
+    Errors (ValueError): none at all, grey or RGBA, non-finite numbers. ``name`` is for them.
     """
     pictures: list[Tensor] = []
     for batch in batches:
@@ -55,12 +54,11 @@ def read_pictures(name: str, batches: Sequence[Tensor], resize: int = 0) -> list
 
 
 class Side:
-    """The pictures of one side, some of which are kept back to see whether what is learned holds for others."""
+    """The pictures of one side, some of which are held out for evaluations."""
 
     def __init__(self, name: str, pictures: Sequence[Tensor], crop: int, held_out: float):
-        """``held_out``: the share that is not trained on. Where that is no picture, ``held`` are some of the trained ones."""
-        if not 0.0 <= held_out < 1.0:
-            raise ValueError(f"held_out {held_out:g} is not a share of 0 to 1; use 0.1 for every tenth picture")
+        """``held_out``: the share that is not trained on."""
+        self.split = split(len(pictures), held_out)
         for number, picture in enumerate(pictures):
             if min(picture.shape[-2:]) < crop:
                 raise ValueError(
@@ -68,18 +66,10 @@ class Side:
                     f" larger pictures, or set resize to {crop} or more"
                 )
         self.pictures, self.crop = pictures, crop
-        count, number = len(pictures), min(MOST_HELD_OUT, math.floor(held_out * len(pictures)))
-        self.unseen = number > 0
-        kept = {int((i + 0.5) * count / number) for i in range(number)}
-        self.trained = [i for i in range(count) if i not in kept]
-        self.held = sorted(kept) if self.unseen else self.trained[:MOST_HELD_OUT]
 
-    def order(self, seed: int, side: int, position: int) -> int:
-        """The picture at a position of all runs: all that are trained on once, in a new order, before any comes again."""
-        epoch, place = divmod(position, len(self.trained))
-        return self.trained[
-            int(torch.randperm(len(self.trained), generator=seeded_generator(seed, ORDER, side, epoch))[place])
-        ]
+    def index_at(self, seed: int, side: int, position: int) -> int:
+        """The picture at a position of all runs, of those that are trained on."""
+        return self.split.trained[shuffled(len(self.split.trained), position, seed, ORDER, side)]
 
     def cut(self, indices: Sequence[int], places: Tensor, flipped: Sequence[bool]) -> Tensor:
         """[B, 3, S, S]: the crops of the pictures ``indices`` at ``places`` [B, 2] in 0..1, some as in a mirror."""
@@ -91,7 +81,8 @@ class Side:
 
     def middles(self) -> Tensor:
         """[B, 3, S, S]: the middles of the pictures that are held out."""
-        return self.cut(self.held, torch.full((len(self.held), 2), 0.5), [False] * len(self.held))
+        held = self.split.held
+        return self.cut(held, torch.full((len(held), 2), 0.5), [False] * len(held))
 
 
 class FaceData:
@@ -116,7 +107,7 @@ class FaceData:
     @property
     def unseen(self) -> bool:
         """Whether all that is held out is not trained on."""
-        return all(side.unseen for side in self.sides)
+        return all(side.split.unseen for side in self.sides)
 
     def __str__(self) -> str:
         source, target = (len(side.pictures) for side in self.sides)
@@ -129,7 +120,7 @@ class FaceData:
         for number, side in enumerate(self.sides):
             if not (cut and self.paired):
                 places, flips = torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator) < 0.5
-                positions = [side.order(seed, number, step * count + i) for i in range(count)]
+                positions = [side.index_at(seed, number, step * count + i) for i in range(count)]
                 cut = positions, places, [bool(f) and self.flip for f in flips]
             found.append(side.cut(*cut))
         return Batch(*found)

@@ -1,8 +1,8 @@
 """Trains a face refiner on two sets of pictures that know nothing of each other: CycleGAN (arXiv 1703.10593).
 
-G: source -> target is the refiner; F: target -> source and the discriminators of both sides are needed for training alone, and begin
-anew in every run. Losses, weights and the pool of older results are those of pytorch-CycleGAN-and-pix2pix: least squares,
-cycle 10, identity 0.5 of it, 50 pictures, each discriminator's loss halved.
+G: source -> target is the refiner; F: target -> source and the discriminators of both sides are needed for training alone, and
+begin anew in every run. Losses, weights and the pool of older results are those of pytorch-CycleGAN-and-pix2pix: least
+squares, cycle 10, identity 0.5 of it, 50 pictures, each discriminator's loss halved.
 
 Whether it learned is told by how far the refined held-out pictures, as a set, are from those of the target.
 
@@ -17,23 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....training.generators import seeded_generator
+from ....training.loop import Training
 from ....training.metrics import l1
-from ....training.report_lines import settled, started, verdict
+from ....training.report_lines import restored, started, verdict
 from ..networks.layers import ImageGenerator
-from .base import (
-    BACK,
-    FIRST_WEIGHTS,
-    Examined,
-    RefinerTrainer,
-    RefinerTraining,
-    held_out,
-    networks_and_data,
-    new_discriminator,
-)
+from . import base
+from .base import RefinerEvaluation, RefinerTrainer
 from .generators import new_generator
 from .pairs import SOURCE, TARGET, Batch, FaceData
 
-POOL = 24  # what a stream of random numbers is for
+POOL = 24  # what a generator is for, in its key
 SCALES = 3  # halvings at which colours_and_detail looks
 FAINTEST = 5e-3  # spread below which it sees no difference
 HOLD = 100  # steps, at most a tenth of the run, in which a resumed G waits for what begins anew
@@ -42,7 +35,10 @@ Features = Callable[[Tensor], Tensor]  # pictures [B, S, S, 3] in 0..1 -> [B, D]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CycleTraining(RefinerTraining):
+class CycleTraining(Training):
+    steps: int = 2000
+    batch_size: int = 4
+    learning_rate: float = base.RATE
     cycle_weight: float = 10.0
     identity_weight: float = 0.5  # times cycle_weight
     pool_size: int = 50  # older results of each generator that its discriminator is shown in turn with new ones
@@ -52,6 +48,9 @@ class CycleTraining(RefinerTraining):
         self.check_weights("cycle_weight", "identity_weight")
         if self.pool_size < 0:
             raise ValueError(f"pool_size {self.pool_size} is negative; 0 shows the discriminators new results only")
+
+    def rate(self, step: int) -> float:
+        return base.falling_rate(self, step)
 
 
 class ImagePool:
@@ -86,28 +85,21 @@ class CycleTrainer(RefinerTrainer):
         **run,
     ):
         """``features``: by which held-out sets are compared; None: colours and detail. ``run``: as RefinerTrainer has it."""
-        back = new_generator(generator.config, seeded_generator(settings.seed, FIRST_WEIGHTS, BACK))
-        discriminators = [new_discriminator(settings, 3, side, data.crop) for side in (SOURCE, TARGET)]
+        back = new_generator(generator.config, seeded_generator(settings.seed, base.FIRST_WEIGHTS, base.BACK))
+        discriminators = [base.new_discriminator(settings.seed, 3, side, data.crop) for side in (SOURCE, TARGET)]
         super().__init__(generator, data, settings, [back, *discriminators], **run)
         self.back, *self.discriminators = self.others
         self.pools = [ImagePool(settings.pool_size) for _ in self.discriminators]
         self.features = features or colours_and_detail
-        self.hold = min(HOLD, settings.steps // 10) if self.resumed else 0
-
-    def _gradient(self, step: int) -> dict[str, Tensor]:
-        self._chances = [
-            seeded_generator(self.settings.seed, POOL, self.first_step + step, side) for side in (SOURCE, TARGET)
-        ]
-        parts = super()._gradient(step)
-        if step < self.hold:
-            for parameter in self.parameters:
-                parameter.grad = None
-        return parts
+        self.hold = min(HOLD, settings.steps // 10) if self.loop.resumed else 0
 
     def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
         settings, count = self.settings, self.settings.accumulation
         a, b = (2.0 * t - 1.0 for t in batch)
         draws = self._draws(step, number, len(a))
+        if number == 0:
+            key = settings.seed, POOL, self.loop.first_step + step
+            self._pool_draws = [seeded_generator(*key, side) for side in (SOURCE, TARGET)]
 
         def run(network, x):
             return self.apply(network, x, draws)
@@ -116,7 +108,7 @@ class CycleTrainer(RefinerTrainer):
             discriminator.requires_grad_(False)
         fake_b, fake_a = run(self.generator, a), run(self.back, b)
         fakes = fake_a, fake_b  # by the side that they pretend to be of
-        parts = {"gan": sum(lsgan(self.apply(j, fake), True) for j, fake in zip(self.discriminators, fakes))}
+        parts = {"gan": sum(lsgan(self.apply(d, fake), True) for d, fake in zip(self.discriminators, fakes))}
         parts["cycle"] = l1(run(self.back, fake_b), a).mean() + l1(run(self.generator, fake_a), b).mean()
         if settings.identity_weight:
             parts["identity"] = l1(run(self.generator, b), b).mean() + l1(run(self.back, a), a).mean()
@@ -124,12 +116,13 @@ class CycleTrainer(RefinerTrainer):
             parts["cycle"] + settings.identity_weight * parts.get("identity", 0.0)
         )
         (loss / count).backward()
+        if step < self.hold:
+            self.generator.zero_grad()
         parts["discriminators"] = 0.0
-        for discriminator, pool, chances, real, fake in zip(
-            self.discriminators, self.pools, self._chances, (a, b), fakes
-        ):
+        sides = zip(self.discriminators, self.pools, self._pool_draws, (a, b), fakes)
+        for discriminator, pool, pool_draws, real, fake in sides:
             discriminator.requires_grad_(True)
-            shown = pool(fake.detach(), chances)
+            shown = pool(fake.detach(), pool_draws)
             parts["discriminators"] += 0.5 * (
                 lsgan(self.apply(discriminator, real), True) + lsgan(self.apply(discriminator, shown), False)
             )
@@ -137,7 +130,7 @@ class CycleTrainer(RefinerTrainer):
         return {"loss": loss, **parts}
 
     @torch.no_grad()
-    def _examine(self) -> Examined:
+    def _measure(self) -> RefinerEvaluation:
         """How far the refined pictures and the sources are from the targets, as sets."""
         source, target = self.data.fixed()
         sets = [self._seen(p) for p in (target, source, self.refine(source))]
@@ -146,16 +139,16 @@ class CycleTrainer(RefinerTrainer):
             sets = scaled_by(torch.cat(sets[:2]), sets)
         wanted, plain, refined = sets
         distances = {"source": energy_distance(plain, wanted), "refined": energy_distance(refined, wanted)}
-        return Examined(distances["refined"], *({"set": value} for value in distances.values()))
+        return RefinerEvaluation(distances["refined"], *({"set": value} for value in distances.values()))
 
     def _seen(self, pictures: Tensor) -> Tensor:
         rows = pictures.movedim(1, -1).to(self.device).split(self.settings.batch_size)
         return torch.cat([self.features(part).double().cpu() for part in rows])
 
 
-def lsgan(logits: Tensor, real: bool) -> Tensor:
-    """Least squares, of what a discriminator says of every patch."""
-    return F.mse_loss(logits, torch.full_like(logits, float(real)))
+def lsgan(found: Tensor, real: bool) -> Tensor:
+    """The least-squares GAN loss of a discriminator's numbers, one for every patch, all ``real`` or all not."""
+    return F.mse_loss(found, torch.full_like(found, float(real)))
 
 
 def colours_and_detail(pictures: Tensor) -> Tensor:
@@ -182,15 +175,20 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return float(2.0 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
 
 
-def report(trainer: CycleTrainer, before: Examined, after: Examined, features: str = "colours and detail") -> str:
-    """What a run did, in a few lines for people."""
+def report(
+    trainer: CycleTrainer,
+    before: RefinerEvaluation,
+    after: RefinerEvaluation,
+    features: str = "colours and detail",
+) -> str:
+    """The report of a run, in a few lines."""
     source = after.source["set"]
     lines = [
-        started(trainer),
-        networks_and_data(trainer),
-        f"distance of {held_out(trainer)} from the target's, as sets, in {features}: source {source:.5f}, refined"
+        started(trainer.loop),
+        base.networks_and_data(trainer),
+        f"distance of {base.held_out(trainer)} from the target's, as sets, in {features}: source {source:.5f}, refined"
         f" {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
-        *settled(trainer),
+        *restored(trainer.loop),
     ]
     if after.loss >= source:
         lines.append("refined pictures are no nearer to the target's than the source is: train longer before using it")
