@@ -86,7 +86,7 @@ class TrainCasDMHead(io.ComfyNode):
                 widgets.batch_size(8, "Pictures at once, all of one size."),
                 widgets.learning_rate(3e-4, "AdamW, after a short warm-up."),
                 widgets.seed("Of the first weights, the noise, the levels, the crops."),
-                widgets.accumulation(),
+                widgets.gradient_accumulation(),
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
@@ -102,7 +102,7 @@ class TrainCasDMHead(io.ComfyNode):
                     tooltip="Of a new head: one r per pixel, per pixel and channel, per picture; fixed: one half.",
                 ),
                 io.Boolean.Input(
-                    "sees_x",
+                    "condition_on_x_t",
                     default=True,
                     advanced=True,
                     tooltip="A new head sees the noisy picture beside the model's x0, and learns more from both.",
@@ -114,7 +114,7 @@ class TrainCasDMHead(io.ComfyNode):
                     advanced=True,
                     tooltip="paper: as in its loss, next to nothing where there is much noise. even: the same everywhere.",
                 ),
-                widgets.average(),
+                widgets.ema_decay(),
                 io.Int.Input(
                     "crop",
                     default=256,
@@ -125,7 +125,7 @@ class TrainCasDMHead(io.ComfyNode):
                     tooltip="Side in pixels of what the metric looks at: memory and time grow with its square.",
                 ),
                 io.Float.Input(
-                    "held_out",
+                    "validation_fraction",
                     default=0.1,
                     min=0.0,
                     max=0.9,
@@ -170,14 +170,14 @@ class TrainCasDMHead(io.ComfyNode):
         batch_size,
         learning_rate,
         seed,
-        accumulation,
+        gradient_accumulation,
         size,
         gate,
-        sees_x,
+        condition_on_x_t,
         gate_weights,
-        average,
+        ema_decay,
         crop,
-        held_out,
+        validation_fraction,
         cached_steps,
         checkpoint_every,
         checkpoint_prefix,
@@ -193,18 +193,18 @@ class TrainCasDMHead(io.ComfyNode):
         settings = CasDMTraining(
             steps=steps[0],
             batch_size=batch_size[0],
-            accumulation=accumulation[0],
+            gradient_accumulation=gradient_accumulation[0],
             learning_rate=learning_rate[0],
             metric_weight=0.0 if metric[0] == NONE else metric_weight[0],
             gate_weights=gate_weights[0],
-            average=average[0],
+            ema_decay=ema_decay[0],
             seed=seed[0],
             cached_steps=cached_steps[0],
         )
         latents = read_latents(model, samples)
         theta = Guided(model, [entry for prompts in positive for entry in prompts], negative, cfg, len(latents))
         if head is None:
-            config = dict(widths=SIZES[size[0]], gate=gate[0], sees_x=sees_x[0])
+            config = dict(widths=SIZES[size[0]], gate=gate[0], condition_on_x_t=condition_on_x_t[0])
             head = _new(model, cfg, f"{len(latents)} latents", settings.seed, **config)
         else:
             _check_resumed(model, head, cfg)
@@ -213,7 +213,7 @@ class TrainCasDMHead(io.ComfyNode):
             encoder = clip_vision if kind == FEATURES else None
             pictures = TrainingPictures(model, vae, encoder, gradient_checkpointing[0])
             distance = latent_metric(kind, pictures, crop[0])
-            data = Latents(latents, Process(*process_of(model)), held_out[0])
+            data = Latents(latents, Process(*process_of(model)), validation_fraction[0])
             place = training_place(model)
             trainer = CasDMTrainer(head, data, theta, settings, distance, *place, pictures.recording)
             keep = dict(checkpoint_every=checkpoint_every[0], preview_every=preview_every[0])

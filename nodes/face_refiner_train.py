@@ -92,7 +92,7 @@ class TrainFaceRefiner(io.ComfyNode):
                 widgets.batch_size(4, "Crops at once."),
                 widgets.learning_rate(2e-4, "Adam; falls to 0 in the second half of the steps."),
                 widgets.seed("Of the first weights, the order, the crops, the dropout."),
-                widgets.accumulation(),
+                widgets.gradient_accumulation(),
                 io.Int.Input(
                     "crop",
                     default=256,
@@ -164,9 +164,9 @@ class TrainFaceRefiner(io.ComfyNode):
                     advanced=True,
                     tooltip="unpaired: older results that the discriminators are shown again.",
                 ),
-                widgets.average(),
+                widgets.ema_decay(),
                 io.Float.Input(
-                    "held_out",
+                    "validation_fraction",
                     default=0.1,
                     min=0.0,
                     max=0.9,
@@ -199,7 +199,11 @@ class TrainFaceRefiner(io.ComfyNode):
         with training_gradients():
             pictures = (read_pictures(n, batches, given["resize"]) for n, batches in zip(NAMES, (source, target)))
             data = FaceData(
-                *pictures, given["crop"], paired=pairing == PAIRED, flip=given["flip"], held_out=given["held_out"]
+                *pictures,
+                given["crop"],
+                paired=pairing == PAIRED,
+                flip=given["flip"],
+                validation_fraction=given["validation_fraction"],
             )
             start = _new(given["architecture"], settings.seed) if refiner is None else refiner
             compared = not data.paired or (metric == FEATURES and settings.metric_weight > 0.0)

@@ -8,10 +8,13 @@ from typing import Any
 
 from server import PromptServer
 
+_TRAINING = {"accumulation": "gradient_accumulation", "average": "ema_decay", "held_out": "validation_fraction"}
 RENAMED_INPUTS = {
     "SaliencyNoiseBlend": {"crop": "crop_margin"},
     "SeedSelect": {"keep": "survivors"},
     "ChorusDemoReferences": {"sign": "concept"},
+    "TrainCasDMHead": _TRAINING | {"sees_x": "condition_on_x_t"},
+    "TrainFaceRefiner": _TRAINING,
 }
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
     "ChorusDemoReferences": {"concept": {"all signs": "all concepts"}}

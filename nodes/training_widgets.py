@@ -21,9 +21,9 @@ def learning_rate(default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input("learning_rate", default=default, min=1e-7, max=1.0, step=1e-7, tooltip=tooltip)
 
 
-def accumulation() -> io.Int.Input:
+def gradient_accumulation() -> io.Int.Input:
     return io.Int.Input(
-        "accumulation",
+        "gradient_accumulation",
         default=1,
         min=1,
         max=1024,
@@ -32,9 +32,9 @@ def accumulation() -> io.Int.Input:
     )
 
 
-def average() -> io.Float.Input:
+def ema_decay() -> io.Float.Input:
     return io.Float.Input(
-        "average",
+        "ema_decay",
         default=0.999,
         min=0.0,
         max=0.99999,

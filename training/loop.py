@@ -1,4 +1,4 @@
-"""The loop that all trainings share: gradient accumulation, the moving average of the weights, the best checkpoint, and the
+"""The loop that all trainings share: gradient gradient_accumulation, the moving average of the weights, the best checkpoint, and the
 way back from a non-finite loss.
 
 The random draws of a step depend on the seed and its number alone, so that a resumed run goes on with those that it would
@@ -25,20 +25,20 @@ class Training:
 
     steps: int
     batch_size: int
-    accumulation: int = 1  # batches per step
+    gradient_accumulation: int = 1  # batches per step
     learning_rate: float
-    average: float = 0.999  # decay of the moving average of the weights; 0: the weights themselves
+    ema_decay: float = 0.999  # decay of the moving average of the weights; 0: the weights themselves
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation"):
+        for name in ("steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is less than 1; use at least 1")
         if not 0.0 < self.learning_rate < math.inf:
             usual = type(self).learning_rate
             raise ValueError(f"learning_rate {self.learning_rate:g} is not a positive number; try {usual:g}")
-        if not 0.0 <= self.average < 1.0:
-            raise ValueError(f"average {self.average:g} is not in 0 to below 1; 0 takes the weights as they are")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay {self.ema_decay:g} is not in 0 to below 1; 0 takes the weights as they are")
 
     def check_weights(self, *names: str) -> None:
         """Raise a ValueError unless these weights of parts of the loss are 0 or more."""
@@ -49,7 +49,7 @@ class Training:
     @property
     def samples(self) -> int:
         """Of a step."""
-        return self.batch_size * self.accumulation
+        return self.batch_size * self.gradient_accumulation
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 to steps - 1."""
@@ -104,7 +104,7 @@ class TrainingLoop(Generic[E]):
     _evaluated: tuple[int, E] | None = field(default=None, init=False)  # after so many steps; the last time
 
     def __post_init__(self) -> None:
-        averaged = self.settings.average > 0.0
+        averaged = self.settings.ema_decay > 0.0
         self.average = [p.detach().clone() for p in self.parameters] if averaged else self.parameters
         self.last_finite = LastFiniteState([*self.parameters, *(self.average if averaged else ()), *self.buffers])
         self.resumed = self.resumed or self.first_step > 0
@@ -127,7 +127,7 @@ class TrainingLoop(Generic[E]):
             with self.recording():
                 own = self.backward(step, number, batch)
             for name, value in own.items():
-                parts[name] = parts.get(name, 0.0) + value.detach() / self.settings.accumulation
+                parts[name] = parts.get(name, 0.0) + value.detach() / self.settings.gradient_accumulation
         return parts
 
     def check(self, step: int, what: str, values: Sequence[Tensor]) -> None:
@@ -140,7 +140,7 @@ class TrainingLoop(Generic[E]):
     def update_average(self) -> None:
         """Move the average; early in training it must not remember the beginning."""
         if self.average is not self.parameters:
-            decay = min(self.settings.average, (1 + self.steps) / (10 + self.steps))
+            decay = min(self.settings.ema_decay, (1 + self.steps) / (10 + self.steps))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ def started(loop: TrainingLoop) -> str:
     settings = loop.settings
     resumed = f", resumed at step {loop.first_step}" if loop.resumed else ""
     return (
-        f"{len(loop.losses['loss'])} steps of {settings.batch_size} x {settings.accumulation} at learning rate"
+        f"{len(loop.losses['loss'])} steps of {settings.batch_size} x {settings.gradient_accumulation} at learning rate"
         f" {settings.learning_rate:g}, seed {settings.seed}{resumed}"
     )
 

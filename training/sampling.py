@@ -22,11 +22,13 @@ class Split:
     unseen: bool
 
 
-def split(count: int, held_out: float) -> Split:
-    """Hold out a share ``held_out`` of ``count`` samples, evenly spread, at most MOST_HELD_OUT."""
-    if not 0.0 <= held_out < 1.0:
-        raise ValueError(f"held_out {held_out:g} is not a share of 0 to 1; use 0.1 for every tenth picture")
-    number = min(MOST_HELD_OUT, math.floor(held_out * count))
+def split(count: int, validation_fraction: float) -> Split:
+    """Hold out a share ``validation_fraction`` of ``count`` samples, evenly spread, at most MOST_HELD_OUT."""
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ValueError(
+            f"validation_fraction {validation_fraction:g} is not a share of 0 to 1; use 0.1 for every tenth picture"
+        )
+    number = min(MOST_HELD_OUT, math.floor(validation_fraction * count))
     held = [int((i + 0.5) * count / number) for i in range(number)]
     trained = sorted({*range(count)} - {*held})
     return Split(trained, held or trained[:MOST_HELD_OUT], bool(held))

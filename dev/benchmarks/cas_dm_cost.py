@@ -88,7 +88,7 @@ class Case:
         """As if trained: no weight is zero."""
         made, draws = made_for(self.model, cfg), torch.Generator().manual_seed(2)
         known = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg)
-        head = new_head(CasDMHeadConfig(channels=made.channels, sees_x=True), known, draws)
+        head = new_head(CasDMHeadConfig(channels=made.channels, condition_on_x_t=True), known, draws)
         weights = {k: w if w.any() else 0.02 * torch.randn(w.shape, generator=draws) for k, w in head.weights.items()}
         return Head(head.config, weights, known)
 
@@ -151,7 +151,7 @@ def flops(size: int) -> dict[str, int]:
     try:
         with torch.device("meta"):
             x, t, words = torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, 77, SD15["context_dim"])
-            head = CasDMHeadNet(CasDMHeadConfig(channels=4, sees_x=True))
+            head = CasDMHeadNet(CasDMHeadConfig(channels=4, condition_on_x_t=True))
             with FlopCounterMode(display=False) as of_theta:
                 theta(x, t, context=words)
             with FlopCounterMode(display=False) as of_head:

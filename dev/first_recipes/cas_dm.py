@@ -5,7 +5,7 @@ features of the demo's image encoder.
 recipes (AdamW, warm-up and cosine, moving average, resumable). ``python run.py train-demo --old cas_dm`` writes
 demo/weights/cas_dm/chorus-demo-general.safetensors, under 2 MB in float16, which Load Cas-DM Head offers.
 
-Chosen in trials of 400 steps: sees_x (the metric of held-out canvases, 0.331 for θ, fell to 0.207 with x_t and to 0.264
+Chosen in trials of 400 steps: condition_on_x_t (the metric of held-out canvases, 0.331 for θ, fell to 0.207 with x_t and to 0.264
 without), and the metric's weight (of 0, 1 and 4 the highest gave the best pictures in 4 steps, the lowest the worst).
 """
 
@@ -47,7 +47,7 @@ class Plan:
     seed: int = 21
     metric_weight: float = 2.0  # of the encoder's features; 0: none
     gate: str = "pixel"
-    sees_x: bool = True
+    condition_on_x_t: bool = True
 
 
 PLAN = Plan()
@@ -132,7 +132,7 @@ class Student(nn.Module):
 
 
 def new(plan):
-    config = CasDMHeadConfig(channels=CHANNELS, gate=plan.gate, sees_x=plan.sees_x)
+    config = CasDMHeadConfig(channels=CHANNELS, gate=plan.gate, condition_on_x_t=plan.condition_on_x_t)
     facts = HeadFacts(latent_format=LATENT, prediction=PREDICTION, cfg=plan.cfg)
     return new_head(config, facts, torch.Generator().manual_seed(plan.seed))
 

@@ -53,7 +53,7 @@ PAIRED = Plan(
         steps=2000,
         batch_size=8,
         learning_rate=1e-3,
-        average=0.998,
+        ema_decay=0.998,
         seed=41,
         metric_weight=4.0,
         l1_weight=1.0,
@@ -66,7 +66,7 @@ UNPAIRED = Plan(
         steps=1600,
         batch_size=2,
         learning_rate=5e-4,
-        average=0.998,
+        ema_decay=0.998,
         seed=42,
         cycle_weight=1.0,
         identity_weight=0.1,
@@ -89,7 +89,7 @@ class Features:
 
 def data(paired):
     sides = (side.movedim(-1, 1).float().div(255) for side in face_pairs.load_pairs(range(face_pairs.CHUNKS)))
-    return FaceData(*(list(side) for side in sides), CROP, paired=paired, held_out=0.02)
+    return FaceData(*(list(side) for side in sides), CROP, paired=paired, validation_fraction=0.02)
 
 
 def trainer_of(plan):

@@ -57,7 +57,7 @@ def new(plan):
         widths=plan.widths,
         embedding=plan.embedding,
         gate=plan.gate,
-        sees_x=True,  # plain: ok, the field's name in networks/
+        condition_on_x_t=True,  # plain: ok, the field's name in networks/
     )
     facts = HeadFacts(latent_format=LATENT, prediction=PREDICTION, cfg=plan.cfg)
     return new_head(config, facts, torch.Generator().manual_seed(plan.seed))

@@ -74,7 +74,7 @@ class Task:
             steps=plan.steps,
             batch_size=plan.batch,
             learning_rate=plan.lr,
-            average=plan.ema_decay,
+            ema_decay=plan.ema_decay,
             seed=plan.seed,
             metric_weight=plan.metric_weight,
             l1_weight=plan.l1_weight,
@@ -85,7 +85,7 @@ class Task:
         )
         self.trainer = PairedTrainer(
             generator,
-            FaceData(*pairs, CROP, paired=True, held_out=0.02),
+            FaceData(*pairs, CROP, paired=True, validation_fraction=0.02),
             settings,
             feature_distance(features.OfPictures(features.load())),
             device=device(),

@@ -47,7 +47,7 @@ class CasDMHeadConfig:
     channels: int
     widths: tuple[int, ...] = (64, 64, 96)  # one per resolution, each half of the one before
     embedding: int = 128  # of the noise level
-    sees_x: bool = False  # x_t beside x̂_θ, scaled to unit variance
+    condition_on_x_t: bool = False  # x_t beside x̂_θ, scaled to unit variance
     gate: str = "pixel"
     fixed: float = 0.5
 
@@ -75,6 +75,8 @@ class CasDMHeadConfig:
             values, names = json.loads(text), {f.name for f in dataclasses.fields(cls)}
         except (ValueError, RecursionError) as error:
             raise ValueError(f"its config is no JSON ({error}): {text[:80]}") from error
+        if isinstance(values, dict) and "sees_x" in values:  # its name in files of before the first release
+            values["condition_on_x_t"] = values.pop("sees_x")
         if not isinstance(values, dict) or set(values) != names:
             raise ValueError(f"its config is {text[:80]}, which does not have just {', '.join(sorted(names))}")
         kinds = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -186,7 +188,7 @@ class CasDMHeadNet(nn.Module):
         self.config = config
         widths, size = config.widths, config.embedding
         self.embed = LevelEmbedding(size, operations)
-        self.first = operations.Conv2d(config.channels * (2 if config.sees_x else 1), widths[0], 3, padding=1)
+        self.first = operations.Conv2d(config.channels * (2 if config.condition_on_x_t else 1), widths[0], 3, padding=1)
         pairs = list(itertools.pairwise(widths))
         self.down = nn.ModuleList(ResBlock(w, w, size, operations) for w in widths)
         self.shrink = nn.ModuleList(operations.Conv2d(w, below, 3, stride=2, padding=1) for w, below in pairs)
@@ -201,12 +203,12 @@ class CasDMHeadNet(nn.Module):
 
         x0     [B, C, h, w]: x̂_θ in the scale in which the model works
         level  [B]: ln(n / s), finite
-        x      [B, C, h, w]: x_t / √(s² + n²); seen only by heads with ``sees_x``, and needed by those
+        x      [B, C, h, w]: x_t / √(s² + n²); seen only by heads with ``condition_on_x_t``, and needed by those
         """
         if x0.ndim != 4 or x0.shape[1] != self.config.channels:
             raise ValueError(f"the head repaints [B, {self.config.channels}, h, w], not {tuple(x0.shape)}")
         seen = x0
-        if self.config.sees_x:
+        if self.config.condition_on_x_t:
             if x is None:
                 raise ValueError("this head sees x_t beside x0; give it both")
             seen = torch.cat([x0, x.to(x0)], dim=1)

@@ -126,7 +126,7 @@ class CasDMTrainer:
     def _backward(self, step: int, number: int, batch: tuple[Draw, Tensor]) -> dict[str, Tensor]:
         parts, *_ = self._parts(*batch)
         loss = self._total(parts)
-        (loss / self.settings.accumulation).backward()
+        (loss / self.settings.gradient_accumulation).backward()
         return {"loss": loss, **{name: value.mean() for name, value in parts.items()}}
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:

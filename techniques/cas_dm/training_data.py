@@ -66,12 +66,12 @@ class Draw(NamedTuple):
 class Latents:
     """Pictures in the model's scale, by size; some are held out for evaluations."""
 
-    def __init__(self, pictures: Sequence[Tensor], process: Process, held_out: float = 0.1):
-        """``pictures``: [C, h, w] or [C, T, h, w] each, of any sizes. ``held_out``: the share that is not trained on."""
+    def __init__(self, pictures: Sequence[Tensor], process: Process, validation_fraction: float = 0.1):
+        """``pictures``: [C, h, w] or [C, T, h, w] each, of any sizes. ``validation_fraction``: the share that is not trained on."""
         if not pictures:
             raise ValueError("there are no latents to learn from; wire a LATENT of at least one picture")
         self.pictures, self.process = pictures, process
-        self.split = split(len(pictures), held_out)
+        self.split = split(len(pictures), validation_fraction)
         self.buckets: dict[tuple[int, ...], list[int]] = {}
         for i in self.split.trained:
             self.buckets.setdefault(tuple(pictures[i].shape), []).append(i)

@@ -47,7 +47,7 @@ class LoraTraining(Training):
     learning_rate: float = 4e-4
     rank: int = 16
     alpha: float = 32.0
-    average: float = 0.0
+    ema_decay: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,7 +187,7 @@ class LoraTrainer:
 
     def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
         loss = masked_loss(self.network, batch)
-        (loss / self.settings.accumulation).backward()
+        (loss / self.settings.gradient_accumulation).backward()
         return {"loss": loss}
 
     def draw(self, step: int) -> Batch:

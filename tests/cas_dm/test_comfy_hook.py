@@ -82,7 +82,7 @@ def test_any_sampler(sampler):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
-    "config", [{}, {"sees_x": True, "gate": "channel"}, {"gate": "sample"}, {"gate": "fixed"}], ids=str
+    "config", [{}, {"condition_on_x_t": True, "gate": "channel"}, {"gate": "sample"}, {"gate": "fixed"}], ids=str
 )
 def test_the_sampler_is_told_the_mix(kind, config):
     model = MODELS[kind]()
@@ -340,7 +340,7 @@ def test_copies_for_further_devices_have_weights_of_their_own():
 @pytest.mark.parametrize("kind", ["eps", "flow"])
 def test_the_gradient_of_a_seed_passes_through_it(kind):
     model = MODELS[kind]()
-    worn = put(model, head_for(model, sees_x=True))
+    worn = put(model, head_for(model, condition_on_x_t=True))
     run = run_of(worn)
     loss, found = gradient(run)
     direction = direction_of(found)

@@ -18,7 +18,15 @@ from chorus.tests.support.tiny_models import defaults
 
 SHIPPED, FEW = "chorus-demo-general.safetensors", "few signs"
 SAMPLING = {"steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 7}
-QUICK = {"cfg": 4.0, "steps": 6, "batch_size": 2, "learning_rate": 3e-3, "size": "small", "held_out": 0.2, "seed": 1}
+QUICK = {
+    "cfg": 4.0,
+    "steps": 6,
+    "batch_size": 2,
+    "learning_rate": 3e-3,
+    "size": "small",
+    "validation_fraction": 0.2,
+    "seed": 1,
+}
 NEUTRAL = {"strength 0": {"strength": 0.0}, "empty window": {"start_percent": 0.4, "end_percent": 0.4}}
 
 

@@ -41,7 +41,7 @@ from chorus.training.metrics import join_features, l1
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders")
 Result = namedtuple("Result", "head loss_map report ui")
-QUICK = dict(steps=6, batch_size=2, learning_rate=3e-3, metric="none", size="small", average=0.5, seed=3)
+QUICK = dict(steps=6, batch_size=2, learning_rate=3e-3, metric="none", size="small", ema_decay=0.5, seed=3)
 
 
 class Scaled(ChorusDemoLatent):
@@ -251,11 +251,11 @@ def test_features_and_pictures_are_the_hosts(vae, encoder):
 def test_a_cache_of_all_steps_gives_the_same_head_and_unloads_the_model(monkeypatch):
     model, unloaded = unet(0), []
     monkeypatch.setattr(Guided, "unload", lambda self: unloaded.append(self.model))
-    plain = train(model, accumulation=2)
+    plain = train(model, gradient_accumulation=2)
     assert unloaded == []
-    cached = train(model, accumulation=2, cached_steps=50)
+    cached = train(model, gradient_accumulation=2, cached_steps=50)
     assert same(plain.head, cached.head) and plain.loss_map == cached.loss_map and unloaded == [model]
-    assert not same(train(model, accumulation=2, cached_steps=2).head, plain.head)
+    assert not same(train(model, gradient_accumulation=2, cached_steps=2).head, plain.head)
 
 
 def test_an_unloaded_model_is_gone_from_memory():
@@ -272,7 +272,7 @@ def test_an_interrupt_keeps_what_was_learned(caplog):
     samples, asked = latents(3), 3 * 8  # before the first step, the held-out pictures at every level
     stopped = stop_at(unet(0), asked + 3 * 2 + 1)
     with caplog.at_level(logging.WARNING), pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(stopped, samples, held_out=0.0)
+        train(stopped, samples, validation_fraction=0.0)
     (name,) = head_files()
     assert name.startswith("cas_dm/head_interrupted_step3_") and "what was learned until here is in" in caplog.text
     assert read_head(name).facts.steps == 3
@@ -327,20 +327,20 @@ def worse_after(monkeypatch):
 
 
 def test_the_best_that_was_looked_at_is_handed_out(worse_after):
-    plain = train(unet(0), steps=4, average=0.0)
+    plain = train(unet(0), steps=4, ema_decay=0.0)
     worse_after(4)
-    result = train(unet(0), steps=8, average=0.0, preview_every=4)
+    result = train(unet(0), steps=8, ema_decay=0.0, preview_every=4)
     assert same(result.head, plain.head) and result.head.facts.steps == 4
     assert result.head.facts.details["held_out_loss"] == plain.head.facts.details["held_out_loss"]
     assert len(result.loss_map["loss"]) == 8
     assert "8 steps of" in result.report and "after 4 steps of this run, where it was lowest" in result.report
     # where nothing was looked at on the way, the last weights are the only ones
-    assert train(unet(0), steps=8, average=0.0).head.facts.steps == 8
+    assert train(unet(0), steps=8, ema_decay=0.0).head.facts.steps == 8
 
 
 def test_checkpoints_say_how_good_they_are(worse_after):
     worse_after(2)
-    result = train(unet(0), steps=6, average=0.0, checkpoint_every=2)
+    result = train(unet(0), steps=6, ema_decay=0.0, checkpoint_every=2)
     losses = [float(read_head(name).facts.details["held_out_loss"]) for name in head_files()]
     assert len(losses) == 2 and losses[1] > losses[0]
     assert result.head.facts.steps == 2 and float(result.head.facts.details["held_out_loss"]) == losses[0]
@@ -348,12 +348,12 @@ def test_checkpoints_say_how_good_they_are(worse_after):
 
 def test_an_interrupt_keeps_the_best_that_was_looked_at(worse_after):
     # asked in the same way, and never stopped
-    plain = train(stop_at(unet(0), 1000), latents(3), steps=2, average=0.0, held_out=0.0)
+    plain = train(stop_at(unet(0), 1000), latents(3), steps=2, ema_decay=0.0, validation_fraction=0.0)
     worse_after(2)
     asked = 3 * 8  # before the first step, the held-out pictures at every level
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stopped = stop_at(unet(0), asked + 4 * 2 + 1)
-        train(stopped, latents(3), steps=9, average=0.0, held_out=0.0, preview_every=2)
+        train(stopped, latents(3), steps=9, ema_decay=0.0, validation_fraction=0.0, preview_every=2)
     (name,) = head_files()
     assert name.startswith("cas_dm/head_interrupted_step2_")
     kept = read_head(name)
@@ -370,7 +370,7 @@ def test_where_the_last_cannot_be_evaluated_they_are_kept(monkeypatch, caplog):
 
     monkeypatch.setattr(TrainingLoop, "restore_best", no_room)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), steps=9, held_out=0.0, preview_every=2)
+        train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), steps=9, validation_fraction=0.0, preview_every=2)
     (name,) = head_files()
     assert restored == [1] and "_interrupted_step3_" in name and "could not be evaluated; they are kept" in caplog.text
 
@@ -393,7 +393,7 @@ def test_a_full_disk_ends_no_training(folders, full_disk, caplog):
 
 def test_on_a_full_disk_an_interrupt_is_still_one(folders, full_disk, caplog):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), held_out=0.0)
+        train(stop_at(unet(0), 3 * 8 + 3 * 2 + 1), latents(3), validation_fraction=0.0)
     assert "what was learned could not be saved" in caplog.text and "No space left on device" in caplog.text
     assert files(folders / "output") == []
 
@@ -486,7 +486,7 @@ def test_latents_come_in_the_models_scale():
 
 INPUTS = (
     "model samples positive negative cfg vae clip_vision head metric metric_weight steps batch_size learning_rate seed"
-    " accumulation size gate sees_x gate_weights average crop held_out cached_steps checkpoint_every checkpoint_prefix"
+    " gradient_accumulation size gate condition_on_x_t gate_weights ema_decay crop validation_fraction cached_steps checkpoint_every checkpoint_prefix"
     " preview_every gradient_checkpointing"
 ).split()
 
@@ -500,4 +500,4 @@ def test_the_node_is_that_of_the_design():
     assert [o.io_type for o in schema.outputs] == ["CAS_DM_HEAD", "LOSS_MAP", "STRING"]
     assert {i.id for i in schema.inputs if i.optional} == {"negative", "vae", "clip_vision", "head"}
     assert all(i.tooltip for i in schema.inputs) and schema.description
-    assert all(i.advanced for i in schema.inputs[INPUTS.index("accumulation") :])
+    assert all(i.advanced for i in schema.inputs[INPUTS.index("gradient_accumulation") :])

@@ -161,7 +161,9 @@ def test_levels_are_those_of_every_sample():
 
 
 def trained_like(gate="pixel", **config):
-    network = CasDMHeadNet(CasDMHeadConfig(channels=3, widths=(8, 16), gate=gate, sees_x=True, **config)).double()
+    network = CasDMHeadNet(
+        CasDMHeadConfig(channels=3, widths=(8, 16), gate=gate, condition_on_x_t=True, **config)
+    ).double()
     return network.requires_grad_(True)
 
 

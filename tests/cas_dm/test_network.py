@@ -95,7 +95,7 @@ def test_rows_do_not_see_each_other():
 
 def test_what_it_sees():
     x0, level, x = inputs()
-    blind, seeing = some_head().network(), some_head(sees_x=True).network()
+    blind, seeing = some_head().network(), some_head(condition_on_x_t=True).network()
     assert torch.equal(blind(x0, level, x)[0], blind(x0, level)[0])
     assert not torch.allclose(seeing(x0, level, x)[0], seeing(x0, level, x + 1)[0], rtol=1e-2)
     with pytest.raises(ValueError, match="sees x_t"):
@@ -158,7 +158,7 @@ def test_a_network_is_frozen_and_has_memory_of_its_own():
 
 
 def test_all_of_it_learns():
-    network = some_head("channel", sees_x=True).network().requires_grad_(True)
+    network = some_head("channel", condition_on_x_t=True).network().requires_grad_(True)
     x0, level, x = inputs()
     sum(v.square().sum() for v in network(x0, level, x)).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -178,7 +178,7 @@ def test_casting_layers():
 
 @pytest.mark.parametrize("gate", GATES)
 def test_a_file_is_what_was_saved(gate, tmp_path):
-    head = some_head(gate, fixed=0.625, sees_x=True)
+    head = some_head(gate, fixed=0.625, condition_on_x_t=True)
     tensors, metadata = to_file(head)
     safetensors.torch.save_file(tensors, tmp_path / "head", metadata=metadata)
     with safetensors.safe_open(tmp_path / "head", framework="pt") as file:

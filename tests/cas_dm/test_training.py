@@ -70,11 +70,13 @@ def head(seed=1, steps=0, **config):
     return new_head(config, facts, torch.Generator().manual_seed(seed))
 
 
-def trainer(start=None, known=None, held_out=0.2, metric=None, theta=None, process=PROCESS, **settings):
+def trainer(start=None, known=None, validation_fraction=0.2, metric=None, theta=None, process=PROCESS, **settings):
     known = pictures() if known is None else known
-    settings = {"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "metric_weight": 0.5, "average": 0.9, **settings}
+    settings = {"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "metric_weight": 0.5, "ema_decay": 0.9, **settings}
     theta = Theta(known) if theta is None else theta
-    return CasDMTrainer(start or head(), Latents(known, process, held_out), theta, CasDMTraining(**settings), metric)
+    return CasDMTrainer(
+        start or head(), Latents(known, process, validation_fraction), theta, CasDMTraining(**settings), metric
+    )
 
 
 def nothing(done, loss):
@@ -121,7 +123,7 @@ def test_the_gate_learns_whom_to_trust():
     spoiled = type(spoiled)(spoiled.config, {**spoiled.weights, **bias}, spoiled.facts)
     known = pictures()
     right = lambda x, sigma, indices: torch.stack([known[i] for i in indices])  # noqa: E731
-    made = trainer(spoiled, known, theta=right, steps=25, learning_rate=1e-2, average=0.0)
+    made = trainer(spoiled, known, theta=right, steps=25, learning_rate=1e-2, ema_decay=0.0)
     before = dict(made.loop.evaluate().gate)
     assert set(before.values()) == {0.5}
     train(made.loop, nothing)
@@ -156,7 +158,7 @@ def test_theta_is_not_touched():
 
 
 def test_theta_is_asked_once_for_every_draw():
-    made = trainer(steps=5, batch_size=4, accumulation=2)
+    made = trainer(steps=5, batch_size=4, gradient_accumulation=2)
     train(made.loop, nothing)
     assert [len(rows) for rows in made.x0_theta.asked] == [4] * 10
     assert made.x0_theta.asked == [
@@ -191,7 +193,7 @@ def test_accumulated_batches_are_one_large_one():
     train(first.loop, nothing)  # in a new head most gradients are zero
     runs = [
         trainer(first.head(), metric=pixel_metric, **settings)
-        for settings in (dict(batch_size=8), dict(batch_size=2, accumulation=4), dict(batch_size=8, seed=1))
+        for settings in (dict(batch_size=8), dict(batch_size=2, gradient_accumulation=4), dict(batch_size=8, seed=1))
     ]
     parts = [made.loop.gradient(0) for made in runs]
     gradients = [torch.cat([p.grad.flatten() for p in made.loop.parameters]) for made in runs]
@@ -211,7 +213,10 @@ def test_one_seed_gives_the_same_bits_and_another_gives_others():
 
 @pytest.mark.parametrize("cached", [6, 100])
 def test_a_cache_of_all_steps_changes_nothing(cached):
-    plain, kept = trainer(steps=6, accumulation=2), trainer(steps=6, accumulation=2, cached_steps=cached)
+    plain, kept = (
+        trainer(steps=6, gradient_accumulation=2),
+        trainer(steps=6, gradient_accumulation=2, cached_steps=cached),
+    )
     seen = []
     kept.ask_beforehand(lambda done, count: seen.append((done, count)))
     assert seen == [(k + 1, 6) for k in range(6)]
@@ -232,11 +237,11 @@ def test_a_small_cache_is_used_in_turn():
 
 
 def test_a_resumed_run_goes_on_where_the_first_ended():
-    whole, first = trainer(steps=19, average=0.0), trainer(steps=12, average=0.0)  # of one length of warm-up
+    whole, first = trainer(steps=19, ema_decay=0.0), trainer(steps=12, ema_decay=0.0)  # of one length of warm-up
     train(whole.loop, nothing), train(first.loop, nothing)
     kept = first.head(first.loop.evaluate())
     assert kept.facts.steps == 12 and len(kept.facts.gate) == 8 and kept.facts.cfg == 4.0
-    second = trainer(kept, steps=7, average=0.0)
+    second = trainer(kept, steps=7, ema_decay=0.0)
     assert second.loop.evaluate().loss == pytest.approx(first.loop.evaluate().loss, rel=1e-5)
     train(second.loop, nothing)
     # the same draws and weights; only the optimizer starts afresh
@@ -256,7 +261,7 @@ def test_what_is_learned_survives_a_file():
 
 
 def test_the_average_follows_slowly():
-    made, followed = trainer(steps=12, average=0.8), []
+    made, followed = trainer(steps=12, ema_decay=0.8), []
     start = [p.detach().clone() for p in made.loop.parameters]
 
     def after_step(done, loss):
@@ -267,13 +272,13 @@ def test_the_average_follows_slowly():
     for a, b in zip(followed, made.loop.average):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert not all(torch.equal(a, p) for a, p in zip(made.loop.average, made.loop.parameters))
-    bare = trainer(steps=3, average=0.0)
+    bare = trainer(steps=3, ema_decay=0.0)
     train(bare.loop, nothing)
     assert all(torch.equal(a, p) for a, p in zip(bare.loop.average, bare.loop.parameters))
 
 
 def test_the_average_is_what_is_examined_and_the_weights_are_left():
-    made = trainer(steps=6, average=0.9)
+    made = trainer(steps=6, ema_decay=0.9)
     train(made.loop, nothing)
     before = [p.detach().clone() for p in made.loop.parameters]
     made.loop.evaluate(), made.examples()
@@ -339,7 +344,7 @@ def test_an_interrupt_keeps_what_was_learned():
 
 
 def test_the_best_by_the_held_out_pictures_is_what_one_gets():
-    made, found = trainer(steps=8, average=0.0), []
+    made, found = trainer(steps=8, ema_decay=0.0), []
 
     def after_step(done, loss):
         found.append(made.loop.evaluate().loss)
@@ -355,7 +360,7 @@ def test_the_best_by_the_held_out_pictures_is_what_one_gets():
     assert after.loss == lowest and made.loop.done == made.head().facts.steps == done
     assert not all(torch.equal(a, b) for a, b in zip(weights(made), last))
     # as a run that ended there
-    short = trainer(steps=done, average=0.0)
+    short = trainer(steps=done, ema_decay=0.0)
     train(short.loop, nothing)
     assert all(torch.equal(a, b) for a, b in zip(weights(made), weights(short)))
     assert made.loop.evaluate() == after and short.loop.evaluate().loss == pytest.approx(lowest, rel=1e-6)
@@ -376,7 +381,7 @@ def test_the_last_weights_are_kept_where_none_did_better():
 
 
 def test_where_a_run_began_is_not_what_it_gives():
-    made = trainer(steps=3, average=0.0, theta=lambda x, sigma, indices: x * 0 + 0.1, learning_rate=1.0)
+    made = trainer(steps=3, ema_decay=0.0, theta=lambda x, sigma, indices: x * 0 + 0.1, learning_rate=1.0)
     before = made.loop.evaluate()
     train(made.loop, lambda done, loss: made.loop.parameters[-1].data.add_(5.0 * done))
     made.loop.update_average()
@@ -420,7 +425,7 @@ def test_looking_twice_costs_once():
 
 def test_sizes_are_not_mixed_and_all_are_used():
     known = pictures(6, (8, 8)) + pictures(3, (5, 12), seed=1) + pictures(1, (3, 3), seed=2)
-    made = trainer(known=known, held_out=0.0, steps=30, batch_size=4)
+    made = trainer(known=known, validation_fraction=0.0, steps=30, batch_size=4)
     sizes, used = set(), set()
     for step in range(60):
         draw = made.draw(step)
@@ -447,19 +452,19 @@ def test_levels_are_those_of_the_process():
 
 def test_a_flow_learns_too():
     flow = Process(lambda percent: 1.0 - percent, flow=True)
-    made = trainer(head(sees_x=True), process=flow, steps=80)
+    made = trainer(head(condition_on_x_t=True), process=flow, steps=80)
     train(made.loop, nothing)
     assert made.loop.evaluate().l2["mix"] < 0.7 * made.loop.evaluate().l2["theta"]
 
 
 def test_held_out_pictures_are_not_trained_on():
-    made = trainer(steps=1, held_out=0.3)
+    made = trainer(steps=1, validation_fraction=0.3)
     assert len(made.latents.split.held) == 3 and made.latents.split.unseen
     used = {i for step in range(50) for i in made.draw(step).indices}
     assert not used & set(made.latents.split.held) and used | set(made.latents.split.held) == set(range(10))
     looked_at = {i for draw in made.latents.fixed() for i in draw.indices}
     assert looked_at == set(made.latents.split.held)
-    few = trainer(known=pictures(4), held_out=0.1)
+    few = trainer(known=pictures(4), validation_fraction=0.1)
     assert not few.latents.split.unseen and few.latents.split.held == [0, 1, 2, 3]
     assert "too few to hold some out" in report(few, few.loop.evaluate(), few.loop.evaluate())
 
@@ -511,7 +516,7 @@ def test_bfloat16_learns_in_float32():
         (dict(steps=0), "steps 0 is less than 1"),
         (dict(learning_rate=0.0), "learning_rate 0 is not a positive number"),
         (dict(metric_weight=-1.0), "metric_weight -1 is not 0 or more"),
-        (dict(average=1.0), "average 1 is not in 0 to below 1"),
+        (dict(ema_decay=1.0), "ema_decay 1 is not in 0 to below 1"),
         (dict(gate_weights="odd"), "gate_weights 'odd' is not one of even, paper"),
         (dict(cached_steps=-1), "cached_steps -1 is negative"),
     ],
@@ -524,7 +529,7 @@ def test_settings_that_cannot_be(wrong, message):
 def test_data_that_cannot_be():
     with pytest.raises(ValueError, match="no latents to learn from"):
         Latents([], PROCESS)
-    with pytest.raises(ValueError, match=r"held_out 1 is not a share"):
+    with pytest.raises(ValueError, match=r"validation_fraction 1 is not a share"):
         Latents(pictures(), PROCESS, 1.0)
     with pytest.raises(ValueError, match="repaints latents of 3 channels, these have 4"):
         trainer(known=[torch.zeros(4, 8, 8)])

@@ -30,7 +30,7 @@ FAST = "general-1-step"  # a student of general, whose faces are refined
 STUDENT = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
 TEACHER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 FEW, MANY = "one step", "20 steps"  # prefixes of the pictures that the example workflows save
-QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "held_out": 0.2, "seed": 1}
+QUICK = {"steps": 6, "batch_size": 2, "crop": 32, "learning_rate": 1e-3, "validation_fraction": 0.2, "seed": 1}
 TEMPLATE = {"template": "a {tone} {who} on blue", "variables": "tone = light | dark\nwho = man | woman"}
 
 

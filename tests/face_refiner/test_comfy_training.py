@@ -27,7 +27,7 @@ from chorus.tests.support.tiny_models import defaults, in_inference_mode
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
 Result = namedtuple("Result", "refiner loss_map report ui")
-QUICK = dict(steps=4, batch_size=2, learning_rate=2e-3, metric="l1", average=0.5, crop=32, seed=3)
+QUICK = dict(steps=4, batch_size=2, learning_rate=2e-3, metric="l1", ema_decay=0.5, crop=32, seed=3)
 SMALL = {
     "residual": RefinerConfig(widths=(8, 16), blocks=(1, 1), reduction=8),
     "resnet_9blocks": ResnetConfig(ngf=8, blocks=1),
@@ -142,7 +142,7 @@ def test_a_refiner_trains_on():
     second = train(refiner=first, architecture="resnet_9blocks", steps=3)
     assert second.refiner.details["steps"] == "7" and "resumed at step 4" in second.report
     assert second.refiner.patcher.model.config == first.patcher.model.config and not same(first, second.refiner)
-    kept = train(refiner=first, steps=2, learning_rate=1e-7, average=0.0).refiner
+    kept = train(refiner=first, steps=2, learning_rate=1e-7, ema_decay=0.0).refiner
     for name, weight in weights(first).items():
         torch.testing.assert_close(weights(kept)[name], weight, rtol=0, atol=1e-6)
 
@@ -232,7 +232,7 @@ def test_checkpoints_and_previews(monkeypatch):
     monkeypatch.setattr(
         comfy_train_node, "draw_refined", lambda *given: sheets.append((given, draw(*given))) or sheets[-1][1]
     )
-    result = train(steps=5, checkpoint_every=2, preview_every=3, checkpoint_prefix="mine/x", held_out=0.4)
+    result = train(steps=5, checkpoint_every=2, preview_every=3, checkpoint_prefix="mine/x", validation_fraction=0.4)
     names = [file for file in refiner_files() if file.endswith("[output]")]
     assert names == [f"mine/x_step{n}_00001_.refiner.safetensors [output]" for n in (2, 4)]
     assert [loaded(name).details["steps"] for name in names] == ["2", "4"]
@@ -276,7 +276,7 @@ def test_lists_of_what_there_is_one_of_are_refused():
 
 INPUTS = (
     "source target pairing refiner clip_vision architecture metric metric_weight steps batch_size learning_rate seed"
-    " accumulation crop resize flip grad_weight l1_weight gan_weight cycle_weight identity_weight pool_size average held_out"
+    " gradient_accumulation crop resize flip grad_weight l1_weight gan_weight cycle_weight identity_weight pool_size ema_decay validation_fraction"
     " checkpoint_every checkpoint_prefix preview_every gradient_checkpointing"
 ).split()
 
@@ -290,4 +290,4 @@ def test_the_node_is_that_of_the_design():
     assert {i.id for i in schema.inputs if i.optional} == {"refiner", "clip_vision"}
     assert inspect.signature(node.execute).parameters["refiner"].default is None
     assert all(i.tooltip for i in schema.inputs) and schema.description
-    assert all(i.advanced for i in schema.inputs[INPUTS.index("accumulation") :])
+    assert all(i.advanced for i in schema.inputs[INPUTS.index("gradient_accumulation") :])

@@ -63,10 +63,10 @@ def pictures(count=12, size=(40, 40), seed=0):
     return found
 
 
-def data(paired=True, crop=32, held_out=0.2, sizes=((40, 40),), **more):
+def data(paired=True, crop=32, validation_fraction=0.2, sizes=((40, 40),), **more):
     source = [p for seed, size in enumerate(sizes) for p in pictures(12, size, seed)]
     target = [p + TINT for p in (source if paired else pictures(9, seed=7))]
-    return FaceData(source, target, crop, paired=paired, held_out=held_out, **more)
+    return FaceData(source, target, crop, paired=paired, validation_fraction=validation_fraction, **more)
 
 
 def network(config=OWN, seed=1):
@@ -74,13 +74,13 @@ def network(config=OWN, seed=1):
 
 
 def paired(config=OWN, known=None, metric=l1, run=None, **settings):
-    settings = {"steps": 60, "batch_size": 4, "learning_rate": 2e-3, "average": 0.9, **settings}
+    settings = {"steps": 60, "batch_size": 4, "learning_rate": 2e-3, "ema_decay": 0.9, **settings}
     generator = config if isinstance(config, ImageGenerator) else network(config)
     return PairedTrainer(generator, known or data(), PairedTraining(**settings), metric, **(run or {}))
 
 
 def unpaired(config=OWN, known=None, run=None, features=None, **settings):
-    settings = {"steps": 60, "batch_size": 2, "learning_rate": 1e-3, "average": 0.9, **settings}
+    settings = {"steps": 60, "batch_size": 2, "learning_rate": 1e-3, "ema_decay": 0.9, **settings}
     generator = config if isinstance(config, ImageGenerator) else network(config)
     return CycleTrainer(generator, known or data(paired=False), CycleTraining(**settings), features, **(run or {}))
 
@@ -184,7 +184,7 @@ def test_unpaired_losses_and_gradients(identity_weight):
 @pytest.mark.parametrize("make", [paired, unpaired])
 def test_accumulated_batches_are_one_large(make):
     more = {"gan_weight": 1.0} if make is paired else {}
-    one, many = make(RESNET, batch_size=4, **more), make(RESNET, batch_size=1, accumulation=4, **more)
+    one, many = make(RESNET, batch_size=4, **more), make(RESNET, batch_size=1, gradient_accumulation=4, **more)
     losses = one.loop.gradient(3), many.loop.gradient(3)
     for name in losses[0]:
         torch.testing.assert_close(losses[0][name], losses[1][name], rtol=1e-4, atol=1e-6)
@@ -195,7 +195,7 @@ def test_accumulated_batches_are_one_large(make):
 def test_dropout_is_the_samples_own():
     known, numbers = data(), []
     for size in (1, 4):
-        made = paired(UNET, known, batch_size=size, accumulation=4 // size)
+        made = paired(UNET, known, batch_size=size, gradient_accumulation=4 // size)
         draws = [d for number in range(4 // size) for d in made._draws(5, number, size)]
         numbers.append([float(torch.rand((), generator=d)) for d in draws])
     assert numbers[0] == numbers[1] and len(set(numbers[0])) == 4
@@ -287,7 +287,7 @@ def test_the_packs_own_begins_with_no_change():
 
 def test_crops_of_pairs_belong_together_and_all_come():
     source = pictures(5, (40, 48)) + pictures(4, (64, 33), seed=1)
-    known = FaceData(source, [p + 1 for p in source], 24, paired=True, held_out=0.0)
+    known = FaceData(source, [p + 1 for p in source], 24, paired=True, validation_fraction=0.0)
     used, mirrored, places = [], 0, set()
     for step in range(9):
         batch = known.draw(3, step, 4)
@@ -301,7 +301,7 @@ def test_crops_of_pairs_belong_together_and_all_come():
     assert sorted(used) == sorted([*range(9)] * 4)  # 36 draws: every picture four times
     assert all(sorted(used[k * 9 : (k + 1) * 9]) == [*range(9)] for k in range(4)) and used[:9] != used[9:18]
     assert 8 < mirrored < 28 and len(places) > 20
-    unflipped = FaceData(source, source, 24, paired=True, held_out=0.0, flip=False)
+    unflipped = FaceData(source, source, 24, paired=True, validation_fraction=0.0, flip=False)
     assert not any(find(crop, source)[3] for crop in unflipped.draw(3, 0, 9).source)
 
 
@@ -319,7 +319,7 @@ def find(crop, pictures):
 
 
 def test_unpaired_sides_are_drawn_apart():
-    known = data(paired=False, held_out=0.0)
+    known = data(paired=False, validation_fraction=0.0)
     batch = known.draw(0, 0, 9)
     pairs = [(find(a, known.sides[0].pictures)[0], find(b, known.sides[1].pictures)[0]) for a, b in zip(*batch)]
     assert sorted(b for _, b in pairs) == [*range(9)] and len({a for a, _ in pairs}) == 9
@@ -356,16 +356,16 @@ def test_the_same_run_gives_the_same_refiner(make):
 
 
 def test_held_out_pictures_are_not_trained_on():
-    known = data(held_out=0.25)
+    known = data(validation_fraction=0.25)
     side = known.sides[SOURCE]
     assert len(side.split.held) == 3 and not set(side.split.held) & set(side.split.trained) and known.unseen
     used = {side.index_at(0, SOURCE, position) for position in range(30)}
     assert used == set(side.split.trained)
     assert known.fixed().source.shape == (3, 3, 32, 32)
     assert torch.equal(known.fixed().source[0], side.pictures[side.split.held[0]][:, 4:36, 4:36])
-    few = data(held_out=0.01)
+    few = data(validation_fraction=0.01)
     assert not few.unseen and few.sides[0].split.held == few.sides[0].split.trained
-    many = FaceData(*(pictures(10, (24, 24)) * 20,) * 2, 24, paired=True, held_out=0.5)
+    many = FaceData(*(pictures(10, (24, 24)) * 20,) * 2, 24, paired=True, validation_fraction=0.5)
     assert len(many.sides[0].split.held) == MOST_HELD_OUT
 
 
@@ -431,7 +431,7 @@ def test_a_tint_is_learned(gan_weight):
 def test_contrast_is_learned():
     """What is added depends on what is there."""
     source = pictures()
-    known = FaceData(source, [0.5 + 0.4 * (p - 0.5) for p in source], 24, paired=True, held_out=0.2)
+    known = FaceData(source, [0.5 + 0.4 * (p - 0.5) for p in source], 24, paired=True, validation_fraction=0.2)
     made = paired(known=known, steps=60, grad_weight=0.0)
     before = made.loop.evaluate()
     train(made.loop, nothing)
@@ -447,7 +447,7 @@ def test_blur_is_undone():
             picture[:, top : top + 8, left : left + 8] = torch.rand(3, 1, 1, generator=draws)
         sharp.append(picture)
     blurred = [F.avg_pool2d(p[None], 3, 1, 1, count_include_pad=False)[0] for p in sharp]
-    known = FaceData(blurred, sharp, 32, paired=True, held_out=0.2)
+    known = FaceData(blurred, sharp, 32, paired=True, validation_fraction=0.2)
     made = paired(known=known, metric=lambda a, b: 10 * (a - b).square().mean((1, 2, 3)), steps=120, grad_weight=0.0)
     train(made.loop, nothing)
     after = made.loop.evaluate()
@@ -457,7 +457,7 @@ def test_blur_is_undone():
 def test_grad_ties_the_structure_to_the_source():
     """With a target of other structure, GRAD keeps the source's, and the metric takes the target's colour."""
     source = pictures()
-    known = FaceData(source, [TINT + 0.5 + 0 * p for p in source], 32, paired=True, held_out=0.2)
+    known = FaceData(source, [TINT + 0.5 + 0 * p for p in source], 32, paired=True, validation_fraction=0.2)
     loose, tied = (paired(known=known, steps=80, grad_weight=weight) for weight in (0.0, 20.0))
     kept = []
     for made in (loose, tied):
@@ -469,7 +469,7 @@ def test_grad_ties_the_structure_to_the_source():
 
 def test_a_colour_cast_is_learned_without_pairs():
     cast = torch.tensor([0.2, 0.0, -0.2])[:, None, None]
-    known = FaceData([p + cast for p in pictures()], pictures(9, seed=7), 24, paired=False, held_out=0.25)
+    known = FaceData([p + cast for p in pictures()], pictures(9, seed=7), 24, paired=False, validation_fraction=0.25)
     # a discriminator of few weights and steps has to be listened to
     made = unpaired(known=known, features=lambda p: p.mean((1, 2)), steps=60, learning_rate=2e-3, cycle_weight=1.0)
     before = made.loop.evaluate()
@@ -534,7 +534,7 @@ def test_a_resumed_refiner_waits_for_the_discriminators():
 
 
 def test_the_average_follows():
-    made = paired(average=0.5, steps=3)
+    made = paired(ema_decay=0.5, steps=3)
     kept = [p.detach().clone() for p in made.loop.parameters]
     expected = kept
 
@@ -546,7 +546,7 @@ def test_the_average_follows():
     train(made.loop, after_step)
     for ours, theirs in zip(made.loop.average, expected):
         torch.testing.assert_close(ours, theirs)
-    raw = paired(average=0.0, steps=3)
+    raw = paired(ema_decay=0.0, steps=3)
     train(raw.loop, nothing)
     assert all(torch.equal(a, p) for a, p in zip(raw.loop.average, raw.loop.parameters))
 
@@ -706,8 +706,8 @@ def test_data_that_cannot_be(source, target, paired, message):
 
 
 def test_a_share_that_is_none():
-    with pytest.raises(ValueError, match="held_out 1 is not a share"):
-        data(held_out=1.0)
+    with pytest.raises(ValueError, match="validation_fraction 1 is not a share"):
+        data(validation_fraction=1.0)
 
 
 @pytest.mark.parametrize(
@@ -715,7 +715,7 @@ def test_a_share_that_is_none():
     [
         (PairedTraining, dict(steps=0), "steps 0 is less than 1"),
         (PairedTraining, dict(learning_rate=0.0), "learning_rate 0 is not a positive number"),
-        (PairedTraining, dict(average=1.0), "average 1 is not in 0 to below 1"),
+        (PairedTraining, dict(ema_decay=1.0), "ema_decay 1 is not in 0 to below 1"),
         (PairedTraining, dict(grad_weight=-1.0), "grad_weight -1 is not 0 or more"),
         (PairedTraining, dict(batch_size=0), "batch_size 0 is less than 1"),
         (CycleTraining, dict(cycle_weight=math.nan), "cycle_weight nan is not 0 or more"),

@@ -155,7 +155,7 @@ def test_losses_are_those_of_the_batches():
 
 
 def test_accumulated_batches_are_averaged():
-    made = trainer(data=pictures(picture(count=3), texts(3)), batch_size=2, accumulation=2)
+    made = trainer(data=pictures(picture(count=3), texts(3)), batch_size=2, gradient_accumulation=2)
     losses = [masked_loss(made.network, Batch(*part)) for part in zip(*(t.split(2) for t in made.draw(0)))]
     assert len(losses) == 2
     expected = torch.autograd.grad(sum(losses) / 2, made.loop.parameters)

@@ -142,7 +142,9 @@ def head_trained() -> Case:
     model, vision = unet(0, latent_format=Scaled), tiny_encoder()
     with torch.inference_mode():
         vae = modules.make_vae(modules.load_vae_module())
-    given = dict(steps=3, metric="clip_vision", vae=vae, clip_vision=vision, crop=16, held_out=0.0, cached_steps=1)
+    given = dict(
+        steps=3, metric="clip_vision", vae=vae, clip_vision=vision, crop=16, validation_fraction=0.0, cached_steps=1
+    )
 
     def run():
         found = train.__wrapped__(model, latents(2, 12, (4, 4)), **given)

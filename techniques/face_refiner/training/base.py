@@ -164,7 +164,7 @@ def networks_and_data(trainer: RefinerTrainer) -> str:
     return f"{trainer.generator.config}: {weights} weights; {trainer.data}, crops of {trainer.data.crop}"
 
 
-def held_out(trainer: RefinerTrainer) -> str:
+def validation_images(trainer: RefinerTrainer) -> str:
     """What a report calls the pictures of its evaluations."""
     if not trainer.data.unseen:
         return TRAINED_ON

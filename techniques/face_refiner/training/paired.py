@@ -62,7 +62,7 @@ class PairedTrainer(RefinerTrainer):
         super().__init__(generator, data, settings, discriminators, betas=betas, **run)
 
     def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
-        count = self.settings.accumulation
+        count = self.settings.gradient_accumulation
         x, y = (2.0 * t - 1.0 for t in batch)
         z = self.apply(self.generator, x, self._draws(step, number, len(x)))
         parts = self.parts(x, y, z)
@@ -127,7 +127,7 @@ def report(trainer: PairedTrainer, before: RefinerEvaluation, after: RefinerEval
     lines = [
         started(trainer.loop),
         base.networks_and_data(trainer),
-        f"loss on {base.held_out(trainer)}: {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
+        f"loss on {base.validation_images(trainer)}: {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
         *restored(trainer.loop),
     ]
     titles = {"metric": f"{metric} distance to the target", "l1": "mean difference from the target"}

@@ -56,9 +56,9 @@ def read_pictures(name: str, batches: Sequence[Tensor], resize: int = 0) -> list
 class Side:
     """The pictures of one side, some of which are held out for evaluations."""
 
-    def __init__(self, name: str, pictures: Sequence[Tensor], crop: int, held_out: float):
-        """``held_out``: the share that is not trained on."""
-        self.split = split(len(pictures), held_out)
+    def __init__(self, name: str, pictures: Sequence[Tensor], crop: int, validation_fraction: float):
+        """``validation_fraction``: the share that is not trained on."""
+        self.split = split(len(pictures), validation_fraction)
         for number, picture in enumerate(pictures):
             if min(picture.shape[-2:]) < crop:
                 raise ValueError(
@@ -96,13 +96,13 @@ class FaceData:
         *,
         paired: bool,
         flip: bool = True,
-        held_out: float = 0.1,
+        validation_fraction: float = 0.1,
     ):
         """``source``, ``target``: pictures [3, H, W] of any sizes, at least ``crop``."""
         if paired:
             check_pairs(source, target)
         self.paired, self.crop, self.flip = paired, crop, flip
-        self.sides = tuple(Side(*part, crop, held_out) for part in zip(NAMES, (source, target)))
+        self.sides = tuple(Side(*part, crop, validation_fraction) for part in zip(NAMES, (source, target)))
 
     @property
     def unseen(self) -> bool:

@@ -94,7 +94,7 @@ class CycleTrainer(RefinerTrainer):
         self.hold = min(HOLD, settings.steps // 10) if self.loop.resumed else 0
 
     def _backward(self, step: int, number: int, batch: Batch) -> dict[str, Tensor]:
-        settings, count = self.settings, self.settings.accumulation
+        settings, count = self.settings, self.settings.gradient_accumulation
         a, b = (2.0 * t - 1.0 for t in batch)
         draws = self._draws(step, number, len(a))
         if number == 0:
@@ -186,7 +186,7 @@ def report(
     lines = [
         started(trainer.loop),
         base.networks_and_data(trainer),
-        f"distance of {base.held_out(trainer)} from the target's, as sets, in {features}: source {source:.5f}, refined"
+        f"distance of {base.validation_images(trainer)} from the target's, as sets, in {features}: source {source:.5f}, refined"
         f" {before.loss:.5f} before, {after.loss:.5f} after: {verdict(before.loss, after.loss)}",
         *restored(trainer.loop),
     ]
