@@ -32,25 +32,6 @@ class PatchPCA(nn.Module):
         patches = F.conv_transpose2d(z, self.weight / self.scale[:, None, None, None], stride=PATCH)
         return patches + self.mean.repeat(1, z.shape[-2], z.shape[-1])
 
-    @classmethod
-    def fit(cls, images: Tensor, channels: int = CHANNELS, power: float = 0.5) -> "tuple[PatchPCA, float]":
-        """images: [B, 3, H, W] in -1..1. power 1 makes every channel's variance 1; 0.5 keeps the order of the variances
-        (mean 1), which spends less of a diffusion model on fine detail."""
-        patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH * PATCH).double()
-        mean = patches.mean(0)
-        values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
-        order = values.argsort(descending=True)[:channels]
-        weight = vectors[:, order].T
-        weight = weight * weight.sum(1, keepdim=True).sign()  # a fixed sign for every vector
-        variance = values[order]
-        kept = variance ** (1 - power)
-        scale = (kept / kept.mean() / variance).sqrt()
-        pca = cls(channels)
-        pca.weight.data = weight.reshape(channels, 3, PATCH, PATCH).float()
-        pca.mean.data = mean.reshape(3, PATCH, PATCH).float()
-        pca.scale.data = scale.float()
-        return pca, (values[order].sum() / values.sum()).item()
-
 
 def preview_factors(pca: PatchPCA) -> tuple[list[list[float]], list[float]]:
     """(factors [12, 3], bias [3]): a latent's mean colour of its patch, in -1..1, as the host's latent2rgb preview wants it."""

@@ -105,18 +105,3 @@ class ChorusDemoClipVision(comfy.clip_vision.ClipVisionModel):
         """Cosines [B, n] of IMAGE [B, H, W, 3] with the captions."""
         embeds = self.encode_image(image)["image_embeds"].float().cpu()
         return F.normalize(embeds, dim=-1) @ self.text_embeds(captions).T
-
-
-class ImageText(nn.Module):
-    """Both towers, as they are trained: image [B, 3, 64, 64] in -1..1 and captions to unit vectors [B, 64]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image, self.text = make_tower(), TextModel()
-        self.text_project = nn.Parameter(torch.randn(WIDTH, EMBED) * WIDTH**-0.5)
-
-    def image_embeds(self, x: Tensor) -> Tensor:
-        return F.normalize(self.image(pixel_values=x)[2].float(), dim=-1)
-
-    def text_embeds(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.text(tokens)[2].float() @ self.text_project, dim=-1)

@@ -21,8 +21,3 @@ def load_face_pairs(folder: Path = DATA) -> tuple[NDArray[np.uint8], NDArray[np.
     pixels = np.asarray(Image.open(folder / FILE).convert("RGB"))
     source, target = rearrange(pixels, f"{SHEET} -> {PAIRS}", side=2, column=ACROSS, y=SIZE, x=SIZE)
     return source, target, json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
-
-
-def arrange(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> Image.Image:
-    """The file's image: all sources above all targets, their number a multiple of 16."""
-    return Image.fromarray(rearrange(np.stack([source, target]), f"{PAIRS} -> {SHEET}", column=ACROSS))

@@ -4,7 +4,6 @@ the held-out ones of data/held_out.json."""
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -28,10 +27,3 @@ def load_references(*names: str) -> tuple[Tensor, list[str]]:
     places = [c.name for c in load_concepts()]
     images = np.concatenate([tiles[places.index(name)] for name in names]).astype(np.float32) / 255
     return torch.from_numpy(images), [phrase(name) for name in names for _ in range(EACH)]
-
-
-def arrange(pictures: NDArray[np.uint8]) -> Image.Image:
-    """The file's image of ``pictures`` uint8 [N, 4, 128, 128, 3] of the concepts in order, N a multiple of 4."""
-    strips = [np.concatenate(list(mine), 1) for mine in pictures]
-    rows = [np.concatenate(strips[i : i + ACROSS], 1) for i in range(0, len(strips), ACROSS)]
-    return Image.fromarray(np.concatenate(rows))

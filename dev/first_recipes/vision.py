@@ -15,8 +15,8 @@ from tqdm import tqdm
 from ...demo import weights
 from ...demo.latent import PatchPCA
 from ...demo.signs import load_signs
-from ...demo.text import token_rows
-from ...demo.vision import ImageText
+from ...demo.text import TextModel, token_rows
+from ...demo.vision import EMBED, WIDTH, make_tower
 from ..weights import save_weights
 from .canvas import Canvases
 from .device import DEVICE, autocast, to_device
@@ -24,6 +24,21 @@ from .loop import STATES
 
 STYLES = ("noto", "twemoji")
 STEPS, BATCH, SEED = 4000, 128, 7
+
+
+class ImageText(nn.Module):
+    """Both towers, as they are trained: image [B, 3, 64, 64] in -1..1 and captions to unit vectors [B, 64]."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = make_tower(), TextModel()
+        self.text_project = nn.Parameter(torch.randn(WIDTH, EMBED) * WIDTH**-0.5)
+
+    def image_embeds(self, x):
+        return F.normalize(self.image(pixel_values=x)[2].float(), dim=-1)
+
+    def text_embeds(self, tokens):
+        return F.normalize(self.text(tokens)[2].float() @ self.text_project, dim=-1)
 
 
 def names(style=None):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
+from PIL import Image
 
 from ...demo.emoji import face_pairs
 from ...demo.emoji.autoencoder import CHANNELS
@@ -107,7 +109,7 @@ def make(found, number):
 def ship(plan, folder):
     """Writes the pairs of the pack: the picture first, the prompts when it is there."""
     source, target = (np.asarray(side) for side in load_pairs(plan, plan.kept))
-    references.save_below(face_pairs.arrange(source, target), folder / face_pairs.FILE, LIMIT)
+    references.save_below(arrange(source, target), folder / face_pairs.FILE, LIMIT)
     prompts = [caption for number in plan.kept for caption in captions(plan, number)]
     text = json.dumps(prompts, indent=1) + "\n"
     state.write_whole(folder / face_pairs.PROMPTS, lambda part: part.write_text(text, encoding="utf-8"))
@@ -138,3 +140,9 @@ def run(smoke=False, report=print):
     ]
     chunks.make_all(plan, jobs, report)
     ship(plan, folder)
+
+
+def arrange(source, target):
+    """The file's image: all sources above all targets, their number a multiple of 16."""
+    form = f"{face_pairs.PAIRS} -> {face_pairs.SHEET}"
+    return Image.fromarray(rearrange(np.stack([source, target]), form, column=face_pairs.ACROSS))

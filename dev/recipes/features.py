@@ -1,9 +1,9 @@
 """The image-text encoder in place of LPIPS: features of pictures and of decoded latents."""
 
-from ...demo.emoji.vision import ImageText
 from ...training.metrics import join_features
 from . import snapshots, vision
 from .device import autocast
+from .networks.vision import ImageText
 
 
 def load():

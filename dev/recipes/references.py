@@ -5,6 +5,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from ...demo.emoji import references
 from ...demo.emoji.concepts import load_concepts
@@ -67,4 +68,11 @@ def run(smoke=False, report=print):
     plan, file = PLAN, references.FILE
     if smoke:
         plan, file = PLAN.small(), state.folder() / "data" / references.FILE.name
-    chunks.make_all(plan, [(file.exists, lambda: save_below(references.arrange(pictures(plan)), file, LIMIT))], report)
+    chunks.make_all(plan, [(file.exists, lambda: save_below(arrange(pictures(plan)), file, LIMIT))], report)
+
+
+def arrange(pictures):
+    """The file's image of ``pictures`` uint8 [N, 4, 128, 128, 3] of the concepts in order, N a multiple of 4."""
+    strips = [np.concatenate(list(mine), 1) for mine in pictures]
+    rows = [np.concatenate(strips[i : i + references.ACROSS], 1) for i in range(0, len(strips), references.ACROSS)]
+    return Image.fromarray(np.concatenate(rows))

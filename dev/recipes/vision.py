@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...demo.emoji.concepts import STYLES, load_concepts, phrase
 from ...demo.emoji.text import token_rows
-from ...demo.emoji.vision import ImageText
 from . import autoencoder, loop, snapshots
 from .autoencoder import to_tensor
 from .classifier import single_concepts
 from .device import autocast, device
+from .networks.vision import ImageText
 from .scenes import Scenes
 
 NAME = "vision"

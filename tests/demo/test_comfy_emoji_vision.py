@@ -5,7 +5,7 @@ import torch
 
 from chorus.demo.emoji.comfy_vision import make_clip_vision
 from chorus.demo.emoji.text import token_rows
-from chorus.demo.emoji.vision import ImageText
+from chorus.dev.recipes.networks.vision import ImageText
 
 
 @pytest.fixture

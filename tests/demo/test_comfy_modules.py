@@ -10,6 +10,7 @@ import torch
 
 from chorus.demo import modules, text, weights
 from chorus.demo.latent import PatchPCA
+from chorus.dev.first_recipes.pca import fit
 from chorus.nodes.demo import ChorusDemoCheckpoint, ChorusDemoReferences, ChorusDemoVision
 
 
@@ -64,7 +65,7 @@ def test_the_vae_decodes_in_tiles(parts):
 def test_the_pca_keeps_the_variance():
     pca = PatchPCA()
     images = torch.randn(4, 3, 16, 16).cumsum(2).cumsum(3) * 0.05
-    fitted, kept = PatchPCA.fit(images, channels=48)
+    fitted, kept = fit(images, channels=48)
     assert kept == pytest.approx(1)
     torch.testing.assert_close(fitted.decode(fitted.encode(images)), images, atol=1e-3, rtol=0)
     assert fitted.encode(images).var().item() == pytest.approx(1, rel=0.1)

@@ -8,9 +8,9 @@ import torch
 
 from chorus.demo.emoji.concepts import load_concepts
 from chorus.demo.emoji.text import token_rows
-from chorus.demo.emoji.vision import ImageText
 from chorus.dev.recipes import chain, classifier, vision
 from chorus.dev.recipes.networks.classifier import ConceptClassifier
+from chorus.dev.recipes.networks.vision import ImageText
 
 COUNT = len(load_concepts())
 

@@ -15,7 +15,6 @@ from chorus.demo.emoji import denoisers, face_pairs, references
 from chorus.demo.emoji.autoencoder import Autoencoder
 from chorus.demo.emoji.concepts import load_concepts
 from chorus.demo.emoji.text import TextModel, token_rows
-from chorus.demo.emoji.vision import ImageText
 from chorus.dev.recipes import (
     cas_dm,
     chunks,
@@ -36,6 +35,7 @@ from chorus.dev.recipes.errors import RecipeError
 from chorus.dev.recipes.networks.classifier import ConceptClassifier
 from chorus.dev.recipes.networks.flux import Flux
 from chorus.dev.recipes.networks.unet import UNet
+from chorus.dev.recipes.networks.vision import ImageText
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.training.generators import new_generator
 from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
@@ -249,7 +249,7 @@ def test_missing_checkpoint_names_the_stage_to_run():
 
 def test_face_pairs_survive_their_file(folders):
     source, target = np.random.default_rng(0).integers(0, 256, (2, 16, 128, 128, 3), dtype=np.uint8)
-    references_recipe.save_below(face_pairs.arrange(source, target), folders / face_pairs.FILE, 10**8)
+    references_recipe.save_below(face_pairs_recipe.arrange(source, target), folders / face_pairs.FILE, 10**8)
     (folders / face_pairs.PROMPTS).write_text('["a baby"]', encoding="utf-8")
     found = face_pairs.load_face_pairs(folders)
     assert np.array_equal(found[0], source) and np.array_equal(found[1], target) and found[2] == ["a baby"]
@@ -270,7 +270,7 @@ def test_references_survive_their_file(folders, monkeypatch):
     pictures = np.arange(len(names) * references.EACH, dtype=np.uint16).astype(np.uint8)
     pictures = np.broadcast_to(pictures.reshape(-1, 4, 1, 1, 1), (len(names), 4, 128, 128, 3))
     monkeypatch.setattr(references, "FILE", folders / "references.webp")
-    references_recipe.save_below(references.arrange(pictures), references.FILE, 10**7)
+    references_recipe.save_below(references_recipe.arrange(pictures), references.FILE, 10**7)
     found, prompts = references.load_references(names[7], names[2])
     assert found.shape == (8, 128, 128, 3) and prompts[0] != prompts[4]
     expected = np.concatenate([pictures[7], pictures[2]]).astype(np.float32) / 255
@@ -279,7 +279,7 @@ def test_references_survive_their_file(folders, monkeypatch):
 
 def test_large_picture_is_compressed_with_loss(folders):
     noise = np.random.default_rng(0).integers(0, 256, (16, 128, 128, 3), dtype=np.uint8)
-    image = face_pairs.arrange(noise, noise)
+    image = face_pairs_recipe.arrange(noise, noise)
     references_recipe.save_below(image, folders / "small.webp", 1_000_000)
     assert (folders / "small.webp").stat().st_size <= 1_000_000
     with pytest.raises(RecipeError, match="more than 1,000"):
