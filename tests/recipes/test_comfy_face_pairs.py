@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from chorus.demo import face_pairs, signs
-from chorus.dev.first_recipes import canvas
+from chorus.dev.first_recipes import canvas, lists
+from chorus.dev.first_recipes import face_pairs as recipe
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def test_there_are_as_many_as_told_each_with_a_prompt_of_the_grammar(pairs):
     assert len(prompts) == face_pairs.COUNT
     words = set(json.loads((signs.DATA / "vocabulary.json").read_text()))
     assert all(set(prompt.split()) <= words for prompt in prompts)
-    assert all(any(name in prompt for name in signs.FACES) for prompt in prompts)
+    assert all(any(name in prompt for name in lists.FACES) for prompt in prompts)
 
 
 def test_what_belongs_together_is_more_alike_than_what_does_not(pairs):
@@ -37,17 +38,17 @@ def test_written_pairs_are_read_again(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     source, target = rng.integers(0, 256, (2, face_pairs.COUNT, 64, 64, 3), dtype=np.uint8)
     prompts = [f"prompt {n}" for n in range(face_pairs.COUNT)]
-    face_pairs.write(source, target, prompts)
+    recipe.write(source, target, prompts)
     again = face_pairs.load_face_pairs()
     assert np.array_equal(again[0], source) and np.array_equal(again[1], target) and again[2] == prompts
 
 
 def test_faces_are_signs_of_persons():
     found = {sign.name: sign for sign in signs.load_signs()}
-    assert all(found[name].domain == "person" for name in signs.FACES)
+    assert all(found[name].domain == "person" for name in lists.FACES)
 
 
 def test_canvases_of_some_names_hold_only_these():
-    plan = canvas.Canvases("noto", names=signs.FACES, balanced=True, draw=False)
+    plan = canvas.Canvases("noto", names=lists.FACES, balanced=True, draw=False)
     drawn = {plan.signs[item.sign].name for k in range(300) for item in plan.scene(k).items}
-    assert drawn == set(signs.FACES)
+    assert drawn == set(lists.FACES)
