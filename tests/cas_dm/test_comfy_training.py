@@ -2,12 +2,14 @@
 
 import inspect
 import logging
+import math
 from collections import namedtuple
 
 import comfy.latent_formats
 import comfy.model_management
 import comfy.nested_tensor
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_train import LossGraphNode
@@ -23,6 +25,7 @@ from chorus.techniques.cas_dm import comfy_train_node
 from chorus.techniques.cas_dm.comfy_files import head_files, read_head
 from chorus.techniques.cas_dm.comfy_training import Guided, process_of, read_latents
 from chorus.techniques.cas_dm.training_data import Process
+from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.heads import MODELS, WORDS, channels_of, head_for, put, sample
 from chorus.tests.support.lifecycle import stop_at
@@ -33,6 +36,7 @@ from chorus.tests.support.tiny_models import (
     forwards,
     in_inference_mode,
     lora,
+    predictions,
     recording,
     unet,
 )
@@ -93,10 +97,19 @@ def same(a, b):
     return all(torch.equal(a.weights[name], w) for name, w in b.weights.items())
 
 
+# holds the scores of a blend's two models apart, so that no rounding changes its hard mask: each generates one half
+HALVES, BIAS = torch.tensor([1.0, math.exp(-8)]).repeat_interleave(5).expand(1, 12, 10), 4.0
+EXPERT_WORDS = conditioning(30), conditioning(31)
+
+
+def halves():
+    return blend(unet(0), unet(1), *EXPERT_WORDS, start_percent=0.3, region=HALVES.clone(), bias=BIAS)[0]
+
+
 GUIDED = {
     **MODELS,
     "lora": lambda: lora(unet(0), 3),
-    "blend": lambda: blend(unet(0), unet(1), conditioning(30), conditioning(31), start_percent=0.3)[0],
+    "blend": halves,
     "head": lambda: put(unet(0), head_for(unet(0)), 1.0, 0.3, 1.0),
 }
 
@@ -107,6 +120,13 @@ def test_it_is_asked_what_the_sampler_is_told(kind, cfg):
     model = GUIDED[kind]()
     recorded, calls = recording(model)
     sample(recorded, cfg=cfg)
+    if kind == "blend":
+        answers = [predictions(m, *w, calls) for m, w in ((unet(0), WORDS), (unet(1), EXPERT_WORDS))]
+        extra = np.stack([np.zeros((1, 12, 10)), BIAS + HALVES.log().numpy()])
+        for call, *own in zip(calls, *answers, strict=True):
+            pairs = [(a.cond, a.uncond) for a in own]
+            expected = definition(call, pairs, strengths=(1.0, 1.0), guidance=(cfg, cfg), extra=extra)
+            assert expected.gap > 0.1 and 0 < expected.weights[1].mean() < 1
     asked = Guided(model, WORDS[0], WORDS[1], cfg, 2)
     for call in calls:
         found = asked(call.x.clone(), call.sigma.clone(), [0, 1])

@@ -11,55 +11,188 @@ from pathlib import Path
 import pytest
 
 import chorus_run as run
-from chorus.dev.tools import progress, server, setup
+from chorus.dev.tools import packages, progress, server, setup
+
+
+def run_venv(*options) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", *options], check=True)
 
 
 @pytest.fixture
 def venv(tmp_path) -> Path:
-    """What run.py takes for a finished environment: an interpreter, one package, the stamp."""
+    """A finished environment: an interpreter, one module, the stamp."""
     venv = tmp_path / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    run_venv(venv)
     site = next(iter([*venv.glob("lib/python*/site-packages"), *venv.glob("Lib/site-packages")]))
-    (site / "thing-1.0.dist-info").mkdir()
     (site / "thing.py").write_bytes(b"x = 1\n")
-    (site / "thing-1.0.dist-info" / "RECORD").write_text("thing.py,sha256=x,6\nthing-1.0.dist-info/RECORD,,\n")
-    setup.stamp_venv(venv)
+    setup.stamp(venv, setup.pins())
     return venv
 
 
+def venv_state(venv: Path) -> str:
+    return setup.state(venv, setup.pins())
+
+
 def test_finished_venv_is_ready(venv):
-    assert setup.venv_state(venv) == "ready"
+    assert venv_state(venv) == "ready"
 
 
-def test_absent_venv_is_broken(tmp_path):
-    assert setup.venv_state(tmp_path / "none") == "broken"
+def test_used_and_stamped_again_it_stays_ready(venv):
+    site = next(venv.rglob("thing.py")).parent
+    (site / "__pycache__").mkdir()
+    (site / "__pycache__" / "thing.cpython-311.pyc").write_bytes(b"compiled")
+    setup.stamp(venv, setup.pins())
+    (site / "__pycache__" / "thing.cpython-311.pyc").write_bytes(b"compiled again")
+    assert venv_state(venv) == "ready"
 
 
-def test_half_made_venv_is_broken(venv):
+def test_absent_venv_is_half_made(tmp_path):
+    assert venv_state(tmp_path / "none") == "half made"
+
+
+def test_venv_without_its_stamp_is_half_made(venv):
     (venv / "chorus.json").unlink()
-    assert setup.venv_state(venv) == "broken"
+    assert venv_state(venv) == "half made"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"pins": "x"}'])
-def test_unreadable_stamp_is_broken(venv, content):
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"content": "x"}', '{"content": "x", "files": [1]}'])
+def test_unreadable_stamp_is_half_made(venv, content):
     (venv / "chorus.json").write_text(content)
-    assert setup.venv_state(venv) == "broken"
+    assert venv_state(venv) == "half made"
 
 
-def test_venv_without_its_interpreter_is_broken(venv):
+def test_venv_without_its_interpreter_is_damaged(venv):
     setup.venv_python(venv).unlink()
-    assert setup.venv_state(venv) == "broken"
+    assert venv_state(venv) == "damaged"
 
 
 @pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")], ids=["gone", "cut off"])
-def test_venv_with_a_damaged_package_is_broken(venv, damage):
+def test_venv_with_a_damaged_package_is_damaged(venv, damage):
     damage(next(venv.rglob("thing.py")))
-    assert setup.venv_state(venv) == "broken"
+    assert venv_state(venv) == "damaged"
 
 
 def test_venv_of_other_pins_is_outdated(venv, monkeypatch):
     monkeypatch.setattr(setup, "TORCH", ["torch==9"])
-    assert setup.venv_state(venv) == "outdated"
+    assert venv_state(venv) == "outdated"
+
+
+@pytest.fixture
+def set_up(tmp_path, monkeypatch):
+    """set_up(): makes .venv in an empty folder, where installing is one file; the titles of what was installed."""
+    installed = []
+
+    def install(title, python, env, log, *what):
+        (tmp_path / ".venv" / "package.py").write_text("x = 1")
+        installed.append(title)
+
+    def unpack(sdist):
+        setup.HOST.mkdir()
+        setup.stamp(setup.HOST, setup.SDIST_SHA256)
+
+    def make() -> list[str]:
+        installed.clear()
+        setup.pinned_host()
+        return installed
+
+    monkeypatch.setattr(setup, "install", install)
+    monkeypatch.setattr(setup, "download_host", lambda python, env: None)
+    monkeypatch.setattr(setup, "unpack_host", unpack)
+    monkeypatch.setattr(setup, "step", lambda title, command, env, log: run_venv(*command[3:]))
+    for name in ("CACHE", "VENV", "HOST"):
+        monkeypatch.setattr(setup, name, tmp_path / f".{name.lower()}")
+    return make
+
+
+def test_venv_is_made_once_and_again_when_damaged(set_up, capsys):
+    assert set_up()
+    assert not set_up()
+    assert "again" not in capsys.readouterr().out
+
+    cached = setup.CACHE / "uv" / "archive"
+    cached.mkdir(parents=True)
+    (setup.VENV / "package.py").write_text("")
+    assert set_up()
+    assert ".venv is damaged: making it again" in capsys.readouterr().out
+    assert (setup.VENV / "package.py").read_text() == "x = 1"
+    assert not cached.exists(), "the cache holds the same files by hard links"
+    assert not set_up()
+
+
+def test_outdated_venv_is_kept_and_brought_up_to_date(set_up, monkeypatch):
+    set_up()
+    (setup.VENV / "of the user").touch()
+    monkeypatch.setattr(setup, "TORCH", ["torch==9"])
+    assert set_up()
+    assert (setup.VENV / "of the user").exists()
+    assert not set_up()
+
+
+def test_venv_whose_set_up_was_cut_off_is_made_again(set_up, monkeypatch, capsys):
+    def fail(*what):
+        raise progress.Problem("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "install", fail)
+        with pytest.raises(progress.Problem, match="no space left"):
+            set_up()
+    assert set_up()
+    assert ".venv is half made: making it again" in capsys.readouterr().out
+
+
+def test_lock_holds_every_pin():
+    locks = list(setup.LOCK.parent.glob("*.txt"))
+    assert locks
+    for lock in locks:
+        assert {*setup.TORCH, *setup.TOOL_PINS, *setup.REFERENCE_PINS} <= set(lock.read_text().splitlines()), lock.name
+
+
+@pytest.fixture
+def steps(monkeypatch, tmp_path):
+    """The commands of install(), which succeed unless their first word is in ``steps.fail``; uv is at hand."""
+
+    class Steps(list):
+        fail = set()
+
+    def step(title, command, env, log):
+        ran.append((command, env))
+        if Path(command[0]).stem in ran.fail:
+            raise progress.Problem(f"{title} failed: no such version")
+
+    ran = Steps()
+    monkeypatch.setattr(packages, "step", step)
+    return ran
+
+
+def test_uv_installs_with_the_configuration_of_pip(steps, tmp_path, monkeypatch):
+    config = tmp_path / "pip.conf"
+    config.write_text("[global]\nindex-url = https://a/simple\nextra-index-url = https://b/simple\n https://c/simple\n")
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    env = {
+        **os.environ,
+        "PIP_CONFIG_FILE": str(config),
+        "PIP_FIND_LINKS": "/wheels /more",
+        "UV_CACHE_DIR": str(tmp_path),
+    }
+    env |= {"PIP_INDEX_URL": "https://d/simple", "UV_SYSTEM_CERTS": "0"}
+    packages.install("installing", Path(sys.executable), env, tmp_path / "log", "thing==1")
+    fetch, (command, seen) = steps
+    assert fetch[0][1:4] == ["-m", "pip", "install"] and fetch[0][-1] == packages.UV_PIN
+    assert command[1:3] == ["pip", "install"] and command[-3:] == ["--python", Path(sys.executable), "thing==1"]
+    assert seen["UV_DEFAULT_INDEX"] == "https://d/simple"  # the variable beats the file
+    assert seen["UV_INDEX"] == "https://b/simple https://c/simple"
+    assert seen["UV_FIND_LINKS"] == "/wheels,/more"
+    assert seen["UV_SYSTEM_CERTS"] == "0"  # what is set for uv stays
+
+
+def test_pip_installs_where_uv_cannot(steps, tmp_path, capsys):
+    steps.fail = {"uv"}
+    env = {**os.environ, "UV_CACHE_DIR": str(tmp_path)}
+    packages.install("installing", Path(sys.executable), env, tmp_path / "log", "thing==1")
+    assert capsys.readouterr().out == "installing failed: no such version; trying pip instead of uv\n"
+    command, _ = steps[-1]
+    assert command[:4] == [Path(sys.executable), "-m", "pip", "install"] and command[-1] == "thing==1"
 
 
 @pytest.fixture
@@ -78,7 +211,7 @@ def sdist(tmp_path, monkeypatch) -> Path:
 
 def test_host_is_unpacked_without_the_rest(sdist):
     setup.unpack_host(sdist)
-    assert setup.host_whole(setup.HOST)
+    assert setup.state(setup.HOST, setup.SDIST_SHA256) == "ready"
     assert setup.is_comfyui(setup.HOST)
     assert not list(setup.HOST.rglob("setup.cfg"))
     assert not setup.HOST.with_name("unpacking").exists()
@@ -87,15 +220,15 @@ def test_host_is_unpacked_without_the_rest(sdist):
 def test_broken_host_is_noticed_and_replaced(sdist):
     setup.unpack_host(sdist)
     (setup.HOST / "comfy" / "sd.py").write_bytes(b"")
-    assert not setup.host_whole(setup.HOST)
+    assert setup.state(setup.HOST, setup.SDIST_SHA256) == "damaged"
     setup.unpack_host(sdist)
-    assert setup.host_whole(setup.HOST)
+    assert setup.state(setup.HOST, setup.SDIST_SHA256) == "ready"
 
 
 def test_half_made_host_is_noticed(sdist):
     setup.unpack_host(sdist)
     (setup.HOST / "chorus.json").unlink()
-    assert not setup.host_whole(setup.HOST)
+    assert setup.state(setup.HOST, setup.SDIST_SHA256) == "half made"
 
 
 def test_other_content_is_not_unpacked(sdist, monkeypatch):
@@ -243,7 +376,17 @@ def test_caches_stay_in_the_folder(monkeypatch, tmp_path):
     env = setup.environment()
     for name in setup.CACHES:
         assert Path(env[name]).is_relative_to(tmp_path / ".cache")
-    assert {"PIP_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "TMPDIR"} <= set(setup.CACHES)
+    assert {"PIP_CACHE_DIR", "UV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "TMPDIR"} <= set(
+        setup.CACHES
+    )
+
+
+def test_only_our_own_environment_keeps_compiled_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(setup, "CACHE", tmp_path)
+    ours, theirs = (setup.Host(setup.HOST, python, None) for python in (setup.venv_python(setup.VENV), tmp_path / "python"))
+    assert "PYTHONDONTWRITEBYTECODE" not in setup.environment(ours)
+    assert setup.environment(theirs)["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
 def test_base_holds_this_pack_once(tmp_path):

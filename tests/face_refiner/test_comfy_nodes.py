@@ -411,7 +411,7 @@ def test_faithful_is_seeded(image):
         (torch.rand(1, 16, 16, 3), {"mask": torch.ones(1, 8, 8)}, "resize it to the image"),
         (torch.rand(2, 16, 16, 3), {"bboxes": [[], [], []]}, "boxes for 3 images, and 2 images"),
     ],
-    ids=str,
+    ids=["grey", "RGBA", "box outside", "small mask", "lists of boxes"],
 )
 def test_what_a_user_can_get_wrong(picture, inputs, message):
     with pytest.raises(ValueError, match=message):

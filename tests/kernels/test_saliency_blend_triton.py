@@ -468,6 +468,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", COMPILED)
 def test_compiles_without_spills(capability):
     cases = COMPILED[capability]

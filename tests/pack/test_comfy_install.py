@@ -83,6 +83,7 @@ def ask(clone, before):
             stop(process)
 
 
+@pytest.mark.slow
 def test_every_node_is_offered(ask):
     info = json.loads(ask("/object_info"))
     ours = {id: node for id, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"}
@@ -91,18 +92,21 @@ def test_every_node_is_offered(ask):
     assert "IMPORT FAILED" not in log and "Error while calling comfy_entrypoint" not in log
 
 
+@pytest.mark.slow
 def test_help_is_served_under_the_folders_name(ask, clone):
     for id in IDS:
         page = clone / "web" / "docs" / f"{id}.md"
         assert ask(f"/extensions/{FOLDER}/docs/{id}.md") == page.read_bytes()
 
 
+@pytest.mark.slow
 def test_templates_and_translations_are_served(ask, clone):
     templates = sorted(path.stem for path in (clone / "example_workflows").glob("*.json"))
     assert sorted(json.loads(ask("/workflow_templates"))[FOLDER]) == templates != []
     assert IDS[0] in json.loads(ask("/i18n"))["ja"]["nodeDefs"]
 
 
+@pytest.mark.slow
 def test_loading_writes_nothing_into_the_clone(ask, clone, before):
     ask("/object_info")
     assert files(clone) == before

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from chorus.dev.tools.client import Comfy
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import renamed
 
@@ -71,21 +72,33 @@ def check_conversion(workflow: dict, prompt: dict) -> None:
         assert {name: prompt[id]["inputs"][name] for name in expected} == expected, (id, node["type"])
 
 
+@pytest.fixture(scope="module")
+def info(server) -> dict:
+    """What the server says of its nodes."""
+    with Comfy(server.address) as client:
+        return client.get_json("/object_info")
+
+
+@pytest.fixture(scope="module")
+def prompts(server) -> dict:
+    """The workflow files in API format."""
+    with Comfy(server.address) as client:
+        return dict(zip([*FILES, *SAVED], client.all_to_api([read(file) for file in [*FILES, *SAVED]]), strict=True))
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_workflow_fits_the_nodes(file, comfy):
-    workflow, info = read(file), comfy.get_json("/object_info")
-    prompt = comfy.to_api(workflow)
+def test_workflow_fits_the_nodes(file, info, prompts):
+    workflow, prompt = read(file), prompts[file]
     check_conversion(workflow, prompt)
     check_prompt(prompt, info, needs(workflow))
     assert any(info[node["class_type"]]["category"].split("/")[0] == "chorus" for node in prompt.values())
 
 
-def test_workflows_of_users_keep_their_meaning(comfy):
-    info = comfy.get_json("/object_info")
+def test_workflows_of_users_keep_their_meaning(info, prompts):
     assert len(SAVED) == 20
     for file in SAVED:
         workflow = read(file)
-        prompt = renamed(comfy.to_api(workflow))
+        prompt = renamed(prompts[file])
         check_conversion(workflow, prompt)
         check_prompt(prompt, info, needs(workflow))
 

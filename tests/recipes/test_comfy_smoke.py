@@ -11,6 +11,7 @@ from tests.conftest import HOST, ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_whole_chain_from_nothing(tmp_path):
     environment = {**os.environ, "COMFYUI_PATH": str(HOST), "CHORUS_EMOJI_CACHE": str(tmp_path)}
     environment["PYTHONPATH"] = str(HOST)

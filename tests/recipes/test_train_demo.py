@@ -255,6 +255,7 @@ except loop.Interrupted:
 """
 
 
+@pytest.mark.slow
 def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
     """The autoencoder's stage in a process of its own: SIGKILL, then SIGTERM, then a third start."""
     code = CHILD.format(root=str(ROOT), weights=str(tmp_path / "weights"))
@@ -331,6 +332,7 @@ runpy.run_path(SCRIPT, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_bundle_trains_with_torch_alone_and_is_collected(folder, discs, tmp_path):
     stage, place = chain.find(["autoencoder"])[0], tmp_path / "bundle"
     assert bundle.write(stage, place) < bundle.LIMIT

@@ -1,10 +1,7 @@
 """Cancel at every step of every node that works for long: nothing stays behind, and the next run gives the same bits.
 
-$CHORUS_EVERY_POINT, which `run.py bench robustness` sets, cancels at all points of all nodes, and runs again after each; without
-it there are fewer, for the time.
+At all points of all nodes, with a run after each, before a release; at fewer of them for the time otherwise.
 """
-
-import os
 
 import comfy.model_management
 import pytest
@@ -15,8 +12,7 @@ from chorus.tests.robustness.remains import Remains, same_bits
 from chorus.tests.robustness.stopping import Interrupted, Points
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
-EVERY = bool(os.environ.get("CHORUS_EVERY_POINT"))
-MOST, MOST_SLOW = (10**6, 10**6) if EVERY else (32, 12)  # points of a node, and of one whose run is long
+MOST, MOST_SLOW = 32, 12  # points of a node, and of one whose run is long
 
 
 @pytest.fixture
@@ -45,20 +41,31 @@ def cancelled(case, k: int):
     return found, waiting
 
 
-def chosen(names: list[str], most: int) -> list[int]:
+def chosen(names: list[str], most: int | None) -> list[int]:
     """The points to stop at: all, but of more than ``most`` the first, the last and evenly some of those between; and where
     a question comes right before a network, which asks again, one of both."""
     points = [k for k, name in enumerate(names) if name != "question" or names[k + 1 : k + 2] in ([], ["question"])]
-    if len(points) <= most:
+    if most is None or len(points) <= most:
         return points
     ends, inner = most // 4, points[most // 4 : -(most // 4)]
     return [*points[:ends], *inner[:: -(-len(inner) // (most // 2))], *points[-ends:]]
 
 
 @pytest.mark.parametrize("reference", CASES, indirect=True)
+def test_cancel_at_some_steps(reference, folders, record_property):  # noqa: F811
+    check(reference, folders, record_property, every=False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("reference", CASES, indirect=True)
 def test_cancel_at_every_step(reference, folders, record_property):  # noqa: F811
+    check(reference, folders, record_property, every=True)
+
+
+def check(reference, folders, record_property, every: bool) -> None:  # noqa: F811
     case, expected, names, remains = reference
-    points, outcomes = chosen(names, MOST_SLOW if case.slow else MOST), {}
+    points, outcomes = chosen(names, None if every else MOST_SLOW if case.slow else MOST), {}
     for n, k in enumerate(points):
         where, before = f"cancelled at point {k} of {len(names)}, {names[k]}", files(folders)
         found, waiting = cancelled(case, k)
@@ -66,7 +73,7 @@ def test_cancel_at_every_step(reference, folders, record_property):  # noqa: F81
         written = [file for file in files(folders) if file not in before]
         assert not any(file.endswith(".part") for file in written), where
         outcomes[k] = outcome(case, found, waiting, expected, [f for f in written if "interrupted" in f], where)
-        if EVERY or not case.slow or n % 4 == 3 or k == points[-1]:
+        if every or not case.slow or n % 4 == 3 or k == points[-1]:
             assert same_bits(case.run(), expected), f"{where}: the next run is another"
     remains.check("after all", case.draws)
     # from some point on there is something to keep, and from then on it is kept

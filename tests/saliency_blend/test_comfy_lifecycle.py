@@ -76,6 +76,7 @@ def fresh() -> dict[str, str]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
 def test_after_an_interrupt_every_model_samples_as_in_a_fresh_process(fresh, call):
     models = family()
@@ -88,6 +89,7 @@ def test_after_an_interrupt_every_model_samples_as_in_a_fresh_process(fresh, cal
     assert torch.equal(sample(blended), sample(blend_of(family())[0]))
 
 
+@pytest.mark.slow
 def test_after_a_run_every_model_samples_as_in_a_fresh_process(fresh):
     models = family()
     sample(blend_of(models)[0])

@@ -101,6 +101,7 @@ def test_after_an_interrupt_in_the_middle_of_a_run(server, comfy, first):
     assert torch.equal(run(comfy, server.base)[0], first)
 
 
+@pytest.mark.slow
 def test_in_a_fresh_server(tmp_path, first):
     with fresh_server(tmp_path) as fresh, Comfy(fresh.address) as client:
         assert torch.equal(run(client, fresh.base)[0], first)

@@ -45,6 +45,7 @@ class Expected:
     weights: np.ndarray  # [N, B, H, W]
     weight_bound: float
     certain: np.ndarray  # [B, H, W]: no tie
+    gap: float  # between the two best scores where they are nearest; infinite with a soft mask
     guided: np.ndarray  # [B, C, H, W]: x0 after guidance
     bound: np.ndarray  # [B, C, H, W]
 
@@ -76,10 +77,11 @@ def definition(call, pairs, *, strengths, guidance, saliency="own", blur=4, extr
         weights = (scores.argmax(0) == np.arange(len(pairs)).reshape(-1, 1, 1, 1)).astype(float)
         weight_bound = 0.0
         ordered = np.sort(scores, axis=0)
-        certain = ordered[-1] - ordered[-2] > TIE
+        gap = ordered[-1] - ordered[-2]
+        certain = gap > TIE
     else:
         weights = np.exp(log_softmax(scores / softness, 0))
         weight_bound = rounding / softness + FLOAT32
-        certain = np.ones(scores.shape[1:], bool)
+        certain, gap = np.ones(scores.shape[1:], bool), np.array(np.inf)
     bound = bound + weight_bound * np.abs(guided).sum(0)
-    return Expected(weights, weight_bound, certain, (guided * weights[:, :, None]).sum(0), bound)
+    return Expected(weights, weight_bound, certain, float(gap.min()), (guided * weights[:, :, None]).sum(0), bound)
