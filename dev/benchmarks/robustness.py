@@ -3,7 +3,7 @@
 python run.py bench robustness          (other arguments go to pytest; then only the figures of what ran are renewed)
 
 A figure is what a test hands to pytest's ``record_property``: cases tried, steps interrupted, memory grown. Runs are cancelled at
-every point, where `run.py test --all` leaves some out.
+every point and all damaged files are tried, where `run.py test --all` leaves some out.
 """
 
 import json
@@ -39,8 +39,9 @@ def known() -> dict:
 def main() -> int:
     figures = Figures()
     arguments, sys.argv[1:] = sys.argv[1:], []  # the command beside the figures is that of all
-    sampled = ("--deselect", "tests/robustness/test_interrupts.py::test_cancel_at_some_steps")  # of what is run whole
-    code = pytest.main([str(FOLDER), "-q", *sampled, *arguments], plugins=[figures])
+    sampled = ("test_interrupts.py::test_cancel_at_some_steps", "test_file_loaders.py::test_some_damaged_files")
+    whole = [word for name in sampled for word in ("--deselect", f"tests/robustness/{name}")]  # those that run whole
+    code = pytest.main([str(FOLDER), "-q", *whole, *arguments], plugins=[figures])
     if code == 0:
         print(keep("robustness", {"tests": known() | figures.tests if arguments else figures.tests}))
     return code

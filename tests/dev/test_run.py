@@ -384,7 +384,9 @@ def test_caches_stay_in_the_folder(monkeypatch, tmp_path):
 def test_only_our_own_environment_keeps_compiled_files(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(setup, "CACHE", tmp_path)
-    ours, theirs = (setup.Host(setup.HOST, python, None) for python in (setup.venv_python(setup.VENV), tmp_path / "python"))
+    ours, theirs = (
+        setup.Host(setup.HOST, python, None) for python in (setup.venv_python(setup.VENV), tmp_path / "python")
+    )
     assert "PYTHONDONTWRITEBYTECODE" not in setup.environment(ours)
     assert setup.environment(theirs)["PYTHONDONTWRITEBYTECODE"] == "1"
 
