@@ -5,14 +5,19 @@ Shapes: B samples, C channels, h and w positions; H and W pixels.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from torch import Tensor
 
 from . import images
 from .autograd_copies import NormalWeights
 from .gradients import Recorder, gradients, require_room
+from .parametrization import latent_format_of
 
 KEPT_PER_DECODED = 3  # what a gradient through a VAE keeps, in what the host reckons for decoding
 
@@ -35,7 +40,13 @@ class TrainingPictures:
     what it would else keep: less memory for more time.
     """
 
-    def __init__(self, model=None, vae=None, clip_vision=None, checkpoint: bool = True):
+    def __init__(
+        self,
+        model: ModelPatcher | None = None,
+        vae: VAE | None = None,
+        clip_vision: ClipVisionModel | None = None,
+        checkpoint: bool = True,
+    ) -> None:
         self.model, self.vae, self.clip_vision = model, vae, clip_vision
         if vae is not None:
             vae.throw_exception_if_invalid()
@@ -67,34 +78,32 @@ class TrainingPictures:
         if self._patchers:
             comfy.model_management.load_models_gpu(list(self._patchers.values()), force_full_load=True)
 
-    def _module(self, name: str) -> torch.nn.Module:
+    def _module(self, name: str) -> Any:
+        """The network behind the VAE or the image encoder."""
         self._load()
         self.recorder.add_weights(self._patchers[name].model)
         return self._patchers[name].model
 
     def decode(self, latent: Tensor) -> Tensor:
         """Pictures [B, H, W, 3] in 0..1 of latents [B, C, h, w]."""
-        module, vae = self._module("VAE"), self.vae
-        latent = self.model.model.process_latent_out(latent)
+        model, vae, module = self.model, self.vae, self._module("VAE")
+        assert model is not None and vae is not None  # latents are decoded where both are wired
+        latent = model.model.process_latent_out(latent)
 
         def decoded(z: Tensor) -> Tensor:
             return images.decode(vae, module, z)
 
-        return torch.cat([self.recorder("VAE", decoded, rows) for rows in latent.split(self._at_once(latent))])
-
-    def _at_once(self, latent: Tensor) -> int:
-        one = KEPT_PER_DECODED * self.vae.memory_used_decode((1, *latent.shape[1:]), self.vae.vae_dtype)
-        free = comfy.model_management.get_free_memory(self.vae.device)
-        return max(1, min(len(latent), int(free / 2 / max(1, one))))
+        return torch.cat([self.recorder("VAE", decoded, rows) for rows in latent.split(_at_once(vae, latent))])
 
     def features(self, pictures: Tensor, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """``join(layers)`` of the encoder's layers [B, T, W] each and, last, its embedding [B, D]."""
-        module, encoder = self._module("image encoder"), self.clip_vision
+        encoder, module = self.clip_vision, self._module("image encoder")
+        assert encoder is not None  # _module has found it
 
         def joined(rows: Tensor) -> Tensor:
             layers: list[Tensor] = []
 
-            def remember(pixel_values, intermediate_output):
+            def remember(pixel_values: Tensor, intermediate_output: str | int) -> tuple:
                 found = module(pixel_values=pixel_values, intermediate_output="all")
                 layers.extend(found[1].unbind(1))
                 return found
@@ -105,9 +114,15 @@ class TrainingPictures:
         return self.recorder("image encoder", joined, pictures)
 
 
-def rough_pictures(model, latents: Tensor) -> Tensor | None:
+def _at_once(vae: VAE, latent: Tensor) -> int:
+    one = KEPT_PER_DECODED * vae.memory_used_decode((1, *latent.shape[1:]), vae.vae_dtype)
+    free = comfy.model_management.get_free_memory(vae.device)
+    return max(1, min(len(latent), int(free / 2 / max(1, one))))
+
+
+def rough_pictures(model: ModelPatcher, latents: Tensor) -> Tensor | None:
     """[B, h, w, 3] in 0..1 of latents [B, C, h, w] without a VAE, as the host's previews are; None where it has none."""
-    latent_format = model.get_model_object("latent_format")
+    latent_format = latent_format_of(model)
     if latent_format.latent_rgb_factors is None or latent_format.latent_rgb_factors_reshape is not None:
         return None
     factors, bias = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias

@@ -3,8 +3,14 @@
 Cas-DM (arXiv 2401.02414), a reconstruction: the paper has no public code.
 """
 
+from typing import Any
+
+from comfy.clip_vision import ClipVisionModel
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from comfy_api.latest import io, ui
 
+from ..host.attachments import Conditioning
 from ..host.training_images import TrainingPictures, training_gradients
 from ..host.training_metrics import FEATURES, METRICS, NONE
 from ..host.training_run import training_place
@@ -27,7 +33,7 @@ SIZES = {"small": (32, 32, 48), "normal": (64, 64, 96), "large": (96, 128, 192)}
 @checks_inputs
 class TrainCasDMHead(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TrainCasDMHead",
             display_name="Train Cas-DM Head",
@@ -160,36 +166,36 @@ class TrainCasDMHead(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        samples,
-        positive,
-        cfg,
-        metric,
-        metric_weight,
-        steps,
-        batch_size,
-        learning_rate,
-        seed,
-        gradient_accumulation,
-        size,
-        gate,
-        condition_on_x_t,
-        gate_weights,
-        ema_decay,
-        crop,
-        validation_fraction,
-        cached_steps,
-        checkpoint_every,
-        checkpoint_prefix,
-        preview_every,
-        gradient_checkpointing,
-        negative=None,
-        vae=None,
-        clip_vision=None,
-        head=None,
+        model: list[ModelPatcher],
+        samples: list[dict[str, Any]],
+        positive: list[Conditioning],
+        cfg: list[float],
+        metric: list[str],
+        metric_weight: list[float],
+        steps: list[int],
+        batch_size: list[int],
+        learning_rate: list[float],
+        seed: list[int],
+        gradient_accumulation: list[int],
+        size: list[str],
+        gate: list[str],
+        condition_on_x_t: list[bool],
+        gate_weights: list[str],
+        ema_decay: list[float],
+        crop: list[int],
+        validation_fraction: list[float],
+        cached_steps: list[int],
+        checkpoint_every: list[int],
+        checkpoint_prefix: list[str],
+        preview_every: list[int],
+        gradient_checkpointing: list[bool],
+        negative: list[Conditioning] | None = None,
+        vae: list[VAE] | None = None,
+        clip_vision: list[ClipVisionModel] | None = None,
+        head: list[Head] | None = None,
     ) -> io.NodeOutput:
-        model, cfg, negative = model[0], cfg[0], single("negative", negative)
-        vae, clip_vision, head = (single(n, v) for n, v in dict(vae=vae, clip_vision=clip_vision, head=head).items())
+        base, scale, away = model[0], cfg[0], single("negative", negative)
+        decoder, encoder, start = single("vae", vae), single("clip_vision", clip_vision), single("head", head)
         settings = CasDMTraining(
             steps=steps[0],
             batch_size=batch_size[0],
@@ -201,37 +207,35 @@ class TrainCasDMHead(io.ComfyNode):
             seed=seed[0],
             cached_steps=cached_steps[0],
         )
-        latents = read_latents(model, samples)
-        theta = Guided(model, [entry for prompts in positive for entry in prompts], negative, cfg, len(latents))
-        if head is None:
+        latents = read_latents(base, samples)
+        theta = Guided(base, [entry for prompts in positive for entry in prompts], away, scale, len(latents))
+        if start is None:
             config = dict(widths=SIZES[size[0]], gate=gate[0], condition_on_x_t=condition_on_x_t[0])
-            head = _new(model, cfg, f"{len(latents)} latents", settings.seed, **config)
+            start = _new(base, scale, f"{len(latents)} latents", settings.seed, **config)
         else:
-            _check_resumed(model, head, cfg)
+            _check_resumed(base, start, scale)
         with training_gradients():
             kind = metric[0] if settings.metric_weight else NONE
-            encoder = clip_vision if kind == FEATURES else None
-            pictures = TrainingPictures(model, vae, encoder, gradient_checkpointing[0])
+            pictures = TrainingPictures(base, decoder, encoder if kind == FEATURES else None, gradient_checkpointing[0])
             distance = latent_metric(kind, pictures, crop[0])
-            data = Latents(latents, Process(*process_of(model)), validation_fraction[0])
-            place = training_place(model)
-            trainer = CasDMTrainer(head, data, theta, settings, distance, *place, pictures.recording)
+            data = Latents(latents, Process(*process_of(base)), validation_fraction[0])
+            place = training_place(base)
+            trainer = CasDMTrainer(start, data, theta, settings, distance, *place, pictures.recording)
             keep = dict(checkpoint_every=checkpoint_every[0], preview_every=preview_every[0])
-            run = head_run(trainer, pictures, metric[0], prefix=checkpoint_prefix[0], **keep)
+            run = head_run(trainer, theta, pictures, metric[0], prefix=checkpoint_prefix[0], **keep)
             result = run.train()
-        shown = {} if run.picture is None else {"ui": ui.PreviewImage(run.picture[None], cls=cls)}
+        shown: dict[str, Any] = {} if run.picture is None else {"ui": ui.PreviewImage(run.picture[None], cls=cls)}
         return io.NodeOutput(*result, **shown)
 
 
-def _new(model, cfg: float, data: str, seed: int, **config) -> Head:
+def _new(model: ModelPatcher, cfg: float, data: str, seed: int, **config: Any) -> Head:
     made = made_for(model, cfg)
     check_fits(model, made)  # latents that no head refines
     facts = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg, data=data)
-    config = CasDMHeadConfig(channels=made.channels, **config)
-    return new_head(config, facts, seeded_generator(seed, FIRST_WEIGHTS))
+    return new_head(CasDMHeadConfig(channels=made.channels, **config), facts, seeded_generator(seed, FIRST_WEIGHTS))
 
 
-def _check_resumed(model, head: Head, cfg: float) -> None:
+def _check_resumed(model: ModelPatcher, head: Head, cfg: float) -> None:
     check_fits(model, of_head(head))
     if head.facts.cfg != cfg:
         raise ValueError(

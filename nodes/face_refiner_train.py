@@ -3,7 +3,11 @@
 After arXiv 2505.02255, which trains a residual U-Net on pairs and CycleGAN without.
 """
 
+from typing import Any
+
+from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..host.gradients import make_room
 from ..host.training_images import TrainingPictures, training_gradients
@@ -31,7 +35,7 @@ PASSES = {PAIRED: 1, UNPAIRED: 6}  # of a generator in a step
 @checks_inputs
 class TrainFaceRefiner(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TrainFaceRefiner",
             display_name="Train Face Refiner",
@@ -191,29 +195,37 @@ class TrainFaceRefiner(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, source, target, pairing, refiner=None, clip_vision=None, **inputs) -> io.NodeOutput:
-        refiner, clip_vision = single("refiner", refiner), single("clip_vision", clip_vision)
+    def execute(
+        cls,
+        source: list[Tensor],
+        target: list[Tensor],
+        pairing: list[str],
+        refiner: list[FaceRefinerModel] | None = None,
+        clip_vision: list[ClipVisionModel] | None = None,
+        **inputs: list[Any],
+    ) -> io.NodeOutput:
+        resumed, encoder = single("refiner", refiner), single("clip_vision", clip_vision)
         given = {name: values[0] for name, values in inputs.items()}
-        pairing, metric = pairing[0], given["metric"]
-        settings = _settings(pairing, given)
+        metric, settings = given["metric"], _settings(pairing[0], given)
         with training_gradients():
             pictures = (read_pictures(n, batches, given["resize"]) for n, batches in zip(NAMES, (source, target)))
             data = FaceData(
                 *pictures,
                 given["crop"],
-                paired=pairing == PAIRED,
+                paired=pairing[0] == PAIRED,
                 flip=given["flip"],
                 validation_fraction=given["validation_fraction"],
             )
-            start = _new(given["architecture"], settings.seed) if refiner is None else refiner
-            compared = not data.paired or (metric == FEATURES and settings.metric_weight > 0.0)
-            encoder = clip_vision if compared else None
-            seen = TrainingPictures(clip_vision=encoder, checkpoint=given["gradient_checkpointing"])
-            trainer, measure = _trainer(data, settings, start, refiner is not None, seen, metric)
+            start = _new(given["architecture"], settings.seed) if resumed is None else resumed
+            compared = isinstance(settings, CycleTraining) or (metric == FEATURES and settings.metric_weight > 0.0)
+            seen = TrainingPictures(
+                clip_vision=encoder if compared else None, checkpoint=given["gradient_checkpointing"]
+            )
+            trainer, measure = _trainer(data, settings, start, resumed is not None, seen, metric)
             keep = {name: given[name] for name in ("checkpoint_every", "preview_every")}
             run = refiner_run(trainer, measure, prefix=given["checkpoint_prefix"], **keep)
             result = run.train()
-        shown = {} if run.picture is None else {"ui": ui.PreviewImage(run.picture[None], cls=cls)}
+        shown: dict[str, Any] = {} if run.picture is None else {"ui": ui.PreviewImage(run.picture[None], cls=cls)}
         return io.NodeOutput(*result, **shown)
 
 
@@ -231,13 +243,18 @@ def _new(architecture: str, seed: int) -> FaceRefinerModel:
 
 
 def _trainer(
-    data: FaceData, settings, start: FaceRefinerModel, resumed: bool, seen: TrainingPictures, metric: str
+    data: FaceData,
+    settings: PairedTraining | CycleTraining,
+    start: FaceRefinerModel,
+    resumed: bool,
+    seen: TrainingPictures,
+    metric: str,
 ) -> tuple[PairedTrainer | CycleTrainer, str]:
     """The run, and what its report calls the distance that it tells."""
     device, precision = training_place(start.patcher)
     generator = generator_of(start.patcher.model.config, weights_of(start))
-    run = dict(first_step=steps_behind(start), resumed=resumed, device=device, precision=precision)
-    if data.paired:
+    run: dict[str, Any] = dict(first_step=steps_behind(start), resumed=resumed, device=device, precision=precision)
+    if isinstance(settings, PairedTraining):
         distance = picture_metric(metric if settings.metric_weight else NONE, seen, device)
         trainer, measure = PairedTrainer(generator, data, settings, distance, recording=seen.recording, **run), metric
     else:

@@ -4,15 +4,19 @@ aMUSEd: An Open MUSE Reproduction (arXiv 2401.01808, section 4), after StyleDrop
 """
 
 import logging
+from typing import Any
 
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..host.attachments import Conditioning
 from ..host.gradients import make_room
 from ..host.training_images import training_gradients
 from ..host.training_run import TrainingRun, release_memory, training_place
 from ..techniques.masked_tokens.canvas import rgb
 from ..techniques.masked_tokens.comfy_lora_files import NONE, lora_files, read_lora, write_lora
+from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
 from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures, read_prompts
 from ..techniques.masked_tokens.comfy_training import add_lora, merged_weights
 from ..techniques.masked_tokens.decode import MaskedTokenSettings, decode, draw
@@ -37,7 +41,7 @@ PREVIEW_STEPS = 8
 @checks_inputs
 class LoadMaskedTokenLora(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadMaskedTokenLora",
             display_name="Load Masked Token LoRA",
@@ -80,7 +84,9 @@ class LoadMaskedTokenLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, lora_name, strength, alpha, lora=None) -> io.NodeOutput:
+    def execute(
+        cls, model: MaskedTokenModel, lora_name: str, strength: float, alpha: float, lora: Lora | None = None
+    ) -> io.NodeOutput:
         lora = (lora or _from_file(lora_name)).with_alpha(alpha)
         check_fits(lora, {name: weight.shape for name, weight in model.transformer.model.state_dict().items()})
         if strength != 0.0:
@@ -108,7 +114,7 @@ def _from_file(name: str) -> Lora:
 @checks_inputs
 class SaveMaskedTokenLora(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveMaskedTokenLora",
             display_name="Save Masked Token LoRA",
@@ -129,7 +135,7 @@ class SaveMaskedTokenLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix) -> io.NodeOutput:
+    def execute(cls, lora: Lora, filename_prefix: str) -> io.NodeOutput:
         path = write_lora(filename_prefix, *to_file(lora))
         logging.info("SaveMaskedTokenLora: %s", path)
         return io.NodeOutput()
@@ -138,7 +144,7 @@ class SaveMaskedTokenLora(io.ComfyNode):
 @checks_inputs
 class TrainMaskedTokenLora(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TrainMaskedTokenLora",
             display_name="Train Masked Token LoRA",
@@ -208,21 +214,21 @@ class TrainMaskedTokenLora(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        images,
-        positive,
-        rank,
-        alpha,
-        steps,
-        batch_size,
-        learning_rate,
-        seed,
-        resolution,
-        checkpoint_every,
-        checkpoint_prefix,
-        preview_every,
-        gradient_checkpointing,
-        lora=None,
+        model: MaskedTokenModel,
+        images: Tensor,
+        positive: Conditioning,
+        rank: int,
+        alpha: float,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        seed: int,
+        resolution: int,
+        checkpoint_every: int,
+        checkpoint_prefix: str,
+        preview_every: int,
+        gradient_checkpointing: bool,
+        lora: Lora | None = None,
     ) -> io.NodeOutput:
         settings = LoraTraining(
             steps=steps, batch_size=batch_size, learning_rate=learning_rate, rank=rank, alpha=alpha, seed=seed
@@ -242,7 +248,9 @@ class TrainMaskedTokenLora(io.ComfyNode):
         return io.NodeOutput(*result)
 
 
-def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
+def _trainer(
+    model: MaskedTokenModel, pictures: Pictures, settings: LoraTraining, lora: Lora | None, checkpointing: bool
+) -> LoraTrainer:
     """On a copy of the transformer, with the LoRAs that it carries merged."""
     config, (device, dtype) = model.transformer.model.config, training_place(model.transformer)
     tokens = (pictures.resolution // model.downscale) ** 2
@@ -253,7 +261,7 @@ def _trainer(model, pictures, settings, lora, checkpointing) -> LoraTrainer:
     return LoraTrainer(network, pictures, settings, lora)
 
 
-def _run(model, trainer: LoraTrainer, **keep) -> TrainingRun:
+def _run(model: MaskedTokenModel, trainer: LoraTrainer, **keep: Any) -> TrainingRun:
     """``keep``: as TrainingRun has it, from prefix to preview_every."""
     return TrainingRun(
         node="TrainMaskedTokenLora",
@@ -267,7 +275,7 @@ def _run(model, trainer: LoraTrainer, **keep) -> TrainingRun:
     )
 
 
-def _preview(model, trainer: LoraTrainer) -> torch.Tensor:
+def _preview(model: MaskedTokenModel, trainer: LoraTrainer) -> Tensor:
     """A picture [H, W, 3] of the first prompt, without guidance, which would cost a second pass."""
     side = trainer.pictures.resolution // model.downscale
     settings = MaskedTokenSettings(codebook=model.codebook, mask_id=model.mask_id, steps=PREVIEW_STEPS)

@@ -2,11 +2,13 @@
 says of this training; ids, limits and the rest are the same for all. And how one value of an input that is a list is read.
 """
 
-from typing import Any
+from typing import TypeVar
 
 from comfy_api.latest import io
 
 MOST_STEPS = 1_000_000
+
+Value = TypeVar("Value")
 
 
 def steps(default: int, tooltip: str) -> io.Int.Input:
@@ -89,7 +91,7 @@ def results(learned: io.Output, report: str) -> list[io.Output]:
     ]
 
 
-def single(name: str, values: list | None) -> Any:
+def single(name: str, values: list[Value] | None) -> Value | None:
     """The one value of an optional input of a node that gets lists; None where it is not wired."""
     if not values:
         return None

@@ -26,7 +26,7 @@ def all_finite(values: Sequence[Tensor]) -> bool:
 class LastFiniteState:
     """A copy of tensors that training changes in place, as they were after ``done`` steps."""
 
-    def __init__(self, tensors: Sequence[Tensor]):
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
         self.keep(0)
 

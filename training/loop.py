@@ -30,7 +30,7 @@ class Training:
     ema_decay: float = 0.999  # decay of the moving average of the weights; 0: the weights themselves
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is less than 1; use at least 1")

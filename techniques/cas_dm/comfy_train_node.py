@@ -1,6 +1,7 @@
 """The run of Train Cas-DM Head: its metric, and how what it learns is shown and written."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -9,35 +10,38 @@ from ...host.training_metrics import FEATURES, NONE, OF_NUMBERS, distance_of
 from ...host.training_run import TrainingRun
 from ...training.metrics import CropMetric
 from .comfy_files import save_head
+from .comfy_training import Guided
 from .network import to_file
 from .report import report
-from .training import CasDMTrainer
+from .training import CasDMTrainer, LatentMetric
 from .view import draw_examples
 
 
-def latent_metric(kind: str, pictures: TrainingPictures, crop: int):
+def latent_metric(kind: str, pictures: TrainingPictures, crop: int) -> LatentMetric | None:
     """The metric by its name, of latents; None for none. A ValueError where something for it is not wired."""
     if kind == NONE:
         return None
-    if kind in OF_NUMBERS and pictures.vae is None:
+    vae = pictures.vae
+    if kind in OF_NUMBERS and vae is None:
         return lambda a, b, places: OF_NUMBERS[kind](a, b)
-    wanted = {"vae": pictures.vae} | ({"clip_vision": pictures.clip_vision} if kind == FEATURES else {})
-    if missing := [name for name, value in wanted.items() if value is None]:
+    wanted = {"vae": vae} | ({"clip_vision": pictures.clip_vision} if kind == FEATURES else {})
+    missing = [name for name, value in wanted.items() if value is None]
+    if vae is None or missing:
         raise ValueError(
             f"the metric {kind} compares pictures and needs {' and '.join(missing)}; wire it, or set metric to none, l1"
             " or huber"
         )
-    distance = distance_of(kind, pictures, pictures.vae.device)
-    return CropMetric(pictures.decode, distance, max(1, crop // pictures.vae.spacial_compression_decode()))
+    distance = distance_of(kind, pictures, vae.device)
+    return CropMetric(pictures.decode, distance, max(1, crop // vae.spacial_compression_decode()))
 
 
-def head_run(trainer: CasDMTrainer, pictures: TrainingPictures, metric: str, **keep) -> TrainingRun:
-    """``trainer`` asks a ``Guided``. ``keep``: as TrainingRun has it, from prefix to preview_every."""
+def head_run(trainer: CasDMTrainer, theta: Guided, pictures: TrainingPictures, metric: str, **keep: Any) -> TrainingRun:
+    """``trainer`` asks ``theta``. ``keep``: as TrainingRun has it, from prefix to preview_every."""
 
     def prepare(progress: Callable[[], None]) -> None:
         trainer.ask_beforehand(lambda done, count: progress())
         if trainer.settings.cached_steps:
-            trainer.x0_theta.unload()
+            theta.unload()
 
     return TrainingRun(
         node="TrainCasDMHead",
@@ -66,6 +70,6 @@ def sheet(trainer: CasDMTrainer, pictures: TrainingPictures) -> torch.Tensor | N
 
 @torch.no_grad()
 def _shown(latents: torch.Tensor, pictures: TrainingPictures) -> torch.Tensor | None:
-    if pictures.vae is None:
-        return rough_pictures(pictures.model, latents)
-    return pictures.decode(latents).cpu()
+    if pictures.vae is not None:
+        return pictures.decode(latents).cpu()
+    return None if pictures.model is None else rough_pictures(pictures.model, latents)

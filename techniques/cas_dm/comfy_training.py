@@ -4,24 +4,26 @@ Shapes: B samples, C channels, h and w positions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...host.attachments import attached
-from ...host.parametrization import FLOW, family
+from ...host.attachments import Conditioning, attached
+from ...host.parametrization import FLOW, family, latent_format_of, sampling_of
 from ...host.shape_errors import explained
 
 # what an entry of a CONDITIONING may hold that acts by the noise level, by the place, or by memory
 BY_LEVEL = frozenset("control hooks gligen start_percent end_percent area mask timestep_start timestep_end".split())
 
 
-def process_of(model) -> tuple[Callable[[float], float], bool, float]:
+def process_of(model: ModelPatcher) -> tuple[Callable[[float], float], bool, float]:
     """How ``model`` was noised in training: sigma of the share of the sampling, whether it is a flow, its noise scale."""
-    sampling = model.get_model_object("model_sampling")
+    sampling = sampling_of(model)
     flow = family(sampling) == FLOW
     return (
         lambda percent: float(sampling.percent_to_sigma(percent)),
@@ -31,12 +33,12 @@ def process_of(model) -> tuple[Callable[[float], float], bool, float]:
 
 
 @torch.inference_mode(False)
-def read_latents(model, samples: Sequence[Mapping]) -> list[Tensor]:
+def read_latents(model: ModelPatcher, samples: Sequence[Mapping]) -> list[Tensor]:
     """The pictures of some LATENTs, each of one or several of one size, in the model's scale: [C, h, w] or [C, T, h, w].
 
     Errors (ValueError): none at all, nested ones, other channels than the model's, non-finite numbers.
     """
-    latent_format = model.get_model_object("latent_format")
+    latent_format = latent_format_of(model)
     channels, axes = latent_format.latent_channels, latent_format.latent_dimensions + 2
     pictures: list[Tensor] = []
     for latent in samples:
@@ -64,7 +66,9 @@ class Guided:
     other heads act as they do in sampling.
     """
 
-    def __init__(self, model, positive: Sequence, negative: Sequence | None, cfg: float, count: int):
+    def __init__(
+        self, model: ModelPatcher, positive: Conditioning, negative: Conditioning | None, cfg: float, count: int
+    ) -> None:
         """``positive``: entries of a CONDITIONING, one for all pictures or one for each of ``count``."""
         if len(positive) not in (1, count):
             raise ValueError(
@@ -80,15 +84,15 @@ class Guided:
 
     def __call__(self, x: Tensor, sigma: Tensor, indices: Sequence[int]) -> Tensor:
         """For x_t [B, C, h, w] at ``sigma`` [B] of the pictures ``indices``, in the model's scale."""
-        found: list[Tensor | None] = [None] * len(x)
+        found: dict[int, Tensor] = {}
         for rows, entry in self._groups(indices):
             comfy.model_management.throw_exception_if_processing_interrupted()
             predicted = self._predict(x[rows], sigma[rows], entry)
             for row, x0 in zip(rows, predicted):
                 found[row] = x0
-        return torch.stack(found)
+        return torch.stack([found[row] for row in range(len(x))])
 
-    def _groups(self, indices: Sequence[int]) -> list[tuple[list[int], list]]:
+    def _groups(self, indices: Sequence[int]) -> list[tuple[list[int], Sequence]]:
         """Rows that can be asked for at once, with their prompts joined."""
         entries = [self.positive[i % len(self.positive)] for i in indices]
         if self.one_by_one:
@@ -99,7 +103,7 @@ class Guided:
         return [(rows, _joined([entries[row] for row in rows])) for rows in groups.values()]
 
     @torch.inference_mode()
-    def _run(self, x: Tensor, sigma: Tensor, entry: list) -> Tensor:
+    def _run(self, x: Tensor, sigma: Tensor, entry: Sequence) -> Tensor:
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds([entry], self.negative)
         guider.set_cfg(self.cfg)
@@ -109,7 +113,7 @@ class Guided:
             guider.sample(zeros, zeros, asked, levels, disable_pbar=True, seed=0)
         return asked.answer
 
-    def _predict(self, x: Tensor, sigma: Tensor, entry: list) -> Tensor:
+    def _predict(self, x: Tensor, sigma: Tensor, entry: Sequence) -> Tensor:
         before = comfy.model_management.in_training
         comfy.model_management.in_training = False  # this one is asked as it is in sampling
         try:
@@ -125,17 +129,26 @@ class Guided:
 class _Asked(comfy.samplers.Sampler):
     """A sampler that asks once."""
 
-    def __init__(self, x: Tensor, sigma: Tensor):
-        self.x, self.sigma, self.answer = x, sigma, None
+    answer: Tensor  # once it has sampled
+
+    def __init__(self, x: Tensor, sigma: Tensor) -> None:
+        self.x, self.sigma = x, sigma
 
     def sample(
-        self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *rest, **kwargs
-    ):
+        self,
+        guider: Callable[..., Tensor],
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: Tensor,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         self.answer = guider(self.x.to(noise.device), self.sigma.to(noise.device), **extra_args)
         return torch.zeros_like(noise)
 
 
-def _by_level(model) -> bool:
+def _by_level(model: ModelPatcher) -> bool:
     """Whether something on ``model`` may look at the noise level of a whole batch, which the host takes from its first."""
     options = model.model_options
     inside = {k: v for k, v in options.get("transformer_options", {}).items() if v}
@@ -150,17 +163,17 @@ def _kind(entry: Sequence) -> tuple:
     return (_like(tensor), rest) if _joinable(tensor) else (id(tensor), rest)
 
 
-def _like(value) -> object:
+def _like(value: Any) -> object:
     if isinstance(value, Tensor):
         return tuple(value.shape) if _joinable(value) else id(value)
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
-def _joinable(value) -> bool:
+def _joinable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1
 
 
-def _joined(entries: list[Sequence]) -> list:
+def _joined(entries: list[Sequence]) -> Sequence:
     """One entry with a row for each of ``entries``, which are of one kind."""
     tensor, options = entries[0]
     if all(entry is entries[0] for entry in entries):

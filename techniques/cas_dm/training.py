@@ -40,7 +40,7 @@ class CasDMTraining(Training):
     gate_weights: str = "even"  # the same for the gate's loss at every level, or the papers' A_t²
     cached_steps: int = 0  # ask θ for that many steps beforehand and use them in turn; 0: ask at every step
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.cached_steps < 0:
             raise ValueError(f"cached_steps {self.cached_steps} is negative; use 0 to cache nothing")
@@ -87,7 +87,7 @@ class CasDMTrainer:
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
         recording: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):
+    ) -> None:
         """``head``: where to begin; its ``facts.steps`` are behind it. ``precision``: φ computes in it, by autocast.
 
         ``recording``: what a metric's gradient is computed in, if it needs that; θ is asked outside of it.
@@ -141,7 +141,8 @@ class CasDMTrainer:
             x_phi, r = predict(self.network, x_theta, x, sigma, flow=process.flow, noise_scale=process.noise_scale)
         if self.settings.gate_weights == "paper":
             weight = process.posterior_weight(draw.percent).to(self.device)
-        metric = None if self.metric is None else lambda a, b: self.metric(a, b, places)
+        distance = self.metric
+        metric = None if distance is None else lambda a, b: distance(a, b, places)
         x_phi, r = x_phi.float(), r.float()
         return losses(x0, x_theta, x_phi, r, metric=metric, gate_weight=weight), x_phi, r, draw, x_theta
 

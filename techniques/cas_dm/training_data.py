@@ -59,14 +59,14 @@ class Draw(NamedTuple):
     places: Tensor  # [B, 2] in 0..1, of the crops that a metric looks at
 
     def split(self, size: int) -> list["Draw"]:
-        parts = zip(*(torch.split(t, size) for t in self[1:]))
+        parts = zip(*(torch.split(t, size) for t in (self.x0, self.x, self.sigma, self.percent, self.places)))
         return [Draw(self.indices[k * size : (k + 1) * size], *part) for k, part in enumerate(parts)]
 
 
 class Latents:
     """Pictures in the model's scale, by size; some are held out for evaluations."""
 
-    def __init__(self, pictures: Sequence[Tensor], process: Process, validation_fraction: float = 0.1):
+    def __init__(self, pictures: Sequence[Tensor], process: Process, validation_fraction: float = 0.1) -> None:
         """``pictures``: [C, h, w] or [C, T, h, w] each, of any sizes. ``validation_fraction``: the share that is not trained on."""
         if not pictures:
             raise ValueError("there are no latents to learn from; wire a LATENT of at least one picture")

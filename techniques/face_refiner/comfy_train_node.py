@@ -1,5 +1,9 @@
 """The run of Train Face Refiner: its metric, and how what it learns is shown and written."""
 
+from typing import Any
+
+import torch
+
 from ...host.training_images import TrainingPictures
 from ...host.training_metrics import FEATURES, NONE, distance_of
 from ...host.training_run import TrainingRun
@@ -10,7 +14,7 @@ from .training.base import RefinerEvaluation
 from .view import PAIRED, UNPAIRED, draw_refined
 
 
-def picture_metric(kind: str, pictures: TrainingPictures, device) -> Distance | None:
+def picture_metric(kind: str, pictures: TrainingPictures, device: torch.device | str) -> Distance | None:
     """The metric by its name, of pictures; None for none. A ValueError where something for it is not wired."""
     if kind == NONE:
         return None
@@ -22,7 +26,7 @@ def picture_metric(kind: str, pictures: TrainingPictures, device) -> Distance | 
     return distance_of(kind, pictures, device)
 
 
-def refiner_run(trainer: paired.PairedTrainer | unpaired.CycleTrainer, measure: str, **keep) -> TrainingRun:
+def refiner_run(trainer: paired.PairedTrainer | unpaired.CycleTrainer, measure: str, **keep: Any) -> TrainingRun:
     """``measure``: what the report and the file call the distance by which it is told whether it learned. ``keep``: as
     TrainingRun has it, from prefix to preview_every.
     """

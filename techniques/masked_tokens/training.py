@@ -26,7 +26,7 @@ from ...training.report_lines import verdict
 from ...training.resize import fit_short_side
 from ...training.sampling import shuffled
 from .lora import Lora, attach, check_resume, fresh, learned
-from .networks.uvit import UViT
+from .networks.uvit import UViT, UViTConfig
 
 AESTHETIC = 6.0  # the score with which aMUSEd is trained and sampled
 FIXED_MASKS = 8  # per picture, to compare before and after
@@ -49,7 +49,7 @@ class LoraTraining(Training):
     alpha: float = 32.0
     ema_decay: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank {self.rank} is less than 1; use at least 1")
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     micro: Tensor  # [B, 5]
 
 
-def frozen_uvit(config, weights: dict[str, Tensor]) -> UViT:
+def frozen_uvit(config: UViTConfig, weights: dict[str, Tensor]) -> UViT:
     """A U-ViT of plain layers around ``weights``, frozen."""
     with torch.device("meta"):
         network = UViT(config)
@@ -75,7 +75,7 @@ def frozen_uvit(config, weights: dict[str, Tensor]) -> UViT:
     return network.eval().requires_grad_(False)
 
 
-def training_bytes(config, dtype: torch.dtype, tokens: int, batch_size: int) -> int:
+def training_bytes(config: UViTConfig, dtype: torch.dtype, tokens: int, batch_size: int) -> int:
     """About what training takes: the weights, what the layers keep for their gradients, the logits."""
     layers = config.num_hidden_layers * (24 * config.hidden_size + 8 * config.intermediate_size)
     ends = 2 * config.num_res_blocks * 48 * config.block_out_channels + 4 * config.codebook_size
@@ -93,7 +93,7 @@ def recompute_layers(network: UViT) -> None:
 class Pictures:
     """The tokens of random crops, with their prompts and what the micro-conditioning says of them."""
 
-    def __init__(self, images: Tensor, texts: Sequence[Text], resolution: int, downscale: int, encode: Encode):
+    def __init__(self, images: Tensor, texts: Sequence[Text], resolution: int, downscale: int, encode: Encode) -> None:
         """``images`` [N, H, W, 3] in 0..1, of any size; one text for all or one for each; square crops."""
         if resolution < downscale or resolution % downscale:
             raise ValueError(
@@ -161,7 +161,7 @@ def masked_loss(network: UViT, batch: Batch) -> Tensor:
 class LoraTrainer:
     """What ``loop`` trains a LoRA by; ``lora()`` is what it has learned so far."""
 
-    def __init__(self, network: UViT, pictures: Pictures, settings: LoraTraining, resume: Lora | None = None):
+    def __init__(self, network: UViT, pictures: Pictures, settings: LoraTraining, resume: Lora | None = None) -> None:
         """``network`` is changed: give it a copy. ``resume``: go on with these weights, with a fresh optimizer."""
         pictures.check_batch(settings.batch_size)
         if resume is not None:
@@ -215,7 +215,7 @@ class LoraTrainer:
                 losses.append(float(masked_loss(self.network, self.pictures.batch([(index, top, left)], masks))))
         return math.fsum(losses) / len(losses)
 
-    def lora(self, **facts) -> Lora:
+    def lora(self, **facts: str) -> Lora:
         """What has been learned so far; ``facts`` about the run are kept with it."""
         own = {key: getattr(self.settings, key) for key in ("batch_size", "learning_rate", "seed")}
         return learned(self.layers, own | {"resolution": self.pictures.resolution, "steps": self.loop.steps} | facts)

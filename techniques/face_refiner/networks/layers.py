@@ -6,6 +6,7 @@ own test does with its batches of one: the statistics of the batch are the sampl
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,9 @@ class InstanceNorm(nn.Module):
 
 class BatchNorm(nn.Module):
     """Its weights stay in float32, whatever comes in."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -124,6 +128,7 @@ class ImageGenerator(nn.Module):
     channels that it keeps at full size, by which memory is reckoned.
     """
 
+    config: Any  # an image_generators.Config; that module imports this one
     multiple: int
     least: int
     size: int

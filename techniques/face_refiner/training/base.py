@@ -58,7 +58,7 @@ class RefinerTrainer(ABC):
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
         recording: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):
+    ) -> None:
         """``generator``: where to begin, changed; ``resumed``: it has been trained, by ``first_step`` steps of this kind.
         ``others``: networks trained along.
         """
@@ -68,10 +68,11 @@ class RefinerTrainer(ABC):
                 f" {generator.multiple}, and crop is {data.crop}; use such a crop, or another architecture"
             )
         self.data, self.settings, self.device, self.precision = data, settings, torch.device(device), precision
-        self.generator, *self.others = networks = [
-            with_trained_batch_norms(network).to(device, memory_format=torch.channels_last)
-            for network in (generator, *others)
-        ]
+        self.generator, self.others = generator, list(others)
+        networks = [generator, *others]
+        for network in networks:
+            with_trained_batch_norms(network)
+            network.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's types lack it
         weights = [p for network in networks for p in network.parameters()]
         optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=betas)
         self.loop = TrainingLoop(

@@ -6,6 +6,7 @@ their names.
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ ARCHITECTURES: dict[str, Config] = {
 SPREAD = 0.02  # of the originals' first weights
 MOMENTUM = 0.1  # of running statistics
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 class TrainedBatchNorm(BatchNorm):
     """With ``draws`` the statistics are the batch's, and the running ones follow them; without, as in use."""
@@ -41,7 +44,7 @@ class TrainedBatchNorm(BatchNorm):
         return found.to(x.dtype)
 
 
-def with_trained_batch_norms(network: nn.Module) -> nn.Module:
+def with_trained_batch_norms(network: Network) -> Network:
     """``network`` itself, its batch norms exchanged for TrainedBatchNorm, open to gradients."""
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
@@ -65,7 +68,7 @@ def new_generator(config: Config, draws: torch.Generator) -> ImageGenerator:
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, draws: torch.Generator) -> nn.Module:
+def initialise(network: Network, draws: torch.Generator) -> Network:
     """First weights from ``draws``: of the originals N(0, 0.02), gains N(1, 0.02); of the pack's own such that every
     layer keeps the size of what comes in, and the last gives nothing. Biases are 0."""
     own = isinstance(network, FaceRefinerNet)

@@ -5,6 +5,7 @@ discriminator that sees the result beside its source, as pix2pix's (arXiv 1611.0
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class PairedTraining(Training):
     l1_weight: float = 0.0  # of pictures in -1..1; pix2pix has 100 beside a gan_weight of 1
     gan_weight: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_weights("grad_weight", "metric_weight", "l1_weight", "gan_weight")
 
@@ -48,8 +49,8 @@ class PairedTrainer(RefinerTrainer):
         data: FaceData,
         settings: PairedTraining,
         metric: Distance | None = None,
-        **run,
-    ):
+        **run: Any,
+    ) -> None:
         """``metric``: in LPIPS's place, of pictures [B, S, S, 3] in 0..1. ``run``: as RefinerTrainer has it."""
         self.metric = metric if settings.metric_weight else None
         if self.metric is None and not (settings.l1_weight or settings.gan_weight):

@@ -56,7 +56,7 @@ def read_pictures(name: str, batches: Sequence[Tensor], resize: int = 0) -> list
 class Side:
     """The pictures of one side, some of which are held out for evaluations."""
 
-    def __init__(self, name: str, pictures: Sequence[Tensor], crop: int, validation_fraction: float):
+    def __init__(self, name: str, pictures: Sequence[Tensor], crop: int, validation_fraction: float) -> None:
         """``validation_fraction``: the share that is not trained on."""
         self.split = split(len(pictures), validation_fraction)
         for number, picture in enumerate(pictures):
@@ -97,7 +97,7 @@ class FaceData:
         paired: bool,
         flip: bool = True,
         validation_fraction: float = 0.1,
-    ):
+    ) -> None:
         """``source``, ``target``: pictures [3, H, W] of any sizes, at least ``crop``."""
         if paired:
             check_pairs(source, target)

@@ -11,10 +11,11 @@ Shapes: B samples, S the side of a crop, N and M pictures, D features.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....training.generators import seeded_generator
 from ....training.loop import Training
@@ -43,7 +44,7 @@ class CycleTraining(Training):
     identity_weight: float = 0.5  # times cycle_weight
     pool_size: int = 50  # older results of each generator that its discriminator is shown in turn with new ones
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_weights("cycle_weight", "identity_weight")
         if self.pool_size < 0:
@@ -57,7 +58,7 @@ class ImagePool:
     """Older results. Until it is full it keeps all that come and returns them; then it returns each, or, as often, one of
     its own, and keeps the new one in its place."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.size, self.pictures = size, []
 
     def __call__(self, pictures: Tensor, draws: torch.Generator) -> Tensor:
@@ -82,8 +83,8 @@ class CycleTrainer(RefinerTrainer):
         data: FaceData,
         settings: CycleTraining,
         features: Features | None = None,
-        **run,
-    ):
+        **run: Any,
+    ) -> None:
         """``features``: by which held-out sets are compared; None: colours and detail. ``run``: as RefinerTrainer has it."""
         back = new_generator(generator.config, seeded_generator(settings.seed, base.FIRST_WEIGHTS, base.BACK))
         discriminators = [base.new_discriminator(settings.seed, 3, side, data.crop) for side in (SOURCE, TARGET)]
@@ -101,14 +102,15 @@ class CycleTrainer(RefinerTrainer):
             key = settings.seed, POOL, self.loop.first_step + step
             self._pool_draws = [seeded_generator(*key, side) for side in (SOURCE, TARGET)]
 
-        def run(network, x):
+        def run(network: nn.Module, x: Tensor) -> Tensor:
             return self.apply(network, x, draws)
 
         for discriminator in self.discriminators:
             discriminator.requires_grad_(False)
         fake_b, fake_a = run(self.generator, a), run(self.back, b)
         fakes = fake_a, fake_b  # by the side that they pretend to be of
-        parts = {"gan": sum(lsgan(self.apply(d, fake), True) for d, fake in zip(self.discriminators, fakes))}
+        judged = [lsgan(self.apply(d, fake), True) for d, fake in zip(self.discriminators, fakes)]
+        parts = {"gan": torch.stack(judged).sum()}
         parts["cycle"] = l1(run(self.back, fake_b), a).mean() + l1(run(self.generator, fake_a), b).mean()
         if settings.identity_weight:
             parts["identity"] = l1(run(self.generator, b), b).mean() + l1(run(self.back, a), a).mean()
@@ -118,14 +120,15 @@ class CycleTrainer(RefinerTrainer):
         (loss / count).backward()
         if step < self.hold:
             self.generator.zero_grad()
-        parts["discriminators"] = 0.0
+        losses = []
         sides = zip(self.discriminators, self.pools, self._pool_draws, (a, b), fakes)
         for discriminator, pool, pool_draws, real, fake in sides:
             discriminator.requires_grad_(True)
             shown = pool(fake.detach(), pool_draws)
-            parts["discriminators"] += 0.5 * (
-                lsgan(self.apply(discriminator, real), True) + lsgan(self.apply(discriminator, shown), False)
+            losses.append(
+                0.5 * (lsgan(self.apply(discriminator, real), True) + lsgan(self.apply(discriminator, shown), False))
             )
+        parts["discriminators"] = torch.stack(losses).sum()
         (parts["discriminators"] / count).backward()
         return {"loss": loss, **parts}
 
