@@ -3,7 +3,7 @@
 
 python run.py demo         start a real ComfyUI, run the example workflows, write their pictures to output/
 python run.py serve        start ComfyUI with this pack and leave it up (--listen, --port and the like go to ComfyUI)
-python run.py test         ruff, then the quick tests, in parallel (--all: the slow ones, robustness and the web page too;
+python run.py test         lint and types, then the quick tests, in parallel (--all: the slow ones, robustness and the web page too;
                            --exhaustive: before a release; other arguments go to pytest, and of paths only these run)
 python run.py train-demo   make the weights of demo/ again, stage by stage (--status, --smoke, --help; --old NAME: the first ones)
 python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it);
@@ -83,6 +83,7 @@ def test(options, rest: list[str]) -> int:
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     codes = [call(host, module(host, "ruff", "check", "."))]
     codes += [call(host, module(host, "ruff", "format", "--check", "."))]
+    codes += [call(host, module(host, "chorus.dev.tools.check_types"))]
     tests = module(host, "pytest", *pytest_arguments(options, rest))
     codes += [subprocess.run(tests, cwd=ROOT, env={**threads, **environment(host)}).returncode]
     return next((code for code in reversed(codes) if code), 0)

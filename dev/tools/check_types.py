@@ -36,7 +36,8 @@ def main(options: list[str]) -> int:
         return 1
     command = [sys.executable, "-m", "ty", "check", "--python", sys.prefix]
     command += ["--extra-search-path", os.environ["COMFYUI_PATH"], "--config-file", str(ROOT / "dev" / "ty.toml")]
-    return subprocess.run([*command, "--output-format", "concise", *options, "chorus"], cwd=base).returncode
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # ty may lie in .tools, beside a user's environment
+    return subprocess.run([*command, "--output-format", "concise", *options, "chorus"], cwd=base, env=env).returncode
 
 
 if __name__ == "__main__":
