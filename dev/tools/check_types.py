@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ty._find_ty import find_ty_bin
+
 from .setup import CACHE, ROOT
 
 SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")
@@ -34,10 +36,10 @@ def main(options: list[str]) -> int:
     if ignores > MAX_IGNORES:
         print(f"{ignores} lines have `# ty: ignore`, at most {MAX_IGNORES} may")
         return 1
-    command = [sys.executable, "-m", "ty", "check", "--python", sys.prefix]
+    # its program, not its module: it may lie in .tools, beside a user's environment
+    command = [find_ty_bin(), "check", "--python", sys.prefix]
     command += ["--extra-search-path", os.environ["COMFYUI_PATH"], "--config-file", str(ROOT / "dev" / "ty.toml")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # ty may lie in .tools, beside a user's environment
-    return subprocess.run([*command, "--output-format", "concise", *options, "chorus"], cwd=base, env=env).returncode
+    return subprocess.run([*command, "--output-format", "concise", *options, "chorus"], cwd=base).returncode
 
 
 if __name__ == "__main__":
