@@ -38,8 +38,8 @@ def test_renamed_inputs_exist_and_old_ones_do_not():
 
 
 def test_every_old_workflow_gives_a_prompt_of_known_inputs(comfy):
-    for file in FIXTURES:
-        prompt = comfy.to_api(json.loads(file.read_text(encoding="utf-8")))
+    workflows = [json.loads(file.read_text(encoding="utf-8")) for file in FIXTURES]
+    for file, prompt in zip(FIXTURES, comfy.all_to_api(workflows), strict=True):
         now = renamed(prompt)
         assert renamed(old(prompt)) == now != {}
         for node in now.values():
