@@ -1,4 +1,4 @@
-"""The loop that all trainings share: gradient gradient_accumulation, the moving average of the weights, the best checkpoint, and the
+"""The loop that all trainings share: gradient accumulation, the moving average of the weights, the best checkpoint, and the
 way back from a non-finite loss.
 
 The random draws of a step depend on the seed and its number alone, so that a resumed run goes on with those that it would
