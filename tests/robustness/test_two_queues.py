@@ -45,7 +45,7 @@ def second(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def graph(server, second):
+def graph(server):
     with Client(server.address) as client:
         return Graph(client.get_json("/object_info"))
 
@@ -108,6 +108,7 @@ def test_two_clients_of_one_server_with_a_cancelled_run_between(server, graph, a
     record_property("seconds", round(time.monotonic() - start, 1))
 
 
+@pytest.mark.exhaustive
 def test_two_servers_at_once(server, second, graph, alone, record_property):
     servers, start = (server, second.result()), time.monotonic()
     clients = [Client(one.address) for one in servers]
