@@ -33,7 +33,7 @@ spec = importlib.util.spec_from_file_location("chorus_run", ROOT / "run.py")
 sys.modules["chorus_run"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["chorus_run"])  # makes this folder the package chorus
 
-if "COMFYUI_PATH" in os.environ:
+if os.environ.get("COMFYUI_PATH"):
     from chorus.dev import headless  # ComfyUI as a library in this process
     from chorus.tests.support.real_comfyui import comfy, server  # noqa: F401 (fixtures: one real server)
 
@@ -41,7 +41,7 @@ if "COMFYUI_PATH" in os.environ:
 
 
 def pytest_report_header():
-    return f"ComfyUI: {HOST}" if "COMFYUI_PATH" in os.environ else "ComfyUI: none; test_comfy_*.py are left out"
+    return f"ComfyUI: {HOST}" if os.environ.get("COMFYUI_PATH") else "ComfyUI: none; test_comfy_*.py are left out"
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """run.py's own decisions, without network."""
 
+import importlib.util
 import io
 import os
 import socket
@@ -12,6 +13,8 @@ import pytest
 
 import chorus_run as run
 from chorus.dev.tools import packages, progress, server, setup
+
+PINS = {*setup.TORCH, *setup.TOOL_PINS, *setup.REFERENCE_PINS}
 
 
 def run_venv(*options) -> None:
@@ -144,7 +147,12 @@ def test_lock_holds_every_pin():
     locks = list(setup.LOCK.parent.glob("*.txt"))
     assert locks
     for lock in locks:
-        assert {*setup.TORCH, *setup.TOOL_PINS, *setup.REFERENCE_PINS} <= set(lock.read_text().splitlines()), lock.name
+        assert set(lock.read_text().splitlines()) >= PINS, lock.name
+
+
+def test_pure_tests_have_the_same_pins():
+    lines = (setup.ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    assert {line for line in lines if "==" in line} <= PINS
 
 
 @pytest.fixture
@@ -164,6 +172,7 @@ def steps(monkeypatch, tmp_path):
     return ran
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("pip"), reason=f"{sys.executable} has no pip")
 def test_uv_installs_with_the_configuration_of_pip(steps, tmp_path, monkeypatch):
     config = tmp_path / "pip.conf"
     config.write_text("[global]\nindex-url = https://a/simple\nextra-index-url = https://b/simple\n https://c/simple\n")
