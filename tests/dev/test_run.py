@@ -380,6 +380,29 @@ def test_arguments_of_screenshot_go_to_the_tool(monkeypatch):
     assert seen == [(None, words), ("127.0.0.1:8188", words)]
 
 
+@pytest.mark.parametrize(
+    ("words", "marked", "ignored", "parallel"),
+    [
+        ([], "not slow and not exhaustive", ["robustness", "browser"], True),
+        (["-k", "rooms"], "not slow and not exhaustive", ["robustness", "browser"], True),
+        (["--all"], "not exhaustive", [], True),
+        (["--exhaustive"], None, [], True),
+        (["tests/robustness/test_many_runs.py::test_memory"], "not exhaustive", [], False),
+        (["--exhaustive", "tests/robustness"], None, [], False),
+    ],
+)
+def test_tiers(words, marked, ignored, parallel, monkeypatch):
+    seen = []
+    monkeypatch.setitem(
+        run.COMMANDS, "test", lambda options, rest: seen.extend(run.pytest_arguments(options, rest)) or 0
+    )
+    run.main(["test", *words])
+    assert (seen[seen.index("-m") + 1] if "-m" in seen else None) == marked
+    assert [word for word in seen if word.startswith("--ignore")] == [f"--ignore=tests/{name}" for name in ignored]
+    assert ("-n2" in seen) == parallel
+    assert seen[len(seen) - len(words) :] == words or {"--all", "--exhaustive"} & {*words}
+
+
 def test_caches_stay_in_the_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "CACHE", tmp_path / ".cache")
     env = setup.environment()
