@@ -1,7 +1,7 @@
 """Names of inputs before the first release, and how prompts that still use them are read.
 
-A workflow saved by the page holds the values of widgets in their order, so it loads as it is; a link to a renamed input,
-and a prompt in API format, hold the old name.
+A workflow saved by the page holds the values of widgets in their order; its old names of inputs are mended by
+web/renames.js when it is opened. Prompts in API format are mended here.
 """
 
 from typing import Any

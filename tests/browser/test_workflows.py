@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.setup import ROOT
-from chorus.nodes.renames import RENAMED_INPUTS, renamed
+from chorus.nodes.renames import RENAMED_INPUTS, RENAMED_VALUES, renamed
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 SAVED = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))
@@ -266,3 +266,14 @@ def test_workflows_of_d6a205e_load_with_their_meaning(page, comfy, file):
     assert renamed(prompt) == renamed(comfy.to_api(read(file)))
     ours = [node for node in shown(page)["nodes"] if node["type"] in RENAMED_INPUTS]
     assert not [i["name"] for node in ours for i in node["inputs"] if i["name"] in RENAMED_INPUTS[node["type"]]]
+
+
+def test_the_page_renames_what_the_server_renames(page):
+    tables = page.evaluate(
+        "async () => { const m = await import('/extensions/ComfyUI-Chorus/renames.js'); return [m.INPUTS, m.VALUES]; }"
+    )
+    values = {
+        kind: {old: new for table in names.values() for old, new in table.items()}
+        for kind, names in RENAMED_VALUES.items()
+    }
+    assert tables == [RENAMED_INPUTS, values]
