@@ -83,7 +83,6 @@ class SaliencyBlendRun(Generic[E]):
         self._sigma, self._interval = 0.0, 0  # of the prediction that was planned
         self._plan: Plan[E] = Plan()
         self._last_step: BlendStep | None = None
-        self._last_models: tuple[Participant, ...] = ()  # of the last step
         labels = tuple(p.label for p in self.participants)
         self._finite = BlendFiniteCheck(labels)
         self._keeps_steps = record
@@ -152,7 +151,7 @@ class SaliencyBlendRun(Generic[E]):
             if action is not None:
                 self._plan.reuse.append(expert)
         if not self._plan:
-            self._remember(BlendStep(sigma, (0,), None), self.participants[:1])
+            self._remember(BlendStep(sigma, (0,), None))
         return self._plan
 
     def _count(self, index: int, cost: float) -> None:
@@ -196,7 +195,7 @@ class SaliencyBlendRun(Generic[E]):
         )
         indices = tuple(p.index for p in models)
         self._finite.after(indices, blend.partition)
-        self._remember(BlendStep(level, indices, blend.weights), models)
+        self._remember(BlendStep(level, indices, blend.weights))
         hard = blend.weights.dtype == torch.uint8
         for slot, model in enumerate(models):
             if model.needs_mask:
@@ -222,10 +221,16 @@ class SaliencyBlendRun(Generic[E]):
     @property
     def active_experts(self) -> list[E]:
         """The experts that took part in the last prediction."""
-        return [expert for expert in self.experts if expert in self._last_models]
+        models = self._last_models
+        return [expert for expert in self.experts if expert in models]
 
-    def _remember(self, step: BlendStep, models: Sequence[Participant]) -> None:
-        self._last_step, self._last_models = step, tuple(models)
+    @property
+    def _last_models(self) -> list[Participant]:
+        """The models of the last step, in the order of its weights."""
+        return [] if self._last_step is None else [self.participants[i] for i in self._last_step.models]
+
+    def _remember(self, step: BlendStep) -> None:
+        self._last_step = step
         if self._keeps_steps:
             self.record.steps.append(step)
 
