@@ -12,9 +12,8 @@ from pathlib import Path
 
 from ty._find_ty import find_ty_bin
 
-from .setup import CACHE, ROOT
+from .setup import CACHE, ROOT, SHIPPED
 
-SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")
 MAX_IGNORES = 20  # lines with `# ty: ignore[...]`, each with its reason
 
 

@@ -20,6 +20,7 @@ from .packages import install
 from .progress import Problem, step
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")  # the folders of code
 CACHE = ROOT / ".cache"
 VENV = ROOT / ".venv"
 TOOLS = ROOT / ".tools"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from chorus.dev.tools.setup import SHIPPED
+
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")
 NOT_SHIPPED = ("dev", "tests", "run")
 SHARED = ("common", "training", "kernels")  # pure code that is no technique
 # everything of ComfyUI; its nodes.py is told from our nodes/ by the import being absolute

@@ -14,7 +14,6 @@ from chorus.dev.tools import setup
 from chorus.host import host_version
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")
 # what is there before any package is asked for: torch is the host's choice, Triton its gift
 HOST_BRINGS = {"torch", "triton", "comfy", "comfy_api", "comfy_execution", "comfyui_version"}
 HOST_BRINGS |= {"folder_paths", "latent_preview", "node_helpers", "server"}
@@ -52,7 +51,7 @@ def test_the_host_that_is_asked_for_is_the_one_tested(pyproject):
 
 def test_every_package_that_is_imported_is_a_dependency(pyproject):
     packages = {"PIL": "Pillow"}
-    files = [path for room in SHIPPED for path in (ROOT / room).rglob("*.py")]
+    files = [path for room in setup.SHIPPED for path in (ROOT / room).rglob("*.py")]
     names = {name.split(".")[0] for path in files for name in imported(path)}
     names -= sys.stdlib_module_names | HOST_BRINGS
     assert {packages.get(name, name) for name in names} == set(pyproject["project"]["dependencies"])
