@@ -13,6 +13,8 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.sd import VAE
 from torch import Tensor
 
+from ..common.shapes import size_of
+
 ENCODED_AT_ONCE = 16  # pictures; the host does not ask how many fit
 
 
@@ -99,8 +101,3 @@ def _prepared(clip_vision: ClipVisionModel, image: Tensor, crop: bool) -> tuple[
         smooth = smooth[..., top : top + size, left : left + size]
     mean, std = (smooth.new_tensor(v).view(3, 1, 1) for v in (clip_vision.image_mean, clip_vision.image_std))
     return ((smooth - mean) / std).float(), exact
-
-
-def size_of(x: Tensor) -> str:
-    """As errors say it."""
-    return "x".join(map(str, x.shape))

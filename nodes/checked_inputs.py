@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..common.shapes import size_of
+
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 OWN_READER = {"BOUNDING_BOX"}  # a box may stand in the prompt itself, and its reader says what it lacks
 JSON = (bool, int, float, str, list, dict, type(None))
@@ -76,9 +78,7 @@ def check_holds_something(name: str, value: Any, kind: str) -> None:
         tensors = [tensor for tensor, _ in value if isinstance(tensor, Tensor)]
     for tensor in tensors:
         if not tensor.numel():
-            raise ValueError(
-                f"{name} holds nothing, its size is {'x'.join(map(str, tensor.shape))}; look at what is wired to it"
-            )
+            raise ValueError(f"{name} holds nothing, its size is {size_of(tensor)}; look at what is wired to it")
 
 
 def _is(kind: str, value: Any) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...common.shapes import size_of
 from .batch import Batch
 from .paste import paste
 from .tokens import Tokens, cells, check_mask, pixels
@@ -121,7 +122,7 @@ def rgb(image: Tensor) -> Tensor:
     """An IMAGE [B, H, W, C] as float32 with three channels: a fourth is alpha and is dropped, a single one is grey."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
-            f"an image of size {'x'.join(map(str, image.shape))} is not batch x height x width x channels with 1, 3 or 4"
+            f"an image of size {size_of(image)} is not batch x height x width x channels with 1, 3 or 4"
             " channels; convert it to RGB"
         )
     return image[..., :3].float().expand(*image.shape[:3], 3)

@@ -14,6 +14,7 @@ from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
 from torch import Tensor
 
+from ...common.shapes import size_of
 from ...host.attachments import Conditioning
 from ...host.previews import as_preview
 from . import preview
@@ -49,7 +50,7 @@ def encode_pictures(model: MaskedTokenModel, pictures: Tensor) -> Tensor:
     """Ids [B, h, w], on the CPU, of ``pictures`` [B, H, W, 3] with values 0..1; few at a time where memory is short."""
     if not bool(pictures.isfinite().all()):  # the nearest code to them would be any
         raise ValueError(
-            f"the image {'x'.join(map(str, pictures.shape))} holds numbers that are NaN or infinite, which have no token;"
+            f"the image {size_of(pictures)} holds numbers that are NaN or infinite, which have no token;"
             " make it anew, with its VAE in a wider dtype"
         )
     config = model.vq.model.config

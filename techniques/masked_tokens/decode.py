@@ -24,6 +24,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...common.shapes import size_of
+
 ORDERS = ("confidence", "halton", "random")
 SCHEDULES = ("cosine", "linear")
 RAMPS = ("constant", "rising", "falling")
@@ -114,7 +116,7 @@ def decode(
     known, free = _canvas(tokens, mask, pinned, settings)
     if draws.start.shape != known.shape or len(draws.ids) != settings.steps:
         raise ValueError(
-            f"draws for {_size(draws.start)} and {len(draws.ids)} steps do not fit tokens {_size(known)} and"
+            f"draws for {size_of(draws.start)} and {len(draws.ids)} steps do not fit tokens {size_of(known)} and"
             f" {settings.steps} steps; draw with the same sizes"
         )
     unknown = known == settings.mask_id
@@ -137,7 +139,9 @@ def _canvas(
 ) -> tuple[Tensor, Tensor]:
     """The known ids and where they may change, both [B, h, w] and on the CPU, where counting them makes nobody wait."""
     if tokens.ndim != 3:
-        raise ValueError(f"tokens of size {_size(tokens)} are not [batch, height, width]; encode an image to get them")
+        raise ValueError(
+            f"tokens of size {size_of(tokens)} are not [batch, height, width]; encode an image to get them"
+        )
     known = _check_ids("tokens", tokens, settings)
     free = torch.ones_like(known, dtype=torch.bool)
     if mask is not None:
@@ -166,13 +170,9 @@ def _check_ids(name: str, ids: Tensor, settings: MaskedTokenSettings) -> Tensor:
 def _check_size(name: str, x: Tensor, tokens: Tensor) -> None:
     if x.ndim != 3 or x.shape[1:] != tokens.shape[1:] or x.shape[0] not in (1, tokens.shape[0]):
         raise ValueError(
-            f"{name} of size {_size(x)} do not fit tokens of {_size(tokens)} (batch x height x width); resize to the"
+            f"{name} of size {size_of(x)} do not fit tokens of {size_of(tokens)} (batch x height x width); resize to the"
             " tokens' height and width, with one for all samples or one for each"
         )
-
-
-def _size(x: Tensor) -> str:
-    return "x".join(map(str, x.shape))
 
 
 def mask_ratio(done: int, settings: MaskedTokenSettings) -> Tensor:
@@ -214,7 +214,7 @@ def _reveal(
     batch, height, width = ids.shape
     if logits.shape != (batch, settings.codebook, height, width):
         raise ValueError(
-            f"logits of size {_size(logits)} do not fit ids of {_size(ids)} and {settings.codebook} codes;"
+            f"logits of size {size_of(logits)} do not fit ids of {size_of(ids)} and {settings.codebook} codes;"
             " set the codebook to that of the model"
         )
     tokens = ids.flatten(1)  # [B, L]

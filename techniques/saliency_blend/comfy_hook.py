@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
+from ...common.shapes import size_of
 from ...host.attachments import Attachment, Conditioning, attached
 from ...host.parametrization import latent_format_of
 from ...host.shape_errors import explained
@@ -161,7 +162,7 @@ def _check_run(guider: CFGGuider, noise: Tensor) -> None:
     space = latent_format_of(guider.model_patcher)
     if not noise.numel() or noise.shape[1] != space.latent_channels or noise.ndim < space.latent_dimensions + 2:
         raise ValueError(
-            f"the latent is {'x'.join(map(str, noise.shape))}, and the models of the blend work on {space.latent_channels}"
+            f"the latent is {size_of(noise)}, and the models of the blend work on {space.latent_channels}"
             f" channels and {space.latent_dimensions + 2} axes; use the VAE or the empty latent of these models"
         )
 

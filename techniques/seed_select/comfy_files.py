@@ -13,8 +13,8 @@ from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...common.shapes import size_of
 from ...host.files import KeptFiles
-from ...host.images import size_of
 
 FILES = KeptFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
 NAME = "noise"  # of the tensor

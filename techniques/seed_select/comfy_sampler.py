@@ -16,7 +16,7 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...host.images import size_of
+from ...common.shapes import size_of
 from ...host.parametrization import family, sampling_of
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_counting import RowCounter

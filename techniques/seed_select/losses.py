@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...common.shapes import size_of
+
 STEP_WEIGHTS = (0.05, 0.25, 0.70)  # of the latents after the last three steps, the finished one last
 
 
@@ -27,7 +29,7 @@ def check_references(images: Tensor) -> None:
     """Refuse references [K, H, W, 3] with values in 0 to 1 that show no concept: none, not finite, of one colour."""
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(
-            f"references of size {_size(images)} hold no picture; wire at least one picture of the concept, best 3 to 5"
+            f"references of size {size_of(images)} hold no picture; wire at least one picture of the concept, best 3 to 5"
         )
     for number, image in enumerate(images, start=1):
         if not bool(torch.isfinite(image).all()):
@@ -43,7 +45,7 @@ def check_references(images: Tensor) -> None:
 def embedding_centroid(embeddings: Tensor) -> Tensor:
     """μ_v [D] = normalise(mean_k f(I_k)) of embeddings f [K, D] as the encoder gives them, not normalised."""
     if embeddings.ndim != 2 or len(embeddings) == 0:
-        raise ValueError(f"embeddings of size {_size(embeddings)} are not [references, numbers]; encode at least one")
+        raise ValueError(f"embeddings of size {size_of(embeddings)} are not [references, numbers]; encode at least one")
     mean = _at_least_float32(embeddings).mean(0)
     norm = mean.norm()
     if not bool(torch.isfinite(norm)) or float(norm) == 0.0:
@@ -57,7 +59,7 @@ def embedding_centroid(embeddings: Tensor) -> Tensor:
 def latent_centroid(latents: Tensor) -> Tensor:
     """μ_z [1, C, *S] = mean_k z_k of the references' latents [K, C, *S]."""
     if latents.ndim < 3 or len(latents) == 0:
-        raise ValueError(f"latents of size {_size(latents)} are not [references, channels, ...]; encode at least one")
+        raise ValueError(f"latents of size {size_of(latents)} are not [references, channels, ...]; encode at least one")
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("the references' latents are not finite (NaN or infinite); run the VAE in a wider dtype")
     return _at_least_float32(latents).mean(0, keepdim=True)
@@ -82,7 +84,7 @@ def appearance_loss(x0: Tensor, centroid: Tensor) -> Tensor:
     """L_app [B]: the mean over all elements of (x0 − μ_z)², for the finished latents [B, C, *S]."""
     if x0.shape[1:] != centroid.shape[1:]:
         raise ValueError(
-            f"latents of size {_size(x0)} do not fit the references' centroid of {_size(centroid)}; resize the"
+            f"latents of size {size_of(x0)} do not fit the references' centroid of {size_of(centroid)}; resize the"
             " references to the picture's width and height before they are encoded"
         )
     return ((x0 - centroid.to(x0)) ** 2).flatten(1).mean(1)
@@ -136,7 +138,3 @@ class ReferenceLoss:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _size(x: Tensor) -> str:
-    return "x".join(map(str, x.shape))

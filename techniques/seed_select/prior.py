@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from ...common.shapes import size_of
+
 
 def log_chi(norm: Tensor, d: int) -> Tensor:
     """log K(r) = (d − 1) ln r − r²/2 − [(d/2 − 1) ln 2 + ln Γ(d/2)], NAO's log density of a norm; in float64.
@@ -47,6 +49,6 @@ def check_width(width: float) -> None:
 def check_noise(noise: Tensor) -> None:
     """Refuse what is not one finite noise [1, C, *S]."""
     if noise.ndim < 3 or noise.shape[0] != 1:
-        raise ValueError(f"noise of size {'x'.join(map(str, noise.shape))} is not one sample; give one at a time")
+        raise ValueError(f"noise of size {size_of(noise)} is not one sample; give one at a time")
     if not bool(torch.isfinite(noise).all()):
         raise ValueError("the noise is not finite (NaN or infinite); start from another seed")
