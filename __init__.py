@@ -1,4 +1,4 @@
-"""ComfyUI-Chorus: several checkpoints sing in one image."""
+"""ComfyUI-Chorus: blends several checkpoints in one image inside ComfyUI's samplers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> ChorusExtension:
-    # imported here, not above: pytest imports this file, and the unit tests run without ComfyUI
+    # imported here because pytest imports this file, and tests of pure code run without ComfyUI
     from .host import host_version
 
-    host_version.check()  # first: an older ComfyUI may lack what the nodes import
+    host_version.check()  # before the nodes are imported, because their imports can fail in an older ComfyUI
 
     from .nodes import ChorusExtension
 

@@ -1,17 +1,23 @@
 #!/usr/bin/env python3
 """Try and test ComfyUI-Chorus.
 
-python run.py demo         start a real ComfyUI, run the example workflows, write their pictures to output/
-python run.py serve        start ComfyUI with this pack and leave it up (--listen, --port and the like go to ComfyUI)
-python run.py test         lint and types, then the quick tests, in parallel (--all: the slow ones, robustness and the web page too;
-                           --exhaustive: before a release; other arguments go to pytest, and of paths only these run)
-python run.py train-demo   make the weights of demo/ again, stage by stage (--status, --smoke, --help; --old NAME: the first ones)
-python run.py bench NAME   measure one claim again: a script of benchmarks/ (arguments go to it);
-                           bench report writes the tables of BENCHMARKS.md and README.md from what was measured
-python run.py screenshot   take the picture of a workflow file in ComfyUI's page (dev/tools/screenshot.py says how; --server HOST:PORT)
-python run.py locales      make the nodes' English texts again, say what the translations lack (accept LANG [KEY ...])
+python run.py demo         start a real ComfyUI, run the example workflows, write their images to output/
+python run.py serve        start ComfyUI with this pack and keep it running; arguments such as --listen are passed to it
+python run.py test         run the linter, the type checks and the quick tests, in parallel. --all: also the slow tests,
+                           the robustness tests and the tests of the web page. --exhaustive: every test, before a
+                           release. Other arguments are passed to pytest, for example paths that select tests
+python run.py train-demo   train the weights of demo/ again, stage by stage (--status, --smoke, --help).
+                           --old NAME: train a stage of the older demo checkpoints, which generate images of 64 pixels
+python run.py bench NAME   run the benchmark dev/benchmarks/NAME.py; further arguments are passed to it.
+                           bench report writes the tables of BENCHMARKS.md and README.md from the result files
+python run.py screenshot   take a screenshot of a workflow file in ComfyUI's page, see dev/tools/screenshot.py
+                           (--server HOST:PORT)
+python run.py locales      write the nodes' English texts and list missing translations (accept LANG [KEY ...])
+python run.py families     try this pack with every model family and node of ComfyUI, and print the differences from
+                           docs/compatibility.md (--write: update that file)
+python run.py texts        print every text that users read: error and log messages, tooltips, help pages
 
-Needs Python 3.10 and, the first time, the package index. Writes nothing outside this folder.
+Needs Python 3.10 or newer. The first run downloads packages from the package index. Writes nothing outside this folder.
 """
 
 from __future__ import annotations
@@ -42,13 +48,13 @@ def import_pack():
 
 import_pack()
 
-from chorus.dev.tools.progress import Problem  # noqa: E402
+from chorus.dev.tools.progress import SetupError  # noqa: E402
 from chorus.dev.tools.server import server  # noqa: E402
 from chorus.dev.tools.setup import CACHE, Host, environment, find_host, module, need_tools  # noqa: E402
 
 
 def host_for(options) -> Host:
-    # not resolved: the custom_nodes/ of a ComfyUI may hold a link to this folder
+    # Links are not resolved: if custom_nodes/ contains a link to this folder, the path of the link leads to ComfyUI
     return find_host(options.comfyui, Path(__file__).absolute().parent)
 
 
@@ -57,11 +63,11 @@ def call(host: Host, command: list[str]) -> int:
 
 
 def demo(options, rest: list[str]) -> int:
-    workflows = sorted((ROOT / "example_workflows").glob("*.json"))
-    if options.only:
-        workflows = [w for w in workflows if w.stem in options.only]
+    known = sorted((ROOT / "example_workflows").glob("*.json"))
+    workflows = [w for w in known if w.stem in options.only] if options.only else known
     if not workflows:
-        raise Problem(f"no workflow {' or '.join(options.only or ['*.json'])} in {ROOT / 'example_workflows'}")
+        got, names = ", ".join(options.only or []), ", ".join(w.stem for w in known)
+        raise SetupError(f"expected a workflow of {ROOT / 'example_workflows'}, got {got}; choose from {names}")
     host = host_for(options)
     need_tools(host)
     with server(host, port=options.port, args=tuple(rest)) as running:
@@ -72,14 +78,14 @@ def demo(options, rest: list[str]) -> int:
 def serve(options, rest: list[str]) -> int:
     host = host_for(options)
     with server(host, port=options.port or 8188, args=tuple(rest), quiet=False) as running:
-        print(f"ComfyUI with Chorus is up: http://{running.address} (Ctrl+C stops it)", flush=True)
+        print(f"ComfyUI with Chorus is running: http://{running.address} (stop it with Ctrl+C)", flush=True)
         return running.process.wait()
 
 
 def test(options, rest: list[str]) -> int:
     host = host_for(options)
     need_tools(host)
-    # two processes share two cores better than the threads of each
+    # the tests run in two processes with one thread each
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     codes = [call(host, module(host, "ruff", "check", "."))]
     codes += [call(host, module(host, "ruff", "format", "--check", "."))]
@@ -90,7 +96,10 @@ def test(options, rest: list[str]) -> int:
 
 
 def pytest_arguments(options, rest: list[str]) -> list[str]:
-    """Those of the tier, before those of the user, which win; the tests that the user names run in one process."""
+    """The pytest arguments of the chosen set of tests, then the user's arguments, which take precedence.
+
+    Tests that are selected by path run in one process.
+    """
     found = ["--durations=20"]
     if any((ROOT / word.partition("::")[0]).resolve().is_relative_to(ROOT / "tests") for word in rest):
         return [*found, *([] if options.exhaustive else ["-m", "not exhaustive"]), *rest]
@@ -98,7 +107,7 @@ def pytest_arguments(options, rest: list[str]) -> list[str]:
         found += ["-m", "not slow and not exhaustive", "--ignore=tests/robustness", "--ignore=tests/browser"]
     elif not options.exhaustive:
         found += ["-m", "not exhaustive"]
-    # by file, since its tests share fixtures; in order, since those of the page must be the last of a process
+    # loadfile: the tests of a file share fixtures. No reordering: the tests of the web page must run last in a process
     return [*found, "-n2", "--dist=loadfile", "--no-loadscope-reorder", *rest]
 
 
@@ -109,7 +118,7 @@ def train_demo(options, rest: list[str]) -> int:
     if os.name != "posix":
         return call(host, command)
     os.chdir(ROOT)
-    # in place of this process, so that a signal reaches the training, which then saves its state
+    # replaces this process, so that a signal reaches the training, which then saves its state
     os.execve(command[0], command, environment(host))
 
 
@@ -118,7 +127,8 @@ def bench(options, rest: list[str]) -> int:
         p.stem for p in (ROOT / "dev" / "benchmarks").glob("*.py") if "def main" in p.read_text(encoding="utf-8")
     )
     if not rest or rest[0] not in names:
-        raise Problem(f"name one of the benchmarks: {', '.join(names)}")
+        got = repr(rest[0]) if rest else "nothing"
+        raise SetupError(f"expected the name of a benchmark, got {got}; choose from {', '.join(names)}")
     host = host_for(options)
     return call(host, module(host, f"chorus.dev.benchmarks.{rest[0]}", *rest[1:]))
 
@@ -128,12 +138,22 @@ def locales(options, rest: list[str]) -> int:
     return call(host, module(host, "chorus.dev.tools.locales", *rest))
 
 
+def families(options, rest: list[str]) -> int:
+    host = host_for(options)
+    need_tools(host)  # the families tool uses helpers of the tests
+    return call(host, module(host, "chorus.dev.tools.families", *rest))
+
+
+def texts(options, rest: list[str]) -> int:
+    return call(host := host_for(options), module(host, "chorus.dev.tools.texts", *rest))
+
+
 def screenshot(options, rest: list[str]) -> int:
     host = host_for(options)
     need_tools(host)
     with contextlib.ExitStack() as stack:
         if not (address := options.server):
-            # folders of its own: what was saved before would change the numbers in names of files
+            # a new base directory, because outputs of earlier runs would change the numbers in the file names
             base = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=CACHE)))
             address = stack.enter_context(server(host, base)).address
         return call(host, module(host, "chorus.dev.tools.screenshot", address, *rest))
@@ -146,40 +166,52 @@ COMMANDS = {
     "train-demo": train_demo,
     "bench": bench,
     "locales": locales,
+    "families": families,
+    "texts": texts,
     "screenshot": screenshot,
 }
 
 
 def main(argv: list[str]) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
-    # no abbreviations: what is not ours goes on to ComfyUI or pytest as it is
     form = argparse.RawDescriptionHelpFormatter
-    helps = command != "train-demo"  # which has a --help of its own
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False, add_help=helps)
+    add_help = command != "train-demo"  # train-demo has a separate --help
+    # abbreviated options are not expanded, because unknown arguments are passed to ComfyUI or pytest unchanged
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False, add_help=add_help)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI and the Python that runs run.py")
+    parser.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI, with the Python that runs run.py")
     if command in ("demo", "serve"):
-        parser.add_argument("--port", type=int, help="the server's port (serve: 8188; demo: any free one)")
+        parser.add_argument(
+            "--port", type=int, help="the server's port (default: 8188 for serve, any free port for demo)"
+        )
     if command == "test":
-        parser.add_argument("--all", action="store_true", help="also the slow tests, robustness and the web page")
-        parser.add_argument("--exhaustive", action="store_true", help="every test at every point, before a release")
+        parser.add_argument(
+            "--all",
+            action="store_true",
+            help="also run the slow tests, the robustness tests and the tests of the web page",
+        )
+        parser.add_argument(
+            "--exhaustive",
+            action="store_true",
+            help="run every test, and cancel runs at every interrupt point; required before a release",
+        )
     if command == "demo":
         parser.add_argument("--only", action="append", metavar="NAME", help="run this workflow; may be repeated")
     if command == "screenshot":
-        parser.add_argument("--server", metavar="HOST:PORT", help="use this running server; without it a new one")
-    sys.stdout.reconfigure(errors="replace")  # Windows consoles cannot show every character
+        parser.add_argument("--server", metavar="HOST:PORT", help="use this running server (default: start a new one)")
+    sys.stdout.reconfigure(errors="replace")  # Windows consoles cannot print every character
     options, rest = parser.parse_known_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
     try:
         return COMMANDS[options.command](options, rest)
-    except Problem as problem:
-        print(f"run.py {options.command}: {problem}", file=sys.stderr)
+    except SetupError as error:
+        print(f"run.py {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):  # noqa: UP036 (said plainly to those who have an older one)
+    if sys.version_info < (3, 10):  # noqa: UP036 (a clear message on older versions)
         sys.exit(f"run.py needs Python 3.10 or newer, this is {sys.version.split()[0]}")
     sys.exit(main(sys.argv[1:]))

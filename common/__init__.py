@@ -1,1 +1,1 @@
-"""Pure code that several techniques share: weights of networks, sheets of images."""
+"""Pure code that several techniques share: loading of weights, checks for non-finite values, image sheets."""

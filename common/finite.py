@@ -1,33 +1,42 @@
-"""Checks for non-finite numbers that do not wait for the GPU.
+"""Checks for non-finite values that do not cause a device sync.
 
-Reading a number from a GPU waits for all work queued before it. So the numbers of a prediction stay on the device until
-something else has waited for it, as the sampler does when it reads the next noise level; on the CPU they are read at once.
+Reading a value from a GPU waits for all work queued before it. The results are therefore copied to the host without
+waiting, and read after a sync that happens anyway, for example when the next noise level is read. Values on the CPU are
+checked at once.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
+from .host_copy import HostCopy
 
-def is_on_cpu(numbers: Tensor) -> bool:
-    """Whether reading them waits for nothing."""
-    return numbers.device.type == "cpu"
+# the remedy in errors about non-finite predictions
+WIDER_DTYPE = "run the model in a wider dtype (ComfyUI's --bf16-unet or --fp32-unet, --force-upcast-attention)"
+
+
+def is_on_cpu(values: Tensor) -> bool:
+    """Whether ``values`` can be read without a device sync."""
+    return values.device.type == "cpu"
 
 
 class DeferredChecks:
-    """Numbers with what to do once they can be read."""
+    """Queue of values to check, each with a callback for the result."""
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, Callable[[list[bool]], None]]] = []
+        self._pending: list[tuple[HostCopy, Callable[[list[bool]], None]]] = []
 
-    def add(self, numbers: Tensor, examine: Callable[[list[bool]], None]) -> None:
-        """Call ``examine`` with whether each of ``numbers`` [N] is finite: at once on the CPU, else in ``flush``."""
-        self._pending.append((numbers.detach(), examine))
-        if is_on_cpu(numbers):
+    def add(self, values: Tensor, callback: Callable[[list[bool]], None]) -> None:
+        """Call ``callback`` with a list of N booleans: whether each of ``values`` [N] is finite.
+
+        On the CPU ``callback`` is called at once, otherwise in ``flush``.
+        """
+        self._pending.append((HostCopy(values.isfinite()), callback))
+        if is_on_cpu(values):
             self.flush()
 
     def flush(self) -> None:
-        """Examine what was added, in that order. Call it where the device has just been waited for."""
+        """Run the queued checks in order. Call it right after a device sync."""
         pending, self._pending = self._pending, []
-        for numbers, examine in pending:
-            examine(numbers.isfinite().tolist())
+        for finite, callback in pending:
+            callback(finite.tolist())

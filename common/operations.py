@@ -1,4 +1,4 @@
-"""The layers that networks are built of: torch's own, or others of the same names."""
+"""Layer classes from which networks are built: torch's, or replacements with the same names."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Operations(Protocol):
-    """Classes of layers, as ``torch.nn`` has them and ComfyUI's casting operations too, which move the weights as needed."""
+    """Namespace of layer classes: ``torch.nn``, or ComfyUI's ``manual_cast``, which moves and casts weights on use."""
 
     @property
     def Linear(self) -> type[nn.Linear]: ...

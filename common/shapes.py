@@ -1,4 +1,6 @@
-"""Shapes as errors name them."""
+"""Shapes and samples as text for messages."""
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -6,3 +8,11 @@ from torch import Tensor
 def size_of(x: Tensor) -> str:
     """The shape of ``x`` as text: 1x4x64x64."""
     return "x".join(map(str, x.shape))
+
+
+def named_samples(samples: Iterable[int]) -> str:
+    """The numbers of ``samples``, counted from 1, for a report: "sample 2", "samples 1 and 3"."""
+    numbers = [str(sample + 1) for sample in sorted(samples)]
+    if len(numbers) == 1:
+        return f"sample {numbers[0]}"
+    return f"samples {', '.join(numbers[:-1])} and {numbers[-1]}"

@@ -1,4 +1,4 @@
-"""A sheet to write and paste on, in the house's colours."""
+"""Sheets of images and captions in the pack's colours."""
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ MODEL_COLOURS = [
 
 
 def model_colour(index: int) -> Colour:
-    """Colour of model ``index``; 0 is the base, experts take turns in the rest of the palette."""
+    """Colour of model ``index``: 0 is the base, experts cycle through the rest of the palette."""
     return MODEL_COLOURS[0] if index == 0 else MODEL_COLOURS[1 + (index - 1) % (len(MODEL_COLOURS) - 1)]
 
 
 class Sheet:
-    """A picture of ``width`` x ``height`` pixels under construction."""
+    """Image of ``width`` x ``height`` pixels on which text, boxes and images are placed."""
 
     def __init__(self, width: int, height: int) -> None:
         self.image = Image.new("RGB", (width, height), PAPER)
@@ -39,11 +39,12 @@ class Sheet:
         return round(ImageFont.load_default(size).getlength(text))
 
     def box(self, x: int, y: int, width: int, height: int, colour: Colour) -> None:
-        self._draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
+        if width > 0 and height > 0:
+            self._draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
 
-    def paste(self, x: int, y: int, picture: Tensor, width: int, height: int) -> None:
-        """Paste ``picture`` [H, W, 3] in 0..1, its pixels kept square-edged."""
-        pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    def paste(self, x: int, y: int, image: Tensor, width: int, height: int) -> None:
+        """Paste ``image`` [H, W, 3] in 0..1, resized by nearest neighbour."""
+        pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         self.image.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
 
     def tensor(self) -> Tensor:

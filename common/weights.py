@@ -1,7 +1,7 @@
-"""Strict loading: a state dict holds exactly the weights that a network asks for, or the error lists what differs."""
+"""Strict loading of state dicts: the error lists every missing, unexpected or invalid weight."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,17 @@ from .operations import Operations
 N = TypeVar("N", bound=nn.Module)
 Number = TypeVar("Number", int, float)
 
-SHOWN = 8  # names per list of an error; a wrong file differs in hundreds
-WIDEST = 120  # characters of a name or a value there
-PACKED = getattr(torch, "float4_e2m1fn_x2", None)  # two numbers in a byte; torch has no arithmetic for it
-MOST = 2**16  # of a size or a count in a config.json; the published ones stay far below
+MAX_LISTED = 8  # names per list in an error; a wrong file may have hundreds of wrong names
+MAX_CHARACTERS = 120  # of a name or a value in an error
+CONFIG_REMEDY = "use the config.json that came with the weights"
+PACKED = getattr(torch, "float4_e2m1fn_x2", None)  # dtype with two numbers per byte; torch cannot compute with it
+MAX_SETTING = 2**16  # upper limit of sizes and counts in a config.json; published values are far smaller
 
 
 def load(network: type[N], config: Any, state_dict: Mapping[str, Tensor], operations: Operations = torch.nn) -> N:
-    """``network(config, operations)`` with these weights: in their own dtype, sharing their memory, frozen."""
+    """A frozen ``network(config, operations)`` whose parameters are the tensors of ``state_dict``, in their dtype."""
     with torch.device("meta"):
-        # the sizes come from plain layers: the host's casting layers may have no weights before they are loaded
+        # shapes come from plain layers, since ComfyUI's casting layers may have no weights before loading
         expected = {name: weight.shape for name, weight in network(config).state_dict().items()}
         module = network(config, operations)
     check(state_dict, expected)
@@ -29,84 +30,97 @@ def load(network: type[N], config: Any, state_dict: Mapping[str, Tensor], operat
 
 
 def check(state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise a ValueError that lists every weight that is missing, not asked for, of the wrong shape, or no number."""
-    wrong = {name: complaint(state_dict[name], expected[name]) for name in expected if name in state_dict}
+    """Raise a ValueError that lists all missing, unexpected and invalid weights (those with a ``weight_error``)."""
+    wrong = {name: weight_error(state_dict[name], expected[name]) for name in expected if name in state_dict}
     lists = {
         "missing": [f"{name} {tuple(shape)}" for name, shape in expected.items() if name not in state_dict],
-        "unexpected": [f"{name} {seen(value)}" for name, value in state_dict.items() if name not in expected],
+        "unexpected": [f"{name} {describe(value)}" for name, value in state_dict.items() if name not in expected],
         "wrong": [f"{name}: {text}" for name, text in wrong.items() if text],
     }
     if any(lists.values()):
         parts = [f"{len(names)} {kind}: {shorten(names)}" for kind, names in lists.items() if names]
         raise ValueError(
-            f"The weights do not fit: {len(expected)} tensors expected, {len(state_dict)} seen; " + "; ".join(parts)
+            f"the weights do not fit the network: expected {len(expected)} tensors, got {len(state_dict)};"
+            f" {'; '.join(parts)}; use another file"
         )
 
 
-def complaint(weight: Tensor, shape: torch.Size) -> str | None:
-    """What is wrong with one weight, or None."""
+def weight_error(weight: Tensor, shape: torch.Size) -> str | None:
+    """Error text for a weight that is not a finite floating-point tensor of ``shape``; None for a valid one."""
     if not isinstance(weight, Tensor) or weight.shape != shape:
-        return f"expected {tuple(shape)}, seen {seen(weight)}"
+        return f"expected {tuple(shape)}, got {describe(weight)}"
     if not weight.numel():
-        return f"expected numbers, seen none in {seen(weight)}"
+        return f"expected numbers, got the empty tensor {describe(weight)}"
     if not weight.is_floating_point() or weight.dtype == PACKED:
-        return f"expected floating point numbers, seen {weight.dtype}"
-    # the extremes keep a NaN, and are found 18 to 45 times as fast as isfinite looks at every number (float16, float32);
-    # torch finds them in no 8-bit float
+        return f"expected floating point numbers, got {weight.dtype}"
+    # aminmax propagates NaN. On float16 and float32 it is 18 to 45 times as fast as isfinite on every number. torch
+    # does not implement aminmax for 8-bit floats
     extremes = (weight.float() if weight.element_size() == 1 else weight).aminmax()
     if not torch.stack(extremes).isfinite().all():
-        return "expected finite numbers, seen NaN or infinity"
+        return "expected finite numbers, got NaN or infinity"
     return None
 
 
-def seen(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Shape of a tensor, type of anything else, for error messages."""
     return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def shorten(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(name[:WIDEST] for name in names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    """The first MAX_LISTED names, each cut to MAX_CHARACTERS, and the number of those left out."""
+    more = len(names) - MAX_LISTED
+    return ", ".join(name[:MAX_CHARACTERS] for name in names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def refuse_weights(network: str, why: str) -> NoReturn:
+    """Raise the ValueError for a state dict that does not belong to ``network``. ``why``: the reason."""
+    raise ValueError(f"this is not the state dict of {network}: {why}; use another file")
 
 
 def shape_of(state_dict: Mapping[str, Tensor], name: str, dims: int, network: str) -> torch.Size:
-    """The shape of a weight from which sizes are read; ``network`` is for the error only."""
+    """Shape of the weight ``name``, which must have ``dims`` axes.
+
+    A ValueError that names ``network`` if the weight is missing, empty or has another number of axes.
+    """
     if name not in state_dict:
         first = (
-            f"; its first of {len(state_dict)} is {next(iter(state_dict))[:WIDEST]!r}"
+            f"; the first of its {len(state_dict)} keys is {next(iter(state_dict))[:MAX_CHARACTERS]!r}"
             if state_dict
-            else ", nor any other"
+            else ", it is empty"
         )
-        raise ValueError(f"This is not the state dict of {network}: it has no {name!r}{first}")
+        refuse_weights(network, f"it has no {name!r}{first}")
     weight = state_dict[name]
     if not isinstance(weight, Tensor) or weight.ndim != dims:
-        raise ValueError(f"This is not {network}: {name!r} should have {dims} dimensions, seen {seen(weight)}")
+        refuse_weights(network, f"{name!r} should have {dims} dimensions, got {describe(weight)}")
     if not weight.numel():
-        # sizes that no number stands behind may be of any size
-        raise ValueError(f"This is not {network}: {name!r} {seen(weight)} holds no numbers")
+        # the other axes of an empty tensor may have any size, so a network of that size must not be built
+        refuse_weights(network, f"expected numbers in {name!r}, got the empty tensor {describe(weight)}")
     return weight.shape
 
 
 def count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules there are below ``prefix``."""
+    """Number of modules directly below ``prefix``."""
     return len({name[len(prefix) :].split(".")[0] for name in state_dict if name.startswith(prefix)})
 
 
 def check_config(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a published config.json contradicts what the weights show."""
-    told = {key: config[key] for key in sizes if config.get(key) is not None}  # null is the default
-    wrong = [f"{key} is {told[key]!r:.{WIDEST}}, not {sizes[key]!r}" for key in told if told[key] != sizes[key]]
+    """Raise a ValueError if a published config.json contradicts the ``sizes`` read from the weights."""
+    given = {key: config[key] for key in sizes if config.get(key) is not None}  # null means the default
+    wrong = [
+        f"{key} is {given[key]!r:.{MAX_CHARACTERS}}, not {sizes[key]!r}" for key in given if given[key] != sizes[key]
+    ]
     if wrong:
-        raise ValueError(f"The config does not belong to these weights: {', '.join(wrong)}")
+        raise ValueError(f"the config does not belong to these weights: {', '.join(wrong)}; {CONFIG_REMEDY}")
 
 
 def setting(config: Mapping[str, Any], key: str, default: Number) -> Number:
-    """A positive number that only the config.json tells, of the kind of ``default``, which null and nothing stand for."""
+    """The positive number ``key`` of a config.json, of the type of ``default``, or ``default`` if it is not set."""
     value = config.get(key)
     if value is None:
         return default
-    if type(value) not in {type(default), int} or not 0 < value <= MOST:
+    if type(value) not in {type(default), int} or not 0 < value <= MAX_SETTING:
         raise ValueError(
-            f"The config's {key} is {value!r:.{WIDEST}}, not a positive {type(default).__name__} up to {MOST};"
-            " take the config.json that came with the weights"
+            f"the config's {key} is {value!r:.{MAX_CHARACTERS}}, not a positive {type(default).__name__} up to"
+            f" {MAX_SETTING}; {CONFIG_REMEDY}"
         )
     return value

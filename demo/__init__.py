@@ -1,1 +1,1 @@
-"""Small trained checkpoints that come with the pack, and the recipes that made them."""
+"""Small trained checkpoints that ship with the pack, and the code that loads them."""

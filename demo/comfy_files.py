@@ -1,9 +1,9 @@
-"""The heads and refiners of demo/weights, offered among the files of the user's model folders."""
+"""Lists the files of demo/weights/cas_dm and demo/weights/face_refiner in ComfyUI's model folders of the same names."""
 
 from ..host.model_folders import add_shipped_files
 from .weights import FOLDER
 
 
-def offer_shipped_files() -> None:
+def register_shipped_files() -> None:
     for name in ("cas_dm", "face_refiner"):
         add_shipped_files(name, FOLDER / name)

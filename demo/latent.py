@@ -1,4 +1,4 @@
-"""The latent space of the demo checkpoints: a fixed PCA of 4x4 pixel patches, 12 channels, and a decoder that cleans up."""
+"""The latent space of the demo checkpoints: a fixed PCA of 4x4 pixel patches to 12 channels, and a trained decoder."""
 
 import comfy.latent_formats
 import comfy.model_management
@@ -13,9 +13,11 @@ CHANNELS = 12
 
 
 class PatchPCA(nn.Module):
-    """encode: [B, 3, H, W] in -1..1 -> [B, 12, H/4, W/4] of about unit variance; decode is its adjoint.
+    """PCA of patches: [B, 3, H, W] in -1..1 -> [B, 12, H/4, W/4] with about unit variance. ``decode`` is its
+    pseudo-inverse.
 
-    weight: [12, 3, 4, 4] orthonormal rows, mean: [3, 4, 4], scale: [12] so that latent = scale * (weight . (patch - mean)).
+    latent = scale * (weight . (patch - mean)), with weight [12, 3, 4, 4] (orthonormal rows), mean [3, 4, 4] and scale
+    [12].
     """
 
     def __init__(self, channels: int = CHANNELS) -> None:
@@ -34,13 +36,14 @@ class PatchPCA(nn.Module):
 
 
 def preview_factors(pca: PatchPCA) -> tuple[list[list[float]], list[float]]:
-    """(factors [12, 3], bias [3]): a latent's mean colour of its patch, in -1..1, as the host's latent2rgb preview wants it."""
+    """(factors [12, 3], bias [3]) for ComfyUI's latent2rgb previews. They map a latent to the mean colour of its patch,
+    in -1..1."""
     factors = (pca.weight / pca.scale[:, None, None, None]).mean((2, 3))
     return factors.tolist(), pca.mean.mean((1, 2)).tolist()
 
 
 class Cleaner(nn.Module):
-    """What the linear decoder lacks: [B, 12, h, w] -> a correction [B, 3, 4h, 4w]; small convolutions over neighbouring patches."""
+    """Correction of the linear decoder: [B, 12, h, w] -> [B, 3, 4h, 4w], by small convolutions over neighbouring patches."""
 
     def __init__(self, width: int = 64, depth: int = 4) -> None:
         super().__init__()
@@ -56,7 +59,8 @@ class Cleaner(nn.Module):
 
 
 class DemoVAE(nn.Module):
-    """encode: the PCA; decode: its adjoint plus the cleaner's correction, which was trained to see through noisy latents."""
+    """Encodes with the PCA. Decodes with the PCA's pseudo-inverse plus the correction of the Cleaner, trained on noisy
+    latents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class DemoVAE(nn.Module):
 
 
 class ChorusDemoLatent(comfy.latent_formats.LatentFormat):
-    """Told to the host: 12 channels, 4 pixels per latent, preview colours."""
+    """ComfyUI's latent format: 12 channels, 4 x 4 pixels per latent position, preview colours."""
 
     latent_channels = CHANNELS
     spacial_downscale_ratio = PATCH
@@ -82,12 +86,16 @@ class ChorusDemoLatent(comfy.latent_formats.LatentFormat):
 
 
 def make_vae(module: DemoVAE) -> comfy.sd.VAE:
-    """The host's VAE object around a DemoVAE."""
-    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})  # the host's simplest VAE, its fields replaced below
-    vae.first_stage_model = module.eval().requires_grad_(False)  # ty: ignore[invalid-assignment]  # any module will do
+    """A ComfyUI VAE around a DemoVAE."""
+    vae = comfy.sd.VAE(
+        sd={"pixel_space_vae": torch.tensor(1.0)}
+    )  # ComfyUI's simplest VAE; its fields are replaced below
+    # float32 unless a start option of ComfyUI selects another dtype, as in ComfyUI's VAE
+    vae.vae_dtype = comfy.model_management.vae_dtype(vae.device)
+    module = module.to(vae.vae_dtype)
+    vae.first_stage_model = module.eval().requires_grad_(False)  # ty: ignore[invalid-assignment]  # any module works
     vae.downscale_ratio = vae.upscale_ratio = PATCH
     vae.latent_channels = CHANNELS
-    vae.vae_dtype = torch.float32
     vae.size = None
     vae.memory_used_encode = lambda shape, dtype: 64 * shape[2] * shape[3]
     vae.memory_used_decode = lambda shape, dtype: 4 * 4 * 64 * shape[2] * shape[3]

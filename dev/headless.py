@@ -1,4 +1,4 @@
-"""ComfyUI without its server: for tests, recipes and benchmarks."""
+"""Starts ComfyUI as a library, without its server, for tests, recipes and benchmarks."""
 
 import os
 import sys
@@ -7,15 +7,16 @@ import torch
 
 
 def start(path: str | None = None) -> None:
-    """Make the host importable and choose the device. Call it before the first import of comfy.
+    """Make ComfyUI importable and choose the device. Call this before the first import of comfy.
 
-    The host is ``path``, else $COMFYUI_PATH, else what is on the path already.
+    ComfyUI is imported from ``path``, or from $COMFYUI_PATH if ``path`` is None. If neither is given, sys.path is not
+    changed.
     """
     if path := path or os.environ.get("COMFYUI_PATH"):
-        # first on the path: our nodes/ folder must not shadow the host's nodes.py
+        # first on the path: our nodes/ folder must not shadow ComfyUI's nodes.py
         sys.path.insert(0, str(path))
 
     from comfy.cli_args import args
 
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        args.cpu = True  # else the host's import fails without a GPU
+        args.cpu = True  # otherwise importing ComfyUI's modules fails on a machine without a GPU

@@ -1,7 +1,8 @@
-"""What a node of this pack hangs on a MODEL beside patches, told to those who run the MODEL and do not know the node.
+"""Attachments: further models or heads that a node of this pack adds to a MODEL besides patches.
 
-A blend brings further models into every run, a Cas-DM head refines its predictions. SeedSelect, the training of heads
-and the blend itself ask the attachment what that means for them, and need not import the technique it comes from.
+For example, a blend runs further models in every sampling run, and a Cas-DM head refines the predictions. An attachment
+describes its properties in a common form. SeedSelect, the training of heads and the blend read these properties without
+importing the technique that made the attachment.
 """
 
 from __future__ import annotations
@@ -10,44 +11,44 @@ from collections.abc import Callable, Sequence
 
 from comfy.model_patcher import ModelPatcher
 
-Conditioning = Sequence[Sequence]  # entries (tensor, options), as the host's CONDITIONING
+Conditioning = Sequence[Sequence]  # entries (tensor, options), as in ComfyUI's CONDITIONING
 
 
 class Attachment:
-    """A neutral attachment. Techniques derive from it and say where theirs is not neutral."""
+    """Base class: an attachment that changes nothing. Techniques override the properties that differ."""
 
-    needs_negative = False  # whether a run needs a negative conditioning at cfg 1, too
+    needs_negative = False  # whether a run needs a negative conditioning even at cfg 1
 
     @property
     def rows_are_independent(self) -> bool:
-        """Whether each row of a batch is sampled as if it were alone."""
+        """Whether each row of a batch is sampled independently of the others."""
         return True
 
     @property
     def depends_on_history(self) -> str:
-        """What makes a prediction depend on earlier steps, and the remedy; empty: nothing does."""
+        """Error message, with the remedy, if a setting makes predictions depend on earlier steps; otherwise empty."""
         return ""
 
     @property
     def models(self) -> Sequence[ModelPatcher]:
-        """The further MODELs, as they were wired."""
+        """Additional MODELs, as they were connected."""
         return ()
 
     @property
     def conditionings(self) -> Sequence[tuple[Conditioning | None, Conditioning | None]]:
-        """(positive, negative) of each of ``models``; None where the sampler's is used."""
+        """(positive, negative) conditioning of each of ``models``; None where the sampler's conditioning is used."""
         return ()
 
     def patchers(self, base: ModelPatcher, conds: dict[str, list[dict]]) -> Sequence[ModelPatcher]:
-        """The patchers that predict beside ``base`` in a run with the sampler's ``conds``, one for each of ``models``."""
+        """One patcher for each of ``models``: it predicts beside ``base`` in a run with the sampler's ``conds``."""
         return ()
 
     def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> Attachment:
-        """This attachment for a run that records gradients: on copies of its models, and without records of its own."""
+        """This attachment for a run with gradients, which records nothing for display. ``copy`` copies its models."""
         return self
 
     def refusal_as_expert(self, label: str) -> str:
-        """Why a MODEL with this attachment cannot be the expert ``label`` of a blend; empty if it can."""
+        """Error message if a MODEL with this attachment cannot be the expert ``label`` of a blend; empty if it can."""
         return ""
 
 

@@ -1,6 +1,5 @@
-"""Copies of weights and tensors for gradients: autograd cannot save the inference tensors that the host makes."""
+"""Copies of weights and tensors for gradients, since autograd cannot save the inference tensors that ComfyUI makes."""
 
-import copy
 from typing import Any
 
 import comfy.model_management
@@ -9,60 +8,65 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .attachments import Attachment
+from .attention import set_attention
+from .injections import move_injections
+from .module_copies import copy_module
+from .patcher_differences import same_module
 
 
-def _same_objects(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-
-
-def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
-    """Whether two patchers ask the same of their modules; what differs only in model_options may share one."""
-    return (
-        a.patches_uuid == b.patches_uuid
-        and _same_objects(a.object_patches, b.object_patches)
-        and a.weight_wrapper_patches.keys() == b.weight_wrapper_patches.keys()
-        and a.injections.keys() == b.injections.keys()
-    )
-
-
-def own_tensors(value: Any) -> Any:
-    """``value`` with every tensor in its lists, tuples and dictionaries copied: autograd saves no inference tensors."""
+def clone_tensors(value: Any) -> Any:
+    """Clone all tensors in nested lists, tuples and dictionaries, since autograd cannot save inference tensors."""
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) is dict:
-        return {k: own_tensors(v) for k, v in value.items()}
+        return {k: clone_tensors(v) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(own_tensors(v) for v in value)
+        return type(value)(clone_tensors(v) for v in value)
     return value
 
 
-class NormalWeights:
-    """Clones of patchers on modules whose weights autograd may save; patchers that share weights share a module.
+class AutogradCopies:
+    """Clones patchers for runs with gradients: autograd can save the clones' weights, and attention has a derivative.
 
-    Where the host made the weights in inference mode, the module is a copy whose tensors lie on the same memory (of
-    models that the host streams to the GPU, it is loaded again). Call it in ``gradients()``. Copies live as long as
-    their patchers.
+    The clones of patchers that share weights also share a module. If the weights were made in inference mode, this
+    module is a copy, and its tensors share the memory of the original tensors. A model that ComfyUI streams to the GPU
+    is loaded again instead. Use this class inside ``gradients()``. A copied module is freed with its last clone and
+    this object.
     """
 
     def __init__(self) -> None:
-        self._made: list[tuple[ModelPatcher, tuple]] = []  # a patcher, what its clones take in place of its module
+        self._made: list[tuple[ModelPatcher, tuple]] = []  # a patcher and the model_override of its clones
 
     def __call__(self, patcher: ModelPatcher) -> ModelPatcher:
-        """A clone of ``patcher`` with its patches, on its own module if that may be saved, else on a copy."""
-        override = next((o for p, o in self._made if patcher.is_clone(p) and same_weights(patcher, p)), None)
+        """Clone of ``patcher`` with its patches.
+
+        The clone has the module of ``patcher`` if autograd can save its weights, otherwise a copy of the module.
+        """
+        override = next((o for p, o in self._made if patcher.is_clone(p) and same_module(patcher, p)), None)
         if override is None and _needs_copy(patcher):
             override = _copied_module(patcher)
             self._made.append((patcher, override))
         clone = patcher.clone(disable_dynamic=patcher.is_dynamic(), model_override=override)
         if override is not None:
             clone.hook_backup = {}
-            clone.parent = None  # the host would take the parent for what is loaded when the clone has gone
+            move_injections(clone, patcher.model, override[0])
+            clone.parent = None  # otherwise ComfyUI would treat the parent as loaded once the clone is freed
+        set_attention(clone)
         for name, models in clone.additional_models.items():
             clone.additional_models[name] = [self(m) for m in models]
         return clone
 
+    def unload(self) -> None:
+        """Unload the copies and remove their patches. Call it inside ``gradients()``, before the copies are freed.
+
+        Otherwise ComfyUI would unload the copies later, in inference mode. There it cannot remove patches from
+        quantised weights that are not inference tensors, such as the weights of the copies.
+        """
+        for patcher, _ in self._made:
+            comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False)
+
     def with_attachments(self, model: ModelPatcher) -> ModelPatcher:
-        """``__call__`` for a MODEL, and its attachments on copies of their models."""
+        """As ``__call__``, but also clones the models of the attachments of ``model``."""
         out = self(model)
         for key, attachment in model.attachments.items():
             if isinstance(attachment, Attachment):
@@ -72,18 +76,18 @@ class NormalWeights:
 
 def _needs_copy(patcher: ModelPatcher) -> bool:
     module = patcher.model
-    # weights that want gradients of their own would have their layers' inputs saved, which nobody asks for
+    # weights that require gradients would make autograd save the inputs of their layers, which are not needed
     weights = any(p.is_inference() or p.requires_grad for p in module.parameters())
     return patcher.is_dynamic() or weights or any(b.is_inference() for b in module.buffers())
 
 
 def _copied_module(patcher: ModelPatcher) -> tuple:
-    """A module of the same weights, unpatched, and the backups that belong to it."""
+    """The ``model_override`` of a clone: an unpatched module with the same weights, and its backups."""
     if patcher.is_dynamic():
         if patcher.cached_patcher_init is None:
             raise ValueError(
                 f"{type(patcher.model).__name__} cannot be copied for gradients, since its loader cannot load it again;"
-                " use one of ComfyUI's own loaders, or mode search"
+                " load it with a loader node of ComfyUI, or use mode search"
             )
         make, arguments, *place = patcher.cached_patcher_init
         made = make(*arguments, disable_dynamic=True)
@@ -91,22 +95,13 @@ def _copied_module(patcher: ModelPatcher) -> tuple:
         override[0].requires_grad_(False)
         return override
     comfy.model_management.unload_model_and_clones(patcher)  # the module goes back to its unpatched weights
-    # the config answers None to every unknown attribute, __deepcopy__ included
-    config = getattr(patcher.model, "model_config", None)
-    kept = {id(config): config}
-    for module in patcher.model.modules():
-        kept |= {
-            id(p): torch.nn.Parameter(_alias(p), requires_grad=False) for p in module._parameters.values() if _plain(p)
-        }
-        kept |= {id(b): _alias(b) for b in module._buffers.values() if _plain(b)}
-    return copy.deepcopy(patcher.model, kept), ({}, {}, {}, set())
-
-
-def _plain(tensor: Tensor | None) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return copy_module(patcher.model, _alias), ({}, {}, {}, set())
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """A normal tensor on the storage of one that may be an inference tensor; the host changes no weight in place."""
+    """Normal tensor that shares the storage of ``tensor``, which may be an inference tensor.
+
+    This is safe, since ComfyUI changes no weight in place.
+    """
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -1,135 +1,184 @@
-"""Safetensors that nodes keep between runs: written whole or not at all, found again in the input and output folders."""
+"""Writes the safetensors files of nodes atomically, and lists those in the input and output folders.
+
+Also reads weight files from other sources. A ValueError explains why a file cannot be read.
+"""
 
 import hashlib
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.utils
 import folder_paths
 import safetensors.torch
 from comfy.cli_args import args
 from comfy_api.latest import io
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-LONGEST = 180  # bytes of a name; file systems have room for 255, and number, ending and .part come behind
+from ..common.torch_files import explain_format, explain_pickle
+from .folder_listing import files_below
+
+SAFETENSORS = (".safetensors", ".sft")  # in lower case; ComfyUI reads both
+CONVERT = "convert it to .safetensors; other formats are not read, because they can run code"  # last part of errors
+MAX_NAME_BYTES = 180  # of a name in a prefix; number, ending and .part are appended, and file systems allow 255
 
 
 def write_whole(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write ``target`` at once, so that no half file has its name whatever happens; a FileExistsError where there is one.
+    """Write ``target`` atomically: it never exists with partial content. FileExistsError if it already exists.
 
-    A program that is killed meanwhile leaves ``<target>.<number>.part``, which nobody lists and whoever likes may delete.
+    The error is also raised while another process writes ``target``. A process killed while writing leaves
+    ``<target>.part``, which appears in no list and can be deleted.
     """
-    # the ending keeps it out of the host's lists, the number out of the way of another program that saves here
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    # .part hides the file from ComfyUI's lists
+    part, created = target.with_name(f"{target.name}.part"), False
     try:
-        data = safetensors.torch.save(dict(tensors), dict(metadata))  # save_file would make it private
-        part.unlink(missing_ok=True)
-        # x: not through a link that somebody put there
+        data = safetensors.torch.save(
+            dict(tensors), dict(metadata)
+        )  # not save_file, which would restrict the file's permissions
+        # mode x never writes through an existing link, and only one process at a time can create the file
         with open(part, "xb") as file:
+            created = True
             file.write(data)
             file.flush()
-            # else a name may outlive a power cut that its content did not
+            # otherwise a power cut may keep the name and lose the content
             os.fsync(file.fileno())
-        if target.exists():
-            raise FileExistsError(f"{target} was written meanwhile; nothing is overwritten, save again")
+        # checked after the other file was created, so that no other process of the pack can write target in between
+        if os.path.lexists(target):
+            raise FileExistsError(
+                f"{target} was written by another process meanwhile; nothing is overwritten, save again"
+            )
         os.replace(part, target)
     except FileExistsError:
         raise
     except OSError as error:
-        why = f"{error.strerror or error}: {target} could not be written, and nothing of it is left; make room and save again"
+        why = f"{error.strerror or error}: {target} could not be written, no partial file remains; free disk space and save again"
         raise OSError(error.errno, why) from error
     finally:
-        part.unlink(missing_ok=True)
+        if created:
+            part.unlink(missing_ok=True)
 
 
-def next_file(prefix: str, ending: str, example: str) -> tuple[Path, str]:
-    """The next free file of a ``filename_prefix`` in the output folder, and its subfolder as the host shows it.
+def write_numbered(
+    prefix: str, ending: str, example: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[Path, str]:
+    """Write the next numbered file for ``prefix`` to the output folder, with write_whole.
 
-    A ValueError where the prefix names no file below the output folder; ``example``: one that does.
+    Returns its path, and its subfolder as ComfyUI shows it. If another process takes the number first, the next number
+    is used. ValueError if the prefix does not name a file below the output folder; the message suggests ``example``.
     """
     check_prefix(prefix, example)
-    # in its plain form: of a/b/ the host would not see the numbers that are taken
-    place = os.path.normpath(prefix), folder_paths.get_output_directory()
-    folder, name, number, subfolder, _ = folder_paths.get_save_image_path(*place)
-    return Path(folder, f"{name}_{number:05}_{ending}"), subfolder
+    # normalised, since for a/b/ ComfyUI would not find the numbers already used
+    place, tried = (os.path.normpath(prefix), folder_paths.get_output_directory()), 0
+    while True:
+        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(*place)
+        # at least one more than before, so that the loop ends even if ComfyUI returns a used number again
+        tried = max(number, tried + 1)
+        target = Path(folder, f"{name}_{tried:05}_{ending}")
+        try:
+            write_whole(target, tensors, metadata)
+        except FileExistsError:
+            continue
+        return target, subfolder
 
 
 def check_prefix(prefix: str, example: str) -> None:
-    """Raise a ValueError where a ``filename_prefix`` can never name a file below the output folder."""
+    """Raise a ValueError if a ``filename_prefix`` cannot name a file below the output folder."""
     folder, name = os.path.split(os.path.normpath(prefix))
     output = folder_paths.get_output_directory()
     if not name.strip(". "):
-        raise ValueError(f"filename_prefix '{prefix[:40]}' names no file; give a name such as {example}")
-    if cannot_be(prefix):
-        raise ValueError(f"filename_prefix {prefix[:40]!r} {CANNOT}; give a name such as {example}")
+        raise ValueError(f"filename_prefix '{prefix[:40]}' has no file name; use a name such as {example}")
+    if is_invalid_path(prefix):
+        raise ValueError(f"filename_prefix {prefix[:40]!r} {INVALID_PATH}; use a name such as {example}")
     if not folder_paths.is_within_directory(output, os.path.join(output, folder)):
-        raise ValueError(f"filename_prefix '{prefix}' is outside the output folder; give a name such as {example}")
+        raise ValueError(f"filename_prefix '{prefix}' is {outside_output(prefix)}; use a name such as {example}")
 
 
-CANNOT = f"is too long ({LONGEST} bytes for a name, {5 * LONGEST} for all of it) or has characters that no file name may have"
+def outside_output(name: str) -> str:
+    """Reason why ``name`` is not the relative path of a place inside the output folder, for error messages."""
+    if os.path.isabs(name):
+        return "an absolute path"
+    if path_below(folder_paths.get_output_directory(), name) is None:
+        return "outside the output folder"
+    return "behind a link that leads out of the output folder (ComfyUI's nodes do not save there)"
 
 
-def cannot_be(path: str) -> bool:
-    """Whether no file system takes a path with something behind its last name, as CANNOT says."""
+INVALID_PATH = (
+    f"is too long (at most {MAX_NAME_BYTES} bytes per name and {5 * MAX_NAME_BYTES} in all)"
+    " or has characters that no file name may have"
+)
+
+
+def is_invalid_path(path: str) -> bool:
+    """Whether ``path`` is too long or has invalid characters, as INVALID_PATH states."""
     if "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
         return True
-    return len(path) > 5 * LONGEST or any(len(name.encode()) > LONGEST for name in path.replace(os.sep, "/").split("/"))
+    return len(path) > 5 * MAX_NAME_BYTES or any(
+        len(name.encode()) > MAX_NAME_BYTES for name in path.replace(os.sep, "/").split("/")
+    )
 
 
-def need_name(name: Any, kind: str) -> None:
-    """Raise a ValueError for what is no text: a prompt may hold anything in place of a file's name."""
+def path_below(folder: str, name: str) -> Path | None:
+    """Path of ``name`` below ``folder``, or None if ``name`` leads outside by ``..`` or an absolute path.
+
+    Links below the folder are followed wherever they lead: only the user can have put them there.
+    """
+    folder = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(folder, name))  # resolves .. before any link is followed
+    try:
+        return Path(path) if os.path.commonpath((folder, path)) == folder else None
+    except ValueError:  # another drive
+        return None
+
+
+def check_file_name(name: Any, kind: str) -> None:
+    """Raise a ValueError unless ``name`` is a string: a prompt sent to the API may contain any JSON value here."""
     if not isinstance(name, str):
-        raise ValueError(f"{str(name)[:80]} is no name of a {kind} file; choose one of the list")
+        raise ValueError(f"expected the name of a {kind} file, got {str(name)[:80]}; choose one from the list")
 
 
 @dataclass(frozen=True)
-class KeptFiles:
-    """The files of one kind."""
+class OutputFiles:
+    """Files of one kind, which nodes save to the output folder and load from the input or output folder."""
 
     ending: str
-    kind: str  # as errors name one
-    saver: str  # the node that writes them
-    example: str  # of a prefix
+    kind: str  # for error messages
+    saver: str  # display name of the node that writes them
+    example: str  # example of a filename_prefix
 
     def save(self, prefix: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-        """Write the next free number of ``prefix``. Returns where it is, as the host shows it: filename, subfolder, type.
+        """Write the next numbered file for ``prefix``; returns its place in ComfyUI's form: filename, subfolder, type.
 
-        A prefix that names no file of the output folder is a ValueError.
+        ValueError if the prefix does not name a file below the output folder.
         """
-        target, subfolder = next_file(prefix, self.ending, self.example)
-        write_whole(target, tensors, metadata)
+        target, subfolder = write_numbered(prefix, self.ending, self.example, tensors, metadata)
         return {"filename": target.name, "subfolder": subfolder, "type": "output"}
 
     def names(self) -> list[str]:
-        """The files of the input folder, and those of the output folder with the host's mark for it."""
+        """Names of the files in the input folder, and of those in the output folder with ComfyUI's suffix ``[output]``."""
         folders = (folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")
-        return [
-            name + mark
-            for folder, mark in folders
-            for name in sorted(folder_paths.recursive_search(folder)[0])
-            if name.endswith(self.ending)
-        ]
+        return [name + mark for folder, mark in folders for name in files_below(folder, self.ending)]
 
     def find(self, name: str) -> Path:
-        """The file of one of the ``names``; a ValueError where there is none or it is not one of ours."""
-        need_name(name, self.kind)
+        """Path of one of the ``names``; ValueError if there is no such file or it has another ending or folder."""
+        check_file_name(name, self.kind)
         bare, folder = folder_paths.annotated_filepath(name)
-        folder = folder or folder_paths.get_input_directory()
-        path = Path(folder, bare)
-        if not bare.endswith(self.ending) or not folder_paths.is_within_directory(folder, str(path)):
+        path = path_below(folder or folder_paths.get_input_directory(), bare)
+        if path is None or not bare.endswith(self.ending):
             raise ValueError(
-                f"'{name}' is no {self.kind} file of the input or output folder; its name ends on {self.ending}"
+                f"'{name}' is not a {self.kind} file in the input or output folder; its name must end in {self.ending}"
             )
-        if not os.path.isfile(path):  # which a name that is too long is not either, where pathlib raises
+        if not os.path.isfile(path):  # pathlib would raise for a name that is too long
             raise ValueError(f"there is no {self.kind} file '{name}'; save one with {self.saver}, or refresh the list")
         return path
 
     def validate(self, name: str | None) -> bool | str:
-        """What validate_inputs gives; None is a wired name, known only when the node runs."""
+        """Result of a node's validate_inputs; a connected name is None here and is checked when the node runs."""
         try:
             if name is not None:
                 self.find(name)
@@ -138,35 +187,86 @@ class KeptFiles:
         return True
 
     def fingerprint(self, name: str | None) -> str | float:
-        """What fingerprint_inputs gives: another value when the file changes, or always where the name is wired."""
+        """Result of a node's fingerprint_inputs: changes with the file, or on every run if the name is connected."""
         return float("nan") if name is None else hashlib.sha256(self.find(name).read_bytes()).hexdigest()
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Turn errors about the content of the file ``name`` into a ValueError with its name and the remedy."""
+        try:
+            yield
+        except (SafetensorError, ValueError, OSError, NotImplementedError) as error:
+            # NotImplementedError: a tensor of 4-bit numbers
+            why = f"{str(error)[:300]}; save it again with {self.saver}"
+            raise ValueError(f"'{name}' cannot be read as a {self.kind} file: {why}") from error
+
+
+def read_tensor(path: Path, name: str) -> tuple[Tensor, dict[str, str]]:
+    """The tensor ``name`` of a file, which must be its only tensor, and the metadata. The file does not stay open.
+
+    A ValueError if the file holds other tensors. Errors of safetensors while it reads the file are passed through.
+    """
+    with safe_open(path, framework="pt") as file:
+        if (found := list(file.keys())) != [name]:
+            raise ValueError(f"it holds {', '.join(found) or 'nothing'} instead of {name}")
+        return file.get_tensor(name).clone(), file.metadata() or {}
+
+
+def read_weights(
+    path: Path, name: str = "", copy: bool = False, weights_only: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Errors (ValueError) call the file ``name``.
+
+    ``copy``: clone the tensors, so that the file does not stay open; otherwise they are memory-mapped.
+    ``weights_only``: see ``diagnose``.
+    """
+    if path.suffix.lower() not in SAFETENSORS:
+        raise ValueError(f"{path} is not a .safetensors file; {CONVERT}")
+    with explain_read_errors(path, name, weights_only):
+        tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+        return {key: t.clone() if copy else t for key, t in tensors.items()}, metadata or {}
+
+
+@contextmanager
+def explain_read_errors(path: Path, name: str = "", weights_only: bool = False) -> Iterator[None]:
+    """Turn any error while reading a weight file into a ValueError with the reason; see ``diagnose``."""
+    try:
+        yield
+    except Exception as error:  # ComfyUI, torch, pickle and safetensors raise many types
+        raise ValueError(f"{name or path} cannot be read: {diagnose(path, error, weights_only)}") from error
 
 
 def workflow_metadata(hidden: io.HiddenHolder | None) -> dict[str, str]:
-    """What the host saves beside its own results, so that a file dropped on the canvas opens its workflow; nothing
-    where the user forbids it, or where there is no workflow. ``hidden``: a node's, with prompt and extra_pnginfo."""
+    """Prompt and workflow as ComfyUI saves them in its outputs, so that a file dropped on the canvas opens its workflow.
+
+    Empty with --disable-metadata or without a workflow. ``hidden``: the node's hidden inputs prompt and
+    extra_pnginfo.
+    """
     if hidden is None or args.disable_metadata:
         return {}
     found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {key: json.dumps(value) for key, value in found.items() if value is not None}
 
 
-def diagnosis(path: Path, error: Exception | None = None, weights_only: bool = False) -> str:
-    """Why a file of weights cannot be read, by how it begins and by the ``error`` of reading it.
+def diagnose(path: Path, error: Exception, weights_only: bool = False) -> str:
+    """Reason why a weight file cannot be read, with the remedy, from its first bytes and the ``error`` of reading it.
 
-    ``weights_only``: pickles of plain weights (.pth) are read too; otherwise only safetensors are.
+    ``weights_only``: whether pickles of plain weights (.pth) are accepted besides safetensors.
     """
+    ends_in_safetensors = path.suffix.lower() in SAFETENSORS
     with path.open("rb") as file:
         start = file.read(64)
     pickled = start.startswith((b"PK\x03\x04", b"\x80"))
     if not start:
         return "it is empty; download it again"
     if start.startswith(b"version https://git-lfs"):
-        return "it is only git's pointer to the file; download the file itself (git lfs pull)"
+        return "it is a Git LFS pointer, not the file itself; download the file (git lfs pull)"
     if pickled and not weights_only:
-        return "it is a pickle under another name; only safetensors are read, which cannot run code"
-    if pickled and path.suffix == ".safetensors":
-        return "it is a pickle under another name; name it .pth, so that only its weights are read"
+        return f"it is a pickle with the wrong extension; {CONVERT}"
+    if weights_only and (reason := explain_format(path)):
+        return reason
+    if pickled and ends_in_safetensors:
+        return "it is a pickle with the wrong extension; rename it to .pth, so that only its weights are read"
     if pickled and isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
-        return "it holds more than weights, and code from a file is never run; save net.state_dict() alone"
-    return "it is damaged or not whole; download it again" + (f" ({str(error)[:200]})" if error else "")
+        return explain_pickle(path)
+    return f"it is damaged or incomplete; download it again ({str(error)[:200]})"

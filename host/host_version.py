@@ -1,4 +1,4 @@
-"""The ComfyUI that the pack needs. What lacks it is told in one line when the pack is loaded, not by a traceback in a run."""
+"""Check of the ComfyUI version when the pack is loaded: missing features are reported in one line, before any run."""
 
 import logging
 import re
@@ -6,9 +6,10 @@ from pkgutil import resolve_name
 
 log = logging.getLogger("comfyui-chorus")
 
-TESTED = "0.30.0"  # the pack's tests run in it; pyproject.toml asks for it in requires-comfyui
+TESTED = "0.30.0"  # the ComfyUI version that the pack is tested with; equals requires-comfyui in pyproject.toml
 
-# The newest of what the pack asks ComfyUI for, mostly deep inside a run. 0.27.0 is the first to have all of it.
+# The most recent ComfyUI features that the pack uses. Without this check, most of them would be missed only in the
+# middle of a run. ComfyUI 0.27.0 is the first version with all of them.
 NEWEST = (
     "comfy_api.latest.io",
     "comfy.model_management.set_torch_device",
@@ -19,9 +20,9 @@ NEWEST = (
 
 
 def check() -> None:
-    """Refuse a ComfyUI that lacks something of ``NEWEST``; warn of one that lacks nothing but is older than ``TESTED``.
+    """Raise ImportError if ComfyUI lacks one of ``NEWEST``; warn if it has all of them but is older than ``TESTED``.
 
-    Raises ImportError with one line: what is there, what is wanted, what is missing. ComfyUI logs it as it is.
+    The error is one line with the version found, the version needed and the missing names; ComfyUI logs it unchanged.
     """
     found = version()
     if missing := [name for name in NEWEST if not has(name)]:
@@ -32,12 +33,12 @@ def check() -> None:
     if numbers(found) < numbers(TESTED):
         log.warning(
             f"ComfyUI-Chorus is tested with ComfyUI {TESTED}; this is {found or 'an unknown version'}. "
-            "What the pack asks for is there, the rest is untried: update ComfyUI if something fails"
+            "The features that the pack needs exist, but this version is untested: update ComfyUI if something fails"
         )
 
 
 def version() -> str:
-    """The version of this ComfyUI, '' where it does not tell."""
+    """Version of this ComfyUI, '' if unknown."""
     try:
         from comfyui_version import __version__
     except ImportError:
@@ -46,12 +47,12 @@ def version() -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """0.30.0 and 0.30.0rc1 as (0, 30, 0): to compare."""
+    """Version as numbers to compare: (0, 30, 0) for 0.30.0 and 0.30.0rc1."""
     return tuple(int(digits) for digits in re.findall(r"\d+", version)[:3])
 
 
 def has(name: str) -> bool:
-    """Whether there is such a module, or such an attribute of one."""
+    """Whether the module, or the attribute of a module, with the dotted ``name`` exists."""
     try:
         resolve_name(name)
     except (ImportError, AttributeError):

@@ -1,4 +1,4 @@
-"""The pack's folders below the host's models/."""
+"""The pack's folders below ComfyUI's models/."""
 
 import os
 from collections.abc import Collection
@@ -8,16 +8,22 @@ import folder_paths
 
 
 def register_folder(name: str, suffixes: Collection[str]) -> None:
-    """Make models/``name`` a model folder of the host, beside those that extra_model_paths.yaml names."""
+    """Register models/``name`` as a model folder, beside those from extra_model_paths.yaml."""
     folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
-    # the host registers for files of any kind
+    # ComfyUI registers new folders for all file types
     folder_paths.folder_names_and_paths[name] = (folder_paths.get_folder_paths(name), set(suffixes))
 
 
-def add_shipped_files(name: str, folder: Path) -> None:
-    """Offer the files of ``folder``, which come with the pack, after those of the user in models/``name``.
+def is_in_model_folder(path: str) -> bool:
+    """Whether ``path`` is below one of the model folders that are registered in ComfyUI; links are not followed."""
+    roots = [root for roots, _ in folder_paths.folder_names_and_paths.values() for root in roots]
+    return any(Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)) for root in roots)
 
-    A folder that does not exist is left out.
+
+def add_shipped_files(name: str, folder: Path) -> None:
+    """List the files of ``folder``, which ship with the pack, after those of the user in models/``name``.
+
+    Does nothing if ``folder`` does not exist.
     """
     if folder.is_dir():
         folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))

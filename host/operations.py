@@ -1,4 +1,4 @@
-"""The layers with which the pack's networks run in the host."""
+"""Layer classes with which the pack's networks run in ComfyUI."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ cast, uncast = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
 
 
 def casting_operations(linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> type[comfy.ops.manual_cast]:
-    """The host's casting layers, whose linear ones multiply by ``linear(x, weight, bias)``."""
+    """ComfyUI's casting layers, with ``linear(x, weight, bias)`` as the matrix product of Linear."""
 
     class Operations(comfy.ops.manual_cast):
         class Linear(comfy.ops.manual_cast.Linear):

@@ -1,4 +1,4 @@
-"""The metrics that training nodes offer, by name."""
+"""Metrics of training nodes, by the name in their widget."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 from ..training.metrics import BACKBONES, Distance, feature_distance, huber, join_features, l1, lpips_distance
-from .training_images import TrainingPictures
+from .training_images import TrainingImages
 
 FEATURES, LPIPS, NONE = "clip_vision", "lpips ", "none"
-OF_NUMBERS = {"l1": l1, "huber": huber}
-METRICS = [FEATURES, *(LPIPS + network for network in BACKBONES), *OF_NUMBERS, NONE]
+ELEMENTWISE = {"l1": l1, "huber": huber}
+METRICS = [FEATURES, *(LPIPS + network for network in BACKBONES), *ELEMENTWISE, NONE]
 
 
-def distance_of(kind: str, pictures: TrainingPictures, device: torch.device | str) -> Distance:
-    """Of pictures; for FEATURES the encoder must be wired."""
-    if kind in OF_NUMBERS:
-        return OF_NUMBERS[kind]
+def image_distance(kind: str, images: TrainingImages, device: torch.device | str) -> Distance:
+    """Distance of images by the metric ``kind``; FEATURES needs a connected image encoder."""
+    if kind in ELEMENTWISE:
+        return ELEMENTWISE[kind]
     if kind == FEATURES:
-        return feature_distance(set_features(pictures))
+        return feature_distance(image_features(images))
     return lpips_distance(kind.removeprefix(LPIPS), device)
 
 
-def set_features(pictures: TrainingPictures) -> Callable[[Tensor], Tensor]:
-    """Features [B, D] of pictures, by which also sets of them are compared."""
-    return partial(pictures.features, join=join_features)
+def image_features(images: TrainingImages) -> Callable[[Tensor], Tensor]:
+    """Function from images to features [B, D], for comparing single images or sets of images."""
+    return partial(images.features, join=join_features)

@@ -1,7 +1,8 @@
-"""The run of a training node: device, progress, previews, checkpoints, and what was learned when it ends early."""
+"""Run of a training node: device, progress, previews, checkpoints, and the saved result of a run that ends early."""
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,58 +20,58 @@ from .files import check_prefix
 from .previews import as_preview
 
 InterruptProcessingException = comfy.model_management.InterruptProcessingException
-EXAMPLE = "training/mine"  # of a prefix
+EXAMPLE = "training/mine"  # example of a checkpoint_prefix
 log = logging.getLogger("comfyui-chorus")
 
 
-def training_place(model: ModelPatcher) -> tuple[torch.device, torch.dtype]:
-    """Where to train, and in which dtype: bfloat16 where the device has it, else float32; never float16, whose gradients
-    vanish."""
+def training_device_and_dtype(model: ModelPatcher) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a training: bfloat16 if the device supports it, else float32; never float16, whose gradients
+    underflow."""
     device = model.load_device
     wide = comfy.model_management.is_device_cpu(device) or not comfy.model_management.should_use_bf16(device)
     return device, torch.float32 if wide else torch.bfloat16
 
 
 class TrainingProgress:
-    """The node's progress bar; every call asks the host whether the user wants to stop."""
+    """Progress bar of the node; every call raises if the user has cancelled the run."""
 
     def __init__(self, total: int) -> None:
         self.bar, self.done = comfy.utils.ProgressBar(total), 0
 
-    def __call__(self, picture: Tensor | None = None) -> None:
-        """One more is done; ``picture`` [H, W, 3] in 0..1 shows on the node."""
+    def __call__(self, image: Tensor | None = None) -> None:
+        """Count one more step and show ``image`` [H, W, 3] in 0..1 on the node."""
         self.done += 1
-        self.bar.update_absolute(self.done, preview=None if picture is None else as_preview(picture))
+        self.bar.update_absolute(self.done, preview=None if image is None else as_preview(image))
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 @dataclass(kw_only=True, eq=False)
 class TrainingRun(Generic[E]):
-    """A training as its node shows and keeps it."""
+    """A training, with the callbacks by which its node shows and saves results."""
 
-    node: str  # its id
+    node: str  # node id
     loop: TrainingLoop[E]
     prefix: str  # of files below the output folder
-    checkpoint_every: int
-    preview_every: int
-    learned: Callable[[E | None], Any]  # so far, as the node outputs it; of an evaluation where there is one
-    write: Callable[[Any, str], Path]  # what was learned, with a prefix
-    report: Callable[[E, E], str]  # before and after
-    show: Callable[[], Tensor | None]  # a picture [H, W, 3] of what was learned; None where there is none
-    prepare: Callable[[Callable[[], None]], None] | None = None  # before anything else, with a call for progress
-    preparations: int = 0  # how often ``prepare`` makes that call
+    checkpoint_every: int  # steps; 0 is off
+    preview_every: int  # steps; 0 is off
+    output: Callable[[E | None], Any]  # returns the node's output for the current weights and, if any, their evaluation
+    write: Callable[[Any, str], Path]  # saves an output under a prefix
+    report: Callable[[E, E], str]  # returns a text about the evaluations before and after the training
+    show: Callable[[], Tensor | None]  # returns a preview image [H, W, 3] of the current weights, if any
+    prepare: Callable[[Callable[[], None]], None] | None = None  # runs first; receives a callback for progress
+    preparations: int = 0  # number of calls of that callback
     show_result: bool = True
 
     remarks: list[str] = field(default_factory=list, init=False)  # for the report
-    picture: Tensor | None = field(default=None, init=False)  # of the result
+    image: Tensor | None = field(default=None, init=False)  # preview of the result
     progress: TrainingProgress = field(init=False)
 
     def __post_init__(self) -> None:
-        check_prefix(self.prefix, EXAMPLE)  # not after hours
+        check_prefix(self.prefix, EXAMPLE)  # fail now, not after hours of training
         self.progress = TrainingProgress(self.preparations + self.loop.settings.steps)
 
     def train(self) -> tuple[Any, dict[str, list[float]], str]:
-        """What did best, the losses, the report."""
+        """Train; returns the output of the best checkpoint, the losses by name, and the report."""
         with self._saved_on_error():
             if self.prepare is not None:
                 self.prepare(self.progress)
@@ -78,86 +79,88 @@ class TrainingRun(Generic[E]):
             train(self.loop, self._after_step)
             after = self.loop.restore_best()
             if self.show_result:
-                self.picture = self._result_picture()
+                self.image = self._result_image()
         lines = [self.report(before, after), *self.remarks]
-        return self.learned(after), self.loop.losses, "\n".join(lines)
+        return self.output(after), self.loop.losses, "\n".join(lines)
 
     def _after_step(self, done: int, loss: float) -> None:
-        picture = None
+        image = None
         if _due(self.preview_every, done):
             self._evaluate()
-            picture = self.show()
-        self.progress(picture)
-        # what the last step gives is the node's output
+            image = self.show()
+        self.progress(image)
+        # no checkpoint after the last step, whose result is the node's output
         if _due(self.checkpoint_every, done) and done < self.loop.settings.steps:
             self._checkpoint(done, loss)
 
     def _evaluate(self) -> E | None:
-        """The evaluation of the weights where the best are handed out."""
+        """Evaluation of the current weights if the run returns the best checkpoint, else None."""
         return self.loop.evaluate() if self.loop.keep_best else None
 
     def _checkpoint(self, done: int, loss: float) -> None:
         try:
             path = self._save("", self._evaluate())
-            log.info("%s: step %d, loss %.5f: %s", self.node, done, loss, path)
+            log.info("%s: checkpoint of step %d, loss %.5f: %s", self.node, done, loss, path)
         except OSError as error:
-            # hours of training are worth more than this file; the last weights may still find a place
+            # continue: the training is worth more than this file, and the final weights may still be saved
+            # without the path in the error, since reports are saved and shared; the log has it
+            why = f"[Errno {error.errno}] {os.strerror(error.errno)}" if error.errno else type(error).__name__
             self.remarks.append(
-                f"NOT written: the checkpoint after {done} steps: {error}; make room, or use another checkpoint_prefix"
+                f"NOT written: the checkpoint after {done} steps: {why}; free disk space or use another checkpoint_prefix"
             )
-            log.exception("%s: a checkpoint could not be written; the training goes on", self.node)
+            log.exception("%s: a checkpoint could not be written; training continues", self.node)
 
     def _save(self, mark: str, evaluation: E | None) -> Path:
-        return self.write(self.learned(evaluation), f"{self.prefix}_{mark}step{self.loop.steps}")
+        return self.write(self.output(evaluation), f"{self.prefix}_{mark}step{self.loop.steps}")
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """What ends the work inside is raised on, after what was learned has been written."""
+        """Save the weights trained so far if an exception ends the block, then raise it again."""
         try:
             yield
         except BaseException as error:
             path = self._save_result("interrupted_" if isinstance(error, InterruptProcessingException) else "failed_")
             if path is not None:
-                log.warning("%s: what was learned until here is in %s", self.node, path)
+                log.warning("%s: the weights trained so far are in %s", self.node, path)
                 if isinstance(error, ValueError):
-                    error.args = (f"{error}; what was learned before is in {path}",)
+                    error.args = (f"{error}; the weights trained so far are in {path}",)
             raise
 
     def _save_result(self, mark: str) -> Path | None:
-        """Write the best of a run that ended early; None where not a step was done, or where it cannot be written."""
+        """Write the best checkpoint of a run that ended early; None if no step was done or writing failed."""
         if not self.loop.done:
             return None
         try:
             return self._save(mark, self._restore_best())
         except Exception:
-            # the error that is on its way says more
-            log.exception("%s: what was learned could not be saved", self.node)
+            # the exception that ended the run is more important
+            log.exception("%s: the trained weights could not be saved", self.node)
             return None
 
     def _restore_best(self) -> E | None:
-        """None where there is nothing to compare the last weights with."""
+        """Restore the best checkpoint; None if there is none, or if the last weights could not be evaluated."""
         if self.loop.best is None:
             return None
         try:
             return self.loop.restore_best()
         except Exception:
-            # such as want of memory, which may be what ended the run
-            log.exception("%s: the last weights could not be evaluated; they are kept", self.node)
+            # for example out of memory, which may also be the error that ended the run
+            log.exception("%s: the last weights could not be evaluated; they are saved without evaluation", self.node)
             return None
 
-    def _result_picture(self) -> Tensor | None:
+    def _result_image(self) -> Tensor | None:
         try:
             return self.show()
         except Exception as error:
-            # such as want of memory; a training is worth more than its picture
-            log.exception("%s: what was learned could not be shown; it is kept", self.node)
-            self.remarks.append(f"NOT shown: the pictures of the result: {error}")
+            # for example out of memory; the trained weights are worth more than their preview
+            log.exception("%s: the preview of the result failed; the trained weights are kept", self.node)
+            self.remarks.append(f"NOT shown: the preview of the result: {error}")
             return None
 
 
 def release_memory() -> None:
-    """Give the memory of a training back, once nothing names it any more."""
-    gc.collect()  # a training and its loop name each other
+    """Free the memory of a training to which no reference remains."""
+    gc.collect()  # a training and its loop reference each other
     comfy.model_management.soft_empty_cache()
 
 

@@ -1,4 +1,4 @@
-"""What a user wires. Each file lists its nodes in NODES."""
+"""The nodes of the pack. Each module lists its nodes in NODES."""
 
 from comfy_api.latest import ComfyExtension, io
 

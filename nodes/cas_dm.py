@@ -1,6 +1,6 @@
-"""A learned head that repaints a model's x0 at every step, under any sampler.
+"""Nodes LoadCasDMHead, SaveCasDMHead and CasDMHead: a trained head refines a model's x0 at every step of any sampler.
 
-Cas-DM (arXiv 2401.02414), a reconstruction: the paper has no public code.
+Reconstructs Cas-DM (arXiv 2401.02414), a paper without public code.
 """
 
 import logging
@@ -9,11 +9,12 @@ from functools import partial
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..techniques.cas_dm.comfy_files import fingerprint_head, head_files, read_head, save_head, validate_head
-from ..techniques.cas_dm.comfy_hook import CASTING, MadeFor, add_head, check_fits
+from ..techniques.cas_dm.comfy_files import FILES, read_head, save_head
+from ..techniques.cas_dm.comfy_hook import CASTING, HeadTarget, add_head, check_compatible
 from ..techniques.cas_dm.mix import refine
 from ..techniques.cas_dm.network import Head, to_file
 from .checked_inputs import checks_inputs
+from .file_widgets import filename_prefix
 from .sockets import CasDMHeadSocket
 
 log = logging.getLogger("comfyui-chorus")
@@ -21,9 +22,10 @@ log = logging.getLogger("comfyui-chorus")
 PREFIX = "cas_dm/head"
 
 
-def made_for(head: Head) -> MadeFor:
+def target_of(head: Head) -> HeadTarget:
+    """The kind of model that ``head`` was trained on."""
     facts = head.facts
-    return MadeFor(facts.latent_format, head.config.channels, facts.prediction, facts.cfg)
+    return HeadTarget(facts.latent_format, head.config.channels, facts.prediction, facts.cfg)
 
 
 @checks_inputs
@@ -39,8 +41,8 @@ class LoadCasDMHead(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=head_files(),
-                    tooltip="A .safetensors of models/cas_dm, or one that Save Cas-DM Head wrote. It fits models of the"
+                    options=FILES.names(),
+                    tooltip="A .safetensors file in models/cas_dm, or one that Save Cas-DM Head wrote. It fits models with the"
                     " latent space and the kind of prediction that it was trained on.",
                 )
             ],
@@ -49,11 +51,11 @@ class LoadCasDMHead(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str | None) -> bool | str:
-        return validate_head(file)
+        return FILES.validate(file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None) -> str | float:
-        return fingerprint_head(file)
+        return FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -68,16 +70,12 @@ class SaveCasDMHead(io.ComfyNode):
             node_id="SaveCasDMHead",
             display_name="Save Cas-DM Head",
             category="chorus/train",
-            description="Writes a head with what it was trained on into the output folder, where Load Cas-DM Head finds it.",
+            description="Saves a head and the facts of its training to the output folder, where Load Cas-DM Head finds it.",
             search_aliases=["Cas-DM", "export head"],
             is_output_node=True,
             inputs=[
                 CasDMHeadSocket.Input("head", tooltip="From Train Cas-DM Head."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=PREFIX,
-                    tooltip="Below the output folder. A number follows; no file is overwritten.",
-                ),
+                filename_prefix(PREFIX),
             ],
             outputs=[],
         )
@@ -98,15 +96,15 @@ class CasDMHead(io.ComfyNode):
             display_name="Cas-DM Head",
             category="chorus",
             description=(
-                "Lets a small trained network repaint what the model predicts, step by step, inside any sampler (Cas-DM)."
-                " The model itself stays as it is. Chain several."
+                "Refines the model's prediction at every step of any sampler with a small trained network, the head (Cas-DM)."
+                " The model itself is not changed. Several heads can be chained."
             ),
             search_aliases=["Cas-DM", "x0 refiner", "LPIPS", "dual output diffusion"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model that the head was trained on, or one near it. It may carry LoRAs, a blend or other"
-                    " heads, which act first; put this after Saliency Noise Blend.",
+                    tooltip="The model that the head was trained on, or a fine-tune of it. Its LoRAs, blend and other heads act"
+                    " first; put this node after Saliency Noise Blend.",
                 ),
                 CasDMHeadSocket.Input("head", tooltip="From Load Cas-DM Head or Train Cas-DM Head."),
                 io.Float.Input(
@@ -115,7 +113,7 @@ class CasDMHead(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="How much of the head's change. 0 is the model alone, exactly. Useful: 0.5 to 1.",
+                    tooltip="How much of the head's change is applied. 0 is exactly the model alone. Useful: 0.5 to 1.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -123,7 +121,7 @@ class CasDMHead(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling the head begins; before, it costs nothing.",
+                    tooltip="Sampling percent at which the head starts. Before that it costs nothing.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -131,7 +129,7 @@ class CasDMHead(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Where in the sampling the head ends. Not above start_percent: never, exactly.",
+                    tooltip="Sampling percent at which the head stops. If it is not above start_percent, the head is off.",
                 ),
             ],
             outputs=[io.Model.Output("model", display_name="model")],
@@ -141,12 +139,13 @@ class CasDMHead(io.ComfyNode):
     def execute(
         cls, model: ModelPatcher, head: Head, strength: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
-        wanted = made_for(head)
+        target = target_of(head)
         if strength == 0.0:
-            check_fits(model, wanted)
+            check_compatible(model, target)
             return io.NodeOutput(model.clone())
-        by_strength = partial(refine, strength=strength)
-        return io.NodeOutput(add_head(model, head.network(CASTING), by_strength, wanted, start_percent, end_percent))
+        refine_by_strength = partial(refine, strength=strength)
+        network = head.network(CASTING)
+        return io.NodeOutput(add_head(model, network, refine_by_strength, target, start_percent, end_percent))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadCasDMHead, SaveCasDMHead, CasDMHead]

@@ -1,7 +1,7 @@
-"""A decorator of nodes that refuses inputs which ComfyUI lets through and no node can use.
+"""A decorator of nodes that rejects invalid inputs which ComfyUI's own validation accepts.
 
-These are values in a prompt where a link belongs, non-finite numbers, which are neither below a minimum nor above a
-maximum, and images, masks, latents and conditionings without content.
+Such inputs are plain values in place of a link, NaN (ComfyUI only checks minimum and maximum), and empty images, masks,
+latents and conditionings.
 """
 
 import functools
@@ -16,39 +16,42 @@ from torch import Tensor
 from ..common.shapes import size_of
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-OWN_READER = {"BOUNDING_BOX"}  # a box may stand in the prompt itself, and its reader says what it lacks
-JSON = (bool, int, float, str, list, dict, type(None))
+CHECKED_BY_NODE = {
+    "BOUNDING_BOX,SEGS"
+}  # a prompt may contain a box as a plain value; the node that uses the box checks it
+JSON_TYPES = (bool, int, float, str, list, dict, type(None))
 
 Node = TypeVar("Node", bound=type[io.ComfyNode])
 
 
 def checks_inputs(node: Node) -> Node:
-    """Let ``execute`` of a node check its inputs first. A ValueError names the input, its value and the remedy."""
+    """Make ``execute`` of a node check its inputs first. A ValueError names the input, its value and the remedy."""
     execute = node.execute.__func__
     signature = inspect.signature(execute)
 
     @functools.cache
     def schema() -> tuple[bool, dict[str, tuple[str, bool]]]:
-        made = node.define_schema()
-        return made.is_input_list, {i.id: (i.get_io_type(), bool(i.optional)) for i in made.inputs}
+        defined = node.define_schema()
+        return defined.is_input_list, {i.id: (i.get_io_type(), bool(i.optional)) for i in defined.inputs}
 
     @functools.wraps(execute)
-    def checking(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+    def checked_execute(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
         lists, kinds = schema()
-        for name, value in _named(signature.bind(cls, *args, **kwargs)):
+        for name, value in _arguments(signature.bind(cls, *args, **kwargs)):
             if name in kinds and not (value is None and kinds[name][1]):
-                for one in value if lists else [value]:
-                    check(name, one, *kinds[name])
-                    if one is not None:
-                        check_holds_something(name, one, kinds[name][0])
+                for item in value if lists else [value]:
+                    check_type(name, item, *kinds[name])
+                    if item is not None:
+                        check_not_empty(name, item, kinds[name][0])
         return execute(cls, *args, **kwargs)
 
-    node.execute = classmethod(checking)  # ty: ignore[invalid-assignment]  # it takes what execute takes
-    node.checks_inputs = True  # ty: ignore[missing-attribute]  # for the test that all nodes do
+    node.execute = classmethod(checked_execute)  # ty: ignore[invalid-assignment]  # same signature as execute
+    node.checks_inputs = True  # ty: ignore[missing-attribute]  # read by a test of all nodes
     return node
 
 
-def _named(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+def _arguments(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+    """Names and values of the arguments, with those of ``**kwargs``."""
     for name, value in bound.arguments.items():
         if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             yield from value.items()
@@ -56,17 +59,17 @@ def _named(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def check(name: str, value: Any, kind: str, optional: bool = False) -> None:
-    """Raise ValueError unless ``value`` can be what an input of that ``kind`` takes."""
+def check_type(name: str, value: Any, kind: str, optional: bool = False) -> None:
+    """Raise ValueError unless an input of the type ``kind`` accepts ``value``."""
     if kind == "FLOAT" and isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{name} is NaN, which is no number; give one within the widget's limits")
-    if kind in WIDGETS | OWN_READER or (optional and value is None) or _is(kind, value):
+        raise ValueError(f"expected a number for {name}, got NaN; enter a value within the widget's limits")
+    if kind in WIDGETS | CHECKED_BY_NODE or (optional and value is None) or _has_type(kind, value):
         return
-    raise ValueError(f"{name} is {_short(value)}, which is no {kind}; wire the output of a node that gives one")
+    raise ValueError(f"expected {kind} for {name}, got {_shorten(value)}; connect {_with_article(kind)}")
 
 
-def check_holds_something(name: str, value: Any, kind: str) -> None:
-    """Raise ValueError for pictures, masks, latents and prompts without a single number."""
+def check_not_empty(name: str, value: Any, kind: str) -> None:
+    """Raise ValueError for an image, mask, latent or conditioning without elements."""
     tensors = []
     if kind in ("IMAGE", "MASK"):
         tensors = [value]
@@ -74,14 +77,14 @@ def check_holds_something(name: str, value: Any, kind: str) -> None:
         tensors = [value["samples"]]
     elif kind == "CONDITIONING":
         if not value:
-            raise ValueError(f"{name} holds no prompt; wire a text encoder's output")
+            raise ValueError(f"expected a prompt for {name}, got an empty list; connect a text encoder")
         tensors = [tensor for tensor, _ in value if isinstance(tensor, Tensor)]
     for tensor in tensors:
         if not tensor.numel():
-            raise ValueError(f"{name} holds nothing, its size is {size_of(tensor)}; look at what is wired to it")
+            raise ValueError(f"{name} is empty, its size is {size_of(tensor)}; check the node connected to it")
 
 
-def _is(kind: str, value: Any) -> bool:
+def _has_type(kind: str, value: Any) -> bool:
     match kind:
         case "IMAGE":
             return isinstance(value, Tensor)
@@ -91,16 +94,21 @@ def _is(kind: str, value: Any) -> bool:
             return isinstance(value, dict) and hasattr(value.get("samples"), "shape")
         case "CONDITIONING":
             return isinstance(value, list) and all(map(_is_prompt, value))
-    return not isinstance(value, JSON)
+    return not isinstance(value, JSON_TYPES)
 
 
 def _is_prompt(entry: Any) -> bool:
-    """A tensor with what goes along; the host lets the tensor be missing where a text encoder gives none."""
+    """Whether ``entry`` is a tensor with its options; ComfyUI permits None as the tensor for some text encoders."""
     if not isinstance(entry, (list, tuple)) or len(entry) != 2:
         return False
     return isinstance(entry[0], (Tensor, type(None))) and isinstance(entry[1], dict)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     return "null" if value is None else text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _with_article(kind: str) -> str:
+    name = kind.lower().replace("_", " ")
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

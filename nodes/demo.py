@@ -1,12 +1,12 @@
-"""The checkpoints that come with the pack, as nodes without files to choose."""
+"""Nodes that load the models and images included in the pack."""
 
 from comfy_api.latest import io
 
 from ..demo import modules
-from ..demo.comfy_files import offer_shipped_files
+from ..demo.comfy_files import register_shipped_files
 from .checked_inputs import checks_inputs
 
-offer_shipped_files()
+register_shipped_files()
 
 
 @checks_inputs
@@ -17,22 +17,25 @@ class ChorusDemoCheckpoint(io.ComfyNode):
             node_id="ChorusDemoCheckpoint",
             display_name="Chorus Demo Checkpoint",
             category="chorus/demo",
-            description="A small diffusion checkpoint that comes with the pack: emoji on 64x64 canvases.",
+            description="A small diffusion checkpoint included in the pack; generates emoji in images of 64x64 pixels.",
             search_aliases=["chorus", "demo", "tiny model", "emoji"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=[*modules.CHECKPOINTS, *modules.STUDENTS],
                     default=modules.CHECKPOINTS[0],
-                    tooltip="general: every sign, in Noto style. expert-animals: animals only, in Twemoji style."
-                    " general-4-steps, general-1-step: distilled from general; euler, simple, so many steps, cfg 1. All share"
-                    " text encoder and latent space. Prompts like 'a cat left of a tree on blue', 64x64 pixels.",
+                    tooltip="general: all concepts, in Noto style. expert-animals: animals only, in Twemoji style."
+                    " general-4-steps and general-1-step are distilled from general: use 4 steps or 1 step, sampler"
+                    " euler, scheduler simple and cfg 1. All checkpoints share one text encoder and one latent space."
+                    " Use prompts like 'a cat left of a tree on blue' and images of 64x64 pixels.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="v-prediction; 12 latent channels, 4 pixels per latent."),
-                io.Clip.Output(tooltip="Knows the words of the demo captions; others are named in the log."),
-                io.Vae.Output(tooltip="A fixed PCA of 4x4 pixel patches."),
+                io.Model.Output(
+                    tooltip="A v-prediction model with 12 latent channels. A latent position covers 4x4 pixels."
+                ),
+                io.Clip.Output(tooltip="Knows the words of the demo captions. Unknown words are listed in the log."),
+                io.Vae.Output(tooltip="A fixed PCA of patches of 4x4 pixels."),
             ],
         )
 
@@ -49,10 +52,12 @@ class ChorusDemoVision(io.ComfyNode):
             node_id="ChorusDemoVision",
             display_name="Chorus Demo Vision",
             category="chorus/demo",
-            description="The small image-text encoder that comes with the pack; it was trained on the demo checkpoints' signs.",
+            description="The small image-text encoder included in the pack, trained on the concepts of the demo checkpoints.",
             search_aliases=["chorus", "demo", "clip vision", "image encoder"],
             inputs=[],
-            outputs=[io.ClipVision.Output(tooltip="64x64 pixels; 64 projected dimensions.")],
+            outputs=[
+                io.ClipVision.Output(tooltip="For images of 64x64 pixels. The image embedding has 64 dimensions.")
+            ],
         )
 
     @classmethod
@@ -68,18 +73,23 @@ class ChorusDemoReferences(io.ComfyNode):
             node_id="ChorusDemoReferences",
             display_name="Chorus Demo References",
             category="chorus/demo",
-            description="Pictures of concepts that no demo checkpoint saw in training: references for Seed Select, or to train on.",
+            description="Images that no demo checkpoint was trained on. Use them as references for Seed Select or as"
+            " training data.",
             search_aliases=["chorus", "demo", "reference pictures", "emoji"],
             inputs=[
                 io.Combo.Input(
                     "concept",
                     options=modules.reference_names(),
-                    tooltip="Those that the general checkpoint saw least come first; it paints them worst. all concepts: a small data set.",
+                    tooltip="The list begins with the concepts that are rarest in the training data of 'general'. That"
+                    " checkpoint generates rare concepts worst. all concepts: the images of all concepts, a small data"
+                    " set.",
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="64x64 pixels, 4 pictures of a concept; of all concepts 392."),
-                io.String.Output("prompt", display_name="prompt", is_output_list=True, tooltip="One for each picture."),
+                io.Image.Output(tooltip="Images of 64x64 pixels: 4 of one concept, or 392 of all concepts."),
+                io.String.Output(
+                    "prompt", display_name="prompt", is_output_list=True, tooltip="One prompt for each image."
+                ),
             ],
         )
 

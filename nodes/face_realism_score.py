@@ -1,4 +1,4 @@
-"""How far pictures are from others as a set, and how much nearer refining brought them."""
+"""FaceRealismScore: Fréchet distance of two sets of images, and its reduction by a refiner."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..host.images import embeddings
 from ..techniques.face_refiner.frechet import BLOCKS, Frechet, frechet, frechet_both
-from ..techniques.face_refiner.refine import check_pictures
+from ..techniques.face_refiner.refine import check_images
 from .checked_inputs import checks_inputs
 
-FEW = 3  # pictures; an interval needs as many
-SEED = 0  # of the blocks; the same sets give the same interval
+MIN_IMAGES = 3  # fewest images for an interval
+MIN_BLOCKS = 10  # with fewer, the width of the interval is mostly random
+SEED = 0  # fixed, so that the same sets give the same interval
 
 
 @checks_inputs
@@ -25,43 +26,45 @@ class FaceRealismScore(io.ComfyNode):
             display_name="Face Realism Score",
             category="chorus/train",
             description=(
-                "Fréchet distance of two sets of pictures in the features of an image encoder, with an interval. With source"
-                " wired: how much of its distance to the target is gone in refined (FIDdiff)."
+                "Fréchet distance of two sets of images in the features of an image encoder, with a confidence interval. With"
+                " source connected, it measures how much closer refined is to target than source is (FIDdiff)."
             ),
             search_aliases=["FID", "FIDdiff", "Frechet distance", "metric", "evaluate"],
             is_input_list=True,
             inputs=[
                 io.Image.Input(
-                    "refined", tooltip="RGB; batches and lists of any sizes. Hundreds of pictures, better thousands."
+                    "refined",
+                    tooltip="Refined images, RGB; batches and lists of any sizes. Use hundreds, preferably thousands.",
                 ),
                 io.Image.Input(
-                    "target", tooltip="What they should look like, as a set: the base model's pictures, or photographs."
+                    "target",
+                    tooltip="Images that show how the refined images should look: images of the base model, or photographs.",
                 ),
-                io.ClipVision.Input("clip_vision", tooltip="Its pooled embeddings are the features."),
+                io.ClipVision.Input("clip_vision", tooltip="Image encoder. Its pooled embeddings are the features."),
                 io.Image.Input(
                     "source",
                     optional=True,
-                    tooltip="What refined was made of, in the same order and number. The score is FIDdiff then.",
+                    tooltip="The images before refining, in the same order and number as refined. The score is then FIDdiff.",
                 ),
                 io.Int.Input(
                     "blocks",
                     default=BLOCKS,
-                    min=FEW,
-                    max=1000,
+                    min=MIN_BLOCKS,
+                    max=200,
                     advanced=True,
-                    tooltip="Of pictures that are left out in turn, for the interval: more take longer and make its width"
-                    " surer.",
+                    tooltip="Number of blocks of images. For the interval, the jackknife leaves out one block after"
+                    " another. More blocks take longer and make the width of the interval more exact.",
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     "score",
                     display_name="score",
-                    tooltip="Without source the distance (0 is best). With source FIDdiff = distance(source, target) -"
-                    " distance(refined, target): more is better, below 0 refining did harm.",
+                    tooltip="Without source: the distance, 0 is best. With source: FIDdiff = distance(source, target) -"
+                    " distance(refined, target). Higher is better; below 0, refining made the images worse.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Numbers, intervals, and what they are worth."
+                    "report", display_name="report", tooltip="The distances, their intervals, and warnings."
                 ),
             ],
         )
@@ -75,78 +78,79 @@ class FaceRealismScore(io.ComfyNode):
         source: list[Tensor] | None = None,
         blocks: Sequence[int] = (BLOCKS,),
     ) -> io.NodeOutput:
-        [encoder], [draws] = clip_vision, blocks
-        source = None if source is None or source[0] is None else source  # null in a prompt: not wired
-        wired = {"refined": refined, "target": target, **({} if source is None else {"source": source})}
-        counts = {name: check_set(name, batches) for name, batches in wired.items()}
+        [encoder], [block_count] = clip_vision, blocks
+        source = None if source is None or source[0] is None else source  # null in an API prompt means not connected
+        inputs = {"refined": refined, "target": target, **({} if source is None else {"source": source})}
+        counts = {name: count_images(name, batches) for name, batches in inputs.items()}
         if source is not None and counts["source"] != counts["refined"]:
             raise ValueError(
-                f"{counts['source']} source and {counts['refined']} refined pictures; FIDdiff compares the same pictures"
-                " before and after: wire both in the same order"
+                f"got {counts['source']} source and {counts['refined']} refined images; connect equal numbers in the"
+                " same order, since FIDdiff compares the same images before and after refining"
             )
-        sets = {name: torch.cat([embeddings(encoder, batch) for batch in batches]) for name, batches in wired.items()}
+        sets = {name: torch.cat([embeddings(encoder, batch) for batch in batches]) for name, batches in inputs.items()}
         generator = torch.Generator().manual_seed(SEED)
-        # where there are as many, they are as a rule of one prompt and seed; where not, this order is as good as any
+        # sets of equal size usually have the same prompts and seeds; if not, pairing them does no harm
         paired = counts["refined"] == counts["target"]
         width = sets["target"].shape[1]
-        lines = [f"{counts['refined']} pictures against {counts['target']}, {width} features"]
+        lines = [f"{counts['refined']} images against {counts['target']}, {width} features"]
         if source is None:
-            after = frechet(sets["refined"], sets["target"], generator, draws, paired)
-            lines += [say("distance(refined, target)", after)]
+            after = frechet(sets["refined"], sets["target"], generator, block_count, paired)
+            lines += [distance_line("distance(refined, target)", after)]
             return io.NodeOutput(after.value, "\n".join([*lines, *warnings(min(counts.values()), width, [after])]))
-        before, after, gain = frechet_both(sets["source"], sets["refined"], sets["target"], generator, draws, paired)
-        lines += [say("distance(source, target)", before), say("distance(refined, target)", after)]
-        lines += [say("FIDdiff, the first - the second", gain)]
+        before, after, gain = frechet_both(
+            sets["source"], sets["refined"], sets["target"], generator, block_count, paired
+        )
+        lines += [distance_line("distance(source, target)", before), distance_line("distance(refined, target)", after)]
+        lines += [distance_line("FIDdiff, the first distance minus the second", gain)]
         if min(counts.values()) > width:
-            lines += [closed(before, after)]
+            lines += [reduction_line(before, after)]
         return io.NodeOutput(gain.value, "\n".join([*lines, *warnings(min(counts.values()), width, [before, after])]))
 
 
-def check_set(name: str, batches: list[Tensor]) -> int:
-    """How many pictures there are; refuses too few, and what is no RGB."""
+def count_images(name: str, batches: list[Tensor]) -> int:
+    """The number of images in the input ``name``. Raises a ValueError if they are not RGB or fewer than MIN_IMAGES."""
     for batch in batches:
-        try:
-            check_pictures(batch)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        check_images(batch, name)
     count = sum(map(len, batches))
-    if count < FEW:
+    if count < MIN_IMAGES:
         raise ValueError(
-            f"{name} holds {count} pictures, and an interval needs {FEW}; wire hundreds, as a batch or a list"
+            f"{name} holds {count} images, but an interval needs at least {MIN_IMAGES}; connect hundreds, as a batch"
+            " or a list"
         )
     return count
 
 
-def say(name: str, found: Frechet) -> str:
+def distance_line(name: str, distance: Frechet) -> str:
     return (
-        f"{name} = {found.value:.4g} (95 %: {found.low:.4g} to {found.high:.4g}); {found.corrected:.4g} without the bias of"
-        " finite sets"
+        f"{name} = {distance.value:.4g} (95 %: {distance.low:.4g} to {distance.high:.4g});"
+        f" {distance.corrected:.4g} without the bias of finite sets"
     )
 
 
-def closed(before: Frechet, after: Frechet) -> str:
-    """What share of the distance is gone."""
+def reduction_line(before: Frechet, after: Frechet) -> str:
+    """The line about the fraction of the source's distance that refining removed."""
     if before.corrected <= (before.high - before.low) / 2:
-        return "source is no farther from target than chance: there is no distance to close"
-    return f"{1 - after.corrected / before.corrected:.0%} of the distance is closed, both without their bias"
+        return "the distance between source and target may be due to chance: there is no distance to close"
+    return f"{1 - after.corrected / before.corrected:.0%} of the distance is closed (both distances without their bias)"
 
 
 def warnings(count: int, width: int, distances: list[Frechet]) -> list[str]:
-    """What the numbers are not worth."""
-    found = []
+    """Warnings about distances of too few images."""
+    lines = []
     if count <= width:
-        found.append(
-            f"Warning: {count} pictures do not fill {width} features, so most of the distance is that of too few pictures."
-            " Compare it only with numbers of the same counts, and trust no value without bias;"
-            f" more than {width} pictures give a distance, some {10 * width} a good one."
+        lines.append(
+            f"Warning: {count} images are too few for {width} features, so most of the distance is bias. Compare it only with"
+            " distances of equally many images, and do not rely on the values without bias. Use more than"
+            f" {width} images, best about {10 * width}."
         )
     elif any(one.corrected < one.value / 2 for one in distances):
-        found.append(
-            "Warning: most of a distance is the bias of finite sets. Compare the values without it, or wire more pictures."
+        lines.append(
+            "Warning: more than half of a distance is the bias of finite sets. Compare the values without bias, or"
+            " connect more images."
         )
     if count < 2 * BLOCKS:
-        found.append(f"Warning: an interval of {count} pictures is itself rough.")
-    return found
+        lines.append(f"Warning: with {count} images the interval is only approximate.")
+    return lines
 
 
 NODES: list[type[io.ComfyNode]] = [FaceRealismScore]

@@ -1,4 +1,4 @@
-"""The nodes that give faces back what distillation took from them, with a light network (after arXiv 2505.02255)."""
+"""FaceRefiner, with load and save: a light network restores face detail lost in distillation (after arXiv 2505.02255)."""
 
 import logging
 from typing import Any
@@ -8,30 +8,25 @@ from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..common.masks import IGNORED, is_empty_default
 from ..host.files import workflow_metadata
 from ..host.images import embeddings
 from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, per_image
-from ..techniques.face_refiner.comfy_files import (
-    FILES,
-    fingerprint,
-    load_refiner,
-    refiner_files,
-    save_refiner,
-    validate,
-)
-from ..techniques.face_refiner.comfy_model import FaceRefinerModel, Refining
+from ..techniques.face_refiner.comfy_files import FILES, load_refiner, save_refiner
+from ..techniques.face_refiner.comfy_model import FaceRefinerModel, RefinerRun
 from ..techniques.face_refiner.identity import feature_guard, structure_guard
 from ..techniques.face_refiner.refine import (
     FaceRefinerSettings,
     Refined,
+    check_images,
     check_mask,
-    check_pictures,
     describe,
     refine_boxes,
     refine_mask,
     refine_whole,
 )
 from .checked_inputs import checks_inputs
+from .file_widgets import filename_prefix
 from .sockets import BoxesSocket, FaceRefinerSocket
 
 log = logging.getLogger("comfyui-chorus")
@@ -46,31 +41,38 @@ class LoadFaceRefiner(io.ComfyNode):
             display_name="Load Face Refiner",
             category="chorus",
             description=(
-                "Loads a light image-to-image network: a generator of CycleGAN, pix2pix or CUT, or one that this pack"
-                " trained. What it is shows in its weights."
+                "Loads a light image-to-image network: a generator of CycleGAN, pix2pix or CUT, or one trained with this"
+                " pack. The architecture is read from the weights."
             ),
             search_aliases=["CycleGAN", "pix2pix", "CUT", "face restore"],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=refiner_files(),
+                    options=FILES.names(),
                     tooltip="A .pth or .safetensors file in models/face_refiner, or one that Save Face Refiner wrote.",
-                )
+                ),
+                io.String.Input(
+                    "generator",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Name of the generator, if a file holds several, such as netG_A2B. Empty: the only one.",
+                ),
             ],
             outputs=[FaceRefinerSocket.Output("refiner", display_name="refiner")],
         )
 
     @classmethod
     def validate_inputs(cls, file: str | None) -> bool | str:
-        return validate(file)
+        return FILES.validate(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None) -> str | float:
-        return fingerprint(file)
+    def fingerprint_inputs(cls, file: str | None, generator: str | None = "") -> str | float:
+        return FILES.fingerprint(file)
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(load_refiner(file))
+    def execute(cls, file: str, generator: str | None = "") -> io.NodeOutput:
+        return io.NodeOutput(load_refiner(file, generator or ""))
 
 
 @checks_inputs
@@ -81,15 +83,11 @@ class SaveFaceRefiner(io.ComfyNode):
             node_id="SaveFaceRefiner",
             display_name="Save Face Refiner",
             category="chorus",
-            description="Saves a face refiner to the output folder as safetensors, under a new number each time.",
+            description="Saves a face refiner to the output folder as safetensors, with a new number each time.",
             is_output_node=True,
             inputs=[
-                FaceRefinerSocket.Input("refiner", tooltip="From Train Face Refiner or Load Face Refiner."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=FILES.example,
-                    tooltip="Folder and name in the output folder; %year% and the like as in Save Image.",
-                ),
+                FaceRefinerSocket.Input("refiner", tooltip="From Load Face Refiner or Train Face Refiner."),
+                filename_prefix(FILES.example),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -110,24 +108,25 @@ class FaceRefiner(io.ComfyNode):
             display_name="Face Refiner",
             category="chorus",
             description=(
-                "Refines faces in one pass of a light network and puts back only what it changed. Wire bboxes (Detect Face"
-                " Landmarks), a mask, or neither for the whole image. All other pixels stay as they are, bit for bit."
+                "Refines faces in one pass of a light network. Connect bboxes (Detect Face Landmarks), a mask, or neither"
+                " for the whole image. All other pixels stay unchanged, bit for bit."
             ),
             search_aliases=["face detailer", "face restore", "plastic skin", "ADetailer", "CycleGAN", "pix2pix"],
             inputs=[
-                io.Image.Input("image", tooltip="RGB."),
+                io.Image.Input("image", tooltip="The images, RGB."),
                 FaceRefinerSocket.Input("refiner", tooltip="From Load Face Refiner or Train Face Refiner."),
                 BoxesSocket.Input(
                     "bboxes",
                     optional=True,
-                    extra_dict={"forceInput": True},  # else the page adds widgets for a box
-                    tooltip="Where the faces are: from Detect Face Landmarks (MediaPipe), SDPose Face Bounding Boxes, or any"
-                    " other boxes. None found: the image comes back as it is.",
+                    # without forceInput, ComfyUI's web page adds widgets for the values of one box
+                    extra_dict={"forceInput": True},
+                    tooltip="Boxes of the faces: from Detect Face Landmarks (MediaPipe), SDPose Face Bounding Boxes, or any"
+                    " other node; or the SEGS of Impact Pack's detectors. Without a face the image is returned unchanged.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Nothing changes where it is 0. Without bboxes each of its areas is a face.",
+                    tooltip="Pixels where it is 0 are not changed. Without bboxes, each connected area is refined as a face.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -135,46 +134,49 @@ class FaceRefiner(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the change is added. 0: none.",
+                    tooltip="How much of the network's change is applied. 0: none.",
                 ),
                 io.Float.Input(
                     "padding",
                     default=0.25,
                     min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Around a box at each side, in parts of its longer side. Useful: 0.1 to 0.6.",
+                    max=1.5,
+                    step=0.01,
+                    tooltip="Margin on each side of a box, as a fraction of its longer side. Useful: 0.1 to 0.6.",
                 ),
                 io.Int.Input(
                     "feather",
                     default=16,
                     min=0,
-                    max=512,
+                    max=256,
                     tooltip="Width in pixels of the soft edge, inside the padded box or the mask.",
                 ),
                 io.Boolean.Input(
                     "color_lock",
                     default=True,
-                    tooltip="Colours and shading over wide areas stay the image's; only finer detail changes.",
+                    tooltip="Keep the image's colours and large-scale shading; change only finer detail.",
                 ),
                 io.Float.Input(
                     "identity_guard",
                     default=0.0,
                     min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="A face is changed less until its distance from what it was is within this. 0: no limit. With"
-                    " clip_vision 1 - cosine of its embeddings (useful: 0.02 to 0.2), without 1 - SSIM (0.02 to 0.3).",
+                    max=1.0,
+                    step=0.005,
+                    tooltip="Largest allowed distance between a face before and after refining. A change beyond this limit"
+                    " is reduced to the limit. 0: no limit. With clip_vision: 1 - cosine of the embeddings (useful: 0.02 to 0.2); without: 1 - SSIM"
+                    " (0.02 to 0.3).",
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="What identity_guard measures with; without it, structure."
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Image encoder for identity_guard. Without it, identity_guard uses SSIM.",
                 ),
                 io.Combo.Input(
                     "faces",
                     options=list(CHOICES),
                     default="all",
                     advanced=True,
-                    tooltip="Which faces of each image: all, the largest, or the one of face_index.",
+                    tooltip="Faces to refine in each image: all, the largest, or the one at face_index.",
                 ),
                 io.Int.Input(
                     "face_index",
@@ -182,15 +184,16 @@ class FaceRefiner(io.ComfyNode):
                     min=-64,
                     max=64,
                     advanced=True,
-                    tooltip="In the detector's order, from 0; -1 is the last. Only for faces: index.",
+                    tooltip="Number of the face in the detector's order, from 0; -1 is the last. Used only if faces is set to index.",
                 ),
                 io.Int.Input(
                     "min_face",
                     default=8,
                     min=1,
-                    max=4096,
+                    max=1024,
                     advanced=True,
-                    tooltip="Faces whose shorter side has fewer pixels stay as they are.",
+                    tooltip="Smallest face to refine, in pixels: a face is left unchanged if the shorter side of its box is"
+                    " below this value.",
                 ),
                 io.Int.Input(
                     "size",
@@ -199,14 +202,14 @@ class FaceRefiner(io.ComfyNode):
                     max=2048,
                     step=8,
                     advanced=True,
-                    tooltip="Side in pixels to which faces are scaled for the network. 0: what it was trained on. The whole"
-                    " image keeps its own size.",
+                    tooltip="Side in pixels to which faces are scaled for the network. 0: the size that it was trained at. If"
+                    " neither bboxes nor mask is connected, the image is not scaled.",
                 ),
                 io.Boolean.Input(
                     "faithful",
                     default=False,
                     advanced=True,
-                    tooltip="Compute as pix2pix's own test does, with dropout and each face's own statistics.",
+                    tooltip="Run as in pix2pix's test code: with dropout, and normalisation by the statistics of each face.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -215,18 +218,24 @@ class FaceRefiner(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     advanced=True,
-                    tooltip="Of the dropout that faithful switches on; face i draws from seed + i.",
+                    tooltip="Seed of the dropout, if faithful is on; face j of image i uses seed + i + j.",
                 ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image"),
-                io.Mask.Output("mask", display_name="mask", tooltip="Where faces were put back, and how much."),
+                io.Mask.Output(
+                    "mask",
+                    display_name="mask",
+                    tooltip="Where the image was changed: the weight of the refined pixels.",
+                ),
                 io.Image.Output(
                     "crops",
                     display_name="crops",
-                    tooltip="The refined faces at the network's scale; black if there is none.",
+                    tooltip="The refined faces at the network's size; one black image if no face was refined.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="What was done to each face, in numbers."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Box, applied strength, change and distance of each face."
+                ),
             ],
         )
 
@@ -250,43 +259,48 @@ class FaceRefiner(io.ComfyNode):
         faithful: bool = False,
         seed: int = 0,
     ) -> io.NodeOutput:
-        check_pictures(image)
+        check_images(image)
         settings = FaceRefinerSettings(
             size=size or refiner.size,
             multiple=refiner.multiple,
-            least=refiner.least,
+            min_side=refiner.min_side,
             strength=strength,
             padding=padding,
             feather=feather,
             color_lock=color_lock,
             identity_limit=identity_guard,
-            least_face=min_face,
+            min_face=min_face,
         )
-        refine = Refining(refiner, seed if faithful else None)
+        refine = RefinerRun(refiner, seed if faithful else None)
         guard = (
             structure_guard
             if clip_vision is None
             else feature_guard(lambda x: embeddings(clip_vision, x.movedim(1, -1)))
         )
+        notes = []
         if mask is not None:
             mask = mask.reshape(-1, *mask.shape[-2:])
-            check_mask(mask, image)
+            if is_empty_default(mask, (image.shape[1], image.shape[2])):
+                mask, notes = None, [IGNORED]
+            else:
+                check_mask(mask, image)
         if bboxes is not None:
-            found = choose(faces_in(per_image(bboxes, len(image)), *image.shape[1:3]), faces, face_index)
-            refined = refine_boxes(image, found, refine, settings, mask, guard)
+            boxes = choose(faces_in(per_image(bboxes, *image.shape[:3]), *image.shape[1:3]), faces, face_index)
+            refined = refine_boxes(image, boxes, refine, settings, mask, guard)
         elif mask is not None:
             refined = refine_mask(image, mask, refine, settings, guard)
         else:
             refined = refine_whole(image, refine, settings, guard)
-        return outputs(refined, f"{refiner}", settings.size)
+        return outputs(refined, [f"{refiner}", *notes], settings.size)
 
 
-def outputs(refined: Refined, name: str, size: int) -> io.NodeOutput:
+def outputs(refined: Refined, lines: list[str], size: int) -> io.NodeOutput:
+    """The outputs of Face Refiner; ``lines`` begin its report. Logs a warning for each face with a non-finite result."""
     for record in refined.records:
         if "NaN" in record.note:
             log.warning("FaceRefiner: %s", describe([record]))
     crops = refined.crops if len(refined.crops) else torch.zeros(1, size, size, 3)
-    return io.NodeOutput(refined.images, refined.mask, crops, f"{name}\n{describe(refined.records)}")
+    return io.NodeOutput(refined.images, refined.mask, crops, "\n".join([*lines, describe(refined.records)]))
 
 
 NODES: list[type[io.ComfyNode]] = [LoadFaceRefiner, SaveFaceRefiner, FaceRefiner]

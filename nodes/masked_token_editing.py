@@ -1,12 +1,14 @@
-"""Pictures to tokens, tokens to pictures, and tokens edited under a mask."""
+"""Nodes that encode images to tokens, decode tokens to images, and edit tokens under a mask."""
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..common.masks import IGNORED, is_empty_default
 from ..techniques.masked_tokens.canvas import check_sides, rgb
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
-from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_pictures
-from ..techniques.masked_tokens.tokens import Tokens, edit
+from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_images
+from ..techniques.masked_tokens.tokens import Tokens, edit, mask_to_tokens
 from .checked_inputs import checks_inputs
 from .sockets import MaskedTokenModelSocket, TokensSocket, blank
 
@@ -19,10 +21,12 @@ class MaskedTokenEncode(io.ComfyNode):
             node_id="MaskedTokenEncode",
             display_name="Masked Token Encode",
             category="chorus",
-            description="Reads an image as token ids, with the VQ-GAN of a masked token model.",
+            description="Encodes an image to token ids with the VQ-GAN of a masked token model.",
             search_aliases=["VQ encode", "tokenize image"],
             inputs=[
-                io.Image.Input("image", tooltip="Its sides are multiples of the token's, 16 pixels for aMUSEd."),
+                io.Image.Input(
+                    "image", tooltip="Width and height must be multiples of the token size, 16 pixels for aMUSEd."
+                ),
                 MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
             ],
             outputs=[TokensSocket.Output("tokens", display_name="tokens")],
@@ -30,9 +34,9 @@ class MaskedTokenEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Tensor, model: MaskedTokenModel) -> io.NodeOutput:
-        picture = rgb(image)
-        check_sides("the image", picture.shape[1:3], model.downscale)
-        return io.NodeOutput(blank(model).with_ids(encode_pictures(model, picture)))
+        image = rgb(image)
+        check_sides("the image", image.shape[1:3], model.downscale)
+        return io.NodeOutput(blank(model).with_ids(encode_images(model, image)))
 
 
 @checks_inputs
@@ -43,10 +47,10 @@ class MaskedTokenDecode(io.ComfyNode):
             node_id="MaskedTokenDecode",
             display_name="Masked Token Decode",
             category="chorus",
-            description="Makes an image of token ids, with the VQ-GAN of a masked token model.",
+            description="Decodes token ids to an image with the VQ-GAN of a masked token model.",
             search_aliases=["VQ decode", "detokenize"],
             inputs=[
-                TokensSocket.Input("tokens", tooltip="All of them known: unknown ones have no picture."),
+                TokensSocket.Input("tokens", tooltip="Known tokens only; unknown tokens cannot be decoded."),
                 MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
@@ -68,8 +72,8 @@ class MaskedTokenEdit(io.ComfyNode):
             display_name="Masked Token Edit",
             category="chorus",
             description=(
-                "Forgets the tokens under a mask, or takes them from other tokens. What is left holds when it is wired"
-                " into Masked Token Sampler."
+                "Makes the tokens under a mask unknown, or replaces them with other tokens. Masked Token Sampler keeps"
+                " the known tokens fixed and generates the unknown ones."
             ),
             search_aliases=["pin tokens", "compose tokens"],
             inputs=[
@@ -77,18 +81,36 @@ class MaskedTokenEdit(io.ComfyNode):
                     "tokens", tooltip="From Masked Token Encode, Masked Token Sampler or Load Masked Tokens."
                 ),
                 io.Mask.Input(
-                    "mask", tooltip="As large as the tokens' picture. Every token that it touches with at least 0.5."
+                    "mask",
+                    tooltip="Same size as the decoded image. A token is selected if any of its mask pixels is at least"
+                    " 0.5.",
                 ),
                 TokensSocket.Input(
-                    "source", optional=True, tooltip="Tokens to put under the mask. Not wired: unknown ones."
+                    "source",
+                    optional=True,
+                    tooltip="Tokens to insert under the mask. If not connected, the tokens under the mask become"
+                    " unknown.",
                 ),
             ],
-            outputs=[TokensSocket.Output("tokens", display_name="tokens")],
+            outputs=[
+                TokensSocket.Output("tokens", display_name="tokens"),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How many tokens are under the mask, for each image."
+                ),
+            ],
         )
 
     @classmethod
     def execute(cls, tokens: Tokens, mask: Tensor, source: Tokens | None = None) -> io.NodeOutput:
-        return io.NodeOutput(edit(tokens, mask.reshape(-1, *mask.shape[-2:]), source))
+        mask, notes = mask.reshape(-1, *mask.shape[-2:]), []
+        if is_empty_default(mask, tokens.size):
+            mask, notes = torch.zeros(1, *tokens.size), [IGNORED]
+        edited = edit(tokens, mask, source)
+        counts = mask_to_tokens(mask, tokens.downscale).sum((1, 2)).expand(len(edited.ids)).tolist()
+        lines = [
+            f"image {i}: {count} of {edited.ids[i].numel()} tokens under the mask" for i, count in enumerate(counts)
+        ]
+        return io.NodeOutput(edited, "\n".join([*notes, *lines]))
 
 
 NODES: list[type[io.ComfyNode]] = [MaskedTokenEncode, MaskedTokenDecode, MaskedTokenEdit]

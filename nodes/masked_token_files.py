@@ -1,4 +1,4 @@
-"""Tokens saved and loaded."""
+"""Nodes that save and load tokens."""
 
 from comfy_api.latest import io
 
@@ -7,6 +7,7 @@ from ..techniques.masked_tokens.comfy_token_files import FILES as TOKEN_FILES
 from ..techniques.masked_tokens.comfy_token_files import load_tokens, save_ids
 from ..techniques.masked_tokens.tokens import Tokens
 from .checked_inputs import checks_inputs
+from .file_widgets import filename_prefix
 from .sockets import TokensSocket
 
 
@@ -18,15 +19,13 @@ class SaveMaskedTokens(io.ComfyNode):
             node_id="SaveMaskedTokens",
             display_name="Save Masked Tokens",
             category="chorus",
-            description="Saves token ids to the output folder, under a new number each time.",
+            description="Saves token ids to a new numbered file in the output folder.",
             is_output_node=True,
             inputs=[
-                TokensSocket.Input("tokens", tooltip="From Masked Token Sampler, Encode or Edit."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="tokens/ComfyUI",
-                    tooltip="Folder and name in the output folder; %year% and the like as in Save Image.",
+                TokensSocket.Input(
+                    "tokens", tooltip="From Masked Token Sampler, Masked Token Encode or Masked Token Edit."
                 ),
+                filename_prefix("tokens/ComfyUI"),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -47,12 +46,12 @@ class LoadMaskedTokens(io.ComfyNode):
             node_id="LoadMaskedTokens",
             display_name="Load Masked Tokens",
             category="chorus",
-            description="Loads token ids that Save Masked Tokens wrote.",
+            description="Loads token ids saved by Save Masked Tokens.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=TOKEN_FILES.names(),
-                    tooltip="A .tokens.safetensors file of the input or output folder.",
+                    tooltip="A .tokens.safetensors file in the input or output folder.",
                 )
             ],
             outputs=[TokensSocket.Output("tokens", display_name="tokens")],

@@ -1,10 +1,13 @@
-"""LoadMaskedTokenModel: aMUSEd (arXiv 2401.01808), which paints with tokens of a codebook."""
+"""LoadMaskedTokenModel: loads aMUSEd (arXiv 2401.01808), which generates images as tokens of a codebook."""
+
+from pathlib import PurePosixPath
 
 from comfy_api.latest import io
 
 from ..demo import modules
 from ..techniques.masked_tokens.comfy_files import (
     FROM_FOLDER,
+    MODELS,
     model_folders,
     pick,
     read_model,
@@ -27,8 +30,8 @@ class LoadMaskedTokenModel(io.ComfyNode):
             display_name="Load Masked Token Model",
             category="chorus",
             description=(
-                "Loads a model that paints by filling in tokens of a codebook (aMUSEd), with its text encoder. The"
-                " small chorus-demo comes with the pack."
+                "Loads a masked token model (aMUSEd), which generates images as tokens of a codebook, and its text"
+                " encoder. The small chorus-demo is included in the pack."
             ),
             search_aliases=["aMUSEd", "Muse", "masked image model", "VQ-GAN", "U-ViT"],
             inputs=[
@@ -37,26 +40,36 @@ class LoadMaskedTokenModel(io.ComfyNode):
                     options=[DEMO, *model_folders()],
                     default=DEMO,
                     tooltip="chorus-demo, or a folder in models/masked_token with transformer, vqvae and text_encoder"
-                    " as published, such as amused-256.",
+                    " subfolders as published, such as amused-256.",
                 ),
                 *(
                     io.Combo.Input(
                         id,
                         options=[FROM_FOLDER, *files],
                         default=FROM_FOLDER,
-                        tooltip=f"Weights to read in place of the folder's {part}; its config.json stays.{more}",
+                        tooltip=f"Weights to load instead of the folder's {part}; the folder's config.json is"
+                        f" still used.{more}",
                         advanced=True,
                     )
                     for id, part, files, more in (
                         ("transformer_file", "transformer", weight_files(), ""),
                         ("vq_file", "vqvae", weight_files(), ""),
-                        ("text_encoder_file", "text_encoder", text_files(), " Without one, it is OpenAI's CLIP-L."),
+                        (
+                            "text_encoder_file",
+                            "text_encoder",
+                            text_files(),
+                            " Without a config.json, OpenAI's CLIP-L is assumed.",
+                        ),
                     )
                 ),
             ],
             outputs=[
                 MaskedTokenModelSocket.Output("model", display_name="model", tooltip="For Masked Token Sampler."),
-                io.Clip.Output("clip", display_name="clip", tooltip="For CLIP Text Encode; of no use to other models."),
+                io.Clip.Output(
+                    "clip",
+                    display_name="clip",
+                    tooltip="For CLIP Text Encode. Prompts encoded with this clip work only with this model.",
+                ),
             ],
         )
 
@@ -64,10 +77,12 @@ class LoadMaskedTokenModel(io.ComfyNode):
     def execute(cls, model_folder: str, transformer_file: str, vq_file: str, text_encoder_file: str) -> io.NodeOutput:
         files = replacements(transformer_file, vq_file, text_encoder_file)
         if model_folder != DEMO:
-            return io.NodeOutput(*read_model(pick(model_folder, model_folders()), files))
+            # models/masked_token itself, ".", can have any name on this machine, which must not get into saved files
+            name = PurePosixPath(model_folder).name or MODELS
+            return io.NodeOutput(*read_model(pick(model_folder, model_folders()), files, name))
         if files:
             raise ValueError(
-                f"{DEMO} takes no other weights, seen {', '.join(map(str, files.values()))}: set the files to"
+                f"{DEMO} cannot load other weights, got {', '.join(map(str, files.values()))}; set the file inputs to"
                 f" {FROM_FOLDER!r}, or choose another model_folder"
             )
         return io.NodeOutput(*modules.load_masked_tokens())

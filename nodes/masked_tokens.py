@@ -1,8 +1,9 @@
-"""Masked token sampling (aMUSEd, arXiv 2401.01808) as a node."""
+"""MaskedTokenSampler: generates, inpaints and edits images as tokens (aMUSEd, arXiv 2401.01808)."""
 
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..common.masks import IGNORED, is_empty_default
 from ..host.attachments import Conditioning
 from ..techniques.masked_tokens.canvas import Request, rgb
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
@@ -13,6 +14,7 @@ from ..techniques.masked_tokens.decode import (
     SCHEDULES,
     MaskedTokenSettings,
     guidance_scales,
+    sample_seed,
 )
 from ..techniques.masked_tokens.tokens import Tokens
 from .checked_inputs import checks_inputs
@@ -28,21 +30,22 @@ class MaskedTokenSampler(io.ComfyNode):
             display_name="Masked Token Sampler",
             category="chorus",
             description=(
-                "Paints by filling in tokens: all unknown ones are predicted at once, the most confident stay, the rest"
-                " is asked again (aMUSEd). Text to image, image to image, in- and outpainting, drafts with fixed parts."
+                "Generates images as tokens: each step predicts all unknown tokens at once, keeps the most confident"
+                " predictions and masks the rest again (aMUSEd). For text to image, image to image, inpainting, outpainting, and"
+                " new versions of an image with some tokens fixed."
             ),
             search_aliases=["aMUSEd", "MaskGIT", "Muse", "masked image model", "inpaint tokens"],
             inputs=[
                 MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The prompt, encoded with the clip of the model's loader. Several prompts (Conditioning"
-                    " Combine) give one picture each.",
+                    tooltip="The prompt, encoded with the clip of Load Masked Token Model. Several prompts"
+                    " (Conditioning Combine) give one image each.",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What guidance leads away from; the authors use an empty prompt. Needed unless cfg is 1.",
+                    tooltip="The negative prompt; the authors use an empty one. Required unless cfg is 1.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -50,32 +53,32 @@ class MaskedTokenSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Sample i of a batch is the one of seed + i.",
+                    tooltip="Sample i of a batch uses seed + i.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=12,
                     min=1,
                     max=1000,
-                    tooltip="Forward passes over the whole picture. The authors use 12. Useful: 8 to 20.",
+                    tooltip="Forward passes of the model. The authors use 12. Useful: 8 to 20.",
                 ),
                 io.Float.Input(
                     "cfg",
                     default=0.0,
                     min=0.0,
-                    max=100.0,
+                    max=30.0,
                     step=0.1,
-                    tooltip="Guidance scale. 0: the model's own (4 for amused-256, 10 for amused-512). 1: no guidance,"
-                    " half the cost.",
+                    tooltip="Guidance scale. 0: the model's default (4 for amused-256, 10 for amused-512). 1: no"
+                    " guidance, at half the cost.",
                 ),
                 io.Float.Input(
                     "temperature",
                     default=2.0,
                     min=0.0,
-                    max=100.0,
+                    max=10.0,
                     step=0.1,
-                    tooltip="Noise on the confidence, falling to 0: which tokens stay, never what they become. Only for"
-                    " the order confidence. Useful: 0 to 4.",
+                    tooltip="Noise added to the confidence; it falls to 0 over the steps. It changes which tokens are"
+                    " kept first, not how they are sampled. Used only if order is set to confidence. Useful: 0 to 4.",
                 ),
                 io.Int.Input(
                     "width",
@@ -83,7 +86,7 @@ class MaskedTokenSampler(io.ComfyNode):
                     min=16,
                     max=4096,
                     step=16,
-                    tooltip="In pixels. Ignored when an image or tokens are wired: those have a size.",
+                    tooltip="Width in pixels. If an image or tokens are connected, their width is used instead.",
                 ),
                 io.Int.Input(
                     "height",
@@ -91,10 +94,10 @@ class MaskedTokenSampler(io.ComfyNode):
                     min=16,
                     max=4096,
                     step=16,
-                    tooltip="In pixels. Ignored when an image or tokens are wired: those have a size.",
+                    tooltip="Height in pixels. If an image or tokens are connected, their height is used instead.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, tooltip="Pictures of each prompt, image or draft."
+                    "batch_size", default=1, min=1, max=4096, tooltip="Images per prompt, input image or token grid."
                 ),
                 io.Float.Input(
                     "denoise",
@@ -102,40 +105,43 @@ class MaskedTokenSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps that run, and with it of the tokens that are masked at first: 0.5 masks"
-                    " 71 %. 1 masks all: nothing of the image is left where it is painted. 0 leaves an image as it is.",
+                    tooltip="Share of the steps that run. It also sets how many tokens are masked initially: 0.5 masks"
+                    " 71 % with schedule cosine, 50 % with linear. 1 masks all, so nothing of the image is kept under"
+                    " the mask. 0 returns the image unchanged.",
                 ),
                 io.Combo.Input(
                     "order",
                     options=list(ORDERS),
                     default="confidence",
-                    tooltip="Which tokens stay first. confidence: those that the model is surest of (the paper)."
-                    " halton: evenly spread over the picture. random: any.",
+                    tooltip="Which tokens are kept first. confidence: the most confident predictions (the paper)."
+                    " halton: evenly spread over the image. random: in random order.",
                 ),
                 io.Combo.Input(
                     "schedule",
                     options=list(SCHEDULES),
                     default="cosine",
-                    tooltip="How fast tokens are filled in. cosine: few at first (the paper). linear: equally many; the"
-                    " authors' code inpaints with it.",
+                    tooltip="How many tokens each step generates. cosine: few at first (the paper). linear: the same"
+                    " number in every step, as in the authors' inpainting code.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="A picture to repaint: with a mask only there, else all of it as far as denoise says. Its"
-                    " alpha is not read.",
+                    tooltip="Image to inpaint under the mask. Without a mask, the whole image can change, and a higher"
+                    " denoise changes more of it. Alpha is ignored.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where to paint, as large as the image: every token that it touches with at least 0.5. The"
-                    " image's pixels where it is 0 come back bit for bit. With tokens alone: which of them to paint anew.",
+                    tooltip="The area to generate; same size as the image. A token is generated if any of its mask"
+                    " pixels is at least 0.5. Where the mask is 0, the image's pixels are returned bit for bit. With"
+                    " tokens and no image: the tokens under the mask are generated again.",
                 ),
                 TokensSocket.Input(
                     "tokens",
                     optional=True,
-                    tooltip="Tokens that hold, whatever seed and denoise say; unknown ones are painted. With an image:"
-                    " they replace its tokens, under the mask if there is one.",
+                    tooltip="Tokens that stay fixed for any seed and denoise; unknown tokens are generated. With an"
+                    " image: these tokens replace the image's tokens. With an image and a mask: only at positions under"
+                    " the mask.",
                 ),
                 io.Float.Input(
                     "aesthetic_score",
@@ -143,29 +149,34 @@ class MaskedTokenSampler(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="What the model was told of its training pictures, 6 as the authors have it. Useful: 4 to 7.",
+                    tooltip="Aesthetic score that the model is conditioned on, 6 in the authors' code. Useful: 4 to 7.",
                 ),
                 io.Combo.Input(
                     "cfg_ramp",
                     options=list(RAMPS),
                     default="constant",
                     advanced=True,
-                    tooltip="How cfg runs over the steps: as it is, rising from near 1 (Muse), which varies more, or"
+                    tooltip="cfg over the steps: constant, rising from near 1 (as in Muse; gives more variety), or"
                     " falling to near 1.",
                 ),
                 io.Int.Input(
                     "feather",
                     default=8,
                     min=0,
-                    max=512,
+                    max=256,
                     advanced=True,
-                    tooltip="Width in pixels of the soft seam, inside the mask. 0: a hard edge, as outpainting wants it: the seam mixes"
-                    " in what the image shows there.",
+                    tooltip="Width in pixels of the soft edge inside the mask, where the image is mixed in. 0: a hard"
+                    " edge. Use 0 for outpainting, because a soft edge would mix in the padding.",
                 ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image"),
-                TokensSocket.Output("tokens", display_name="tokens", tooltip="To keep, edit or sample on with."),
+                TokensSocket.Output(
+                    "tokens", display_name="tokens", tooltip="To save, edit, or connect to another sampler."
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="The size and the seed of each image, and unused inputs."
+                ),
             ],
         )
 
@@ -192,16 +203,21 @@ class MaskedTokenSampler(io.ComfyNode):
         mask: Tensor | None = None,
         tokens: Tokens | None = None,
     ) -> io.NodeOutput:
-        own = blank(model)
+        unknown, notes = blank(model), []
+        image = None if image is None else rgb(image)
+        size = image.shape[1:3] if image is not None else tokens.size if tokens is not None else None
+        mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+        if mask is not None and size is not None and is_empty_default(mask, (size[0], size[1])):
+            mask, notes = None, [IGNORED]
         settings = MaskedTokenSettings(model.codebook, model.mask_id, steps, denoise, temperature, order, schedule)
         request = Request(
-            own,
+            unknown,
             (height, width),
-            picture=None if image is None else rgb(image),
-            mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
+            image=image,
+            mask=mask,
             tokens=tokens,
         )
-        pictures, ids = sample_masked_tokens(
+        images, ids = sample_masked_tokens(
             model,
             request,
             settings,
@@ -213,7 +229,10 @@ class MaskedTokenSampler(io.ComfyNode):
             aesthetic_score=aesthetic_score,
             feather=feather,
         )
-        return io.NodeOutput(pictures, own.with_ids(ids))
+        height, width = request.area
+        seeds = [f"image {i}: seed {sample_seed(seed, i)}" for i in range(len(ids))]
+        report = "\n".join([f"{model.name}: {width} x {height} pixels", *notes, *seeds])
+        return io.NodeOutput(images, unknown.with_ids(ids), report)
 
 
 NODES: list[type[io.ComfyNode]] = [MaskedTokenSampler]

@@ -1,11 +1,11 @@
-"""Prompts for a queue of runs, one after the other."""
+"""PromptCombinations: one prompt and seed per queued run."""
 
 from comfy_api.latest import io
 
 from ..techniques.face_refiner.prompt_combinations import ORDERS, PromptCombinations
 from .checked_inputs import checks_inputs
 
-MOST = 0xFFFFFFFFFFFFFFFF  # of a seed
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 @checks_inputs
@@ -17,8 +17,8 @@ class PromptCombinationsNode(io.ComfyNode):
             display_name="Prompt Combinations",
             category="chorus/train",
             description=(
-                "Gives one prompt a run: every combination of a template's alternatives, each with a seed of its own. Set"
-                " index to increment and queue as many runs as you like; it goes on where it stopped."
+                "Outputs one prompt per run: every combination of the alternatives in a template, each with its own seed."
+                " Set index to increment and queue as many runs as you like; later runs continue where the last run stopped."
             ),
             search_aliases=["wildcards", "prompt list", "prompt matrix", "dynamic prompts", "prompt template"],
             inputs=[
@@ -27,51 +27,50 @@ class PromptCombinationsNode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=False,
                     default="a photo of a {young|old} {who}",
-                    tooltip="A prompt in each line. {a|b} is a or b; {who} is a choice of the variable of that name.",
+                    tooltip="One prompt template per line. {a|b} is a or b; {who} is one of the choices of the variable who.",
                 ),
                 io.String.Input(
                     "variables",
                     multiline=True,
                     dynamic_prompts=False,
                     default="who = man | woman",
-                    tooltip="One in each line: name = one | two | three. What stands twice in a prompt has one value.",
+                    tooltip="One variable per line: name = one | two | three. A variable has the same value everywhere in a prompt.",
                 ),
                 io.Int.Input(
                     "index",
                     default=0,
                     min=0,
-                    max=MOST,
+                    max=MAX_SEED,
                     control_after_generate=io.ControlAfterGenerate.increment,
-                    tooltip="Which prompt. Past the last one they come again, with other seeds.",
+                    tooltip="Number of the prompt, from 0. After the last prompt, all prompts repeat with other seeds.",
                 ),
                 io.Int.Input(
                     "first_seed",
                     default=0,
                     min=0,
-                    max=MOST,
+                    max=MAX_SEED,
                     control_after_generate=False,
-                    tooltip="The seed of index 0. Another one gives another data set of the same prompts.",
+                    tooltip="The seed of index 0. Another first seed produces another data set from the same prompts.",
                 ),
                 io.Combo.Input(
                     "order",
                     options=list(ORDERS),
                     default=ORDERS[0],
-                    tooltip="spread: a set that is stopped early has some of everything. listed: the last choice changes first.",
+                    tooltip="spread: even if you stop early, all choices occur about equally often. listed: the last"
+                    " choice changes fastest.",
                 ),
             ],
             outputs=[
                 io.String.Output("prompt", display_name="prompt"),
-                io.Int.Output("seed", display_name="seed", tooltip="first_seed + index. For both samplers of a pair."),
-                io.Int.Output(
-                    "total", display_name="total", tooltip="How many prompts there are before they come again."
-                ),
+                io.Int.Output("seed", display_name="seed", tooltip="first_seed + index, for both samplers of a pair."),
+                io.Int.Output("total", display_name="total", tooltip="Number of prompts before they repeat."),
             ],
         )
 
     @classmethod
     def execute(cls, template: str, variables: str, index: int, first_seed: int, order: str) -> io.NodeOutput:
         prompts = PromptCombinations(template, variables, order)
-        return io.NodeOutput(prompts.prompt(index), (first_seed + index) & MOST, prompts.total)
+        return io.NodeOutput(prompts.prompt(index), (first_seed + index) & MAX_SEED, prompts.total)
 
 
 NODES: list[type[io.ComfyNode]] = [PromptCombinationsNode]

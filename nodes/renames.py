@@ -1,7 +1,6 @@
-"""Names of inputs before the first release, and how prompts that still use them are read.
+"""Inputs renamed before the first release, and the conversion of prompts (API format) that use the old names.
 
-A workflow saved by the page holds the values of widgets in their order; its old names of inputs are mended by
-web/renames.js when it is opened. Prompts in API format are mended here.
+Saved workflows are converted by web/renames.js when the page opens them.
 """
 
 from typing import Any
@@ -22,13 +21,13 @@ RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
 
 
 def renamed(prompt: dict[str, Any]) -> dict[str, Any]:
-    """``prompt`` (API format: nodes by id) with today's names of inputs and values; other entries stay as they are."""
+    """``prompt`` (API format: nodes by id) with the current names of inputs and values; other entries are unchanged."""
     return {id: _renamed_node(node) for id, node in prompt.items()}
 
 
 def _renamed_node(node: Any) -> Any:
     if not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
-        return node  # the host says what is wrong with it
+        return node  # ComfyUI's validation reports the error
     kind = node.get("class_type")
     if not isinstance(kind, str) or kind not in RENAMED_INPUTS | RENAMED_VALUES:
         return node
@@ -37,7 +36,7 @@ def _renamed_node(node: Any) -> Any:
     for name, value in node["inputs"].items():
         new = names.get(name, name)
         if new != name and new in node["inputs"]:
-            continue  # both names are there: the new one holds
+            continue  # if both names are present, the new one is used
         inputs[new] = values.get(new, {}).get(value, value) if isinstance(value, str) else value
     return {**node, "inputs": inputs}
 
@@ -48,7 +47,7 @@ def _on_prompt(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Let the server read prompts with old names; without a server, as where ComfyUI runs as a library, do nothing."""
+    """Make the server accept prompts with old names. Does nothing if ComfyUI runs as a library, without a server."""
     server = getattr(PromptServer, "instance", None)
     if server is not None:
         server.add_on_prompt_handler(_on_prompt)

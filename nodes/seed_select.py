@@ -1,4 +1,4 @@
-"""SeedSelect (arXiv 2304.14530): find the initial noise for a rare concept by a few reference pictures."""
+"""SeedSelect (arXiv 2304.14530): finds the initial noise for a rare concept with a few reference images."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..host.attachments import Conditioning
-from ..host.shape_errors import explained
+from ..host.shape_errors import explain_shape_errors
 from ..techniques.seed_select import select as technique
 from ..techniques.seed_select.comfy_files import model_details
 from ..techniques.seed_select.comfy_outputs import outputs
@@ -35,43 +35,47 @@ class SeedSelect(io.ComfyNode):
             display_name="Seed Select",
             category="chorus",
             description=(
-                "Finds the initial noise from which the model paints a rare concept, by a few reference pictures: searches"
-                " among seeds, optimises the noise by gradient, or both. The model is not changed. Cancel keeps the best so far."
+                "Finds the initial noise from which the model generates a rare concept, guided by a few reference images. It"
+                " searches among seeds, optimises the noise by gradient descent, or does both. The model is not changed. If you"
+                " cancel the run, the best result so far is used."
             ),
             search_aliases=["SeedSelect", "NAO", "best seed", "seed search", "noise optimisation", "rare concept"],
             inputs=[
-                io.Model.Input("model", tooltip="With its LoRAs, patches or blend. It is not changed."),
+                io.Model.Input("model", tooltip="The model, with its LoRAs, patches or blend. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The prompt that names the concept."),
-                io.Conditioning.Input("negative", tooltip="What guidance leads away from, as for KSampler."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, as for KSampler."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="One latent, empty or of a picture, with its noise mask if it has one, as for KSampler.",
+                    tooltip="One latent, empty or an encoded image, with or without a noise mask, as for KSampler.",
                 ),
                 io.Image.Input(
                     "references",
-                    tooltip="Pictures of the concept as a batch, best 3 to 5. For the latents they are squashed to the"
-                    " picture's size.",
+                    tooltip="A batch of images of the concept, ideally 3 to 5. They are stretched to the size of the generated"
+                    " image before they are encoded.",
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Says what a picture shows. Needed unless semantic_weight is 0.",
+                    tooltip="Compares the content of images. Needed unless semantic_weight is 0.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="search: many seeds with few steps, the best with more; works with every sampler. optimize: the"
-                    " gradient on one noise through the whole sampling; euler, ddim, dpmpp_2m; needs memory for a backward"
-                    " pass. search+optimize: the best candidates become starts.",
+                    tooltip="search: tries many seeds with few steps, and the best again with more steps. It works with every"
+                    " sampler. optimize: changes one noise by gradient descent through the whole sampling. It needs the sampler"
+                    " euler, ddim or dpmpp_2m, and memory for a backward pass. search+optimize: optimises the best candidates"
+                    " of a search.",
                 ),
                 io.Combo.Input(
                     "start",
                     options=list(STARTS),
                     default=STARTS[0],
-                    tooltip="The candidates. noise: of seed, seed + 1, ... inversion: the noises of the references, 50 steps"
-                    " each. centroid: between those, from their norm-aware centroid out; at least 2 references.",
+                    tooltip="Where the candidates come from. noise: random noise of seed, seed + 1 and so on. inversion: the"
+                    " references, each inverted to noise in 50 steps. centroid: the mean of these inverted noises, and points on the"
+                    " paths from the mean to each of them. All have norms that are likely for random noise (NAO's norm-aware centroid"
+                    " and paths). It needs at least 2 references.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -79,88 +83,93 @@ class SeedSelect(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the first candidate.",
+                    tooltip="Seed of the first candidate.",
                 ),
                 io.Int.Input(
-                    "candidates", default=16, min=1, max=4096, tooltip="How many are searched. Useful: 16 to 64."
+                    "candidates", default=16, min=1, max=1024, tooltip="Number of candidates. Useful: 16 to 64."
                 ),
                 io.Int.Input(
                     "pick",
                     default=1,
                     min=1,
-                    max=4096,
-                    tooltip="Which of the ranking to take, by its number in the grid. Where nothing is searched: which of"
-                    " the candidates.",
+                    max=1024,
+                    tooltip="Rank of the candidate to use, which is its number in the grid. Without a search: number of the"
+                    " candidate, counted from 1.",
                 ),
                 io.Int.Input(
                     "count",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Pictures. More than one lie on the norm-aware path between the two best noises.",
+                    tooltip="Number of images. If it is more than 1, the images start from noises on a path between the two best"
+                    " noises. All noises on this path have norms that are likely for random noise (NAO's norm-aware path).",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the finished picture."),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps of the final image."),
+                io.Float.Input("cfg", default=7.5, min=0.0, max=30.0, step=0.1, tooltip="Guidance scale."),
                 io.Combo.Input(
                     "sampler_name",
                     options=SAMPLERS,
                     default="euler",
-                    tooltip="Of the finished picture. A search takes any, optimising euler, dpmpp_2m or ddim.",
+                    tooltip="Sampler of the final image. Search: any. Optimisation: euler, dpmpp_2m or ddim.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=SCHEDULERS,
                     default="normal",
-                    tooltip="Of the finished picture. The short runs of a search take beta.",
+                    tooltip="Scheduler of the final image. The short runs of a search use beta.",
                 ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
-                    min=0.0,
+                    min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="As KSampler's. Below 1 a search's short runs begin at the noise level of the full one.",
+                    tooltip="As in KSampler. If it is below 1, the short runs of a search start at the noise level of the full"
+                    " run.",
                 ),
                 io.Int.Input(
                     "iterations",
                     default=30,
                     min=0,
-                    max=10000,
-                    tooltip="Of the optimisation. 0 keeps the noise. 30 are the authors'; 5 suffice from a centroid.",
+                    max=1000,
+                    tooltip="Iterations of the optimisation. 0: the noise is not changed. The authors use 30. With start centroid,"
+                    " 5 are enough.",
                 ),
                 io.Float.Input(
                     "learning_rate",
                     default=0.1,
-                    min=0.0001,
-                    max=10.0,
-                    step=0.01,
-                    round=0.0001,
-                    tooltip="A tenth of it from the fourth iteration on. 0.1 is the authors'; 0.05 from a centroid.",
+                    min=0.001,
+                    max=1.0,
+                    step=0.005,
+                    round=0.001,
+                    tooltip="Step size of the optimisation, divided by 10 from the fourth iteration on. The authors use 0.1."
+                    " With start centroid, use 0.05.",
                 ),
                 io.Float.Input(
                     "semantic_weight",
                     default=10.0,
                     min=0.0,
-                    max=1000.0,
+                    max=100.0,
                     step=0.5,
-                    tooltip="Of the distance to the references' embeddings by clip_vision. 0 is off.",
+                    tooltip="Weight of the distance to the references' clip_vision embeddings. 0: off.",
                 ),
                 io.Float.Input(
                     "appearance_weight",
                     default=1.0,
                     min=0.0,
-                    max=1000.0,
+                    max=100.0,
                     step=0.1,
-                    tooltip="Of the distance to the mean of the references' latents. 0 is off.",
+                    tooltip="Weight of the distance to the mean of the references' latents. 0: off.",
                 ),
                 io.Int.Input(
                     "first_steps",
                     default=4,
                     min=1,
-                    max=10000,
+                    max=1000,
                     advanced=True,
-                    tooltip="Steps of the first round of the search, at most all; they grow from round to round. Pictures of 1 or"
-                    " 2 steps hardly tell which seed is good, unless the model is made for so few.",
+                    tooltip="Sampling steps in the first round of the search, at most the value of steps. Later rounds take more."
+                    " With 1 or 2 steps the ranking is hardly better than chance, except for models that are made for so few"
+                    " steps.",
                 ),
                 io.Float.Input(
                     "survivors",
@@ -169,7 +178,8 @@ class SeedSelect(io.ComfyNode):
                     max=0.5,
                     step=0.05,
                     advanced=True,
-                    tooltip="Share of the candidates that stay from round to round. More is dearer and surer.",
+                    tooltip="Share of the candidates that pass each round. A larger share costs more and loses fewer good"
+                    " candidates.",
                 ),
                 io.Int.Input(
                     "optimized",
@@ -177,50 +187,52 @@ class SeedSelect(io.ComfyNode):
                     min=1,
                     max=64,
                     advanced=True,
-                    tooltip="How many of the best candidates are optimised. The best of them wins.",
+                    tooltip="How many of the best candidates are optimised. The best result is used.",
                 ),
                 io.Int.Input(
                     "optimize_steps",
                     default=0,
                     min=0,
-                    max=10000,
+                    max=1000,
                     advanced=True,
-                    tooltip="Steps of the sampling that is optimised: fewer are faster, and only stand for the finished"
-                    " picture. 0: steps.",
+                    tooltip="Sampling steps during the optimisation. Fewer steps are faster but only approximate the final image."
+                    " 0: the same number as steps.",
                 ),
                 io.Int.Input(
                     "last_steps",
                     default=0,
                     min=0,
-                    max=10000,
+                    max=1000,
                     advanced=True,
-                    tooltip="The gradient passes through the model in that many last steps only: faster, less exact."
-                    " 0: in all.",
+                    tooltip="Backpropagate through the model only in the last n steps. This is faster but less exact. 0: in all"
+                    " steps.",
                 ),
                 io.Boolean.Input(
                     "checkpointing",
                     default=True,
                     advanced=True,
-                    tooltip="Computes activations again instead of keeping them: the memory of one step, whatever steps are."
-                    " Off: a little faster, and the memory of all steps; refused with its size if that is too much.",
+                    tooltip="Gradient checkpointing. On: activations are recomputed, which needs the memory of only one step. Off:"
+                    " a little faster, but needs the memory of all steps. If the memory does not suffice, an error states how"
+                    " much is needed.",
                 ),
                 io.Float.Input(
                     "norm_guard",
                     default=3.0,
                     min=0.0,
-                    max=100.0,
-                    step=0.5,
+                    max=20.0,
+                    step=0.1,
                     advanced=True,
-                    tooltip="How many standard deviations the noise's norm may leave that of random noise. 0: any, as the"
-                    " authors have it.",
+                    tooltip="Largest allowed difference between the norm of the noise and the mean norm of random noise, in"
+                    " standard deviations. 0: no limit, as in the authors' code.",
                 ),
                 io.Int.Input(
                     "patience",
                     default=10,
                     min=0,
-                    max=10000,
+                    max=1000,
                     advanced=True,
-                    tooltip="Iterations without a new best that end an optimisation. 0: none do, as the authors have it.",
+                    tooltip="Stop an optimisation after this many iterations without a better score. 0: never stop early, as in"
+                    " the authors' code.",
                 ),
                 io.Int.Input(
                     "grid_size",
@@ -235,22 +247,26 @@ class SeedSelect(io.ComfyNode):
                 io.Noise.Output(
                     "noise",
                     display_name="noise",
-                    tooltip="For SamplerCustomAdvanced with the same settings, and Save Seed.",
+                    tooltip="The noise, for SamplerCustomAdvanced with the same settings, and for Save Seed.",
                 ),
                 io.Int.Output(
                     "seed",
                     display_name="seed",
-                    tooltip="Of a search: KSampler at batch 1 with it and the same settings gives samples, bit for bit. Else"
-                    " that of the start; the report says whether it reproduces the result.",
+                    tooltip="After a search, if start is noise: KSampler at batch 1 generates the same samples from this seed with"
+                    " the same settings, bit for bit. After an optimisation, if start is noise: the seed of the noise before the"
+                    " optimisation. If start is inversion or centroid: the value of the input seed, from which the noise cannot"
+                    " be generated. The report states whether the seed reproduces the result.",
                 ),
-                io.Latent.Output("samples", display_name="samples", tooltip="Finished: only decode them."),
+                io.Latent.Output("samples", display_name="samples", tooltip="The final latents; decode them."),
                 io.Image.Output(
                     "grid",
                     display_name="grid",
-                    tooltip="The best candidates of the search with number, seed and score, then what was made of them.",
+                    tooltip="The best candidates of the search with number, seed and score, then the final images.",
                 ),
                 io.Image.Output(
-                    "preview", display_name="preview", tooltip="The best picture beside the scores over evaluations."
+                    "preview",
+                    display_name="preview",
+                    tooltip="The best image, and a plot of the scores over model evaluations.",
                 ),
                 io.String.Output("report", display_name="report"),
             ],
@@ -332,34 +348,38 @@ class SeedSelect(io.ComfyNode):
                 checkpoint=checkpointing,
             )
             sampler.allow_gradients(session)
-        others = dict(optimize_steps=optimize_steps, last_steps=last_steps)
-        details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | others)}
+        further = dict(optimize_steps=optimize_steps, last_steps=last_steps)
+        details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | further)}
         details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(weights | {"references": len(references)})}
         select = technique.SeedSelect(settings, sampler)
-        with explained("the model"):
+        with explain_shape_errors("the model"):
             interrupted = run(select, sampler)
         return io.NodeOutput(*outputs(select, interrupted, details, grid_size))
 
 
 def run(select: technique.SeedSelect, sampler: ComfySeedSampler) -> bool:
-    """Run ``select``; True if the user interrupted it: then the best so far is finished. Without any, that is raised."""
+    """Run ``select``; returns True if the user interrupted it.
+
+    In both cases ``select.results`` is not empty: after an interrupt it contains the image of the best noise so far.
+    Raises InterruptProcessingException if the run has no result yet.
+    """
     progress = SelectProgress(select, sampler.model, sampler.decode)
     sampler.callback = progress.callback
 
     def optimize(session: OpenSession) -> None:
-        # the host's own decode could unload what the session has loaded
+        # decode in the session, since ComfyUI's VAE decode could unload the session's models
         select.optimize(session, partial(progress, decode=session.decode))
 
     try:
         select.choose(progress)
         if select.settings.optimizes:
-            assert sampler.gradients is not None  # the node has allowed them
+            assert sampler.gradients is not None  # execute() has called allow_gradients
             sampler.gradients.run(optimize)
-        select.draw(progress)
+        select.generate(progress)
     except InterruptProcessingException:
         if select.best is None:
             raise
-        select.settle()
+        select.finish_interrupted()
         return True
     return False
 

@@ -1,4 +1,4 @@
-"""The pack's own sockets, and what each of them carries."""
+"""The socket types of the pack; the comment after each names the Python type of its values."""
 
 import torch
 from comfy_api.latest import io
@@ -12,10 +12,11 @@ FaceRefinerSocket = io.Custom("FACE_REFINER")  # techniques.face_refiner.comfy_m
 MaskedTokenModelSocket = io.Custom("MASKED_TOKEN_MODEL")  # techniques.masked_tokens.comfy_model.MaskedTokenModel
 TokensSocket = io.Custom("TOKENS")  # techniques.masked_tokens.tokens.Tokens
 MaskedTokenLoraSocket = io.Custom("MASKED_TOKEN_LORA")  # techniques.masked_tokens.lora.Lora
-# not the host's class: it has a box for default, which clients that make prompts of saved workflows send for an empty socket
-BoxesSocket = io.Custom(io.BoundingBox.io_type)
+# ComfyUI's boxes, and the SEGS of Impact Pack's detectors. io.BoundingBox has a default box, which clients that convert
+# saved workflows send even if the socket is not connected; BoxesSocket has no default.
+BoxesSocket = io.Custom(f"{io.BoundingBox.io_type},SEGS")
 
 
 def blank(model: MaskedTokenModel) -> Tokens:
-    """One unknown token, with the sizes of the model's."""
+    """A single masked token with the codebook, mask id and downscale of ``model``."""
     return Tokens(torch.full((1, 1, 1), model.mask_id), model.codebook, model.mask_id, model.downscale)

@@ -1,16 +1,23 @@
-"""Pairs of pictures for Train Face Refiner: collected on disk over many runs, and read again in matching order."""
+"""SaveTrainingPairs and LoadTrainingPairs: image pairs for Train Face Refiner, collected on disk over many runs."""
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..demo import modules
 from ..host.files import workflow_metadata
-from ..techniques.face_refiner.comfy_pairs import chosen, fingerprint, load_pairs, pair_folders, save_pairs
+from ..techniques.face_refiner.comfy_pairs import (
+    fingerprint,
+    load_pairs,
+    missing_folder,
+    pair_folders,
+    save_pairs,
+    selected,
+)
 from .checked_inputs import checks_inputs
 
 
-def offered() -> list[str]:
-    """The data sets that can be read: the user's, then those that come with the pack."""
+def data_sets() -> list[str]:
+    """Data sets that can be loaded: the user's, then the data set that comes with the pack."""
     return [*pair_folders(), modules.FACE_PAIRS]
 
 
@@ -23,31 +30,32 @@ class SaveTrainingPairs(io.ComfyNode):
             display_name="Save Training Pairs",
             category="chorus/train",
             description=(
-                "Adds pairs of pictures to a data set on disk, numbered on from what is there. Queue it as often as you like,"
-                " stop at any time and go on later."
+                "Adds image pairs to a data set on disk; numbers continue after the last pair. Queue as many runs as you"
+                " like, stop at any time and continue later."
             ),
             search_aliases=["save dataset", "paired images", "pix2pix", "collect pairs"],
             is_output_node=True,
             is_input_list=True,
             inputs=[
                 io.Image.Input(
-                    "source", tooltip="What is to be changed: of the distilled model. RGB; batches and lists."
+                    "source",
+                    tooltip="Images of the distilled model, which Train Face Refiner takes as source. RGB; batches and lists.",
                 ),
                 io.Image.Input(
                     "target",
-                    tooltip="What it is to become: of the base model, by the same prompts and seeds. As many pictures, and as"
-                    " large.",
+                    tooltip="Images of the base model with the same prompts and seeds, in the same number and sizes as"
+                    " source.",
                 ),
                 io.String.Input(
                     "prompt",
                     optional=True,
                     force_input=True,
-                    tooltip="Kept beside the pictures: one for all, for each pair, or for each batch.",
+                    tooltip="Saved with the images: one prompt for all, for each pair, or for each batch.",
                 ),
                 io.String.Input(
                     "folder",
                     default="training_pairs",
-                    tooltip="Below the output folder. Gets source/00001.png, target/00001.png and prompts.jsonl.",
+                    tooltip="Folder below the output folder, for source/00001.png, target/00001.png and prompts.jsonl.",
                 ),
             ],
             outputs=[],
@@ -59,7 +67,10 @@ class SaveTrainingPairs(io.ComfyNode):
         cls, source: list[Tensor], target: list[Tensor], folder: list[str], prompt: list[str] | None = None
     ) -> io.NodeOutput:
         if len(set(folder)) != 1:
-            raise ValueError(f"{len(set(folder))} folders are wired; pairs of one run go to one folder")
+            raise ValueError(
+                f"folder has {len(set(folder))} different values, but a run saves to one folder; connect a single"
+                " folder name"
+            )
         saved = save_pairs(folder[0], source, target, prompt or [""], workflow_metadata(cls.hidden))
         return io.NodeOutput(ui={"images": saved})
 
@@ -72,19 +83,19 @@ class LoadTrainingPairs(io.ComfyNode):
             node_id="LoadTrainingPairs",
             display_name="Load Training Pairs",
             category="chorus/train",
-            description="Reads the pairs that Save Training Pairs wrote, as lists in matching order. Half pairs are left out.",
+            description="Loads the pairs that Save Training Pairs wrote, as lists in matching order. Incomplete pairs are skipped.",
             search_aliases=["load dataset", "paired images", "pix2pix"],
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=offered(),
-                    tooltip="Folders with a prompts.jsonl, in the input or the output folder, and pairs of small face signs that come"
-                    " with the pack.",
+                    options=data_sets(),
+                    tooltip="Folders with a prompts.jsonl in the input or output folder, and a set of small emoji faces that"
+                    " comes with the pack.",
                 ),
                 io.Int.Input(
-                    "first", default=0, min=0, max=1_000_000, tooltip="Pairs that are left out at the beginning."
+                    "first", default=0, min=0, max=1_000_000, tooltip="Number of pairs to skip at the beginning."
                 ),
-                io.Int.Input("count", default=0, min=0, max=1_000_000, tooltip="How many pairs are read. 0: all."),
+                io.Int.Input("count", default=0, min=0, max=1_000_000, tooltip="Number of pairs to load. 0: all."),
             ],
             outputs=[
                 io.Image.Output("source", display_name="source", is_output_list=True),
@@ -95,8 +106,8 @@ class LoadTrainingPairs(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None) -> bool | str:
-        # None is a wired name, known only when the node runs
-        return folder is None or folder in offered() or f"there is no folder of pairs '{folder}'; refresh the list"
+        # None: the name comes from another node and is known only when this node runs
+        return folder is None or folder in data_sets() or missing_folder(folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, first: int | None, count: int | None) -> str | float:
@@ -106,7 +117,7 @@ class LoadTrainingPairs(io.ComfyNode):
     def execute(cls, folder: str, first: int, count: int) -> io.NodeOutput:
         if folder != modules.FACE_PAIRS:
             return io.NodeOutput(*load_pairs(folder, first, count))
-        return io.NodeOutput(*(chosen(side, folder, first, count) for side in modules.load_face_pairs()))
+        return io.NodeOutput(*(selected(side, folder, first, count) for side in modules.load_face_pairs()))
 
 
 NODES: list[type[io.ComfyNode]] = [SaveTrainingPairs, LoadTrainingPairs]

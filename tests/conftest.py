@@ -1,7 +1,7 @@
-"""Make this folder importable as ``chorus`` and, where there is a ComfyUI, its modules by their own names.
+"""Make the repository importable as the package ``chorus``, and ComfyUI's modules importable under their names.
 
-The ComfyUI is $COMFYUI_PATH, else the one that run.py puts into .host/. Without one, only the tests of pure code are
-left: those of adapters lie in files named test_comfy_*.py, as the adapters in files named comfy_*.py.
+ComfyUI is at $COMFYUI_PATH, or where run.py installs it in .host/. Without ComfyUI, only the tests of pure code run.
+The tests of adapters (comfy_*.py) are in files named test_comfy_*.py.
 """
 
 import errno
@@ -18,20 +18,20 @@ HOST = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".host" / "ComfyUI")
 
 if (HOST / "main.py").is_file():
     os.environ["COMFYUI_PATH"] = str(HOST)
-    # first on the path: our nodes/ folder must not shadow the host's nodes.py
+    # first on the path, so that our nodes/ folder does not shadow ComfyUI's nodes.py
     sys.path.insert(0, str(HOST))
 else:
     collect_ignore = ["robustness", "browser"]
     collect_ignore_glob = ["*/test_comfy_*.py"]
 
-# without a GPU the Triton kernels run in its CPU interpreter; this must be set before they are imported
+# without a GPU, Triton kernels run in its CPU interpreter; the variable must be set before they are imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# loaded from its path: `import run` would find any run.py on the path before ours
+# loaded by path, because `import run` could find another run.py
 spec = importlib.util.spec_from_file_location("chorus_run", ROOT / "run.py")
 sys.modules["chorus_run"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["chorus_run"])  # makes this folder the package chorus
+spec.loader.exec_module(sys.modules["chorus_run"])  # makes the repository the package chorus
 
 if os.environ.get("COMFYUI_PATH"):
     from chorus.dev import headless  # ComfyUI as a library in this process
@@ -41,18 +41,19 @@ if os.environ.get("COMFYUI_PATH"):
 
 
 def pytest_report_header():
-    return f"ComfyUI: {HOST}" if os.environ.get("COMFYUI_PATH") else "ComfyUI: none; test_comfy_*.py are left out"
+    return f"ComfyUI: {HOST}" if os.environ.get("COMFYUI_PATH") else "ComfyUI: not found; test_comfy_*.py are skipped"
 
 
 @pytest.fixture(autouse=True)
-def same_draws():
-    """Every test draws the same numbers in every run, alone or among others."""
+def fixed_seed():
+    """Seed torch, so that a test gets the same random numbers whether it runs alone or with others."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def one_thread():
-    """On layers as small as ours, threads that wait for each other on a busy machine cost more than they save."""
+    """Use a single torch thread: on small layers and a busy machine, synchronizing threads takes longer than it
+    saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +67,7 @@ def device() -> str:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Every file is half written, then there is no room."""
+    """Make every file write fail halfway, as on a full disk."""
 
     def full(file):
         os.truncate(file, os.fstat(file).st_size // 2)

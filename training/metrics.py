@@ -1,7 +1,7 @@
-"""How far two pictures are apart, for networks that learn from it.
+"""Image distances for training losses.
 
-Pictures are [B, H, W, 3] in 0..1, a distance of two batches of them is [B]; its gradient goes to the first, the second is
-the truth. Distances of plain numbers (L1, Huber) take tensors of any shape.
+A distance takes two batches of images [B, H, W, 3] in 0..1, prediction and target, and returns one number per image
+[B]. Only the prediction gets a gradient. Elementwise distances (L1, Huber) take tensors of any shape.
 """
 
 import importlib
@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROUND = 0.1  # below this difference the Huber distance is a square
-LPIPS_SMALLEST = 64  # pixels; its networks shrink pictures up to 32 times
-# what torchvision calls the files that its own loader would fetch
+from ..common.settings import check_choice
+
+HUBER_DELTA = 0.1  # the Huber distance is quadratic below this difference
+LPIPS_MIN_SIDE = 64  # pixels; the LPIPS backbones downsample by factors up to 32
+# file names of torchvision's pretrained weights
 BACKBONES = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
@@ -31,14 +33,15 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def huber(a: Tensor, b: Tensor) -> Tensor:
-    """L1 with a round bottom: Huber's distance over its delta, for numbers of about unit size."""
-    return F.smooth_l1_loss(a, b, reduction="none", beta=ROUND).flatten(1).mean(1)
+    """Smooth L1: Huber's distance divided by its delta, for values of about unit size."""
+    return F.smooth_l1_loss(a, b, reduction="none", beta=HUBER_DELTA).flatten(1).mean(1)
 
 
 def join_features(layers: Sequence[Tensor]) -> Tensor:
-    """Features [B, ..., W] of several layers as one [B, D], whose squared distance is LPIPS's without learned weights:
+    """Features [B, ..., W] of several layers, joined to one vector [B, D] per image.
 
-    the mean over layers and positions of |u − v|², u and v the features of a position as unit vectors.
+    The squared distance of two joined vectors is LPIPS without learned weights: the mean over layers and positions of
+    |u − v|², where u and v are the features of the two images at a position, normalised to unit length.
     """
     rows = []
     for layer in layers:
@@ -48,73 +51,76 @@ def join_features(layers: Sequence[Tensor]) -> Tensor:
 
 
 def feature_distance(features: Callable[[Tensor], Tensor]) -> Distance:
-    """The squared distance of ``features`` [B, D] of pictures, such as ``join_features`` makes of an encoder's layers."""
+    """Squared distance of the ``features`` [B, D] of images, for example those of ``join_features``."""
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         with torch.no_grad():
-            truth = features(b)
-        return (features(a) - truth).square().sum(1)
+            target = features(b)
+        return (features(a) - target).square().sum(1)
 
     return distance
 
 
 def lpips_distance(network: str = "alex", device: torch.device | str = "cpu") -> Distance:
-    """LPIPS (arXiv 1801.03924) by its authors' package. A ValueError, with what to do, where the package or its backbone
-    is not there: nothing is downloaded."""
-    if network not in BACKBONES:
-        raise ValueError(f"LPIPS has no network '{network}'; use one of {', '.join(BACKBONES)}")
+    """LPIPS (arXiv 1801.03924) from its authors' package.
+
+    Raises a ValueError if the package or the weights of the backbone are missing; nothing is downloaded.
+    """
+    check_choice("the LPIPS network", network, BACKBONES)
     try:
         package = importlib.import_module("lpips")
     except ImportError as error:
         raise ValueError(
-            "the metric LPIPS needs the package 'lpips', which is not installed: run `python -m pip install lpips` with"
-            " ComfyUI's Python, or use another metric (that of a CLIP_VISION is its like)"
+            "the metric LPIPS needs the package 'lpips', which is not installed; run `python -m pip install lpips` with"
+            " ComfyUI's Python, or use another metric (clip_vision is similar)"
         ) from error
     file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[network]
     if not file.is_file():
         raise ValueError(
-            f"LPIPS compares the features of a network whose weights are not on this disk, and nothing is downloaded on"
-            f" its own: put {BACKBONE_URL}{file.name} into {file.parent}, or use another metric"
+            f"the weights of the LPIPS backbone '{network}' are missing and are not downloaded automatically;"
+            f" download {BACKBONE_URL}{file.name} into {file.parent}, or use another metric"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torchvision, about how the package asks for its weights
+        warnings.simplefilter("ignore")  # torchvision deprecates the arguments that the package uses
         model = package.LPIPS(net=network, verbose=False)
     model = model.to(device).eval().requires_grad_(False)
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        found = model(*(_large_enough(p).to(device) for p in (a, b)), normalize=True)
-        return found.flatten(1).mean(1).to(a.device)
+        distances = model(*(_large_enough(p).to(device) for p in (a, b)), normalize=True)
+        return distances.flatten(1).mean(1).to(a.device)
 
     return distance
 
 
-def _large_enough(pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] -> [B, 3, H, W], enlarged where a backbone would shrink it to nothing."""
-    pictures = pictures[..., :3].movedim(-1, 1).float()
-    scale = LPIPS_SMALLEST / min(pictures.shape[-2:])
-    return pictures if scale <= 1 else F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=True)
+def _large_enough(images: Tensor) -> Tensor:
+    """[B, H, W, 3] -> [B, 3, H, W], with the shorter side enlarged to at least LPIPS_MIN_SIDE."""
+    images = images[..., :3].movedim(-1, 1).float()
+    scale = LPIPS_MIN_SIDE / min(images.shape[-2:])
+    return images if scale <= 1 else F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
 
 
 class CropMetric:
-    """The distance of two latents [B, C, h, w] in pictures: of one crop of each, so that memory does not grow with them.
+    """Distance of the images of two latents [B, C, h, w], on one decoded crop per image.
 
-    decode    latents -> pictures
-    distance  of pictures
-    crop      side of the crops in latent positions; shorter sides are taken whole
+    The memory therefore does not grow with the size of the latents.
+
+    decode    function from latents to images
+    distance  distance of images
+    crop      side of the crops in latent positions; a shorter side of the latent is not cropped
     """
 
     def __init__(self, decode: Callable[[Tensor], Tensor], distance: Distance, crop: int) -> None:
         self.decode, self.distance, self.crop = decode, distance, crop
 
     def __call__(self, a: Tensor, b: Tensor, places: Tensor) -> Tensor:
-        """``places`` [B, 2] in 0..1: where each crop lies, of the room that there is for it."""
+        """``places`` [B, 2] in 0..1: vertical and horizontal position of each crop, 0 top left, 1 bottom right."""
         with torch.no_grad():
-            truth = self.decode(crops(b, places, self.crop))
-        return self.distance(self.decode(crops(a, places, self.crop)), truth)
+            target = self.decode(crops(b, places, self.crop))
+        return self.distance(self.decode(crops(a, places, self.crop)), target)
 
 
 def crops(x: Tensor, places: Tensor, size: int) -> Tensor:
-    """The squares of ``size`` of x [B, C, h, w] at ``places`` [B, 2] in 0..1."""
+    """Square crops with side ``size`` of x [B, C, h, w] at ``places`` [B, 2] in 0..1."""
     sides = [min(size, n) for n in x.shape[-2:]]
     cut = []
     for row, place in zip(x, places.tolist()):
@@ -124,10 +130,10 @@ def crops(x: Tensor, places: Tensor, size: int) -> Tensor:
 
 
 def grad(a: Tensor, b: Tensor) -> Tensor:
-    """GRAD (arXiv 2505.02255): mean |∇_h a − ∇_h b| + mean |∇_v a − ∇_v b| of pictures [B, H, W, C] in any scale.
+    """GRAD (arXiv 2505.02255): mean |∇_h a − ∇_h b| + mean |∇_v a − ∇_v b| of images [B, H, W, C] with values of any range.
 
-    The paper does not publish its ∇; forward differences of each channel are ours.
+    The paper does not define its ∇; forward differences of each channel are our choice.
     """
-    apart = a - b
-    vertical, horizontal = (apart.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2))
+    difference = a - b
+    vertical, horizontal = (difference.diff(dim=axis).abs().flatten(1).mean(1) for axis in (1, 2))
     return vertical + horizontal

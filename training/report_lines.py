@@ -1,11 +1,13 @@
-"""Lines that the reports of all trainings have in common."""
+"""Lines common to the reports of all trainings."""
 
 from .loop import TrainingLoop
 
-TRAINED_ON = "the training pictures: too few to hold some out"  # what evaluations use then
+# the evaluated images as reports name them if there is no validation split
+TRAINING_IMAGES = "the training images (too few for a validation split)"
 
 
-def started(loop: TrainingLoop) -> str:
+def run_settings(loop: TrainingLoop) -> str:
+    """Line with the steps, batch sizes, learning rate and seed of a run."""
     settings = loop.settings
     resumed = f", resumed at step {loop.first_step}" if loop.resumed else ""
     return (
@@ -14,13 +16,13 @@ def started(loop: TrainingLoop) -> str:
     )
 
 
-def verdict(before: float, after: float) -> str:
-    """By the losses of the evaluations before and after."""
-    return "it learned" if after < before else "it did NOT learn: use more steps or another learning rate"
+def improvement(before: float, after: float) -> str:
+    """Phrase that states whether the evaluation loss improved, with a remedy if it did not."""
+    return "it improved" if after < before else "it did NOT improve: use more steps or another learning rate"
 
 
-def restored(loop: TrainingLoop) -> list[str]:
-    """A line where the best checkpoint is not the last step."""
+def best_step(loop: TrainingLoop) -> list[str]:
+    """A list with one line that names the step of the best checkpoint, or an empty list if the last step is the best."""
     if loop.done == len(loop.losses["loss"]):
         return []
-    return [f"that is after {loop.done} steps of this run, where it was lowest; these weights are handed out"]
+    return [f"the loss was lowest after {loop.done} steps of this run; the weights of that step are returned"]

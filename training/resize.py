@@ -1,11 +1,11 @@
-"""Pictures as training wants them."""
+"""Resizing of training images."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def fit_short_side(images: Tensor, size: int) -> Tensor:
-    """``images`` [B, H, W, C] with the shorter side of ``size``, bilinear; as they are where it is already."""
+    """``images`` [B, H, W, C] resized (bilinear) so that the shorter side is ``size``; unchanged if it already is."""
     height, width = images.shape[1:3]
     if min(height, width) == size:
         return images

@@ -1,4 +1,4 @@
-"""Which samples a training holds out, and the order in which it takes the others."""
+"""Validation split of a training, and the random order of its training samples."""
 
 import math
 from dataclasses import dataclass
@@ -7,34 +7,39 @@ import torch
 
 from .generators import seeded_generator
 
-MOST_HELD_OUT = 32  # samples
+MAX_VALIDATION = 32  # samples
 
 
 @dataclass(frozen=True)
 class Split:
-    """The numbers of the samples: those trained on, and those that evaluations use.
+    """Indices of the samples for training and for evaluations.
 
-    ``unseen``: none of ``held`` is trained on. Otherwise the share was less than one sample, and ``held`` are trained ones.
+    ``unseen``: whether ``validation`` is disjoint from ``trained``. If the validation fraction is less than one sample,
+    ``validation`` holds training samples.
     """
 
     trained: list[int]
-    held: list[int]
+    validation: list[int]
     unseen: bool
 
 
 def split(count: int, validation_fraction: float) -> Split:
-    """Hold out a share ``validation_fraction`` of ``count`` samples, evenly spread, at most MOST_HELD_OUT."""
+    """Split ``count`` samples into training and validation samples.
+
+    The validation samples are evenly spread over all samples. Their number is ``validation_fraction`` times ``count``,
+    rounded down, and at most MAX_VALIDATION.
+    """
     if not 0.0 <= validation_fraction < 1.0:
         raise ValueError(
-            f"validation_fraction {validation_fraction:g} is not a share of 0 to 1; use 0.1 for every tenth picture"
+            f"validation_fraction {validation_fraction:g} must be at least 0 and below 1; use 0.1 for every tenth image"
         )
-    number = min(MOST_HELD_OUT, math.floor(validation_fraction * count))
-    held = [int((i + 0.5) * count / number) for i in range(number)]
-    trained = sorted({*range(count)} - {*held})
-    return Split(trained, held or trained[:MOST_HELD_OUT], bool(held))
+    number = min(MAX_VALIDATION, math.floor(validation_fraction * count))
+    validation = [int((i + 0.5) * count / number) for i in range(number)]
+    trained = sorted({*range(count)} - {*validation})
+    return Split(trained, validation or trained[:MAX_VALIDATION], bool(validation))
 
 
 def shuffled(count: int, position: int, *key: int) -> int:
-    """The sample at a position of the run: all ``count`` once, in a new order by ``key``, before any comes again."""
+    """Index of the sample at ``position`` of the run. Each epoch is a new permutation, seeded by ``key``."""
     epoch, place = divmod(position, count)
     return int(torch.randperm(count, generator=seeded_generator(*key, epoch))[place])

@@ -1,16 +1,16 @@
-// Inputs renamed before the first release, in workflows that were saved with the old names. nodes/renames.py does the
-// same for prompts; a test compares both tables.
+// Renames inputs in workflows saved before the first release. nodes/renames.py does the same for prompts in API format;
+// a test compares both tables.
 import { app } from "../../scripts/app.js";
 
 const TRAINING = { accumulation: "gradient_accumulation", average: "ema_decay", held_out: "validation_fraction" };
 const INPUTS = {
   SaliencyNoiseBlend: { crop: "crop_margin" },
   SeedSelect: { keep: "survivors" },
-  ChorusDemoReferences: { sign: "concept" },
-  TrainCasDMHead: { ...TRAINING, sees_x: "condition_on_x_t" },
+  ChorusDemoReferences: { sign: "concept" }, // the saved name; plain: ok
+  TrainCasDMHead: { ...TRAINING, sees_x: "condition_on_x_t" }, // the saved name; plain: ok
   TrainFaceRefiner: TRAINING,
 };
-const VALUES = { ChorusDemoReferences: { "all signs": "all concepts" } };
+const VALUES = { ChorusDemoReferences: { "all signs": "all concepts" } }; // the saved value; plain: ok
 
 function rename(nodes) {
   for (const node of nodes ?? []) {

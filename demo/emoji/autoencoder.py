@@ -1,7 +1,8 @@
-"""The autoencoder of the demo world: 8 times smaller, 8 channels.
+"""The autoencoder of the demo checkpoints: latents with 8 channels, downscaled by 8.
 
-Encoder and decoder are each a linear map of 8 x 8 patches (at the start of training the exact PCA) plus convolutions (at
-the start zero), so that training begins with the best linear code.
+The encoder and the decoder are each the sum of two branches: a linear map of 8 x 8 patches, and convolutions. Training
+initializes the linear map with the exact PCA and the output of the convolutions to zero (dev/recipes/pca.py). So
+training starts from the best linear encoding.
 """
 
 import torch
@@ -12,7 +13,7 @@ PATCH, CHANNELS = 8, 8
 
 
 class ResidualBlock(nn.Module):
-    """[B, C, H, W] -> the same shape; the second convolution starts at zero."""
+    """[B, C, H, W] -> the same shape. Training initializes the second convolution to zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images [B, 3, H, W] in -1..1 -> latents [B, 8, H/8, W/8]"""
+    """Images [B, 3, H, W] in -1..1 -> latents [B, 8, H/8, W/8]."""
 
     def __init__(self, widths: tuple[int, int, int] = (32, 64, 96)) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents [B, 8, h, w] -> images [B, 3, 8h, 8w] in about -1..1"""
+    """Latents [B, 8, h, w] -> images [B, 3, 8h, 8w] in about -1..1."""
 
     def __init__(self, widths: tuple[int, int, int] = (128, 80, 40)) -> None:
         super().__init__()
@@ -78,8 +79,8 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """``encode`` images [B, 3, H, W] in -1..1 to latents [B, 8, H/8, W/8] of mean 0 and variance 1 per channel; ``decode``
-    them. ``shift`` and ``scale`` [8] are the mean and deviation of the trained encoder's output."""
+    """Encodes images [B, 3, H, W] in -1..1 to latents [B, 8, H/8, W/8] with mean 0 and variance 1 per channel, and decodes
+    them. ``shift`` and ``scale`` [8] are the mean and standard deviation of the trained encoder's output."""
 
     shift: Tensor
     scale: Tensor
@@ -97,8 +98,8 @@ class Autoencoder(nn.Module):
         return self.decoder(z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1))
 
     def preview_factors(self) -> tuple[list[list[float]], list[float]]:
-        """(factors [8, 3], bias [3]) of the linear decoder: the mean colour of a latent's patch, in -1..1, as the host's
-        latent previews expect it."""
+        """(factors [8, 3], bias [3]) for ComfyUI's latent2rgb previews. They map a latent to the mean colour of its
+        linearly decoded patch, in -1..1."""
         mean = self.decoder.linear.weight.mean((2, 3))
         factors = self.scale[:, None] * mean
         return factors.tolist(), (self.decoder.mean.mean((1, 2)) + self.shift @ mean).tolist()

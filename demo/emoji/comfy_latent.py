@@ -1,4 +1,4 @@
-"""The latent space of the demo world as the host's LatentFormat and VAE."""
+"""The latent space of the demo checkpoints as ComfyUI's LatentFormat and VAE."""
 
 import comfy.latent_formats
 import comfy.ldm.models.autoencoder
@@ -11,7 +11,7 @@ from .autoencoder import CHANNELS, PATCH, Autoencoder
 
 
 class ChorusEmojiLatent(comfy.latent_formats.LatentFormat):
-    """8 channels, 8 pixels per latent, and the colours of previews."""
+    """ComfyUI's latent format: 8 channels, 8 x 8 pixels per latent position, preview colours."""
 
     latent_channels = CHANNELS
     spacial_downscale_ratio = PATCH
@@ -22,7 +22,7 @@ class ChorusEmojiLatent(comfy.latent_formats.LatentFormat):
             self.latent_rgb_factors, self.latent_rgb_factors_bias = autoencoder.preview_factors()
 
 
-# The host's VAE accepts the configuration of its own kind of autoencoder; the smallest one is built and then replaced.
+# ComfyUI's VAE accepts only configs of its own autoencoder, so a minimal one is built and then replaced
 PLACEHOLDER = {
     "embed_dim": CHANNELS,
     "ddconfig": {
@@ -41,12 +41,12 @@ PLACEHOLDER = {
 
 
 def make_vae(autoencoder: Autoencoder) -> comfy.sd.VAE:
-    """The host's VAE object around an ``Autoencoder``."""
+    """A ComfyUI VAE around an ``Autoencoder``."""
     weights = comfy.ldm.models.autoencoder.AutoencoderKL(**PLACEHOLDER).state_dict()
     vae = comfy.sd.VAE(sd=weights, config={"params": PLACEHOLDER}, dtype=torch.float32)
-    vae.first_stage_model = autoencoder.eval().requires_grad_(False)  # ty: ignore[invalid-assignment]  # any module will do
+    vae.first_stage_model = autoencoder.eval().requires_grad_(False)  # ty: ignore[invalid-assignment]  # any module works
     vae.latent_channels = CHANNELS
-    # measured on float32 activations: at most 160 channels of a quarter of the pixels at once, in and out of a layer
+    # bytes, from a measurement with float32 activations: 64 values per pixel to encode, 128 to decode
     vae.memory_used_encode = lambda shape, dtype: 4 * 64 * shape[2] * shape[3]
     vae.memory_used_decode = lambda shape, dtype: 4 * 128 * PATCH * PATCH * shape[2] * shape[3]
     comfy.model_management.archive_model_dtypes(autoencoder)

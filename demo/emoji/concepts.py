@@ -1,4 +1,4 @@
-"""The concepts of the demo world, the words of its captions, how often each concept occurs, and what training never sees."""
+"""The concepts of the demo checkpoints, the words of their captions and the frequency of each concept in training."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 DATA = Path(__file__).resolve().parent / "data"
 TONES = ("light", "medium", "dark")
 STYLES = ("glossy", "flat")  # Fluent emoji in 3D; Twemoji
-COLORS = {  # soft ones, on which the emoji stand out
+COLORS = {  # background colours; soft, so that the emoji are clearly visible
     "white": (255, 255, 255),
     "grey": (202, 206, 213),
     "yellow": (255, 232, 158),
@@ -26,7 +26,8 @@ PAD, START, UNKNOWN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Concept:
-    """``code``: the emoji's code points as both npm packages name their files; ``tones``: those of its skin tones."""
+    """An emoji. ``code``: its code points, as in the file names of both npm packages. ``tones``: the codes of its skin
+    tones."""
 
     name: str
     domain: str
@@ -35,7 +36,7 @@ class Concept:
 
 
 class Frequency(TypedDict):
-    """How often training draws each name: rank 0 is the most frequent, a bin is frequent, medium or rare."""
+    """The frequency of each concept in training: rank 0 is the most frequent; a bin is frequent, medium or rare."""
 
     seed: int
     rank: dict[str, int]
@@ -43,7 +44,7 @@ class Frequency(TypedDict):
 
 
 def load_concepts() -> list[Concept]:
-    """All concepts in the committed order: index = class number everywhere in the demo world."""
+    """All concepts in the order of the file; the index of a concept is its class number everywhere."""
     return [Concept(**entry) for entry in _read("concepts.json")]
 
 
@@ -53,12 +54,12 @@ def load_frequency() -> Frequency:
 
 
 def phrase(words: str) -> str:
-    """'a cat', 'an owl', 'cherries': a concept as the captions name it."""
+    """'a cat', 'an owl', 'cherries': the concept with its article, as in captions."""
     return words if words in PLURALS else ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def vocabulary() -> list[str]:
-    """Every word of the caption grammar in the order of the token numbers, special tokens first."""
+    """Every word of the caption grammar in the order of token ids, special tokens first."""
     grammar = "a an on in of left right above below fading to style".split()
     words = ["<pad>", "<s>", "<unk>", *grammar, *STYLES, *TONES, *COLORS]
     return words + [word for concept in load_concepts() for word in concept.name.split()]

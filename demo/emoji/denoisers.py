@@ -1,4 +1,4 @@
-"""Sizes of the demo world's denoisers, in the terms of the host's network classes."""
+"""Sizes of the demo denoisers, as arguments of ComfyUI's network classes."""
 
 from .autoencoder import CHANNELS
 from .text import WIDTH
@@ -12,7 +12,8 @@ GENERAL = {  # UNetModel, v-prediction
     "channel_mult": (1, 2),
     "transformer_depth": [0, 0, 1],
     "transformer_depth_middle": 1,
-    "transformer_depth_output": [0, 0, 1, 1, 1],  # from the end: one at 16 x 16, where relations are placed
+    # ComfyUI reads this list from its end. One block at 16 x 16 has a transformer, for spatial relations.
+    "transformer_depth_output": [0, 0, 1, 1, 1],
     "context_dim": WIDTH,
     "use_spatial_transformer": True,
     "use_linear_in_transformer": False,

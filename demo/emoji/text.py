@@ -13,21 +13,41 @@ from ...common.operations import Operations
 from .concepts import PAD, START, UNKNOWN, vocabulary
 
 WIDTH, HEADS, LAYERS, LENGTH = 96, 4, 2, 20
-VOCABULARY = vocabulary()
-INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+class Vocabulary:
+    """The vocabulary of a text encoder, in the order of token ids. The first three are PAD, START and UNKNOWN."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+        self._index = {word: i for i, word in enumerate(words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._index
+
+    def number(self, word: str) -> int:
+        """The token id of a word; UNKNOWN if it is not in the vocabulary."""
+        return self._index.get(word, UNKNOWN)
+
+    def token_rows(self, captions: Sequence[str]) -> Tensor:
+        """Token ids, int64 [B, 20]: start, words, padding. Truncates long captions, so use it only where captions
+        fit."""
+        rows = torch.full((len(captions), LENGTH), PAD)
+        for row, caption in zip(rows, captions):
+            ids = [START, *map(self.number, words_of(caption))][:LENGTH]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
 
 
 def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
 
 
-def token_rows(captions: Sequence[str]) -> Tensor:
-    """int64 [B, 20]: start, words, padding. For training: captions of the grammar always fit."""
-    rows = torch.full((len(captions), LENGTH), PAD)
-    for row, caption in zip(rows, captions):
-        ids = [START, *(INDEX.get(word, UNKNOWN) for word in words_of(caption))][:LENGTH]
-        row[: len(ids)] = torch.tensor(ids)
-    return rows
+VOCABULARY = Vocabulary(vocabulary())
+token_rows = VOCABULARY.token_rows
 
 
 class Layer(nn.Module):
@@ -45,11 +65,13 @@ class Layer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """tokens [B, T] -> (states [B, T, 96], the states of ``intermediate_output`` or None, a projection of the summary and
-    the summary [B, 96]); T at most 20, every word sees every other.
+    """The text transformer: token ids [B, T] -> four outputs. T is at most 20, and attention is not causal.
 
-    Takes the arguments with which the host's SDClipModel builds and calls its text models.
+    The outputs are the states [B, T, 96], the states of layer ``intermediate_output`` (or None), the projected pooled
+    text [B, 96] and the pooled text [B, 96]. ComfyUI's SDClipModel requires these signatures of its text models.
     """
+
+    vocabulary = VOCABULARY
 
     def __init__(
         self,
@@ -61,7 +83,7 @@ class TextModel(nn.Module):
         super().__init__()
         kw: dict[str, Any] = {"dtype": dtype, "device": device}
         self.num_layers = LAYERS
-        self.embed = operations.Embedding(len(VOCABULARY), WIDTH, **kw)
+        self.embed = operations.Embedding(len(self.vocabulary), WIDTH, **kw)
         self.position = operations.Embedding(LENGTH, WIDTH, **kw)
         self.layers = nn.ModuleList(Layer(dtype, device, operations) for _ in range(LAYERS))
         self.norm = operations.LayerNorm(WIDTH, **kw)
@@ -83,7 +105,7 @@ class TextModel(nn.Module):
         **_: object,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         x = self.embed(tokens) if embeds is None else embeds
-        t = min(x.shape[1], LENGTH)  # a textual inversion may lengthen a chunk: its last tokens are cut
+        t = min(x.shape[1], LENGTH)  # textual inversions may lengthen a chunk, which is then truncated
         x = x[:, :t] + self.position(torch.arange(t, device=x.device)).to(x.dtype)
         states = []
         for layer in self.layers:
@@ -97,7 +119,7 @@ class TextModel(nn.Module):
 
 
 def read(model: TextModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(states [B, 20, 96], summary [B, 96]) of captions, on the model's device."""
+    """(states [B, 20, 96], projected pooled text [B, 96]) of captions, on the model's device."""
     tokens = token_rows(captions).to(next(model.parameters()).device)
     states, _, projected, _ = model(tokens)
     return states, projected

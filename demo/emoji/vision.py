@@ -1,7 +1,10 @@
-"""The image-text encoder: CLIP's vision transformer on a convolutional stem, and a text tower for retrieval.
+"""Sizes and stem of the image-text encoder: CLIP's vision transformer on a convolutional stem, and a text tower for
+retrieval.
 
-The names of the weights are those of the host's CLIPVisionModelProjection.
+The weight names are those of ComfyUI's CLIPVisionModelProjection.
 """
+
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -27,11 +30,14 @@ CONFIG = {
 
 
 class Stem(nn.Sequential):
-    """[B, 3, 128, 128] -> [B, 96, 8, 8]: four strided convolutions and a plain one in place of a single patch projection."""
+    """[B, 3, H, W] -> [B, 96, 8, 8], in place of CLIP's patch projection.
 
-    def __init__(self, operations: Operations = nn) -> None:
+    Consists of strided convolutions with the output channels ``widths`` and a final convolution without stride.
+    """
+
+    def __init__(self, operations: Operations = nn, widths: Sequence[int] = STEM) -> None:
         layers, last = [], 3
-        for c in STEM:
+        for c in widths:
             layers += [operations.Conv2d(last, c, 3, stride=2, padding=1), operations.GroupNorm(8, c), nn.SiLU()]
             last = c
         super().__init__(*layers, operations.Conv2d(last, WIDTH, 3, padding=1))

@@ -1,1 +1,1 @@
-"""One script per claim. Each prints what it measured, on which machine, and keeps it in results/."""
+"""Benchmark scripts, one per claim. Each prints its results and writes them to results/ with machine and versions."""

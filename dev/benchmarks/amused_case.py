@@ -1,4 +1,4 @@
-"""aMUSEd at its published sizes with one set of random weights, in diffusers and as the pack runs it."""
+"""aMUSEd at its published sizes, in diffusers and in the pack, both with the same random weights."""
 
 import importlib
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ...techniques.masked_tokens.networks.vq import load_vq
 from .diffusers_pipelines import diffusers_pipelines
 from .random_models import fill
 
-# what config.json of amused-256 and amused-512 says beside diffusers' defaults
+# settings in which amused-256 and amused-512 differ from diffusers' defaults
 TRANSFORMER = {
     256: {"downsample": False, "upsample": False, "sample_size": 16},
     512: {"downsample": True, "upsample": True, "sample_size": 32},
@@ -39,7 +39,7 @@ class Case:
     size: int  # pixels along one side: 256 or 512
     batch: int
     steps: int
-    dtype: str  # of the transformer; the VQ-GAN is float32 on both sides
+    dtype: str  # of the transformer; the VQ-GAN is float32 in diffusers and in the pack
 
     @property
     def title(self) -> str:
@@ -47,7 +47,7 @@ class Case:
 
 
 def random_networks(size: int, dtype: torch.dtype):
-    """diffusers' transformer and VQ-GAN, on the CPU."""
+    """diffusers' transformer and VQ-GAN with random weights, on the CPU."""
     diffusers = diffusers_pipelines()
     vq_model = importlib.import_module("diffusers.models.autoencoders.vq_model")
     blocks = len(VQ["block_out_channels"])
@@ -65,14 +65,14 @@ def random_networks(size: int, dtype: torch.dtype):
 
 
 def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random states [batch, 77, 768] and pooled [batch, 768]: both sides get the text encoded."""
+    """Random text states [batch, 77, 768] and pooled outputs [batch, 768]: the inputs of diffusers and of the pack."""
     generator = torch.Generator().manual_seed(batch)
     states = torch.randn(batch, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
     return states, torch.randn(batch, TEXT_WIDTH, generator=generator)
 
 
 def diffusers_run(case: Case, networks, compiled: bool = False) -> Callable[[], torch.Tensor]:
-    """A call of diffusers' pipeline: pictures [B, 3, H, W]."""
+    """A function that calls diffusers' pipeline and returns images [B, 3, H, W]."""
     diffusers = diffusers_pipelines()
     device = comfy.model_management.get_torch_device()
     transformer, vq = (network.to(device) for network in networks)
@@ -100,7 +100,7 @@ def diffusers_run(case: Case, networks, compiled: bool = False) -> Callable[[], 
 
 
 def chorus_model(networks) -> MaskedTokenModel:
-    """The same weights, not copies of them, in the host's hands."""
+    """The pack's model with the same weights, without copies."""
     transformer, vq = networks
     operations = casting_operations(linear)
     uvit = load_uvit(transformer.state_dict(), dict(transformer.config), operations)
@@ -108,7 +108,7 @@ def chorus_model(networks) -> MaskedTokenModel:
 
 
 def chorus_run(case: Case, model: MaskedTokenModel) -> Callable[[], torch.Tensor]:
-    """A call of the pack's node: pictures [B, H, W, 3]."""
+    """A function that calls the pack's node and returns images [B, H, W, 3]."""
     states, pooled = text(2 * case.batch)
 
     def conditioning(rows):

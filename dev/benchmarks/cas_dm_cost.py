@@ -1,20 +1,22 @@
-"""What does a Cas-DM head cost beside the model that wears it? Times and memory of sampling with the head on and off.
+"""Cost of a Cas-DM head: time and memory of sampling with and without the head.
 
-Every round samples four times by the host's sampler, with the head and without it in turn, first one and then the other:
-unguided (cfg 1), where the model makes one prediction a step and the head weighs most, and guided, where it makes two. The
-model's step is the time inside its forwards with the head off; what the head adds is, of the two runs of one round,
+Every round samples four times with ComfyUI's sampler: unguided and guided, each with and without the head in
+alternating order. Unguided sampling (cfg 1) needs one prediction of the model per step, so the head's relative cost is
+largest there. Guided sampling needs two. The model's step is the time in its forward passes without the head. The cost
+of the head is measured in three ways, for unguided and for guided sampling ("on" is with the head, "off" without it):
 
-  on - off, per step: everything that a user waits for. It holds the jitter of the model's own forwards, which on a CPU is
-    larger than the head's work.
-  between the forwards, on - off, per step: without that jitter, but also without what the head may do to the model's
-    forwards by taking turns with them in the caches. The head computes nowhere else, so this is held against the target
-    too.
-  the head alone: its hook's computation, called by itself.
+  on - off, per step: the difference of the whole runs, as a user notices it. It contains the variation of the model's
+    forward passes, which exceeds the head's time on a CPU.
+  between the forwards, on - off, per step: the difference of the time outside the model's forward passes. The head
+    computes only there, so this quantity is also compared with the target. It excludes the variation of the forward
+    passes. It also excludes effects of the head on the forward passes, such as cache misses.
+  the head alone: the time of its hook, called separately.
 
-FLOPs are counted by torch on the shapes of a step (2 per multiplication and addition), of the SD 1.5-sized model.
+torch counts the FLOPs of one prediction of the SD 1.5-sized model and of the head (2 per multiplication and addition).
 
-Memory is the highest of a fresh process that samples unguided: what CUDA has allocated, or on a CPU the resident memory,
-less what it was before there was a model. The SD 1.5-sized checkpoint is random: what it costs is real.
+Memory is the peak of a new process that samples unguided, minus its memory before the model was created. It is the
+memory that CUDA allocated, or the resident memory on a CPU. The SD 1.5-sized checkpoint has random weights; its cost is
+that of a real one.
 """
 
 import argparse
@@ -30,35 +32,36 @@ headless.start()
 
 import comfy.ldm.modules.attention as attention  # noqa: E402
 import comfy.model_management  # noqa: E402
-import comfy.sample  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
 
 from ...demo.modules import load_checkpoint  # noqa: E402
 from ...nodes.cas_dm import CasDMHead  # noqa: E402
-from ...techniques.cas_dm.comfy_hook import CASTING, made_for  # noqa: E402
+from ...techniques.cas_dm.comfy_hook import CASTING, head_target  # noqa: E402
 from ...techniques.cas_dm.mix import refine  # noqa: E402
 from ...techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head  # noqa: E402
-from .environment import facts, keep  # noqa: E402
-from .fresh_process import forget_peak, in_fresh_process, resident  # noqa: E402
-from .fusion_case import DTYPES, GIB, ROOM  # noqa: E402
+from ..old_world.evaluate import encode, sample  # noqa: E402
+from .environment import busy_percent, publish, script_parser  # noqa: E402
+from .fresh_process import allocated, in_fresh_process, reset_peak  # noqa: E402
+from .fusion_case import DTYPES, GIB, RESERVE  # noqa: E402
 from .fusion_cost import verdict  # noqa: E402
 from .random_models import SD15, SD15_PARAMETERS, conditioning, sd15  # noqa: E402
 from .stopwatch import Stopwatch, Timing, median  # noqa: E402
 
 TIME_TARGET, MEMORY_TARGET = 0.05, 0.02
-HELD = {"whole_share": "on - off", "between_share": "between the forwards"}  # against the former
+# quantities that are compared with TIME_TARGET
+COMPARED = {"whole_share": "on - off", "between_share": "between the forwards"}
 GUIDANCE = {"unguided": 1.0, "guided": 5.0}
 OFF, ON = "off", "on"
-SEED, ALONE = 1, 20  # calls of the head by itself
+SEED, ALONE = 1, 20  # ALONE: number of separate calls of the head
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``size``: side of the latent."""
+    """A checkpoint and its sampling settings."""
 
     name: str
-    size: int
+    size: int  # side of the latent
     steps: int
     dtype: str
 
@@ -78,53 +81,53 @@ class Case:
         self.setting = setting
         if setting.name == "sd15":
             self.model = sd15(1, DTYPES[setting.dtype])
-            self.words = conditioning(3), conditioning(4)
+            self.prompts = conditioning(3), conditioning(4)
         else:
             self.model, clip, _ = load_checkpoint("general")
-            self.words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a cat", "")]
+            self.prompts = encode(clip, "a cat"), encode(clip, "")
         self.channels = self.model.get_model_object("latent_format").latent_channels
 
     def head(self, cfg: float) -> Head:
-        """As if trained: no weight is zero."""
-        made, draws = made_for(self.model, cfg), torch.Generator().manual_seed(2)
-        known = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg)
-        head = new_head(CasDMHeadConfig(channels=made.channels, condition_on_x_t=True), known, draws)
-        weights = {k: w if w.any() else 0.02 * torch.randn(w.shape, generator=draws) for k, w in head.weights.items()}
-        return Head(head.config, weights, known)
+        """A head with random weights. No weight tensor is all zero, as after a training."""
+        made, generator = head_target(self.model, cfg), torch.Generator().manual_seed(2)
+        facts = HeadFacts(latent_format=made.latent_format, prediction=made.prediction, cfg=cfg)
+        head = new_head(CasDMHeadConfig(channels=made.channels, condition_on_x_t=True), facts, generator)
+        weights = {
+            k: w if w.any() else 0.02 * torch.randn(w.shape, generator=generator) for k, w in head.weights.items()
+        }
+        return Head(head.config, weights, facts)
 
     def models(self, cfg: float) -> dict:
         return {OFF: self.model, ON: CasDMHead.execute(self.model, self.head(cfg), 1.0, 0.0, 1.0).args[0]}
 
-    def paint(self, model, cfg: float) -> torch.Tensor:
-        """What the KSampler node does."""
+    def generate(self, model, cfg: float) -> torch.Tensor:
+        """Sample as the KSampler node does."""
         s = self.setting
         latent = torch.zeros(1, self.channels, s.size, s.size)
-        noise = comfy.sample.prepare_noise(latent, SEED)
-        return comfy.sample.sample(
-            model, noise, s.steps, cfg, "euler", "normal", *self.words, latent, disable_pbar=True, seed=SEED
-        )
+        return sample(model, *self.prompts, SEED, latent, s.steps, cfg, "euler", "normal")
 
 
 def rounds(case: Case, watch: Stopwatch, count: int) -> dict[str, list[dict[str, Timing]]]:
-    """By guidance, timings of each of ``count`` rounds, after the paths have been warmed up."""
+    """{guidance: timings of ``count`` rounds}, after warm-up runs."""
     models = {name: case.models(cfg) for name, cfg in GUIDANCE.items()}
     for name, cfg in GUIDANCE.items():
-        if not case.paint(models[name][ON], cfg).isfinite().all():
-            raise SystemExit(f"sampling is not finite in {case.setting.dtype}; try another --dtype")
+        if not case.generate(models[name][ON], cfg).isfinite().all():
+            raise SystemExit(f"sampling returned non-finite values in {case.setting.dtype}; try another --dtype")
     found = {name: [] for name in GUIDANCE}
     for n in range(count):
         for name, cfg in GUIDANCE.items():
-            pictures, row = {}, {}
+            images, row = {}, {}
             for kind in (OFF, ON) if n % 2 == 0 else (ON, OFF):
 
-                def run(kind=kind, name=name, cfg=cfg, pictures=pictures):
-                    pictures[kind] = case.paint(models[name][kind], cfg)
+                def run(kind=kind, name=name, cfg=cfg, images=images):
+                    images[kind] = case.generate(models[name][kind], cfg)
 
                 row[kind] = watch.time(run)
-            if torch.equal(pictures[ON], pictures[OFF]) or row[ON].batches != row[OFF].batches:
+            if torch.equal(images[ON], images[OFF]) or row[ON].batches != row[OFF].batches:
                 raise SystemExit(
-                    f"the runs do not compare: forwards of {row[OFF].batches} rows without the head and of"
-                    f" {row[ON].batches} with it, which must be the same; pictures must not be"
+                    f"expected equal batch sizes of the forward passes and different images, got batches"
+                    f" {row[OFF].batches} without the head and {row[ON].batches} with it; if ComfyUI splits batches"
+                    " because memory is low, free memory"
                 )
             found[name].append(row)
         print(f"{case.setting.name}: round {n + 1} of {count}", flush=True)
@@ -132,7 +135,7 @@ def rounds(case: Case, watch: Stopwatch, count: int) -> dict[str, list[dict[str,
 
 
 def alone(case: Case, watch: Stopwatch) -> dict:
-    """Seconds of what the hook computes in a step."""
+    """Seconds of the hook's computation in a step."""
     s, device = case.setting, comfy.model_management.get_torch_device()
     network = case.head(1.0).network(CASTING).to(device)
     x0, x = (torch.randn(1, case.channels, s.size, s.size, device=device, dtype=torch.float32) for _ in range(2))
@@ -142,12 +145,13 @@ def alone(case: Case, watch: Stopwatch) -> dict:
 
 
 def flops(size: int) -> dict[str, int]:
-    """Of one prediction of SD 1.5 and of the head."""
+    """FLOPs of one prediction of SD 1.5 and of the head."""
     config = comfy.supported_models.SD15(SD15)
     config.set_inference_dtype(torch.float32, None)
     theta = config.get_model({}, device=torch.device("meta")).diffusion_model
     before = attention.optimized_attention
-    attention.optimized_attention = attention.attention_basic  # others ask the device for its memory
+    # the other implementations of attention query the free memory of the device, which fails on the meta device
+    attention.optimized_attention = attention.attention_basic
     try:
         with torch.device("meta"):
             x, t, words = torch.zeros(1, 4, size, size), torch.zeros(1), torch.zeros(1, 77, SD15["context_dim"])
@@ -162,7 +166,7 @@ def flops(size: int) -> dict[str, int]:
 
 
 def costs(found: list[dict[str, Timing]], by_itself: float, steps: int) -> dict[str, dict]:
-    """Medians of the quantities of the tables; one value a round, in seconds per step, or shares of the model's step."""
+    """Medians over the rounds of the table's quantities, in seconds per step or as shares of the model's step."""
     theta = [row[OFF].forwards / steps for row in found]
     whole = [(row[ON].seconds - row[OFF].seconds) / steps for row in found]
     between = [(row[ON].between - row[OFF].between) / steps for row in found]
@@ -173,21 +177,17 @@ def costs(found: list[dict[str, Timing]], by_itself: float, steps: int) -> dict[
 
 
 def peak_of(setting: dict, kind: str) -> dict[str, int]:
-    """Bytes above those before there was a model, at most while sampling unguided. For a fresh process."""
+    """Peak bytes while sampling unguided, minus the bytes before the model was created. Called in a new process."""
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    cuda = torch.cuda.is_available()
     with torch.inference_mode():
-        before = 0 if cuda else resident(peak=False)
+        before = allocated(peak=False)
         case = Case(Setting(**setting))
         model = case.models(1.0)[kind]
-        if cuda:
-            case.paint(model, 1.0)  # loads the model
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            forget_peak()  # of making the model
-        case.paint(model, 1.0)
-        peak = torch.cuda.max_memory_allocated() if cuda else resident(peak=True)
-    return {"peak": peak - before}
+        if torch.cuda.is_available():
+            case.generate(model, 1.0)  # loads the model
+        reset_peak()  # excludes the creation of the model
+        case.generate(model, 1.0)
+        return {"peak": allocated(peak=True) - before}
 
 
 def memory(setting: Setting, repeats: int) -> dict:
@@ -217,7 +217,7 @@ def measure(setting: Setting, options, device: torch.device) -> dict:
         values = costs(rows, found["alone"]["median"], setting.steps)
         found[name] = {
             "time": values,
-            "verdict": {name: verdict(values[key], TIME_TARGET) for key, name in HELD.items()},
+            "verdict": {name: verdict(values[key], TIME_TARGET) for key, name in COMPARED.items()},
             "rounds": [{k: {"seconds": t.seconds, "forwards": t.forwards} for k, t in row.items()} for row in rows],
         }
     return found
@@ -229,10 +229,10 @@ def markdown(found: dict) -> str:
     rows = [
         ("the model's step", "model", "ms", 1e3),
         ("**on - off**", "whole", "ms", 1e3),
-        ("**the same, of the model's step**", "whole_share", "%", 100),
+        ("**on - off, relative to the model's step**", "whole_share", "%", 100),
         ("between the forwards, on - off", "between", "ms", 1e3),
-        ("the same, of the model's step", "between_share", "%", 100),
-        ("the head alone, of the model's step", "alone_share", "%", 100),
+        ("between the forwards, on - off, relative to the model's step", "between_share", "%", 100),
+        ("the head alone, relative to the model's step", "alone_share", "%", 100),
     ]
     for title, key, unit, factor in rows:
         cells = []
@@ -250,39 +250,47 @@ def markdown(found: dict) -> str:
             f" {50 * head / theta:.2f} % guided."
         )
     if found["setting"]["name"] == "demo":
-        lines.append("The targets are for models of SD 1.5's size; this one is small beside the head.")
+        lines.append("The targets are for models of SD 1.5's size; this model is small in relation to the head.")
     for name in GUIDANCE:
-        verdicts = "; ".join(f"{what}: **{said}**" for what, said in found[name]["verdict"].items())
-        lines.append(f"Time, {name}, at most {100 * TIME_TARGET:g} % wanted: {verdicts}.")
+        verdicts = "; ".join(f"{quantity}: **{result}**" for quantity, result in found[name]["verdict"].items())
+        lines.append(f"Time, {name}, target at most {100 * TIME_TARGET:g} %: {verdicts}.")
     if "memory" in found:
         m = found["memory"]
         peaks = {kind: median(values)["median"] / 2**20 for kind, values in m["peaks"].items()}
         lines.append(
-            f"Peak memory: {peaks[OFF]:.1f} MiB without the head, {peaks[ON]:.1f} with it, {100 * m['more']:+.2f} %; at most"
-            f" {100 * MEMORY_TARGET:+g} % wanted: **{m['verdict']}**."
+            f"Peak memory: {peaks[OFF]:.1f} MiB without the head, {peaks[ON]:.1f} with it, {100 * m['more']:+.2f} %; target at"
+            f" most {100 * MEMORY_TARGET:+g} %: **{m['verdict']}**."
         )
     return "\n".join(lines)
 
 
-def check_room(setting: Setting) -> None:
-    needed = SD15_PARAMETERS * DTYPES[setting.dtype].itemsize + ROOM["ram"]
+def check_memory(setting: Setting) -> None:
+    needed = SD15_PARAMETERS * DTYPES[setting.dtype].itemsize + RESERVE["ram"]
     if setting.name == "sd15" and (free := psutil.virtual_memory().available) < needed:
         raise SystemExit(
-            f"an SD 1.5-sized model in {setting.dtype} needs {needed / GIB:.1f} GiB of RAM and {free / GIB:.1f} GiB are"
-            " free; free some, or use --models demo"
+            f"an SD 1.5-sized model in {setting.dtype} needs {needed / GIB:.1f} GiB of RAM, but only"
+            f" {free / GIB:.1f} GiB are available; free memory, or use --models demo"
         )
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", choices=("sd15", "demo"), default="sd15", help="demo: small, to try it quickly")
-    parser.add_argument("--rounds", type=int, help="(10; on a CPU 3)")
-    parser.add_argument("--size", type=int, help="side of the latent (64; of the demo 16)")
-    parser.add_argument("--steps", type=int, help="of each run (20; on a CPU 1 for the SD 1.5-sized model)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the SD 1.5-sized model (fp16; on a CPU fp32)")
-    parser.add_argument("--memory-repeats", type=int, default=1, help="processes of each kind")
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--models", choices=("sd15", "demo"), default="sd15", help="demo: a small model, for a quick try"
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="number of rounds (default 10; 3 for the SD 1.5-sized model on a CPU)"
+    )
+    parser.add_argument("--size", type=int, help="side of the latent (default 64; demo: 16)")
+    parser.add_argument(
+        "--steps", type=int, help="sampling steps of each run (default 20; 1 for the SD 1.5-sized model on a CPU)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the SD 1.5-sized model (default fp16; fp32 on a CPU)")
+    parser.add_argument(
+        "--memory-repeats", type=int, default=1, help="number of new processes with the head and without it"
+    )
     parser.add_argument("--no-memory", action="store_true", help="measure times only")
-    parser.add_argument("--name", help="of the result file (cas_dm_cost, cas_dm_cost_demo)")
+    parser.add_argument("--name", help="name of the result file (default cas_dm_cost or cas_dm_cost_demo)")
     return parser.parse_args()
 
 
@@ -291,7 +299,7 @@ def main() -> None:
     comfy.utils.PROGRESS_BAR_ENABLED = False
     device = comfy.model_management.get_torch_device()
     if device.type not in ("cuda", "cpu"):
-        raise SystemExit(f"this measures on CUDA and on CPUs, not on {device.type}")
+        raise SystemExit(f"expected a CUDA device or a CPU, got {device.type}")
     cuda, demo = device.type == "cuda", options.models == "demo"
     options.rounds = options.rounds or (10 if cuda or demo else 3)
     setting = Setting(
@@ -300,17 +308,12 @@ def main() -> None:
         options.steps or (20 if cuda or demo else 1),
         "fp32" if demo else options.dtype or ("fp16" if cuda else "fp32"),
     )
-    check_room(setting)
-    if (busy := psutil.cpu_percent(interval=1.0)) > 20.0:
-        print(f"other work keeps the processor {busy:.0f} % busy: the times will jitter", flush=True)
+    check_memory(setting)
+    busy = busy_percent()
     with torch.inference_mode():
         found = measure(setting, options, device)
-    path = keep(
-        options.name or ("cas_dm_cost_demo" if demo else "cas_dm_cost"),
-        {"settings": vars(options), "busy_percent_before": busy, **found},
-    )
-    print(markdown(found))
-    print(f"\n{facts()['device']}; kept in {path.name}")
+    name = options.name or ("cas_dm_cost_demo" if demo else "cas_dm_cost")
+    publish(name, {"settings": vars(options), "busy_percent_before": busy, **found}, markdown(found))
 
 
 if __name__ == "__main__":

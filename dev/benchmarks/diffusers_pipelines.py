@@ -1,4 +1,4 @@
-"""diffusers 0.33.1, whose aMUSEd pipelines the pack is compared with, beside the host's newer transformers."""
+"""Imports diffusers 0.33.1, the reference for aMUSEd, although ComfyUI requires a newer version of transformers."""
 
 import importlib
 import logging
@@ -6,10 +6,10 @@ from types import ModuleType
 
 
 def diffusers_pipelines() -> ModuleType:
-    """The package ``diffusers``, with pipelines that can be imported; ImportError where it is not installed."""
-    # they ask transformers for this name, which version 5 has dropped; nothing of them uses it
+    """The package ``diffusers``, whose pipelines can then be imported. Raises ImportError if it is not installed."""
+    # the pipelines import this name but do not use it; transformers 5 has removed it
     utils = importlib.import_module("transformers.utils")
     if not hasattr(utils, "FLAX_WEIGHTS_NAME"):
         utils.FLAX_WEIGHTS_NAME = "flax_model.msgpack"
-    logging.getLogger("diffusers").setLevel(logging.ERROR)  # they are deprecated, which we know
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # hides its deprecation warnings
     return importlib.import_module("diffusers")

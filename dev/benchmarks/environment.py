@@ -1,5 +1,6 @@
-"""Where a number was measured, and where it is kept."""
+"""Writes the result file of a benchmark, with the machine and the versions of the software."""
 
+import argparse
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,12 +25,12 @@ def processor() -> str:
 
 
 def load() -> float | None:
-    """Processes that wanted a core, on average over the last minute; None on Windows."""
+    """The load average of the last minute; None on Windows."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the L2 cache of a GPU, or of the largest cache that the first core sees; 32 MiB where nothing tells."""
+    """Bytes of the L2 cache of a GPU, or of the largest cache of the first CPU core; 32 MiB if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 1 << 10, "M": 1 << 20}
@@ -37,7 +39,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def clocks() -> str | None:
-    """What nvidia-smi says of the clocks now, and the most they can be."""
+    """Current and maximum clocks as reported by nvidia-smi; None if it is not available."""
     query = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
@@ -49,13 +51,25 @@ def clocks() -> str | None:
 def triton_version() -> dict[str, str]:
     try:
         import triton
-    except Exception:  # absent, or broken, which is no business of a benchmark that does not use it
+    except Exception:  # not installed or broken; most benchmarks do not need it
         return {}
     return {"triton": triton.__version__}
 
 
+def busy_percent() -> float:
+    """CPU utilisation by other processes, measured for one second; prints a warning above 20 %."""
+    if (busy := psutil.cpu_percent(interval=1.0)) > 20.0:
+        print(f"warning: other processes use {busy:.0f} % of the CPU; times will vary", flush=True)
+    return busy
+
+
+def script_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the docstring of a script as its help, without reformatting."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def facts() -> dict:
-    """Hardware and versions, as they belong beside every number."""
+    """Device, versions and command, stored in every result file."""
     import comfyui_version
 
     return {
@@ -68,10 +82,16 @@ def facts() -> dict:
     }
 
 
-def keep(name: str, results: dict) -> Path:
-    """Write results/<name>.json, whole or not at all."""
+def write_results(name: str, results: dict) -> Path:
+    """Write results/<name>.json and return its path. An interrupted write leaves the old file unchanged."""
     path = RESULTS / f"{name}.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"environment": facts(), **results}, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
     return path
+
+
+def publish(name: str, results: dict, text: str) -> None:
+    """Write a result file; print ``text``, the device and the file's name."""
+    path = write_results(name, results)
+    print(f"{text}\n\n{facts()['device']}; written to {path.name}")

@@ -1,19 +1,18 @@
-"""Seconds per face of the networks that refine faces, against the same network in plain eager float32 in one run.
+"""Seconds per face of the face refiner networks, compared with the same networks in plain eager float32.
 
-Plain is what the published code would run: its layers one after the other with torch's own norms, in float32 and in the
-memory layout that torch makes. The pack's is what FaceRefiner runs: the host's casting layers and its memory, channels_last,
-the dtype of the device, or that of ``--dtype``. Both have the same random weights, of the published sizes; what they cost is
-real. Rounds alternate, who begins changes. ``--step`` also times one sampling step (both predictions of a guided sampler) of
-an SD1.5-sized model at 512 x 512, in the dtype in which the host would load it.
+The plain network runs as in the published code: eager layers with torch's norms, in float32 and torch's default memory
+format. The pack's network runs as in FaceRefiner: ComfyUI's casting layers and memory management, channels_last, and
+the device's dtype or ``--dtype``. Both have the published sizes and the same random weights. Every round times both, in
+alternating order.
+
+``--step`` also times one sampling step (both predictions of a guided sampler) of an SD 1.5-sized model at 512 x 512, in
+the dtype that ComfyUI would choose.
 """
 
 import argparse
 import dataclasses
-import gc
-import time
 from collections.abc import Callable
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,32 +24,32 @@ headless.start()
 import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 
-from ...techniques.face_refiner.comfy_model import Refining, wrap  # noqa: E402
+from ...techniques.face_refiner.comfy_model import RefinerRun, wrap  # noqa: E402
 from ...techniques.face_refiner.networks.image_generators import NETWORKS, load_generator  # noqa: E402
 from ...techniques.face_refiner.networks.layers import EPS, BatchNorm, ImageGenerator, InstanceNorm  # noqa: E402
 from ...techniques.face_refiner.networks.residual import RefinerConfig  # noqa: E402
 from ...techniques.face_refiner.networks.resnet import ResnetConfig  # noqa: E402
 from ...techniques.face_refiner.networks.unet import UnetConfig  # noqa: E402
-from .environment import facts, keep  # noqa: E402
-from .stopwatch import median  # noqa: E402
+from .environment import busy_percent, publish, script_parser  # noqa: E402
+from .stopwatch import median, seconds  # noqa: E402
 
-TARGET = {"cuda": 2.0, "cpu": 1.2}  # times the plain speed
+TARGET = {"cuda": 2.0, "cpu": 1.2}  # minimum speed relative to the plain network
 CONFIGS = {"resnet9": ResnetConfig(), "unet256": UnetConfig(), "own": RefinerConfig()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LEAST, MOST = 4, 40  # rounds of a case
-STEP = (2, 4, 64, 64)  # latents of 512 x 512
-LEVEL = 1.0 / 255.0  # of a picture of 8 bits
+MIN_ROUNDS, MAX_ROUNDS = 4, 40  # per case
+STEP = (2, 4, 64, 64)  # shape of two latents of 512 x 512 images
+LEVEL = 1.0 / 255.0  # one level of an 8-bit image
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=CONFIGS, default=["resnet9", "own"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtype", choices=DTYPES, help="of the pack's layers; the device's own unless given")
-    parser.add_argument("--seconds", type=float, default=25.0, help="for a case, which gets 4 to 40 rounds")
-    parser.add_argument("--step", action="store_true", help="time a sampling step as well")
-    parser.add_argument("--name", default="face_refiner", help="of the result file")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the pack's layers (default: the device's)")
+    parser.add_argument("--seconds", type=float, default=25.0, help="seconds per case, with 4 to 40 rounds")
+    parser.add_argument("--step", action="store_true", help="also time a sampling step")
+    parser.add_argument("--name", default="face_refiner", help="name of the result file")
     return parser.parse_args()
 
 
@@ -60,7 +59,7 @@ class PlainInstanceNorm(nn.Module):
 
 
 class Plain(nn.Module):
-    """The layers of a network of the pack as the published code runs them, pictures of 0..1 to pictures."""
+    """A network of the pack with the layers of the published code. Input and output are images in 0..1."""
 
     def __init__(self, network: ImageGenerator, device: torch.device):
         super().__init__()
@@ -70,22 +69,22 @@ class Plain(nn.Module):
                     setattr(parent, name, PlainInstanceNorm())
                 elif isinstance(layer, BatchNorm):
                     own = nn.BatchNorm2d(len(layer.weight), EPS)
-                    own.load_state_dict(layer.state_dict(), strict=False)  # but for torch's count of batches
+                    own.load_state_dict(layer.state_dict(), strict=False)  # without torch's num_batches_tracked
                     setattr(parent, name, own)
         self.network, self.device = network.to(device).eval(), device
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = 2.0 * pictures.to(self.device) - 1.0
+    def forward(self, images: Tensor) -> Tensor:
+        x = 2.0 * images.to(self.device) - 1.0
         if isinstance(self.network.config, RefinerConfig):
             out = (x + self.network.change(x)).clamp(-1.0, 1.0)
         else:
-            # not the network's own forward, which makes the layout
+            # does not call the network's forward(), because that changes the memory format
             out = torch.tanh(self.network.model(x))
-        return (0.5 * out + 0.5).to(pictures.device)
+        return (0.5 * out + 0.5).to(images.device)
 
 
 def runs(name: str, device: torch.device, dtype: torch.dtype | None) -> tuple[dict[str, Callable], torch.dtype]:
-    """Both as functions of pictures, and what the pack's layers compute in."""
+    """({"plain", "chorus": network as a function of images}, dtype of the pack's network)."""
     config = CONFIGS[name]
     generator, weights = torch.Generator().manual_seed(0), NETWORKS[type(config)](config).state_dict()
     for key, weight in weights.items():
@@ -95,41 +94,30 @@ def runs(name: str, device: torch.device, dtype: torch.dtype | None) -> tuple[di
     model = wrap(name, load_generator({k: w.clone() for k, w in weights.items()}, comfy.ops.manual_cast))
     if dtype is not None:
         model = dataclasses.replace(model, dtype=dtype)
-    return {"plain": Plain(load_generator(weights), device), "chorus": Refining(model)}, model.dtype
+    return {"plain": Plain(load_generator(weights), device), "chorus": RefinerRun(model)}, model.dtype
 
 
 def faces(batch: int, size: int) -> Tensor:
-    """Shading and grain, in 8 bits."""
+    """Images [batch, 3, size, size] in 0..1 of smooth shading and noise in place of faces, rounded to 8 bits."""
     generator = torch.Generator().manual_seed(0)
     shading = F.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (size, size), mode="bicubic")
     grain = 0.05 * torch.randn(shading.shape, generator=generator)
     return ((shading + grain).clamp(0.0, 1.0) / LEVEL).round() * LEVEL
 
 
-def seconds(run: Callable[[], object], cuda: bool) -> float:
-    gc.collect()
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(name: str, size: int, batch: int, options: argparse.Namespace, device: torch.device) -> dict:
     cuda = device.type == "cuda"
     both, dtype = runs(name, device, DTYPES.get(options.dtype))
-    pictures, found = faces(batch, size), {}
+    images, found = faces(batch, size), {}
     for _ in range(3 if cuda else 1):
-        both_once = sum(seconds(lambda kind=kind: found.update({kind: both[kind](pictures)}), cuda) for kind in both)
+        both_once = sum(seconds(lambda kind=kind: found.update({kind: both[kind](images)}), cuda) for kind in both)
     if not torch.isfinite(found["chorus"]).all():
-        raise SystemExit(f"the pictures of {name} in {dtype} are not finite")
+        raise SystemExit(f"{name} returned non-finite images in {dtype}; try another --dtype")
     apart = (found["chorus"] - found["plain"]).abs().flatten() / LEVEL
     taken = {kind: [] for kind in both}
-    for n in range(min(MOST, max(LEAST, int(options.seconds / both_once)))):
+    for n in range(min(MAX_ROUNDS, max(MIN_ROUNDS, int(options.seconds / both_once)))):
         for kind in list(both) if n % 2 == 0 else list(both)[::-1]:
-            taken[kind].append(seconds(lambda run=both[kind]: run(pictures), cuda) / batch)
+            taken[kind].append(seconds(lambda run=both[kind]: run(images), cuda) / batch)
     out = {
         "case": {"network": name, "size": size, "batch": batch, "dtype": str(dtype).removeprefix("torch.")},
         "seconds_per_face": taken,
@@ -142,7 +130,7 @@ def measure(name: str, size: int, batch: int, options: argparse.Namespace, devic
 
 
 def step(device: torch.device) -> dict:
-    """Seconds of one step of a model of Stable Diffusion 1.5's size: both predictions of a guided sampler."""
+    """Seconds of one guided step (two predictions) of a model of Stable Diffusion 1.5's size."""
     from .random_models import sd15
 
     model = sd15(0, comfy.model_management.unet_dtype(device))
@@ -157,7 +145,7 @@ def step(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     for _ in range(3 if cuda else 1):
         run()
-    taken = [seconds(run, cuda) for _ in range(MOST if cuda else LEAST)]
+    taken = [seconds(run, cuda) for _ in range(MAX_ROUNDS if cuda else MIN_ROUNDS)]
     return {"dtype": str(dtype).removeprefix("torch."), "seconds": taken, "median": median(taken)}
 
 
@@ -167,7 +155,8 @@ def title(case: dict) -> str:
 
 def table(found: list[dict], target: float) -> str:
     lines = [
-        "| faces | dtype | plain, ms (quartiles) | chorus, ms (quartiles) | speed-up (95 %) | apart, of 255: mean, 99.9 % |",
+        "| faces | dtype | plain, ms (quartiles) | the pack, ms (quartiles) | speed-up (95 % interval) |"
+        " difference in 8-bit levels: mean, 99.9th percentile |",
         "|---|---|---|---|---|---|",
     ]
     for one in found:
@@ -179,15 +168,17 @@ def table(found: list[dict], target: float) -> str:
         cells.append("{:.2g}, {:.2g}".format(*one["levels_apart"].values()))
         lines.append(f"| {' | '.join(cells)} |")
     reached = min(one["speedup"]["median"] for one in found)
-    lines.append(f"\nAt least {target:g} times the plain speed wanted; {reached:.2f} times reached at the slowest.")
+    lines.append(
+        f"\nTarget: at least {target:g} times the speed of the plain network; lowest measured: {reached:.2f} times."
+    )
     return "\n".join(lines)
 
 
 def steps(found: list[dict], one_step: dict) -> str:
-    """What a face costs in sampling steps."""
+    """Time per face as a share of a sampling step, as text."""
     second = one_step["median"]["median"]
     lines = [
-        f"\nOne step of an SD1.5-sized model at 512 x 512, guided, {one_step['dtype']}: {second:.3f} s. A face takes"
+        f"\nOne step of an SD1.5-sized model at 512 x 512, guided, {one_step['dtype']}: {second:.3f} s. One face takes"
     ]
     for one in found:
         lines.append(f"  {one['median']['chorus']['median'] / second:6.1%} of it: {title(one['case'])}")
@@ -197,8 +188,7 @@ def steps(found: list[dict], one_step: dict) -> str:
 def main() -> None:
     options = arguments()
     device = comfy.model_management.get_torch_device()
-    if (busy := psutil.cpu_percent(interval=1.0)) > 20.0:
-        print(f"other work keeps the processor {busy:.0f} % busy: the times will jitter", flush=True)
+    busy = busy_percent()
     with torch.inference_mode():
         cases = [(n, s, b) for n in options.networks for s in options.sizes for b in options.batches]
         found = [measure(*case, options, device) for case in cases]
@@ -207,8 +197,7 @@ def main() -> None:
         if options.step:
             results["sd15_step"] = step(device)
             text += f"\n{steps(found, results['sd15_step'])}"
-    path = keep(options.name, results)
-    print(f"\n{text}\n\n{facts()['device']}; kept in {path.name}")
+    publish(options.name, results, f"\n{text}")
 
 
 if __name__ == "__main__":

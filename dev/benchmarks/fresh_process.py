@@ -1,4 +1,4 @@
-"""Memory that no other run has touched: a function called in a process of its own."""
+"""Calls a function in a new process, and measures memory there."""
 
 import contextlib
 import importlib
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 
-def resident(peak: bool) -> int:
-    """Bytes of this process in memory, now or at most so far."""
-    if sys.platform == "linux":  # not getrusage: a child starts with its parent's peak there
+def allocated(peak: bool) -> int:
+    """Bytes that this process uses in GPU memory, or in RAM without a GPU: now, or the peak since ``reset_peak``."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if sys.platform == "linux":  # not getrusage, which starts a child process with its parent's peak
         field = "VmHWM:" if peak else "VmRSS:"
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
@@ -28,19 +31,22 @@ def resident(peak: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def forget_peak() -> None:
-    """From now on ``resident(peak=True)`` counts anew, where the system can (Linux)."""
+def reset_peak() -> None:
+    """Restart the peak of ``allocated(peak=True)``. For RAM this works only on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_fresh_process(function: Callable, *arguments: Any) -> Any:
-    """What a module's ``function`` gives in a new process with ComfyUI; arguments and result travel as JSON."""
+    """Call a module-level ``function`` in a new process with ComfyUI; arguments and result are passed as JSON."""
     code = (
-        # this folder leaves the path again: its nodes/ would shadow the host's nodes.py
+        # the pack's folder is removed from the path again, because its nodes/ would shadow ComfyUI's nodes.py
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import run; del sys.path[0];"
         " from chorus.dev import headless; headless.start();"
-        " from chorus.dev.benchmarks.fresh_process import answer; answer(sys.argv[1])"
+        " from chorus.dev.benchmarks.fresh_process import serve_call; serve_call(sys.argv[1])"
     )
     module = function.__module__
     if module == "__main__":
@@ -48,11 +54,13 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
     call = json.dumps([module, function.__name__, arguments])
     done = subprocess.run([sys.executable, "-c", code, call], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"the process of {function.__name__}{arguments} ended with {done.returncode}")
+        raise SystemExit(
+            f"the process of {function.__name__}{arguments} ended with exit code {done.returncode}; see its output above"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def answer(call: str) -> None:
-    """The other end of ``in_fresh_process``: prints what the call gives."""
+def serve_call(call: str) -> None:
+    """Run a call of ``in_fresh_process`` and print its result."""
     module, name, arguments = json.loads(call)
     print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))

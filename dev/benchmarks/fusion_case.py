@@ -1,4 +1,4 @@
-"""The pairs of checkpoints that the fusion is measured on, ready to sample."""
+"""The pairs of checkpoints on which the cost of the blend is measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ KINDS = ("base", "expert", "fusion")
 CFG, SEED = 5.0, 1
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 2**30
-# what a process needs beside the weights: Python, libraries and activations; the host keeps some VRAM free
-ROOM = {"ram": 2 * GIB, "vram": 4 * GIB}
+# bytes needed in addition to the weights: Python, libraries, activations, and VRAM that ComfyUI leaves free
+RESERVE = {"ram": 2 * GIB, "vram": 4 * GIB}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A pair of checkpoints and how it is sampled."""
+    """A pair of checkpoints and its sampling settings."""
 
     name: str
     size: int  # side of the latent
@@ -45,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """The models of a setting, ready to sample."""
+    """The models and prompts of a setting; ``fusion`` is the blend of base and expert."""
 
     setting: Setting
     base: Any
@@ -56,10 +56,10 @@ class Case:
     negative: list
 
     def runs(self) -> dict[str, Callable]:
-        return {kind: partial(self.paint, getattr(self, kind)) for kind in KINDS}
+        return {kind: partial(self.sample, getattr(self, kind)) for kind in KINDS}
 
-    def paint(self, model) -> torch.Tensor:
-        """What the KSampler node does."""
+    def sample(self, model) -> torch.Tensor:
+        """Sample as the KSampler node does."""
         s = self.setting
         channels = model.get_model_object("latent_format").latent_channels
         latent = torch.zeros(s.batch, channels, s.size, s.size)
@@ -77,7 +77,7 @@ class Case:
         return sum(p.numel() * p.element_size() for n in self.networks() for p in n.parameters())
 
     def expert_share(self) -> float:
-        """The part of the mask that the expert held in the last run."""
+        """The expert's share of the mask in the last run."""
         return float(self.trace.record.mean_shares()[1].mean())
 
 
@@ -95,7 +95,7 @@ def prepare(setting: Setting) -> Case:
     return Case(setting, base, expert, fusion, trace, positive, negative)
 
 
-def check_room(setting: Setting, device: str) -> None:
+def check_memory(setting: Setting, device: str) -> None:
     if setting.name != "sd15":
         return
     weights = 2 * SD15_PARAMETERS * DTYPES[setting.dtype].itemsize
@@ -103,8 +103,8 @@ def check_room(setting: Setting, device: str) -> None:
     if device == "cuda":
         free["vram"] = torch.cuda.mem_get_info()[0]
     for kind, available in free.items():
-        if available < (needed := weights + ROOM[kind]):
+        if available < (needed := weights + RESERVE[kind]):
             raise SystemExit(
-                f"two SD 1.5-sized models in {setting.dtype} need {needed / GIB:.1f} GiB of {kind.upper()} and"
-                f" {available / GIB:.1f} GiB are free; free some, or use --models demo"
+                f"two SD 1.5-sized models in {setting.dtype} need {needed / GIB:.1f} GiB of {kind.upper()}, but only"
+                f" {available / GIB:.1f} GiB are available; free memory, or use --models demo"
             )

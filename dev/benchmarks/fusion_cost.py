@@ -1,31 +1,31 @@
-"""What does the fusion cost beyond the forwards it needs? Times and memory, against plain sampling with each model.
+"""Overhead of the blend in time and memory, beyond the forward passes of its models.
 
-Every round samples three times, in all six orders in turn: with the base, with the expert, and with the blend of both.
-Whatever the blend does, base and expert must predict: the times of their forwards in the two plain runs are what the
-fusion needs, and the shares below are shares of them. Two numbers say what it costs on top:
+Every round samples three times: with the base, with the expert, and with the blend of both ("fusion"). The rounds use
+all six orders in turn. Base and expert must predict in any case. Therefore all shares are relative to the time of their
+forward passes in the two plain runs, i.e. with the base and with the expert. Two quantities measure the overhead:
 
-  fusion - (base + expert), of whole runs in the same round. This is the number that the target is for: it holds
-    everything a user waits for, also what slows the forwards themselves, such as two models taking turns in the caches.
-    But preparing a run (noise, conditioning, checks of what is loaded) is paid twice in base + expert and once in the
-    fusion, and the forwards' own jitter is in it, which on a busy machine is larger than the cost.
-  between the forwards, fusion - base: of each run, its time less the time inside the networks. Nothing is paid twice
-    in it, and the forwards' jitter stays out: it is what the blend, the trace and the making of the expert's batches
-    (which sampling with the expert alone pays too) add to one plain run. The stricter and the steadier of the two.
+  fusion - (base + expert): the difference of whole runs of the same round, to which the target applies. It contains
+    everything that a user notices, including slower forward passes because two models share the caches. It has two
+    errors. The preparation of a run (noise, conditioning, loading checks) counts twice in base + expert and once in the
+    blend. The forward passes vary, on a busy machine by more than the overhead.
+  between the forwards, fusion - base: the difference of the time outside the networks. It has neither error and is the
+    stricter quantity. It is the time that three things add to a run of the base: the blend, the trace, and the
+    preparation of the expert's batches, which sampling with the expert alone also needs.
 
-"The forwards themselves" is the rest of the first number, shown so that its noise can be told from a cost.
+"The forwards themselves" is the difference of the time inside the networks, shown to separate its variation from the
+overhead.
 
-Memory is the highest of a fresh process that holds both models, once sampling plainly with each in turn and once with
-the blend: what CUDA has allocated, or on a CPU the resident memory, less what it was before there was a model.
+Memory is the peak of a new process that holds both models and samples with each in turn or with the blend, minus its
+memory before the models were created. It is the memory that CUDA allocated, or the resident memory on a CPU.
 
-The SD 1.5-sized checkpoints are random: what they cost is real. All weights stay on the device; the host's offloading
-and its dynamic VRAM are not looked at.
+The SD 1.5-sized checkpoints have random weights; their cost is that of real checkpoints. All weights stay on the
+device; ComfyUI's offloading and dynamic VRAM are not measured.
 """
 
 import argparse
 import itertools
 from dataclasses import asdict
 
-import psutil
 import torch
 
 from .. import headless
@@ -34,19 +34,19 @@ headless.start()
 
 import comfy.model_management  # noqa: E402
 
-from .environment import facts, keep  # noqa: E402
-from .fusion_case import DTYPES, KINDS, Case, Setting, check_room, prepare  # noqa: E402
+from .environment import busy_percent, facts, write_results  # noqa: E402
+from .fusion_case import DTYPES, KINDS, Case, Setting, check_memory, prepare  # noqa: E402
 from .peak_memory import memory, memory_table  # noqa: E402
 from .stopwatch import Stopwatch, Timing, median  # noqa: E402
 
 ORDERS = tuple(itertools.permutations(KINDS))
-TIME_TARGET = {"cuda": 0.01, "cpu": 0.03}  # of the forwards
-MEMORY_TARGET = 0.02  # of two models and the activations of plain sampling
+TIME_TARGET = {"cuda": 0.01, "cpu": 0.03}  # maximum overhead relative to the forward passes
+MEMORY_TARGET = 0.02  # maximum overhead relative to the peak of sampling with each model in turn
 WARM_UP = {"cuda": 3, "cpu": 1}
 
 
 def settings(options, device: str) -> list[Setting]:
-    """The demo's checkpoints were made for 16 x 16 latents and for fp32; the other sizes are what a run can wait for."""
+    """The settings of the chosen models. The SD 1.5-sized models have smaller defaults on a CPU, to limit the time."""
     cuda = device == "cuda"
     found = {
         "sd15": Setting(
@@ -62,13 +62,15 @@ def settings(options, device: str) -> list[Setting]:
 
 
 def rounds(case: Case, count: int, device: torch.device) -> list[dict[str, Timing]]:
-    """Timings by kind of ``count`` rounds, after every path has been warmed up."""
+    """{kind: timing} of ``count`` rounds, after warm-up runs."""
     runs, watch = case.runs(), Stopwatch(case.networks(), device)
     try:
         for _ in range(WARM_UP[device.type]):
             for kind in KINDS:
                 if not torch.isfinite(runs[kind]()).all():
-                    raise SystemExit(f"sampling with {kind} is not finite in {case.setting.dtype}; try another --dtype")
+                    raise SystemExit(
+                        f"sampling with {kind} returned non-finite values in {case.setting.dtype}; try another --dtype"
+                    )
         found = []
         for n in range(count):
             found.append({kind: watch.time(runs[kind]) for kind in ORDERS[n % len(ORDERS)]})
@@ -80,17 +82,17 @@ def rounds(case: Case, count: int, device: torch.device) -> list[dict[str, Timin
 
 
 def check_forwards(timings: dict[str, Timing]) -> None:
-    """The fusion must run the very forwards of the plain runs, or the difference is not its cost."""
+    """Raise SystemExit if the blend runs other batches than the plain runs, which would make times incomparable."""
     base, expert, fusion = (timings[kind].batches for kind in KINDS)
     if sorted(fusion) != sorted(base + expert):
         raise SystemExit(
-            f"the fusion ran forwards of {list(fusion)} rows, base and expert alone {list(base)} and {list(expert)}:"
-            " the times do not compare; if the host split batches for want of memory, free some"
+            f"expected forward passes of the blend with the batch sizes of base and expert, {list(base)} and"
+            f" {list(expert)}, got {list(fusion)}; if ComfyUI splits batches because memory is low, free memory"
         )
 
 
 def costs(found: list[dict[str, Timing]]) -> dict[str, list[float]]:
-    """The quantities of the tables, one value a round."""
+    """The quantities of the table, with one value per round."""
     out = {kind: [t[kind].seconds for t in found] for kind in KINDS}
     needed = [t["base"].forwards + t["expert"].forwards for t in found]
     whole = [t["fusion"].seconds - t["base"].seconds - t["expert"].seconds for t in found]
@@ -108,13 +110,13 @@ def costs(found: list[dict[str, Timing]]) -> dict[str, list[float]]:
 
 
 def verdict(share: dict, target: float) -> str:
-    """By the interval of the median: a jitter beyond the target says nothing, whichever side its middle falls on."""
+    """Compare the 95 % interval of the median with the target; 'undecided' if it is wider than twice the target."""
     low, high = share["interval"]
     if low > target:
         return "missed"
     if high - low > 2.0 * target:
-        return "undecided: the runs jitter by more than the target; repeat it on a quiet machine or with more rounds"
-    return "met" if high <= target else "undecided: the target lies in the interval; more rounds would tell"
+        return "undecided: the runs jitter by more than the target; repeat them on a quiet machine or with more rounds"
+    return "met" if high <= target else "undecided: the interval contains the target; run more rounds"
 
 
 def time_table(setting: Setting, found: dict[str, dict]) -> str:
@@ -122,14 +124,14 @@ def time_table(setting: Setting, found: dict[str, dict]) -> str:
         ("base alone", "base", "s", 1),
         ("expert alone", "expert", "s", 1),
         ("fusion", "fusion", "s", 1),
-        ("the forwards it needs", "forwards", "s", 1),
+        ("the forwards of base and expert", "forwards", "s", 1),
         ("**fusion - (base + expert)**", "overhead", "ms", 1e3),
-        ("**the same, of the forwards**", "overhead_share", "%", 100),
-        ("of it: the forwards themselves", "forwards_themselves", "ms", 1e3),
+        ("**fusion - (base + expert), relative to the forwards**", "overhead_share", "%", 100),
+        ("the forwards themselves, fusion - (base + expert)", "forwards_themselves", "ms", 1e3),
         ("between the forwards, base alone", "plain_between", "ms", 1e3),
         ("between the forwards, fusion - base", "between", "ms", 1e3),
-        ("the same, per step", "between", "ms", 1e3 / setting.steps),
-        ("the same, of the forwards", "between_share", "%", 100),
+        ("between the forwards, fusion - base, per step", "between", "ms", 1e3 / setting.steps),
+        ("between the forwards, fusion - base, relative to the forwards", "between_share", "%", 100),
     ]
     lines = ["| | median | quartiles | 95 % interval of the median |", "|---|---|---|---|"]
     for title, key, unit, factor in rows:
@@ -141,7 +143,7 @@ def time_table(setting: Setting, found: dict[str, dict]) -> str:
 
 def measure(setting: Setting, options, device: torch.device) -> dict:
     found = {"setting": asdict(setting), "title": setting.title}
-    # the demo's few megabytes cannot be told from an allocator's habits by resident memory
+    # resident memory is too coarse for the few megabytes of the demo checkpoints
     if not options.no_memory and (device.type == "cuda" or setting.name != "demo"):
         found["memory"] = memory(setting, 1 if device.type == "cuda" else options.memory_repeats)
         found["memory"]["verdict"] = "met" if found["memory"]["more"] <= MEMORY_TARGET else "missed"
@@ -162,18 +164,18 @@ def markdown(setting: Setting, found: dict, device: str) -> str:
     lines = [f"\n## {setting.title}\n", f"{len(found['rounds'])} rounds.\n", time_table(setting, found["time"])]
     share = found["time"]["overhead_share"]["median"]
     lines.append(
-        f"\nThe fusion costs {100 * share:+.2f} % of the forwards it needs; at most"
-        f" {100 * TIME_TARGET[device]:g} % wanted: **{found['verdict']}**."
-        f" The expert held {100 * found['expert_share']:.0f} % of the mask."
+        f"\nOverhead of the blend: {100 * share:+.2f} % of its forward passes; target at most"
+        f" {100 * TIME_TARGET[device]:g} %: **{found['verdict']}**."
+        f" The expert's share of the mask: {100 * found['expert_share']:.0f} %."
     )
     if not 0.01 < found["expert_share"] < 0.99:
-        lines.append("The mask is not mixed: one model painted nearly everything.")
+        lines.append("Warning: one model has nearly the whole mask; the result may not be typical.")
     if "memory" in found:
         m = found["memory"]
         lines += ["", memory_table(m)]
         lines.append(
-            f"\nThe fusion's peak against plain sampling's: {100 * m['more']:+.2f} %; at most {100 * MEMORY_TARGET:+g} %"
-            f" wanted: **{m['verdict']}**."
+            f"\nPeak memory compared with plain sampling: {100 * m['more']:+.2f} %; target at most"
+            f" {100 * MEMORY_TARGET:+g} %: **{m['verdict']}**."
         )
     return "\n".join(lines)
 
@@ -182,13 +184,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("sd15", "demo"), default=["sd15", "demo"])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--size", type=int, help="side of the SD 1.5-sized latent (64; on a CPU 32, to come to an end)")
-    parser.add_argument("--steps", type=int, help="(20; on a CPU 4 for the SD 1.5-sized models)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the SD 1.5-sized models (fp16; on a CPU fp32)")
+    parser.add_argument("--size", type=int, help="side of the SD 1.5-sized latent (default 64; 32 on a CPU)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default 20; 4 for the SD 1.5-sized models on a CPU)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the SD 1.5-sized models (default fp16; fp32 on a CPU)"
+    )
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--memory-repeats", type=int, default=3, help="processes of each kind; CUDA needs but one")
+    parser.add_argument(
+        "--memory-repeats", type=int, default=3, help="new processes with and without the blend (on CUDA always 1)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="measure times only")
-    parser.add_argument("--name", default="fusion_cost", help="of the result file")
+    parser.add_argument("--name", default="fusion_cost", help="name of the result file")
     return parser.parse_args()
 
 
@@ -196,24 +202,23 @@ def main() -> None:
     options = arguments()
     device = comfy.model_management.get_torch_device()
     if device.type not in TIME_TARGET:
-        raise SystemExit(f"this measures on CUDA and on CPUs, not on {device.type}")
+        raise SystemExit(f"expected a CUDA device or a CPU, got {device.type}")
     with torch.inference_mode():
-        if (busy := psutil.cpu_percent(interval=1.0)) > 20.0:
-            print(f"other work keeps the processor {busy:.0f} % busy: the times will jitter", flush=True)
+        busy = busy_percent()
         chosen = settings(options, device.type)
         found = {}
         for setting in chosen:
-            check_room(setting, device.type)
+            check_memory(setting, device.type)
             found[setting.name] = measure(setting, options, device)
-    path = keep(options.name, {"settings": vars(options), "busy_percent_before": busy, "models": found})
+    path = write_results(options.name, {"settings": vars(options), "busy_percent_before": busy, "models": found})
     for setting in chosen:
         print(markdown(setting, found[setting.name], device.type))
     if device.type == "cpu" and "sd15" in found:
         print(
-            "\nOn a CPU the SD 1.5-sized models are sampled with small latents and few steps unless --size and --steps"
-            " say otherwise, so that the rounds come to an end; both make the forwards cheaper and the share larger."
+            "\nOn a CPU, --size and --steps of the SD 1.5-sized models are small by default to limit the time; both make"
+            " the forward passes cheaper and the relative overhead larger."
         )
-    print(f"\n{facts()['device']}; kept in {path.name}")
+    print(f"\n{facts()['device']}; written to {path.name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""SeedSelect's use in the paper: a classifier learns rare signs from generated pictures alone and meets real renderings."""
+"""SeedSelect's application in the paper: a classifier is trained only on generated images of rare concepts, and tested
+on real renderings."""
 
 from dataclasses import replace
 
@@ -6,56 +7,55 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...demo.signs import load_signs
-from ..first_recipes.canvas import Canvases
-from ..first_recipes.sign_network import SignClassifier
+from ..old_world.canvas import Canvases
+from ..old_world.concept_network import ConceptClassifier as Classifier
+from ..recipes.scenes import first_of_each
 
 STEPS, BATCH, RATE, REPEATS = 200, 64, 3e-3, 3
+EACH = "pictures of each sign"  # plain: ok, a key of the result file
 
 
-def renderings(signs: list[str], each: int, unseen: bool, seed: int) -> torch.Tensor:
-    """[signs, each, 64, 64, 3] in 0..1, alone on white as the bare prompts ask for."""
+def renderings(concepts: list[str], each: int, unseen: bool, seed: int) -> torch.Tensor:
+    """Images [concepts, each, 64, 64, 3] in 0..1 of single concepts on white, as in the bare prompts."""
     canvases = Canvases("noto", seed=seed, balanced=True, unseen=unseen, one=1.0)
-    places = {next(i for i, s in enumerate(load_signs()) if s.name == name): n for n, name in enumerate(signs)}
-    found, index = [[] for _ in signs], 0
-    while min(map(len, found)) < each:
-        scene = canvases.scene(index)
-        mine = found[places[scene.items[0].sign]] if scene.items[0].sign in places else None
-        if mine is not None and len(mine) < each:
-            mine.append(torch.from_numpy(canvases.draw(replace(scene, colors=("white",)))))
-        index += 1
-    return torch.stack([torch.stack(pictures) for pictures in found]).float() / 255
+    index = {concept.name: n for n, concept in enumerate(canvases.signs)}
+    numbers = [index[name] for name in concepts]
+    found = first_of_each(canvases, numbers, each)
+    drawn = [[canvases.draw(replace(scene, colors=("white",))) for scene in shown] for shown in found]
+    return torch.from_numpy(np.array(drawn)).float() / 255
 
 
-def spoiled(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Moved, zoomed, in other light: [B, 3, 64, 64]."""
+def augmented(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Images [B, 3, 64, 64] with random shifts, zoom, brightness and noise."""
     n = len(x)
-    draw = lambda *s: torch.rand(*s, generator=generator) - 0.5  # noqa: E731
+    uniform = lambda *s: torch.rand(*s, generator=generator) - 0.5  # noqa: E731
     theta = torch.zeros(n, 2, 3)
-    zoom = 1 + 0.5 * draw(n)
+    zoom = 1 + 0.5 * uniform(n)
     theta[:, 0, 0], theta[:, 1, 1] = zoom, zoom
-    theta[:, :, 2] = 0.4 * draw(n, 2)
+    theta[:, :, 2] = 0.4 * uniform(n, 2)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     return (
-        x * (1 + 0.3 * draw(n, 3, 1, 1)) + 0.2 * draw(n, 3, 1, 1) + 0.05 * torch.randn(x.shape, generator=generator)
+        x * (1 + 0.3 * uniform(n, 3, 1, 1))
+        + 0.2 * uniform(n, 3, 1, 1)
+        + 0.05 * torch.randn(x.shape, generator=generator)
     ).clamp(0, 1)
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def learn(pictures: torch.Tensor, seed: int) -> SignClassifier:
-    """A classifier whose first logits are the signs of ``pictures`` [signs, n, 64, 64, 3]."""
+def train(images: torch.Tensor, seed: int) -> Classifier:
+    """A classifier of ``images`` [concepts, n, 64, 64, 3]. Its first logits belong to these concepts, in this order."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = SignClassifier()
-    x = pictures.flatten(0, 1).movedim(-1, 1).clone()
-    truth = torch.arange(len(pictures)).repeat_interleave(pictures.shape[1])
+    model = Classifier()
+    x = images.flatten(0, 1).movedim(-1, 1).clone()
+    truth = torch.arange(len(images)).repeat_interleave(images.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.1)
     for _ in range(STEPS):
         rows = torch.randint(len(x), (BATCH,), generator=generator)
-        logits = model(spoiled(x[rows], generator))[:, : len(pictures)]
+        logits = model(augmented(x[rows], generator))[:, : len(images)]
         loss = F.cross_entropy(logits, truth[rows], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -64,19 +64,21 @@ def learn(pictures: torch.Tensor, seed: int) -> SignClassifier:
     return model.eval()
 
 
-def accuracies(pictures: dict[str, torch.Tensor], signs: list[str]) -> dict:
-    """Top-1 on renderings that nothing was trained on, by the pictures that a classifier learned from: mean, lowest and
-    highest of the repeats. ``pictures``: by way, [signs, n, 64, 64, 3]; real ones are added, as many."""
-    each = next(iter(pictures.values())).shape[1]
-    test = renderings(signs, 20, unseen=True, seed=6).flatten(0, 1).movedim(-1, 1)
-    truth = torch.arange(len(signs)).repeat_interleave(20)
+def accuracies(images: dict[str, torch.Tensor], concepts: list[str]) -> dict:
+    """Top-1 accuracy on unseen renderings by training images: mean, lowest and highest of the repeats.
+
+    The training images are ``images``, {way: [concepts, n, 64, 64, 3]}, or as many real renderings.
+    """
+    each = next(iter(images.values())).shape[1]
+    test = renderings(concepts, 20, unseen=True, seed=6).flatten(0, 1).movedim(-1, 1)
+    truth = torch.arange(len(concepts)).repeat_interleave(20)
     found = {}
-    for way, made in {**pictures, "renderings": renderings(signs, each, unseen=False, seed=8)}.items():
+    for way, made in {**images, "renderings": renderings(concepts, each, unseen=False, seed=8)}.items():
         shares = []
         for repeat in range(REPEATS):
-            model = learn(made, repeat)
+            model = train(made, repeat)
             with torch.no_grad():
-                shares.append(float((model(test)[:, : len(signs)].argmax(1) == truth).float().mean()))
-            print(f"a classifier learned from {way}: {100 * shares[-1]:.1f} %", flush=True)
+                shares.append(float((model(test)[:, : len(concepts)].argmax(1) == truth).float().mean()))
+            print(f"accuracy of a classifier trained on {way}: {100 * shares[-1]:.1f} %", flush=True)
         found[way] = {"mean": float(np.mean(shares)), "lowest": min(shares), "highest": max(shares)}
-    return {"pictures of each sign": each, "of real test renderings": len(test), **found}
+    return {EACH: each, "of real test renderings": len(test), **found}

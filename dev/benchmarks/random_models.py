@@ -1,11 +1,12 @@
-"""Checkpoints of a real size with random weights: what they cost is real, what they paint is not."""
+"""Models of real sizes with random weights. Their cost is that of real models; their images are meaningless."""
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
 
-# what the host detects in an SD 1.5 checkpoint (comfy.model_detection)
+# the configuration that comfy.model_detection finds in an SD 1.5 checkpoint
 SD15 = {
     "use_checkpoint": False,
     "image_size": 32,
@@ -26,15 +27,15 @@ SD15 = {
     "legacy": False,
 }
 SD15_PARAMETERS = 859_520_964
-POOL = 1 << 24
+POOL = 1 << 24  # number of random values from which all weights are taken
 
 
 def fill(network, generator) -> None:
-    """Random weights that keep activations near 1.
+    """Fill a network with random weights whose scale preserves the size of activations.
 
-    Drawn once and reused from other places: 860 million draws take half a minute in half precision. Gains are 1, else
-    the network would be dead; what cross attention adds is made strong, or the prompt of a random network would hardly
-    matter and the mask would mean nothing.
+    Weights are slices of one random pool, because 860 million random numbers take half a minute in half precision. The
+    gains of norms are 1 and all biases are 0. The output of cross attention is scaled up, so that the prompt affects
+    the prediction and the mask.
     """
     pool = torch.randn(POOL, generator=generator)
     for name, p in network.named_parameters():
@@ -53,6 +54,38 @@ def sd15(seed: int, dtype: torch.dtype):
     config.set_inference_dtype(dtype, None)
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model({}, device=offload)
+    fill(model.diffusion_model, torch.Generator().manual_seed(seed))
+    return comfy.model_patcher.CoreModelPatcher(
+        model, load_device=comfy.model_management.get_torch_device(), offload_device=offload
+    )
+
+
+# a small diffusion transformer of ComfyUI's Flux class
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 64,
+    "context_in_dim": 256,
+    "hidden_size": 256,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 4,
+    "depth_single_blocks": 4,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+    "dtype": torch.float32,
+}
+
+
+def flux(seed: int):
+    """A MODEL with a small diffusion transformer, flow matching on 16 latent channels."""
+    offload = comfy.model_management.unet_offload_device()
+    model = comfy.model_base.Flux(comfy.supported_models.Flux(FLUX), device=offload)
     fill(model.diffusion_model, torch.Generator().manual_seed(seed))
     return comfy.model_patcher.CoreModelPatcher(
         model, load_device=comfy.model_management.get_torch_device(), offload_device=offload

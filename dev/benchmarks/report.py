@@ -1,28 +1,40 @@
-"""Tables of BENCHMARKS.md and README.md, rendered from result files; the text around them is written by hand.
+"""Renders the tables of BENCHMARKS.md, README.md and a help page from result files; other text is written by hand.
 
-python run.py bench report              write the tables of both pages
+python run.py bench report              write the tables of all pages
 python run.py bench report --check      write nothing; exit code 1 if a page is out of date
 
-A page shows a table between the lines `<!-- table: NAME -->` and `<!-- end table -->`, as dev/benchmarks/tables.json says:
+A table of a page is between the lines `<!-- table: NAME -->` and `<!-- end table -->`. It is defined in
+dev/benchmarks/tables.json:
 
     "NAME": {"file": "dev/benchmarks/results/x.json",
              "columns": [{"title": "batch", "cell": "{<at>/batch}"},
                          {"title": "time, ms (quartiles)", "cell": "{<at>/median | quartiles 1 in ms}"}],
              "rows": [{"each": {"at": "measured/*"}}]}
 
-In a cell, `<key>` stands for that key of the row, else of the column, else of the table, and `{path | step | ...}` for a
-value of the file. A path joins keys by slashes (without spaces); `*` matches any part of a key, `key=value&key=value` the
-entries that hold these values. "each" repeats a row for all matches, with the keys that it names set to their paths and
-`<star>` to what the last `*` matched. "best" ("max" or "min") sets the best figure of a column in bold, by "group" if given;
-"names" maps values to the text to show. Steps:
+In a cell, `<key>` is replaced by the value of this key in the row, the column or the table, in this order.
+`{path | step | ...}` is replaced by the value at this path of the result file, after the steps are applied. A path
+joins keys by slashes (without spaces). In a path, `*` matches any part of a key, and `key=value&key=value` matches
+entries with these values. Other keys of a table, column or row:
 
-    sum, min, max, median               of several values
-    per PATH + PATH, less PATH          ratio to their sum, difference
-    (none), number 1, number 2g         text, or a number with 0 to 3 digits; 1 digit; 2 significant digits
-    interval 1 0, range 2               12.3 (9-16), the bounds with 0 digits; 0.15 (0.00 to 0.31)
+    "each"     repeats a row for all matches of its paths; `<star>` is the match of the last `*`
+    "best"     "max" or "min": sets the best figure of a column in bold, separately for each "group" if given
+    "names"    maps values to the shown text
+    "like"     the name of a table from which missing keys are taken
+
+Steps:
+
+    sum, min, max, median               reduce several values to one
+    per PATH + PATH                     ratio of the value to the sum of the values at the paths
+    less PATH                           the value minus the value at the path
+    (no step)                           text unchanged, or a number with 0 to 3 decimals
+    number 1, number 2g                 a number with 1 decimal; with 2 significant digits
+    interval 1, interval 1 0            12.3 (9.1-16.0); 12.3 (9-16): the bounds with 0 decimals
+    range 2                             0.15 (0.00 to 0.31)
     quartiles 1, signed 1               12.3 (9.8-16.1); +4.3 (-1.7 to +10.3)
-        ... ms, ... in ms               in a unit, shown or not: see SCALES
-    at least 3, at most PATH, verdict   reached or **missed**; a script's own verdict (`verdict why`: with its reason)
+        ... ms                          the same in a unit of SCALES, followed by the unit
+        ... in ms                       the same, without the unit in the text
+    at least 3, at most PATH            reached or **missed**, compared with a number or the value at a path
+    verdict, verdict why                the verdict that a script computed; with its reason
     count                               6 passed, 1 failed
 """
 
@@ -38,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "BENCHMARKS.md", ROOT / "README.md")
+PAGES = (ROOT / "BENCHMARKS.md", ROOT / "README.md", ROOT / "web/docs/SaliencyNoiseBlend.md")
 TABLES = Path(__file__).with_name("tables.json")
 BEGIN, END = "<!-- table: ", "<!-- end table -->"
 REDUCE = {"sum": sum, "min": min, "max": max, "median": statistics.median}
@@ -47,7 +59,7 @@ FORMAT = re.compile(
     r"(?P<kind>number|interval|range|quartiles|signed) (?P<digits>\dg?)(?: (?P<bounds>\d))?"
     rf"(?: (?P<hidden>in )?(?P<unit>{'|'.join(SCALES)}))?"
 )
-EQUAL_DB = 119  # scripts keep the PSNR of equal pictures, which is infinite, as 120 dB
+EQUAL_DB = 119  # scripts store the PSNR of equal images, which is infinite, as 120 dB
 
 
 @cache
@@ -56,7 +68,7 @@ def load(file: str) -> Any:
 
 
 def find(file: str, path: str) -> list[tuple[str, str, Any]]:
-    """Every value at a path of a result file, as (its own path, what the last part's `*` matched, the value)."""
+    """Every value that matches a path of a result file: (its full path, the match of `*` in the last part, value)."""
     found = [("", "", load(file))]
     for part in re.split(r"(?<! )/(?! )", path):
         deeper = []
@@ -71,22 +83,22 @@ def find(file: str, path: str) -> list[tuple[str, str, Any]]:
 
 
 def _match(part: str, key: str, value: Any) -> str | None:
-    """What the `*` of a path's part matches, the key if there is none, None if the part does not match."""
+    """The match of the last `*` in a part of a path, or the key if there is no `*`. None if the key does not match."""
     if "=" in part:
-        wanted = [pair.split("=", 1) for pair in part.split("&")]
-        return key if isinstance(value, dict) and all(str(value.get(k)) == v for k, v in wanted) else None
+        expected = [pair.split("=", 1) for pair in part.split("&")]
+        return key if isinstance(value, dict) and all(str(value.get(k)) == v for k, v in expected) else None
     match = re.fullmatch(re.escape(part).replace(r"\*", "(.*)"), key)
     return match and match[match.lastindex or 0]
 
 
 def one(file: str, path: str) -> float:
-    """The figure at a path that matches a single one."""
+    """The figure at a path that has exactly one match."""
     ((*_, value),) = find(file, path)
     return estimate(value)[0]
 
 
 def estimate(value: Any, kind: str = "number") -> tuple[float, float, float]:
-    """(value, low, high) of one of the shapes in which scripts keep a figure."""
+    """(value, low, high) of a figure in any of the layouts of result files."""
     match value:
         case int() | float() if kind in ("number", "signed"):
             return value, value, value
@@ -102,32 +114,32 @@ def estimate(value: Any, kind: str = "number") -> tuple[float, float, float]:
     raise ValueError(f"{value!r} has no {kind}")
 
 
-def number(value: float, digits: str, unit: str | None = None, sign: str = "") -> str:
-    """1,234.5, and no -0."""
+def number(value: float, digits: str, unit: str | None = None, plus: str = "") -> str:
+    """A number such as 1,234.5, with 0 instead of -0. ``plus``: "+" to show the plus of positive numbers."""
     if unit == "dB" and value > EQUAL_DB:
         return "equal"
     value *= SCALES[unit] if unit else 1
-    return f"{value:.{digits}}" if "g" in digits else f"{round(value, int(digits)) + 0.0:{sign},.{digits}f}"
+    return f"{value:.{digits}}" if "g" in digits else f"{round(value, int(digits)) + 0.0:{plus},.{digits}f}"
 
 
-def shown(value: Any, step: str) -> str:
-    """A value in a format, see the top; an interval without width is left out, None is an empty text."""
+def formatted(value: Any, step: str) -> str:
+    """A value in a format of the module's docstring. Omits an interval of zero width. None becomes an empty text."""
     if not (form := FORMAT.fullmatch(step)):
         raise ValueError(f"unknown step {step!r}")
     if value is None:
         return ""
     kind, digits, unit = form["kind"], form["digits"], form["unit"]
-    sign = "+" if kind == "signed" else ""
+    plus = "+" if kind == "signed" else ""
     middle, low, high = estimate(value, kind)
-    text = number(middle, digits, unit, sign) + (f" {unit}" if unit and not form["hidden"] else "")
+    text = number(middle, digits, unit, plus) + (f" {unit}" if unit and not form["hidden"] else "")
     if kind == "number" or low == high:
         return text
-    first, last = (number(bound, form["bounds"] or digits, unit, sign) for bound in (low, high))
+    first, last = (number(bound, form["bounds"] or digits, unit, plus) for bound in (low, high))
     return f"{text} ({first}{' to ' if kind in ('range', 'signed') or low < 0 else '-'}{last})"
 
 
 def reference(file: str, path: str, steps: list[str]) -> tuple[str, Any]:
-    """What `{path | step | ...}` shows, and the (first) value at the path."""
+    """The text of `{path | step | ...}`, and the value at the path (the first, if there are several)."""
     values = [value for *_, value in find(file, path)]
     first = values[0]
     for step in steps or ["plain"]:
@@ -137,7 +149,7 @@ def reference(file: str, path: str, steps: list[str]) -> tuple[str, Any]:
         elif word == "count":
             values = [", ".join(f"{n} {outcome}" for outcome, n in Counter(values).most_common())]
         elif len(values) > 1:
-            raise ValueError(f"{path} matches {len(values)} values of {file}, {step!r} takes one")
+            raise ValueError(f"{path} matches {len(values)} values of {file}, but {step!r} needs exactly one")
         elif word == "per":
             values = [estimate(values[0])[0] / sum(one(file, other) for other in rest.split(" + "))]
         elif word == "less":
@@ -145,23 +157,23 @@ def reference(file: str, path: str, steps: list[str]) -> tuple[str, Any]:
         elif limit := re.fullmatch(r"at (least|most) (?:([\d.]+)|(.+))", step):
             gap = estimate(values[0])[0] - (float(limit[2]) if limit[2] else one(file, limit[3]))
             values = ["reached" if (gap >= 0 if limit[1] == "least" else gap <= 0) else "**missed**"]
-        elif word == "verdict":  # met, or "undecided: why; what to do"
-            said, _, why = str(values[0]).partition(";")[0].partition(": ")
-            values = [("reached" if said == "met" else f"**{said}**") + (f" ({why})" if why and rest else "")]
+        elif word == "verdict":  # "met", "missed" or "undecided: reason; remedy"
+            result, _, why = str(values[0]).partition(";")[0].partition(": ")
+            values = [("reached" if result == "met" else f"**{result}**") + (f" ({why})" if why and rest else "")]
         elif step != "plain":
-            values = [shown(values[0], step)]
+            values = [formatted(values[0], step)]
     return plain(values[0]), first
 
 
 def plain(value: Any) -> str:
-    """A value without a format: text as it is, numbers with 0, 1 or 3 digits."""
+    """A value without a format: text unchanged, numbers with 0, 1 or 3 digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return number(value, "0" if value == int(value) else "3" if abs(value) < 1 else "1")
 
 
 def filled(text: str, keys: dict) -> str:
-    """A text with every `<key>` in it replaced, also those in what replaces them."""
+    """A text with every `<key>` replaced, recursively."""
 
     def value(match: re.Match) -> str:
         if match[1] not in keys:
@@ -172,20 +184,20 @@ def filled(text: str, keys: dict) -> str:
 
 
 def rendered(text: str, keys: dict) -> tuple[str, Any]:
-    """A cell's text with every `<key>` and `{path | step}` replaced, and the last of its values (None without one)."""
+    """(text of a cell with every `<key>` and `{path | step}` replaced, last value of the cell or None)."""
     values = [None]
 
     def show(match: re.Match) -> str:
         path, *steps = match[1].split(" | ")
-        told, value = reference(keys["file"], path, steps)
+        text, value = reference(keys["file"], path, steps)
         values.append(value)
-        return keys.get("names", {}).get(told, told)
+        return keys.get("names", {}).get(text, text)
 
     return re.sub(r"\{([^{}]+)\}", show, filled(text, keys)), values[-1]
 
 
 def expanded(spec: dict) -> list[dict]:
-    """The rows of a table, those with "each" once for every match."""
+    """The rows of a table; a row with "each" is repeated for every match."""
     rows = []
     for row in spec["rows"]:
         each = row.get("each", {})
@@ -197,7 +209,7 @@ def expanded(spec: dict) -> list[dict]:
 
 
 def table(name: str, spec: dict) -> str:
-    """A table in Markdown; ValueError names the table and what does not fit."""
+    """A table in Markdown. Errors are raised as ValueError with the name of the table and the reason."""
     try:
         rows, columns = expanded(spec), spec["columns"]
         cells, groups = [[""] * len(columns) for _ in rows], {}
@@ -218,16 +230,18 @@ def table(name: str, spec: dict) -> str:
 
 
 def page(text: str, tables: dict[str, dict]) -> str:
-    """A page with its tables rendered anew."""
+    """The text of a page with all tables rendered."""
 
     def block(match: re.Match) -> str:
         if match[1] not in tables:
-            raise ValueError(f"no table {match[1]} in {TABLES.name}")
-        return f"{BEGIN}{match[1]} -->\n\n{table(match[1], tables[match[1]])}\n\n{END}"
+            raise ValueError(f"table {match[1]} is not defined in {TABLES.name}")
+        spec = tables[match[1]]
+        spec = {**tables.get(spec.get("like"), {}), **spec}
+        return f"{BEGIN}{match[1]} -->\n\n{table(match[1], spec)}\n\n{END}"
 
     new, count = re.subn(rf"{BEGIN}(\S+) -->\n(?:(?!<!--).)*?{END}", block, text, flags=re.DOTALL)
     if not count == text.count(BEGIN) == text.count(END):
-        raise ValueError(f"a line {BEGIN}NAME --> without its {END}, or the reverse")
+        raise ValueError(f"{BEGIN}NAME --> or {END} is unpaired; each table needs both")
     return new
 
 
@@ -239,7 +253,7 @@ def main() -> int:
     try:
         new = {path: page(text, tables) for path, text in old.items()}
         if unused := [name for name in tables if f"{BEGIN}{name} -->" not in "".join(old.values())]:
-            raise ValueError(f"no page shows {', '.join(unused)} of {TABLES.name}")
+            raise ValueError(f"tables of {TABLES.name} that no page uses: {', '.join(unused)}")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

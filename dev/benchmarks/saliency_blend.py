@@ -1,14 +1,15 @@
-"""How fast is the blend? The definition, the torch path and Triton on the same predictions, next to a copy of them.
+"""Speed of the blend: the reference definition, the torch path and Triton, compared with a copy.
 
-Every implementation must first give what the definition gives in float64, away from ties; a wrong one is not timed.
-Hard mask, blur 4, k 1. The bytes of a blend: 2 N predictions read once, two outputs and the mask written. The copy
-moves as many, half of them read and half written. Inputs rotate, so that a large case does not find them in the cache.
+Every implementation must first return the result of the definition in float64, except at ties; a wrong one is not
+timed. The mask is hard, blur is 4 and all strengths k are 1. A blend of N models reads 2 N predictions and writes two
+outputs and the mask. The copy moves as many bytes: it reads half of them and writes half. Several sets of inputs are
+used in turn, so that large cases are not in the cache.
 
-A CPU is timed call by call, all implementations in turn. A GPU is timed twice: eager calls by the wall clock, from the
-host's first call until the GPU is done, and replays of CUDA graphs between events, which leave out what the host costs.
+On a CPU single calls are timed, with all implementations in turn. On a GPU two times are measured: eager calls by wall
+clock, from the first launch until the GPU is done, and replays of CUDA graphs between events, without launch overhead.
 
-On a CPU that has other work too, set OMP_WAIT_POLICY=passive: threads that spin while they wait for one that is not
-running make every number, the definition's most of all, a matter of luck.
+On a busy CPU set OMP_WAIT_POLICY=passive: spinning threads make all times unreliable, especially those of the
+definition.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.saliency_blend import fused_torch, reference
 from ..statistics import quartiles
-from .environment import clocks, facts, keep, last_level_cache, load
+from .environment import clocks, facts, last_level_cache, load, write_results
 
 SHAPES = [(1, 4, 64, 64), (4, 4, 128, 128), (1, 16, 128, 128), (4, 16, 256, 256)]
 MODELS = [2, 4]
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.float16, torch.float32]}
-TIE = 1e-5  # scores nearer than this may fall to either side in float32
-CALLS = 8  # in one timing on a GPU, where a single call is too short for its clock
+TIE = 1e-5  # float32 may rank scores in either order if they are closer than this
+CALLS = 8  # calls per timing on a GPU, where a single call is too short for the clock
 DEFINITION, TORCH, TRITON, COPY = "definition", "fused torch", "Triton", "copy"
 
 
 class Case:
-    """Predictions of one size, in as many sets as it takes to fill the cache three times, eight at most."""
+    """Predictions of one size, in 2 to 8 sets that fill the cache three times."""
 
     def __init__(self, shape: tuple[int, ...], models: int, dtype: torch.dtype, device: torch.device, cache: int):
         self.shape, self.models, self.dtype = shape, models, dtype
@@ -45,11 +46,15 @@ class Case:
         self.bytes = (2 * models + 2) * prediction + batch * int(np.prod(axes))
         self.beyond_cache = self.bytes > cache
         generator = torch.Generator().manual_seed(0)
-        self.sets = [self._draw(generator, device) for _ in range(int(np.clip(-(-3 * cache // self.bytes), 2, 8)))]
+        self.sets = [
+            self._random_set(generator, device) for _ in range(int(np.clip(-(-3 * cache // self.bytes), 2, 8)))
+        ]
         half = torch.zeros(self.bytes // 2, dtype=torch.uint8, device=device)
         self.copies = [(half.clone(), half.clone()) for _ in self.sets]
 
-    def _draw(self, generator: torch.Generator, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _random_set(
+        self, generator: torch.Generator, device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         uncond = [torch.randn(self.shape, generator=generator) for _ in range(self.models)]
         cond = [u + torch.randn(self.shape, generator=generator) for u in uncond]
         sigma = torch.linspace(0.5, 3.0, self.shape[0])
@@ -66,7 +71,7 @@ class Case:
         return target.copy_(source)
 
 
-def contenders(device: torch.device) -> dict[str, Callable]:
+def implementations(device: torch.device) -> dict[str, Callable]:
     found = {DEFINITION: reference.saliency_blend, TORCH: fused_torch.saliency_blend}
     if device.type == "cuda":
         from ...kernels.saliency_blend import fused
@@ -76,29 +81,36 @@ def contenders(device: torch.device) -> dict[str, Callable]:
 
 
 def check(case: Case, name: str, function: Callable) -> None:
-    """Raise unless ``function`` paints what the definition in float64 paints, away from ties."""
+    """Raise ValueError if the result of ``function`` differs from the definition in float64, except at ties."""
     cond, uncond, sigma = case.sets[0]
     pairs = zip(cond, uncond, strict=True)
-    scores = torch.stack([reference.log_saliency(c.double(), u.double(), sigma.double(), 1.0, 4) for c, u in pairs])
+    logits = torch.stack([reference.scaled_saliency(c.double(), u.double(), sigma.double(), 1.0, 4) for c, u in pairs])
+    scores = torch.log_softmax(logits.flatten(2), dim=2).view_as(logits)
     (first, second), order = scores.topk(2, dim=0)
     certain, owner = first - second > TIE, order[0]
     got_cond, got_uncond, weights, *_ = case.blend(function, 0)
     got = weights if weights.dtype == torch.uint8 else weights.argmax(0)
     wrong = int((got != owner)[certain].sum())
     if wrong or certain.double().mean() < 0.99:
-        raise ValueError(f"{name} gives {wrong} positions of {list(case.shape)} to the wrong model; not timed")
+        raise ValueError(
+            f"{name} assigns {wrong} positions to the wrong model (expected 0) with predictions"
+            f" {list(case.shape)}; not timed"
+        )
     where = owner[None, :, None].expand(1, *case.shape)
-    exact = name != DEFINITION  # it multiplies by the mask and guides by u + 1 (c - u), which rounds
+    exact = name != DEFINITION  # the definition multiplies by the mask and computes u + 1 (c - u), which rounds
     for blended, predictions in ((got_cond, cond), (got_uncond, uncond)):
-        wanted = torch.stack(predictions).gather(0, where)[0]
-        bound = 0.0 if exact else 8 * torch.finfo(case.dtype).eps * float(wanted.abs().max())
-        error = (blended.double() - wanted.double()).abs().movedim(1, 0)[:, certain].max()
+        expected = torch.stack(predictions).gather(0, where)[0]
+        bound = 0.0 if exact else 8 * torch.finfo(case.dtype).eps * float(expected.abs().max())
+        error = (blended.double() - expected.double()).abs().movedim(1, 0)[:, certain].max()
         if not error <= bound:
-            raise ValueError(f"{name} is off by {float(error):.3g} at {list(case.shape)}; not timed")
+            raise ValueError(
+                f"{name} has an error of {float(error):.3g} (expected at most {bound:.3g}) with predictions"
+                f" {list(case.shape)}; not timed"
+            )
 
 
 class CountOps(TorchDispatchMode):
-    """Counts the ops that reach the dispatcher, without views."""
+    """Counts the dispatched ops except views."""
 
     count = 0
 
@@ -108,7 +120,7 @@ class CountOps(TorchDispatchMode):
 
 
 def launches(run: Callable, device: torch.device) -> int:
-    """Of one call: kernels, copies and fills on a GPU; on a CPU, ops."""
+    """Number of kernels, copies and fills that one call launches on a GPU, or of ops that it dispatches on a CPU."""
     if device.type == "cpu":
         with CountOps() as counter:
             run(0)
@@ -124,7 +136,7 @@ def launches(run: Callable, device: torch.device) -> int:
 
 
 class Constants(TorchFunctionMode):
-    """Makes every ``torch.tensor`` once and hands it out again: a capture allows no copy from the host."""
+    """Caches the results of ``torch.tensor``: a CUDA graph cannot capture copies from the CPU."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +152,7 @@ class Constants(TorchFunctionMode):
 
 
 def capture(run: Callable) -> Callable | None:
-    """A CUDA graph of ``CALLS`` calls that go through the sets in turn; None, and why, where it cannot be captured."""
+    """The replay of a CUDA graph of ``CALLS`` calls. If capture fails, prints the reason and returns None."""
     constants, side, graph = Constants(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     try:
@@ -153,7 +165,7 @@ def capture(run: Callable) -> Callable | None:
             for i in range(CALLS):
                 run(i)
     except RuntimeError as error:
-        print(f"no CUDA graph: {error}", flush=True)
+        print(f"CUDA graph not captured: {error}", flush=True)
         return None
     return graph.replay
 
@@ -183,11 +195,11 @@ def eager_cpu(run: Callable, i: int) -> float:
 
 
 def time_all(runs: dict[str, Callable], device: torch.device, count: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of one call, by implementation, ``count`` times each and in turn: "eager", on a GPU also "graph"."""
+    """{implementation: {"eager" or "graph" (GPU only): seconds per call}}, with ``count`` timings of each."""
     cuda = device.type == "cuda"
     graphs = {name: capture(run) if cuda else None for name, run in runs.items()}
     times = {name: {"eager": [], "graph": []} for name in runs}
-    for i in range(-5, count):  # the first five warm up
+    for i in range(-5, count):  # five warm-up rounds
         for name, run in runs.items():
             eager = eager_gpu(run) if cuda else eager_cpu(run, i)
             graph = replayed(graphs[name]) if graphs[name] else None
@@ -198,8 +210,8 @@ def time_all(runs: dict[str, Callable], device: torch.device, count: int) -> dic
 
 
 def measure(case: Case, device: torch.device, count: int) -> list[dict]:
-    """One row per implementation, the copy last."""
-    found = contenders(device)
+    """One row for each implementation; the last row is the copy."""
+    found = implementations(device)
     for name, function in found.items():
         check(case, name, function)
     runs = {name: partial(case.blend, function) for name, function in found.items()}
@@ -232,32 +244,34 @@ def measure(case: Case, device: torch.device, count: int) -> list[dict]:
 
 
 def _ratio(a: list[float] | None, b: list[float] | None) -> float | None:
-    """Of the medians."""
+    """Ratio of two medians."""
     return a[1] / b[1] if a and b else None
 
 
 def verdicts(rows: list[dict], device: torch.device) -> dict[str, str]:
-    """What was aimed at, and whether it holds."""
+    """{target: result}"""
 
-    def judge(numbers: list[float], target: float, form: str) -> str:
+    def verdict(numbers: list[float], target: float, form: str) -> str:
         if not numbers:
             return "not measured"
-        return f"{'yes' if min(numbers) >= target else 'no'}: {form.format(min(numbers))} at least"
+        return f"{'reached' if min(numbers) >= target else 'missed'}: lowest measured {form.format(min(numbers))}"
 
     if device.type == "cpu":
         speed = [r["speedup"]["eager"] for r in rows if r["implementation"] == TORCH]
         return {
-            "fused torch at least 3 x the definition at every size on the CPU": judge(speed, 3.0, "{:.1f} x"),
-            "Triton": "not run: it needs a GPU",
+            "fused torch at least 3 x as fast as the definition at every size on the CPU": verdict(
+                speed, 3.0, "{:.1f} x"
+            ),
+            "Triton": "not run: needs a GPU",
         }
     triton = [r for r in rows if r["implementation"] == TRITON]
     small = [r["speedup"] for r in triton if r["shape"] == [1, 4, 64, 64]]
     large = [r["share_of_copy"] for r in triton if r["beyond_cache"] and r["share_of_copy"] is not None]
-    aim = "Triton at least 10 x the definition at 1x4x64x64"
+    target = "Triton at least 10 x as fast as the definition at 1x4x64x64"
     return {
-        f"{aim}, eager calls": judge([s["eager"] for s in small], 10.0, "{:.1f} x"),
-        f"{aim}, CUDA graphs": judge([s["graph"] for s in small if s["graph"]], 10.0, "{:.1f} x"),
-        "Triton at least 80 % of the speed of the copy once data exceed the cache": judge(large, 0.8, "{:.0%}"),
+        f"{target}, eager calls": verdict([s["eager"] for s in small], 10.0, "{:.1f} x"),
+        f"{target}, CUDA graphs": verdict([s["graph"] for s in small if s["graph"]], 10.0, "{:.1f} x"),
+        "Triton at least 80 % of the speed of the copy if the data exceed the cache": verdict(large, 0.8, "{:.0%}"),
     }
 
 
@@ -265,7 +279,7 @@ def markdown(rows: list[dict], device: torch.device) -> str:
     cuda = device.type == "cuda"
     head = ["predictions", "MB", "implementation", "eager, us (quartiles)"]
     head += ["CUDA graph, us (quartiles)", "launches"] if cuda else ["aten ops"]
-    head += ["against the definition", "GB/s", "of the copy"]
+    head += ["speed-up over the definition", "GB/s", "speed relative to the copy"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         size = f"{2 * row['models']} x {'x'.join(map(str, row['shape']))} {row['dtype']}"
@@ -291,13 +305,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30, help="timings of each implementation and size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--name", default="saliency_blend", help="of the result file")
+    parser.add_argument("--name", default="saliency_blend", help="name of the result file")
     options = parser.parse_args()
     device = torch.device(options.device)
     cache = last_level_cache(device)
 
     rows, states = [], []
-    with torch.inference_mode():  # as in the host
+    with torch.inference_mode():  # as in ComfyUI
         for dtype in DTYPES[device.type]:
             for shape in SHAPES:
                 for models in MODELS:
@@ -307,13 +321,13 @@ def main() -> None:
     found = verdicts(rows, device)
     threads = {"threads": torch.get_num_threads(), **{k: v for k, v in os.environ.items() if k.startswith("OMP_")}}
     state = {"clocks" if device.type == "cuda" else "load": states, "cache_bytes": cache, **threads}
-    path = keep(
+    path = write_results(
         options.name, {"settings": vars(options), "device": str(device), **state, "verdicts": found, "rows": rows}
     )
     print(f"\n{markdown(rows, device)}\n")
-    for aim, verdict in found.items():
-        print(f"{aim}: {verdict}")
-    print(f"\n{facts()['device']}; the last cache holds {cache / (1 << 20):.0f} MiB; kept in {path.name}")
+    for target, result in found.items():
+        print(f"{target}: {result}")
+    print(f"\n{facts()['device']}; last-level cache: {cache / (1 << 20):.0f} MiB; written to {path.name}")
 
 
 if __name__ == "__main__":

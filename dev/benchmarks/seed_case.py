@@ -1,5 +1,7 @@
-"""What SeedSelect is measured on: the demo's general checkpoint, or random networks of the sizes of SD 1.5, its VAE and
-CLIP ViT-L."""
+"""Models for the benchmarks of SeedSelect.
+
+They are the general demo checkpoint, or networks with random weights of the sizes of SD 1.5, its VAE and CLIP ViT-L.
+"""
 
 import copy
 import math
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import comfy.clip_vision
 import comfy.ldm.models.autoencoder
+import comfy.model_patcher
 import comfy.sd
 import torch
 
+from ...demo.concepts import phrase
 from ...demo.modules import load_checkpoint, load_references, load_vision
 from ...nodes.seed_select import run
 from ...techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
@@ -19,22 +23,23 @@ from ...techniques.seed_select.comfy_scoring import ScoringSettings
 from ...techniques.seed_select.comfy_session import SessionSettings
 from ...techniques.seed_select.optimize import OptimizeSettings
 from ...techniques.seed_select.select import SeedSelect, SeedSelectSettings
+from ..old_world.evaluate import encode
 from .random_models import conditioning, fill, sd15
 
 PLAIN, OPTIMIZE, KEPT = "one picture", "optimize", "optimize, activations of all steps kept"
-SIGN, SEED, CFG = "cherries", 1000, {"demo": 4.0, "sd15": 7.5}
+CONCEPT, SEED, CFG = "cherries", 1000, {"demo": 4.0, "sd15": 7.5}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``pixels``: side of the picture."""
+    """The models and the settings of SeedSelect."""
 
     name: str
-    pixels: int
+    pixels: int  # side of the image
     steps: int
     candidates: int
     iterations: int
-    proxy_steps: int
+    proxy_steps: int  # the input optimize_steps, in the runs that compute the gradient with fewer steps
     last_steps: int
 
 
@@ -68,40 +73,59 @@ def clip_vit_l():
     return encoder
 
 
+@dataclass(frozen=True)
+class Models:
+    """The inputs of SeedSelect; ``prompts`` are the positive and the negative CONDITIONING."""
+
+    model: comfy.model_patcher.ModelPatcher
+    vae: comfy.sd.VAE
+    vision: comfy.clip_vision.ClipVisionModel
+    references: torch.Tensor
+    prompts: tuple
+
+    def sampler(self, pixels: int, **widgets) -> ComfySeedSampler:
+        """A sampler for images of ``pixels`` x ``pixels``, with the values ``widgets`` of KSampler's widgets."""
+        latent = {"samples": torch.zeros(1, 4, pixels // 8, pixels // 8), "downscale_ratio_spacial": 8}
+        inputs = dict(model=self.model, positive=self.prompts[0], negative=self.prompts[1], latent_image=latent)
+        scoring = ScoringSettings(references=self.references, vae=self.vae, clip_vision=self.vision)
+        return ComfySeedSampler(KSamplerInputs(**inputs, **widgets), scoring)
+
+
+def demo_models(concept: str) -> Models:
+    """The general checkpoint with the prompt and the references of a concept."""
+    model, clip, vae = load_checkpoint("general")
+    return Models(
+        model, vae, load_vision(), load_references(concept)[0], (encode(clip, phrase(concept)), encode(clip, ""))
+    )
+
+
+def random_models(pixels: int) -> Models:
+    references = torch.rand(4, pixels, pixels, 3, generator=torch.Generator().manual_seed(5))
+    return Models(sd15(1, torch.float32), sd_vae(), clip_vit_l(), references, (conditioning(6), conditioning(7)))
+
+
 class Case:
-    """The models of a setting, and what is measured on them."""
+    """The models of a setting, and the runs that are measured."""
 
     def __init__(self, setting: Setting):
-        self.setting, self.sizes = setting, {}
-        if setting.name == "demo":
-            self.model, clip, self.vae = load_checkpoint("general")
-            self.vision, self.references = load_vision(), load_references(SIGN)[0]
-            words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (SIGN, "")]
-        else:
-            self.model, self.vae, self.vision = sd15(1, torch.float32), sd_vae(), clip_vit_l()
-            draws = torch.Generator().manual_seed(5)
-            self.references = torch.rand(4, setting.pixels, setting.pixels, 3, generator=draws)
-            words = [conditioning(6), conditioning(7)]
-        side, (positive, negative) = setting.pixels // 8, words
-        latent = {"samples": torch.zeros(1, 4, side, side), "downscale_ratio_spacial": 8}
-        wired = dict(model=self.model, positive=positive, negative=negative, latent_image=latent)
-        widgets = dict(steps=setting.steps, cfg=CFG[setting.name], sampler_name="euler", scheduler="normal", seed=SEED)
-        scoring = ScoringSettings(references=self.references, vae=self.vae, clip_vision=self.vision)
-        self.sampler = ComfySeedSampler(KSamplerInputs(**wired, **widgets), scoring)
+        self.setting, cfg = setting, CFG[setting.name]
+        self.models = demo_models(CONCEPT) if setting.name == "demo" else random_models(setting.pixels)
+        widgets = dict(steps=setting.steps, cfg=cfg, sampler_name="euler", scheduler="normal", seed=SEED)
+        self.sampler = self.models.sampler(setting.pixels, **widgets)
 
-    def fresh(self, settings: SessionSettings) -> ComfySeedSampler:
-        """A sampler that is open to gradients, on the same references, which need not be encoded again."""
+    def sampler_for_gradients(self, settings: SessionSettings) -> ComfySeedSampler:
+        """A sampler with gradients that shares the encoded references."""
         sampler = copy.copy(self.sampler)
         sampler.allow_gradients(settings)
         return sampler
 
     def weights(self) -> int:
         """Bytes of the weights of model, VAE and image encoder."""
-        modules = self.model.model, self.vae.first_stage_model, self.vision.model
+        modules = self.models.model.model, self.models.vae.first_stage_model, self.models.vision.model
         return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
     def kinds(self) -> dict[str, Callable]:
-        """Each returns the model evaluations with guidance that it spent."""
+        """{name: run}. A run returns its number of evaluations, i.e. guided calls of the model."""
         s = self.setting
         runs = (
             lambda: self.plain(1),
@@ -116,7 +140,7 @@ class Case:
         return dict(zip(kinds_of(s), runs, strict=True))
 
     def plain(self, count: int) -> int:
-        """The best of ``count`` seeds, each with all steps."""
+        """The best of ``count`` seeds, each sampled with all steps."""
         noise = torch.cat([self.sampler.noise_of(SEED + k) for k in range(count)])
         best = math.inf
         for part in noise.split(self.sampler.batch_size(count)):
@@ -133,13 +157,15 @@ class Case:
         settings = SeedSelectSettings(
             mode=mode, seed=SEED, candidates=s.candidates, steps=s.steps, first_steps=first, optimize=optimize
         )
-        sampler = self.fresh(SessionSettings(steps=steps, last_steps=last_steps, seed=SEED, checkpoint=checkpoint))
+        sampler = self.sampler_for_gradients(
+            SessionSettings(steps=steps, last_steps=last_steps, seed=SEED, checkpoint=checkpoint)
+        )
         select = SeedSelect(settings, sampler)
         run(select, sampler)
         return select.evaluations
 
     def activations(self) -> dict[str, int]:
-        """Bytes that the gradient of one call keeps: of the denoiser's step, of a decode, of an encoding."""
+        """Bytes of activations that the gradient needs for one denoiser step, one decode and one encoding."""
         found = {}
 
         def work(session):
@@ -147,5 +173,5 @@ class Case:
             session.score(session.unroll(noise)).sum().backward()
             found.update(session.activations)
 
-        self.fresh(SessionSettings(steps=1)).gradients.run(work)
+        self.sampler_for_gradients(SessionSettings(steps=1)).gradients.run(work)
         return found

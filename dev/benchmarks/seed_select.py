@@ -1,13 +1,12 @@
-"""What does SeedSelect cost? Model evaluations, seconds and peak memory of its modes, against drawing every candidate in
-full and against back-propagation that keeps the activations of all steps, as plain autograd does.
+"""Cost of SeedSelect: model evaluations, seconds and peak memory of its modes.
 
-An evaluation is one call of the denoiser with its guidance, per candidate; a gradient's are two, since activations are
-computed again instead of kept. Seconds and evaluations are of whole runs; each peak is that of a fresh process.
+The modes are compared with sampling all candidates with all steps, and with plain autograd, which stores the
+activations of all steps. An evaluation is one guided call of the denoiser for one candidate. A gradient step counts as
+two evaluations, because activations are recomputed instead of stored. Seconds and evaluations are those of whole runs.
+Each peak is measured in a new process.
 """
 
-import argparse
 import json
-import time
 from dataclasses import asdict
 
 import torch
@@ -19,37 +18,36 @@ headless.start()
 import comfy.model_management  # noqa: E402
 import comfy.utils  # noqa: E402
 
-from .environment import facts, keep  # noqa: E402
-from .fresh_process import forget_peak, in_fresh_process, resident  # noqa: E402
+from .environment import publish, script_parser  # noqa: E402
+from .fresh_process import allocated, in_fresh_process, reset_peak  # noqa: E402
 from .seed_case import KEPT, OPTIMIZE, PLAIN, Case, Setting, kinds_of  # noqa: E402
-from .stopwatch import median  # noqa: E402
+from .stopwatch import median, seconds  # noqa: E402
 
 MIB = 2**20
-TARGET = 1.5  # times plain sampling's peak, beside the activations of one step, one decode and one encoding
+# maximum peak of optimize, relative to plain sampling; activations of one step, decode and encoding do not count
+TARGET = 1.5
 
 
 def peak_of(setting: dict, kind: str) -> dict:
-    """Bytes above those before there was a model, at most in a run; or why there was none. For a fresh process."""
+    """Peak bytes of a run minus the bytes before the models were created, or the reason why the run was refused.
+
+    Called in a new process.
+    """
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    cuda = torch.cuda.is_available()
     with torch.inference_mode():
-        before = 0 if cuda else resident(peak=False)
+        before = allocated(peak=False)
         case = Case(Setting(**setting))
         case.sampler.generate(case.sampler.noise_of(0), 1)  # loads the model
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            forget_peak()
+        reset_peak()
         try:
             evaluations = case.kinds()[kind]()
         except MemoryError as error:
             return {"refused": str(error)}
-        peak = torch.cuda.max_memory_allocated() if cuda else resident(peak=True)
-        return {"peak": peak - before, "weights": case.weights(), "evaluations": evaluations}
+        return {"peak": allocated(peak=True) - before, "weights": case.weights(), "evaluations": evaluations}
 
 
 def activations_of(setting: dict) -> dict:
-    """For a fresh process."""
+    """``Case.activations`` of a setting. Called in a new process."""
     comfy.utils.PROGRESS_BAR_ENABLED = False
     with torch.inference_mode():
         return Case(Setting(**setting)).activations()
@@ -80,11 +78,10 @@ def times(setting: Setting, names: list[str], rounds: int) -> dict:
         for n in range(rounds):
             order = list(kinds) if n % 2 == 0 else list(reversed(kinds))
             for kind in order:
-                start = time.perf_counter()
-                found[kind]["evaluations"] = kinds[kind]()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                found[kind]["seconds"].append(time.perf_counter() - start)
+                taken = seconds(
+                    lambda row=found[kind], run=kinds[kind]: row.update(evaluations=run()), torch.cuda.is_available()
+                )
+                found[kind]["seconds"].append(taken)
                 print(f"round {n + 1}: {kind}: {found[kind]['seconds'][-1]:.2f} s", flush=True)
     return {kind: {**row, "median": median(row["seconds"])} for kind, row in found.items()}
 
@@ -106,28 +103,30 @@ def markdown(setting: Setting, found: dict) -> str:
         parts = ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in memory["activations"].items())
         lines += [
             "",
-            f"Activations of one call: {parts}. Without them, the peak of optimize is"
-            f" {memory['optimize without the activations / plain']:.2f} times that of one picture; at most {TARGET} wanted:"
+            f"Activations of one call: {parts}. Not counting them, the peak of optimize is"
+            f" {memory['optimize without the activations / plain']:.2f} times that of plain sampling; target at most {TARGET}:"
             f" **{memory['verdict']}**.",
         ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--models", choices=("demo", "sd15"), default="demo")
-    parser.add_argument("--pixels", type=int, help="side of the picture (64; sd15: 512, on a CPU 256)")
+    parser.add_argument("--pixels", type=int, help="side of the image (default 64; sd15: 512, or 256 on a CPU)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--proxy-steps", type=int, default=10)
     parser.add_argument("--last-steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3, help="of the times; 0 measures none")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the timing; 0: no timing")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument(
-        "--least", action="store_true", help="one picture and optimize only, with and without checkpointing"
+        "--least",
+        action="store_true",
+        help="measure only plain sampling of one image, and optimize with and without checkpointing",
     )
-    parser.add_argument("--name", help="of the result file (seed_select_<models>)")
+    parser.add_argument("--name", help="name of the result file (default seed_select_<models>)")
     options = parser.parse_args()
     comfy.utils.PROGRESS_BAR_ENABLED = False
     pixels = options.pixels or {"demo": 64, "sd15": 512 if torch.cuda.is_available() else 256}[options.models]
@@ -147,10 +146,8 @@ def main() -> None:
         comfy.model_management.unload_all_models()
     if not options.no_memory:
         found["memory"] = memory(setting, kinds)
-    path = keep(options.name or f"seed_select_{options.models}", found)
-    print(json.dumps(found["setting"]))
-    print(markdown(setting, found))
-    print(f"\n{facts()['device']}; kept in {path.name}")
+    text = f"{json.dumps(found['setting'])}\n{markdown(setting, found)}"
+    publish(options.name or f"seed_select_{options.models}", found, text)
 
 
 if __name__ == "__main__":

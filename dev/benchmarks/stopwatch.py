@@ -1,4 +1,4 @@
-"""Times sampling runs and the forwards inside them; medians with their intervals."""
+"""Times sampling runs and the forward passes in them, and computes medians with intervals."""
 
 import gc
 import time
@@ -13,18 +13,20 @@ from ..statistics import bootstrap, quartiles
 
 @dataclass(frozen=True)
 class Timing:
+    """Times of one run, in seconds."""
+
     seconds: float  # the whole run
-    forwards: float  # of them inside the networks' forwards
-    batches: tuple[int, ...]  # rows of each forward
+    forwards: float  # in the networks' forward passes
+    batches: tuple[int, ...]  # batch size of each forward pass
 
     @property
     def between(self) -> float:
-        """Seconds of everything around the forwards."""
+        """Seconds outside the forward passes."""
         return self.seconds - self.forwards
 
 
 class Stopwatch:
-    """Times runs that call ``networks``. A GPU is waited for at both ends of a run only: marks lie in its stream."""
+    """Times runs that call ``networks``. A GPU is synchronised only at both ends of a run; events time the passes."""
 
     def __init__(self, networks: list[torch.nn.Module], device: torch.device):
         self._cuda = device.type == "cuda"
@@ -40,15 +42,10 @@ class Stopwatch:
 
     def time(self, run: Callable) -> Timing:
         self._marks, self._batches = [], []
-        gc.collect()  # not in the middle of a run that did not make the garbage
-        self._wait()
-        start = time.perf_counter()
-        run()
-        self._wait()
-        seconds = time.perf_counter() - start
+        whole = seconds(run, self._cuda)
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         forwards = sum(a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairs)
-        return Timing(seconds, forwards, tuple(self._batches))
+        return Timing(whole, forwards, tuple(self._batches))
 
     def _enter(self, network, args) -> None:
         self._batches.append(args[0].shape[0])
@@ -62,9 +59,17 @@ class Stopwatch:
         else:
             self._marks.append(time.perf_counter())
 
-    def _wait(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
+
+def seconds(run: Callable[[], object], cuda: bool) -> float:
+    """Seconds of a run; a GPU is synchronised at both ends."""
+    gc.collect()  # so that earlier garbage is not collected during the run
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def median(values: list[float]) -> dict:

@@ -1,1 +1,1 @@
-"""How the weights of the demo checkpoints are made: ``python run.py train-demo``."""
+"""Training of the demo checkpoints, run with ``python run.py train-demo``."""

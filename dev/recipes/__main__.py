@@ -1,4 +1,7 @@
-"""python run.py train-demo [STAGE ...]: makes the weights of the demo world, stage by stage; resumes wherever it stopped."""
+"""Trains the weights of the demo, stage by stage; a new start resumes a stopped training.
+
+python run.py train-demo [STAGE ...]
+"""
 
 import argparse
 import sys
@@ -13,24 +16,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="run.py train-demo", description=__doc__)
     known = ", ".join(stage.name for stage in chain.STAGES)
     parser.add_argument(
-        "names", nargs="*", metavar="stage", help=f"any of {known}; all that are not done without a name"
+        "names", nargs="*", metavar="stage", help=f"any of {known} (default: all stages that are not done)"
     )
-    parser.add_argument("--status", action="store_true", help="print a table of the stages and leave")
-    parser.add_argument("--smoke", action="store_true", help="run every stage with a few steps, in a folder of its own")
-    parser.add_argument("--bundle", metavar="DIR", help="write what one stage needs to train offline with torch alone")
-    parser.add_argument("--collect", metavar="DIR", help="take over what a bundle has trained")
+    parser.add_argument("--status", action="store_true", help="print a table of the stages and exit")
+    parser.add_argument("--smoke", action="store_true", help="run every stage for a few steps, in a temporary folder")
+    parser.add_argument(
+        "--bundle", metavar="DIR", help="write a folder in which one stage trains offline with torch and numpy only"
+    )
+    parser.add_argument("--collect", metavar="DIR", help="import the weights and the state of a bundle")
     parser.add_argument(
         "--old",
         metavar="NAME",
         nargs=argparse.REMAINDER,
-        help="recipes of the first demo world (64 px), with their options",
+        help="run recipes of the first demo (images of 64 pixels), with their options",
     )
     options = parser.parse_args(argv)
-    if options.old is not None:
-        from ..first_recipes.__main__ import main as old
-
-        old(options.old)
-        return 0
     try:
         return run(options)
     except RecipeError as error:
@@ -44,6 +44,11 @@ def run(options):
     def report(line):
         print(line, flush=True)
 
+    if options.old is not None:
+        from ..old_world.__main__ import main as old
+
+        old(options.old)
+        return 0
     if options.status:
         report(chain.status())
         return 0
@@ -53,9 +58,11 @@ def run(options):
     chosen = chain.find(options.names)
     if options.bundle:
         if len(chosen) != 1:
-            raise RecipeError("--bundle takes the name of one stage")
+            raise RecipeError(
+                f"--bundle: expected one stage, got {len(chosen)}; name one of the long stages, such as general"
+            )
         size = bundle.write(chosen[0], options.bundle)
-        report(f"{options.bundle}: {size / 1e6:.1f} MB; copy it and run `python train.py` in it")
+        report(f"{options.bundle}: {size / 1e6:.1f} MB; copy this folder and run `python train.py` in the copy")
         return 0
     loop.use_all_cores()
     if options.smoke:

@@ -1,7 +1,8 @@
-"""The autoencoder: L1 and gradient loss, in the second half also a patch discriminator.
+"""Training of the autoencoder with an L1 and a gradient loss; a patch discriminator is added in the second half.
 
-Trained on crops of canvases of both styles, half of the latents with noise of up to 0.3, so that decoded pictures stay
-clean where a denoiser is not exact. Plain areas weigh more in the gradient loss: the eye finds a grid of 8 pixels there.
+The data are crops of canvases of both styles. Noise with a standard deviation of up to 0.3 is added to half of the
+latents, so that decoded images stay clean where a denoiser is inexact. Plain areas have a larger weight in the gradient
+loss, because an 8-pixel grid of artefacts would be visible there.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .scenes import CELL, SIZE, Scenes
 NAME = "autoencoder"
 CROP = 64
 NOISE = 0.3
-UNSEEN = 10**6  # the canvas with which evaluation begins
+UNSEEN = 10**6  # index of the first canvas for evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,9 @@ class Plan(loop.Plan):
     hours: float = 0.7
     evaluated: int = 256
     canvases: int = 4000  # of each style
-    gan_from: float = 0.5  # share of the steps
+    gan_from: float = 0.5  # share of the steps after which the discriminator is added
     gan_weight: float = 0.05
-    regularisation: float = 0.05  # of the latent's mean and variance
+    regularisation: float = 0.05  # weight of the loss on the latent's mean and variance
 
     def small(self, **changes):
         return super().small(**{"canvases": 24, **changes})
@@ -71,7 +72,8 @@ class Task:
         self.adversary.load_state_dict(found)
 
     def crops(self, step):
-        """[B, 3, 64, 64] in -1..1: three of four on the grid of latent cells, as the emoji stand, the others anywhere."""
+        """Crops [B, 3, 64, 64] in -1..1. Three of four start on the latent's grid, like the emoji; the others start at
+        any pixel."""
         rng = np.random.default_rng([self.plan.seed, step])
         chosen, found = rng.integers(len(self.pool), size=self.plan.batch), []
         for k, index in enumerate(chosen):
@@ -102,19 +104,20 @@ class Task:
         return sheets.to_image(torch.cat([part for row in rows for part in row]), 8)
 
     def export(self, network, facts):
-        """Folds the latent's mean and deviation over canvases of both styles into the model."""
+        """Save the weights, with the mean and standard deviation of the latents over canvases of both styles."""
         x = to_tensor(self.pool[:: max(1, len(self.pool) // 512)]).to(device())
         z = torch.cat([network.encoder(part) for part in x.split(32)])
         state = dict(network.state_dict(), shift=z.mean((0, 2, 3)), scale=z.std((0, 2, 3)))
         model = Autoencoder().to(device()).eval()
         model.load_state_dict(state)
         found = errors(model, self.plan.evaluated)
-        print(f"{NAME}: mean absolute error of -1..1 on unseen canvases: {found}", flush=True)
+        print(f"{NAME}: mean absolute error on unseen canvases, for pixels in -1..1: {found}", flush=True)
         snapshots.save(NAME, state, style="flat", pca_keeps=round(self.kept, 4), **found, **facts)
 
 
 def reconstruction(y, x):
-    """L1 of pixels and of differences of neighbours; where the picture is plain, differences count twice."""
+    """L1 loss of the pixels, and of the differences of neighbouring pixels. The differences count twice in plain
+    areas."""
     loss = (y - x).abs().mean()
     for dim in (2, 3):
         dx = x.diff(dim=dim)
@@ -124,7 +127,10 @@ def reconstruction(y, x):
 
 @torch.no_grad()
 def errors(model, count):
-    """{style: mean absolute error of reconstructions of unseen canvases, as trained and of the held-out sizes and backgrounds}"""
+    """Mean absolute reconstruction error on unseen canvases, by style.
+
+    The keys with _held_out are for canvases with the sizes and backgrounds that are excluded from training.
+    """
     found = {}
     for style in STYLES:
         for kind, unseen in (("", False), ("_held_out", True)):
@@ -135,7 +141,7 @@ def errors(model, count):
 
 
 def load():
-    """The frozen autoencoder of the snapshot, which every later stage stands on."""
+    """The frozen autoencoder with the weights of its snapshot, for all later stages."""
     return snapshots.frozen(Autoencoder(), snapshots.load(NAME), "autoencoder", NAME)
 
 
@@ -148,7 +154,10 @@ def encode(model, pixels):
 
 @torch.no_grad()
 def pass_through(pixels, disturb):
-    """uint8 [B, S, S, 3] encoded, the latents [N, 8, S/8, S/8] changed by ``disturb`` on the CPU, and decoded."""
+    """Encode images uint8 [B, S, S, 3], change their latents with ``disturb`` and decode them, in parts of 32 images.
+
+    ``disturb`` gets and returns latents [N, 8, S/8, S/8] on the CPU.
+    """
     model, found = load(), []
     for k in range(0, len(pixels), 32):
         z = disturb(model.encode(to_tensor(pixels[k : k + 32]).to(device())).cpu())

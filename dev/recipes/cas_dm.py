@@ -1,8 +1,9 @@
-"""The Cas-DM head of the general checkpoint: a small network that corrects its guided x0, by squares and by the features of
-the demo world's image-text encoder.
+"""Training of the Cas-DM head of the general checkpoint: a small network that corrects the checkpoint's guided x0.
 
-The frozen model is the general checkpoint at cfg 4, as the examples sample it; the losses are those of
-``techniques.cas_dm``. Canvases are other ones than those of the checkpoint's training.
+The head predicts a second x0 and a gate r, which mixes the two predictions. The losses are those of
+``techniques.cas_dm``: L2, and a perceptual metric in the features of the demo's image-text encoder. The general
+checkpoint is frozen and runs at cfg 4, as in the example workflows. The canvases differ from those of the checkpoint's
+training.
 """
 
 import json
@@ -20,8 +21,8 @@ from .device import autocast, device
 from .scenes import Scenes
 
 LATENT, PREDICTION, STYLE = "ChorusEmojiLatent", "v", "glossy"
-UNSEEN, LEVELS = 10**6, 8  # the canvas with which evaluation begins; noise levels for which the gate is reported
-SHOWN = (900, 700, 500, 300)  # times of the sheet
+UNSEEN, LEVELS = 10**6, 8  # index of the first canvas for evaluation; number of noise levels in the report of the gate
+SHOWN = (900, 700, 500, 300)  # timesteps on the sample sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +37,19 @@ class Plan(loop.Plan):
     hours: float = 0.4
     cfg: float = guided.CFG
     canvases: int = 16000
-    examined: int = 64  # canvases of the evaluation
+    evaluated: int = 64
     metric_weight: float = 2.0
-    metric_share: float = 0.5  # of a batch that the metric sees: decoding takes longer than all else
+    # share of a batch for which the metric is computed; decoding for the metric takes most of a step's time
+    metric_share: float = 0.5
     widths: tuple = (40, 48, 64)
     embedding: int = 64
     gate: str = "pixel"
 
     def small(self, **changes):
-        return super().small(**{"canvases": 32, "examined": 4, **changes})
+        return super().small(**{"canvases": 32, "evaluated": 4, **changes})
 
 
 PLAN = Plan()
-PLANS, HOURS = (PLAN,), PLAN.hours
 
 
 def new(plan):
@@ -57,7 +58,7 @@ def new(plan):
         widths=plan.widths,
         embedding=plan.embedding,
         gate=plan.gate,
-        condition_on_x_t=True,  # plain: ok, the field's name in networks/
+        condition_on_x_t=True,
     )
     facts = HeadFacts(latent_format=LATENT, prediction=PREDICTION, cfg=plan.cfg)
     return new_head(config, facts, torch.Generator().manual_seed(plan.seed))
@@ -68,7 +69,7 @@ class Task:
         self.plan = plan
         self.model = guided.Guided(guided.load(), plan.cfg)
         self.autoencoder = autoencoder.load()
-        self.metric = feature_distance(features.OfLatents(self.autoencoder, features.load()))
+        self.metric = feature_distance(features.LatentFeatures(self.autoencoder, features.load()))
         self.head = new(plan)
         self.network = self.head.network().requires_grad_(True)
         self.bank = banks.bank(plan.name, self.autoencoder, plan.canvases, report, style=STYLE, seed=plan.seed)
@@ -77,7 +78,8 @@ class Task:
         return snapshots.load(self.plan.snapshot)
 
     def batch(self, step):
-        """Latents [B, 8, 16, 16], tokens [B, 20], times [B] spread evenly over all levels, and noise."""
+        """Latents [B, 8, 16, 16], tokens [B, 20], timesteps [B] (evenly spread over all noise levels) and noise of a
+        batch."""
         count, generator = self.plan.batch, torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
         rows = torch.randint(len(self.bank["latents"]), (count,), generator=generator)
         return self.bank["latents"][rows].float(), self.bank["tokens"][rows], *self.noise(count, generator)
@@ -88,11 +90,11 @@ class Task:
         return t.long().clamp(0, 999), torch.randn(count, *shape, generator=generator)
 
     def predict(self, latents, tokens, t, noise):
-        """x0 of the model, of the head, and the gate; no gradient passes to the model."""
+        """x0 of the model, x0 of the head, and the gate. No gradient flows to the model."""
         sigma = guided.SIGMAS[t].to(device())
         x, t = latents + sigma.view(-1, 1, 1, 1) * noise, t.to(device())
         with torch.no_grad():
-            x_theta = self.model.x0(x, sigma, t, self.model.read(tokens))
+            x_theta = self.model.x0(x, sigma, t, self.model.encode(tokens))
         with autocast():
             x_phi, r = predict(self.network, x_theta, x, sigma, flow=False)
         return x_theta, x_phi.float(), r.float()
@@ -103,19 +105,21 @@ class Task:
         x_theta, x_phi, r = self.predict(latents, tokens, t, noise)
         parts = losses(latents, x_theta, x_phi, r)
         if self.plan.metric_weight:
-            seen = max(1, int(self.plan.metric_share * len(latents)))  # the order of the levels is random
-            parts["metric"] = self.metric(x_phi[:seen], latents[:seen])
+            # the first rows are a random sample, because the timesteps of a batch are in random order
+            count = max(1, int(self.plan.metric_share * len(latents)))
+            parts["metric"] = self.metric(x_phi[:count], latents[:count])
         return total(parts, metric_weight=self.plan.metric_weight)
 
     def unseen(self):
-        """Latents, tokens, times and noise of canvases that training does not reach."""
-        pixels, captions, _ = Scenes(STYLE, seed=self.plan.seed).batch(UNSEEN, self.plan.examined)
+        """Latents, tokens, timesteps and noise of canvases that are not used in training."""
+        pixels, captions, _ = Scenes(STYLE, seed=self.plan.seed).batch(UNSEEN, self.plan.evaluated)
         latents = autoencoder.encode(self.autoencoder, pixels).float()
         return latents, token_rows(captions), *self.noise(len(latents), torch.Generator().manual_seed(5))
 
     @torch.no_grad()
-    def examine(self):
-        """Means over unseen canvases of squares and metric for the model, the head and their mix; the gate by level."""
+    def evaluate(self):
+        """Mean L2 and mean metric of the model, the head and their mix on unseen canvases, and the mean gate by noise
+        level."""
         latents, tokens, t, noise = self.unseen()
         found, gates = [], []
         for rows in torch.arange(len(latents)).split(self.plan.batch):
@@ -132,8 +136,9 @@ class Task:
         return means, tuple(((k + 0.5) / LEVELS, sum(part) / len(part)) for k, part in enumerate(by_level) if part)
 
     def sheet(self, network):
-        """Row by row for a few noise levels: the model's x0, the mix with the head's, the canvases."""
-        count, rows = min(12, self.plan.examined), []
+        """An image with two rows for each noise level of SHOWN (the model's x0, its mix with the head's x0), and
+        a last row with the canvases."""
+        count, rows = min(12, self.plan.evaluated), []
         latents, tokens, _, noise = (part[:count] for part in self.unseen())
         latents, noise = latents.to(device()), noise.to(device())
         for t in SHOWN:
@@ -142,7 +147,7 @@ class Task:
         return sheets.to_image(torch.cat([self.autoencoder.decode(part) for part in (*rows, latents)]), count)
 
     def export(self, network, facts):
-        found, gate = self.examine()
+        found, gate = self.evaluate()
         print(f"{self.plan.name}: on unseen canvases: {found}", flush=True)
         head_facts = HeadFacts(
             latent_format=LATENT,
@@ -160,12 +165,3 @@ class Task:
         )
         tensors, metadata = to_file(Head(self.head.config, network.state_dict(), head_facts))
         snapshots.save(self.plan.snapshot, tensors, style=STYLE, **metadata)
-
-
-def done():
-    return bool(snapshots.facts(PLAN.snapshot))
-
-
-def run(smoke=False, report=print):
-    plan = PLAN.small() if smoke else PLAN
-    loop.train(plan, Task(plan, report), report=report)

@@ -1,4 +1,4 @@
-"""The chain of stages that makes every weight file of the demo world, in order; each resumes where it was stopped."""
+"""The stages that train all weight files of the demo, in order. Each stage resumes where it was stopped."""
 
 import importlib
 import os
@@ -11,19 +11,22 @@ from .errors import RecipeError
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the chain, in a module of this package that is imported when it is needed.
+    """A stage. The module of this package that implements it is imported when it is first needed.
 
-    With ``plan``: a plain training, ``plan`` and ``task`` name a loop.Plan and its Task in the module. Without: the module
-    has PLANS (loop.Plan each, for the table), HOURS, ``run(smoke, report)`` and ``done()``.
+    If ``plan`` is not empty, the stage is one training: ``plan`` is the name of a loop.Plan in the module, which also
+    has a class Task. If ``plan`` is empty, the module has PLANS (each a loop.Plan, for the status table), ``run(smoke,
+    report)`` and ``done()``. ``snapshot``: the name of the snapshot if it differs from ``name``.
     """
 
     name: str
     module: str
     plan: str = "PLAN"
-    task: str = "Task"
-    halfway: bool = False
-    torch_alone: bool = False  # whether a bundle can train it
-    needs: tuple = ("autoencoder",)  # the snapshots that it starts from
+    snapshot: str = ""
+    halfway: bool = False  # whether the snapshot is also written after half of the steps
+    # whether torch and numpy suffice to train it; only such a stage can be written as a bundle for a machine without
+    # network, see bundle.py
+    torch_alone: bool = False
+    needs: tuple = ("autoencoder",)  # other snapshots that a bundle of this stage must contain; used only by bundle.py
 
     def load(self):
         return importlib.import_module(f".{self.module}", __package__)
@@ -36,7 +39,8 @@ class Stage:
     def done(self):
         if not self.plan:
             return self.load().done()
-        return int(snapshots.facts(self.name).get("step", -1)) >= self.plans[0].steps
+        facts = snapshots.facts(self.snapshot or self.name)
+        return int(facts.get("step", -1)) >= self.plans[0].steps
 
     def run(self, smoke=False, report=print):
         if not self.plan:
@@ -44,10 +48,10 @@ class Stage:
             return
         (plan,) = self.plans
         plan = plan.small() if smoke else plan
-        loop.train(plan, getattr(self.load(), self.task)(plan), halfway=self.halfway, report=report)
+        loop.train(plan, self.load().Task(plan), halfway=self.halfway, report=report)
 
 
-# in order: general, on which most hangs, comes right after what measures it
+# The order of training. Most stages need general, so it follows right after the networks that evaluate it.
 STAGES = (
     Stage("autoencoder", "autoencoder", torch_alone=True, needs=()),
     Stage("vision", "vision", torch_alone=True),
@@ -56,26 +60,26 @@ STAGES = (
     Stage("expert-animals", "denoiser", plan="ANIMALS", torch_alone=True, needs=("autoencoder", "text")),
     Stage("expert-food", "denoiser", plan="FOOD", torch_alone=True, needs=("autoencoder", "text")),
     Stage("student", "student", plan=""),
-    Stage("cas_dm", "cas_dm", plan=""),
+    Stage("cas_dm", "cas_dm", snapshot="cas_dm/chorus-emoji-general"),
     Stage("face_pairs", "face_pairs", plan=""),
-    Stage("face_refiner", "face_refiner", plan=""),
-    Stage("vq", "vq", plan=""),
-    Stage("masked_tokens", "masked_tokens", plan=""),
+    Stage("face_refiner", "face_refiner", snapshot="face_refiner/chorus-emoji-faces"),
+    Stage("vq", "vq", snapshot="masked_token/vqvae/diffusion_pytorch_model"),
+    Stage("masked_tokens", "masked_tokens", snapshot="masked_token/transformer/diffusion_pytorch_model"),
     Stage("seeds", "seeds", plan=""),
     Stage("references", "references", plan=""),
 )
 
 
 def find(names):
-    """The stages of that name, in the order of the chain; all of them without a name."""
+    """The stages with these names, in the order of STAGES; all stages if ``names`` is empty."""
     known = [stage.name for stage in STAGES]
     if unknown := [name for name in names if name not in known]:
-        raise RecipeError(f"unknown stage {', '.join(unknown)}; expected any of {', '.join(known)}")
+        raise RecipeError(f"expected any of the stages {', '.join(known)}; got {', '.join(unknown)}")
     return [stage for stage in STAGES if not names or stage.name in names]
 
 
 def run(chosen, *, smoke=False, report=print):
-    """Run the stages that are not done."""
+    """Run the unfinished stages."""
     with state.locked():
         for stage in chosen:
             if not smoke and stage.done():
@@ -85,7 +89,7 @@ def run(chosen, *, smoke=False, report=print):
 
 
 def status():
-    """A table of all stages: step of steps, loss, samples a second, hours left."""
+    """A table of all stages: state, step, number of steps, loss, samples per second and hours left."""
     header = ("stage", "state", "step", "of", "loss", "samples/s", "hours left")
     rows, total = [], 0.0
     for stage in STAGES:
@@ -95,20 +99,11 @@ def status():
             step = found.get("step", 0)
             hours = 0.0 if done else found.get("hours_left", plan.hours)
             total += hours
-            word = "done" if done else "begun" if step else "waiting"
+            word = "done" if done else "started" if step else "waiting"
             loss, speed = found.get("loss"), found.get("samples_per_second")
-            step = plan.steps if done else step
-            rows.append(
-                (
-                    plan.name,
-                    word,
-                    f"{step:,}",
-                    f"{plan.steps:,}",
-                    "" if loss is None else f"{loss:.4f}",
-                    "" if not speed else f"{speed:.0f}",
-                    f"{hours:.1f}",
-                )
-            )
+            counts = f"{plan.steps if done else step:,}", f"{plan.steps:,}"
+            figures = "" if loss is None else f"{loss:.4f}", "" if not speed else f"{speed:.0f}", f"{hours:.1f}"
+            rows.append((plan.name, word, *counts, *figures))
     rows.append(("all", "", "", "", "", "", f"{total:.1f}"))
     widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
     lines = [
@@ -119,7 +114,7 @@ def status():
 
 
 def smoke(folder, report=print):
-    """The whole chain with a few steps each, from nothing, in a folder of its own."""
+    """Run all stages from scratch for a few steps each, with all files in ``folder``."""
     from ...demo import weights
 
     before, kept = os.environ.get(state.VARIABLE), weights.FOLDER

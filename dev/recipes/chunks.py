@@ -1,4 +1,4 @@
-"""Results that are computed once in numbered chunks and kept in the state folder, for stages without a training loop."""
+"""Computes results in numbered chunks and caches them in the state folder, for stages without a training loop."""
 
 import os
 import pickle
@@ -12,9 +12,10 @@ from .errors import RecipeError
 
 
 class Chunks:
-    """Files of a folder of the state folder; chunk ``number`` is a dict of tensors that depends on its number alone.
+    """Numbered chunks, each a dict of tensors in a file of the state folder.
 
-    ``key`` names everything else that it depends on, such as the digest of a model: another key is another folder.
+    The content of a chunk depends only on its number and on ``key``, for example the hash of a model. Each key has a
+    separate folder.
     """
 
     def __init__(self, name, key):
@@ -27,7 +28,7 @@ class Chunks:
         return [number for number in numbers if not self.path(number).exists()]
 
     def make(self, number, compute):
-        """Compute and keep a chunk, whole or not at all; an existing one stays."""
+        """Compute a chunk with ``compute(number)`` and save it, unless its file exists."""
         path = self.path(number)
         if not path.exists():
             content = compute(number)
@@ -38,24 +39,24 @@ class Chunks:
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except FileNotFoundError as error:
-            raise RecipeError(f"{path} is missing: run the stage again, which makes the missing chunks") from error
+            raise RecipeError(f"{path} is missing; run the stage again to compute the missing chunks") from error
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
             raise RecipeError(
-                f"{path} was damaged and is moved to {path.name}.damaged: run the stage again, which makes it anew"
+                f"{path} is damaged and was moved to {path.name}.damaged; run the stage again to compute it"
             ) from error
 
 
 def make_all(plan, jobs, report=print):
-    """Run ``jobs``: (is it done, do it) pairs, one for each step of ``plan``; those that are done are skipped.
+    """Run the jobs that are not done. Each job is a pair of functions (is_done, work) and counts as one step of
+    ``plan``.
 
-    SIGTERM and SIGINT end the run after the current one, with the same message as a training. The progress file is that of
-    a training.
+    SIGTERM and SIGINT end the run after the current job. Progress is reported and saved as in a training.
     """
     done = [is_done() for is_done, _ in jobs]
     step, began, reported, made = sum(done), time.monotonic(), time.monotonic(), 0
     if step == len(jobs):
-        write_progress(plan, step, len(jobs), 0.0, 0.0)
+        state.write_progress(plan, step, len(jobs), None, 0.0, 0.0)
         return
     report(f"{plan.name}: step {step} of {len(jobs)}")
     with loop.stop_requests() as stop:
@@ -66,21 +67,7 @@ def make_all(plan, jobs, report=print):
             if now - reported > loop.REPORT_SECONDS or stop or step == len(jobs):
                 reported, left = now, seconds * (len(jobs) - step) / 3600
                 report(f"{plan.name}: step {step} of {len(jobs)}, {seconds:.1f} s each, {left:.1f} h left")
-                write_progress(plan, step, len(jobs), plan.batch / seconds, left)
+                state.write_progress(plan, step, len(jobs), None, plan.batch / seconds, left)
             if stop:
-                report(f"{plan.name}: stopped at step {step}; run again to go on")
+                report(f"{plan.name}: stopped at step {step}; run again to resume")
                 raise loop.Interrupted
-
-
-def write_progress(plan, step, steps, samples_per_second, hours_left):
-    state.write_json(
-        f"{plan.name}.json",
-        {
-            "stage": plan.name,
-            "step": step,
-            "steps": steps,
-            "loss": None,
-            "samples_per_second": round(samples_per_second, 2),
-            "hours_left": round(hours_left, 2),
-        },
-    )

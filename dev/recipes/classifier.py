@@ -1,9 +1,11 @@
-"""The independent evaluator: one concept per canvas, all equally often, in both styles.
+"""Training of the independent evaluator, on canvases of both styles with one concept; all concepts are equally
+frequent.
 
-SeedSelect is led by the image-text encoder, so another network must say whether it helped. The seed is that of no other
-stage, but sizes, places and backgrounds are so few that about a third of these canvases also occur among those of general.
-So every picture is rotated, by at least 3 degrees, and bent: no other network trains on it. The references are of the
-held-out sizes and backgrounds.
+SeedSelect optimises a score of the image-text encoder, so its results are evaluated by a separate network. No other
+stage uses the classifier's seed. But there are few sizes, positions and backgrounds, so about a third of these canvases
+also occur in the training of general. Therefore every image is rotated by at least 3 degrees and warped, and no other
+network trains on such images. SeedSelect's references differ too: they have the sizes and backgrounds that are excluded
+from training.
 """
 
 import math
@@ -21,7 +23,7 @@ from .networks.classifier import ConceptClassifier
 from .scenes import Scenes
 
 NAME = "classifier"
-SMALLEST, LARGEST = 3, 8  # degrees of rotation, either way
+SMALLEST, LARGEST = 3, 8  # degrees of rotation, in either direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ PLAN = Plan()
 
 
 def single_concepts(style, count, *, seed, unseen=False, start=0):
-    """uint8 [count, 128, 128, 3] of canvases with one concept each, and the concepts [count]."""
+    """(canvases with one concept each, uint8 [count, 128, 128, 3]; class numbers of the concepts [count])"""
     pixels, _, scenes = Scenes(style, seed=seed, balanced=True, unseen=unseen, alone=1.0).batch(start, count)
     return pixels, torch.tensor([scene.items[0].concept for scene in scenes])
 
@@ -55,7 +57,7 @@ class Task:
         self.plan, self.network = plan, ConceptClassifier()
         pools = [single_concepts(style, plan.canvases, seed=plan.seed) for style in STYLES]
         self.pool, self.concepts = np.concatenate([p for p, _ in pools]), torch.cat([c for _, c in pools])
-        self.again = regenerated(self.pool[::2], plan.seed)  # half of the pool once more, as a decoder gives it
+        self.again = regenerated(self.pool[::2], plan.seed)  # half of the pool, decoded from latents with noise
 
     def snapshot(self):
         return snapshots.load(NAME)
@@ -72,7 +74,7 @@ class Task:
         return F.cross_entropy(logits.float(), self.concepts[rows].to(device()), label_smoothing=0.05)
 
     def sheet(self, network):
-        """Canvases of the held-out sizes and backgrounds that it names wrongly."""
+        """An image of misclassified canvases with unseen sizes and backgrounds; None if there are none."""
         wrong = []
         for style in STYLES:
             pixels, concepts = single_concepts(style, self.plan.evaluated, seed=99, unseen=True)
@@ -88,14 +90,17 @@ class Task:
 
 
 def rotations(u):
-    """Angles in radians, of either direction and never near 0, for ``u`` [B] in 0..1."""
+    """Angles of SMALLEST to LARGEST degrees in either direction, in radians, for ``u`` [B] in 0..1."""
     low, high = math.radians(SMALLEST), math.radians(LARGEST)
     v = 2 * u - 1
     return torch.where(v < 0, -1.0, 1.0) * (low + (high - low) * v.abs())
 
 
 def regenerated(pixels, seed):
-    """The pictures encoded, disturbed as a denoiser of few steps leaves latents (fine and coarse noise), and decoded."""
+    """The images after encoding, adding fine or coarse noise, and decoding.
+
+    The noise is similar to the errors of few-step sampling.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(z):
@@ -108,7 +113,7 @@ def regenerated(pixels, seed):
 
 
 def distort(x, generator):
-    """Rotated, shifted, bent, recoloured and softened pictures [B, 3, H, W] in 0..1."""
+    """Rotate, shift, warp, recolour and blur images [B, 3, H, W] in 0..1 at random."""
     count, size = len(x), x.shape[2:]
     uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     some = lambda share: uniform(count, 1, 1, 1) < share  # noqa: E731
@@ -117,8 +122,8 @@ def distort(x, generator):
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * zoom, -angle.sin() * zoom
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom, angle.cos() * zoom
     theta[:, :, 2] = 0.2 * (uniform(count, 2) - 0.5)
-    bend = F.interpolate(0.12 * (uniform(count, 2, 5, 5) - 0.5), size, mode="bicubic").movedim(1, 3)
-    grid = F.affine_grid(theta, x.shape, align_corners=False) + bend
+    warp = F.interpolate(0.12 * (uniform(count, 2, 5, 5) - 0.5), size, mode="bicubic").movedim(1, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False) + warp
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     grey = x.mean(1, keepdim=True)
     x = torch.where(some(0.5), grey + (x - grey) * (0.5 + uniform(count, 1, 1, 1)), x)  # saturation
@@ -130,15 +135,23 @@ def distort(x, generator):
 
 @torch.no_grad()
 def named(network, x):
-    """The most likely concept [B] of pictures [B, 3, 128, 128] in -1..1."""
+    """The most likely concept [B] of images [B, 3, 128, 128] in -1..1."""
     return torch.cat([network((part / 2 + 0.5).to(device())).argmax(1).cpu() for part in x.split(100)])
 
 
-def accuracies(network, count):
-    """{style: share of canvases of one concept that are named right, upright as trained and of the held-out split}"""
-    found = {}
+def evaluation_sets(count):
+    """Yields (name, images [N, 3, 128, 128] in -1..1, concepts) for each style, with seen and with unseen sizes and
+    backgrounds.
+
+    The images are not rotated.
+    """
     for style in STYLES:
         for kind, unseen in (("", False), ("_held_out", True)):
             pixels, concepts = single_concepts(style, count, seed=99, unseen=unseen)
-            found[style + kind] = round((named(network, to_tensor(pixels)) == concepts).float().mean().item(), 4)
-    return found
+            yield style + kind, to_tensor(pixels), concepts
+
+
+def accuracies(network, count):
+    """{evaluation set: accuracy}"""
+    sets = evaluation_sets(count)
+    return {name: round((named(network, x) == concepts).float().mean().item(), 4) for name, x, concepts in sets}

@@ -1,7 +1,8 @@
-"""Training of the denoisers: the general checkpoint and its text encoder, and the experts, which keep that text encoder.
+"""Training of the denoisers: the general checkpoint with its text encoder, and the experts.
 
-U-Nets learn v (arXiv 2202.00512, appendix D) on SD's discrete schedule; the transformer learns the velocity of a flow
-(arXiv 2210.02747), noise less image. All have one latent space and read the same text states.
+The U-Nets predict v (arXiv 2202.00512, appendix D) on SD's discrete schedule. The transformer predicts the velocity of
+a flow (arXiv 2210.02747), which is the noise minus the clean latent. All denoisers share the latent space and the text
+encoder.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from .errors import RecipeError
 from .networks import flux, unet
 from .scenes import SIZE, SMALL
 
-DROP = 0.1  # share of captions replaced by the empty one, for guidance
+DROP = 0.1  # share of captions replaced by the empty caption, for classifier-free guidance
 TEXT = "text"  # the snapshot of the general checkpoint's text encoder
 PROMPTS = (
     "a koala above a rainbow on blue",
@@ -40,8 +41,12 @@ SHEET_STEPS, SHEET_CFG = 25, 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
-    """``small_until``: share of the steps with small canvases of one concept, which teach the concepts several times faster;
-    every fourth of these steps has a large one."""
+    """Settings of a denoiser's training; ``domain``, ``balanced``, ``bystanders`` and ``alone`` are those of
+    ``Scenes``.
+
+    ``small_until``: in this first share of the steps, three of four steps use small canvases of one concept, which train
+    several times faster. Every fourth step uses large canvases.
+    """
 
     network: dict
     style: str
@@ -62,7 +67,7 @@ class Plan(loop.Plan):
 
 
 class Model(nn.Module):
-    """A denoiser with its text encoder: noisy latents [B, 8, h, w], times [B] and tokens [B, 20] to its prediction."""
+    """A denoiser with its text encoder: noisy latents [B, 8, h, w], timesteps [B] and tokens [B, 20] -> prediction."""
 
     def __init__(self, network, seed):
         super().__init__()
@@ -86,30 +91,30 @@ class Diffusion:
         self.bars = torch.cumprod(1 - betas, 0).float()
 
     def times(self, count, generator):
-        """Mostly where a picture takes shape, the rest anywhere."""
-        anywhere = torch.rand(count, generator=generator) * 1000
+        """Timesteps of a batch: 60 % normally distributed around 500, where the layout is decided, and 40 % uniform."""
+        uniform = torch.rand(count, generator=generator) * 1000
         middle = 500 + 220 * torch.randn(count, generator=generator)
-        return torch.where(torch.rand(count, generator=generator) < 0.4, anywhere, middle).long().clamp(0, 999)
+        return torch.where(torch.rand(count, generator=generator) < 0.4, uniform, middle).long().clamp(0, 999)
 
     def factors(self, t):
         bars = self.bars.to(t.device)[t].view(-1, 1, 1, 1)
         return bars.sqrt(), (1 - bars).sqrt()
 
     def noisy(self, x0, noise, t):
-        """(input of the network, its target)"""
+        """(input of the network, target of its prediction)"""
         a, b = self.factors(t)
         return a * x0 + b * noise, a * noise - b * x0
 
     def steps(self, count):
-        """Times of a sampling, without the end."""
+        """Timesteps of a sampling run; the final noise level 0 is not included."""
         return torch.linspace(999, 0, count + 1).long()[:-1]
 
     def weight(self, t):
-        """Change of x0 by a change of v."""
+        """|d x0 / d v|: how much x0 changes with the prediction."""
         return (1 - self.bars[t.cpu()]).sqrt().to(t.device)
 
     def move(self, x, v, t, after):
-        """A DDIM step; ``after``: the next time or None at the end."""
+        """A DDIM step from timestep ``t`` to ``after``, or to x0 if ``after`` is None."""
         a, b = self.factors(t[:1])
         x0 = a * x - b * v
         if after is None:
@@ -119,13 +124,13 @@ class Diffusion:
 
 
 class Flow:
-    """x = (1 - t) x0 + t noise; the target is noise - x0."""
+    """Flow matching: x = (1 - t) x0 + t noise, and the target is noise - x0. The methods are those of ``Diffusion``."""
 
     def times(self, count, generator):
-        """Logit-normal (arXiv 2403.03206, equation 19), a fifth of them anywhere."""
+        """Times of a batch: four fifths logit-normal (arXiv 2403.03206, equation 19), one fifth uniform."""
         middle = torch.sigmoid(torch.randn(count, generator=generator))
-        anywhere = torch.rand(count, generator=generator)
-        return torch.where(torch.rand(count, generator=generator) < 0.2, anywhere, middle)
+        uniform = torch.rand(count, generator=generator)
+        return torch.where(torch.rand(count, generator=generator) < 0.2, uniform, middle)
 
     def noisy(self, x0, noise, t):
         t = t.view(-1, 1, 1, 1)
@@ -135,7 +140,7 @@ class Flow:
         return torch.linspace(1, 0, count + 1)[:-1]
 
     def weight(self, t):
-        """Change of x0 by a change of the velocity."""
+        """|d x0 / d velocity|: how much x0 changes with the prediction."""
         return t
 
     def move(self, x, v, t, after):
@@ -145,8 +150,12 @@ class Flow:
 
 @torch.no_grad()
 def sample(model, prompts, *, seed=0, steps=SHEET_STEPS, cfg=SHEET_CFG, side=SIZE // 8):
-    """Latents [B, 8, side, side] of prompts from seeded noise, by DDIM or Euler, and the model's saliency [B, side, side]:
-    the mean over steps and channels of the absolute difference that the prompt makes to x0."""
+    """Latents [B, 8, side, side] sampled from seeded noise (DDIM for v, Euler for a flow), and the saliency [B, side,
+    side].
+
+    The saliency is the absolute difference between the x0 predictions with and without the prompt, averaged over steps
+    and channels.
+    """
     tokens = torch.cat([token_rows(prompts), token_rows([""] * len(prompts))]).to(device())
     x = torch.randn(len(prompts), 8, side, side, generator=torch.Generator().manual_seed(seed)).to(device())
     times, saliency = model.noise.steps(steps).to(device()), 0.0
@@ -163,7 +172,7 @@ def sample(model, prompts, *, seed=0, steps=SHEET_STEPS, cfg=SHEET_CFG, side=SIZ
 class Task:
     def __init__(self, plan, report=print):
         self.plan = plan
-        torch.manual_seed(plan.seed)  # of the text encoder's first weights
+        torch.manual_seed(plan.seed)  # initial weights of the text encoder
         self.autoencoder = autoencoder.load()
         self.network = Model(plan.network, plan.seed)
         if not plan.trains_text:
@@ -171,14 +180,14 @@ class Task:
             self.network.text.requires_grad_(False)
         options = dict(style=plan.style, domain=plan.domain, balanced=plan.balanced, seed=plan.seed)
         large = dict(alone=plan.alone, bystanders=plan.bystanders)
-        self.large = banks.bank(f"{plan.name}", self.autoencoder, plan.canvases, report, **options, **large)
-        self.little = None
+        self.large_bank = banks.bank(f"{plan.name}", self.autoencoder, plan.canvases, report, **options, **large)
+        self.small_bank = None
         if plan.small_until:
             name = f"{plan.name}-small"
-            self.little = banks.bank(name, self.autoencoder, plan.small_canvases, report, size=SMALL, **options)
+            self.small_bank = banks.bank(name, self.autoencoder, plan.small_canvases, report, size=SMALL, **options)
 
     def snapshot(self):
-        """The network of the stage and the text encoder, which has a file of its own."""
+        """The weights of the stage's network and of the text encoder, which are in separate files."""
         found = snapshots.load(self.plan.name)
         if found is None:
             return None
@@ -187,10 +196,10 @@ class Task:
 
     def chosen(self, step):
         """(bank, batch size) of a step."""
-        small = self.little is not None and step < self.plan.small_until * self.plan.steps
+        small = self.small_bank is not None and step < self.plan.small_until * self.plan.steps
         if small and step % 4 != 3:
-            return self.little, self.plan.small_batch
-        return self.large, self.plan.batch
+            return self.small_bank, self.plan.small_batch
+        return self.large_bank, self.plan.batch
 
     def batch_size(self, step):
         return self.chosen(step)[1]
@@ -210,7 +219,8 @@ class Task:
         return (prediction.float() - target).square().mean()
 
     def sheet(self, network):
-        """Two rows of pictures by two seeds; below each the saliency, white where it is largest."""
+        """An image with two rows for each of two seeds: sampled images, and below them their saliency (largest:
+        white)."""
         prompts, rows = list(self.plan.prompts), []
         for seed in (0, 1):
             latents, saliency = sample(network, prompts, seed=seed)
@@ -220,7 +230,7 @@ class Task:
         return sheets.to_image(torch.cat(rows), len(prompts))
 
     def export(self, network, facts):
-        # first the text encoder: a network without it would be of no use
+        # the text encoder is saved first, because the network cannot be used without it
         if self.plan.trains_text:
             snapshots.save(TEXT, network.text.state_dict(), style=self.plan.style, **facts)
         kind = "flow" if network.is_flow else "v"
@@ -231,7 +241,7 @@ def load_text():
     """The state dict of the text encoder that all checkpoints share."""
     found = snapshots.load(TEXT)
     if found is None:
-        raise RecipeError("the text encoder is not trained yet: run `python run.py train-demo general` first")
+        raise RecipeError("the text encoder is not trained yet; run `python run.py train-demo general` first")
     return found[0]
 
 

@@ -1,4 +1,7 @@
-"""Where and in which precision the recipes train. All random numbers are drawn on the CPU: the data are the same everywhere."""
+"""Device and precision of the recipes.
+
+All random numbers come from CPU generators, so that the training data are the same on every device.
+"""
 
 import torch
 
@@ -8,10 +11,10 @@ def device():
 
 
 def has_bfloat16():
-    """Whether the processor multiplies bfloat16 natively; elsewhere emulation takes about 12 times as long as float32."""
+    """Whether the processor multiplies bfloat16 natively. Emulated bfloat16 takes about 12 times as long as float32."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability() >= (8, 0)
-    # private to torch: where a release lacks them, float32 is right and slower
+    # private functions of torch; if a release of torch lacks them, float32 is used, which is correct but slower
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in probes)
 

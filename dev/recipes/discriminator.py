@@ -9,7 +9,7 @@ from .device import autocast, device
 
 
 class PatchDiscriminator(nn.Module):
-    """images [B, 3, H, W] -> scores [B, 1, H/8, W/8] of overlapping patches"""
+    """Images [B, 3, H, W] -> scores [B, 1, H/8, W/8] of overlapping patches."""
 
     def __init__(self, width=32):
         super().__init__()
@@ -24,15 +24,17 @@ class PatchDiscriminator(nn.Module):
 
 
 class Adversary:
-    """A discriminator with an optimizer of its own."""
+    """The discriminator with its optimizer."""
 
     def __init__(self):
         self.network = PatchDiscriminator().to(device())
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=3e-4, betas=(0.5, 0.9))
 
     def loss(self, y, x):
-        """The hinge loss of a generator for pictures y [B, 3, H, W] in -1..1; trains the discriminator by one step on them and
-        the real ones x."""
+        """The generator's hinge loss for generated images y [B, 3, H, W] in -1..1.
+
+        Also trains the discriminator for one step, on y and the real images x.
+        """
         self.network.requires_grad_(False)
         with autocast():
             found = -self.network(y).float().mean()

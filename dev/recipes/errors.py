@@ -1,5 +1,6 @@
-"""The error of a recipe that its user can mend."""
+"""The exception for errors of a recipe that the user can fix."""
 
 
 class RecipeError(Exception):
-    """One line that names the value, the limit and the remedy; shown without a traceback."""
+    """An error that is shown as one line, without a traceback. The message names the value, the limit and the
+    remedy."""

@@ -1,7 +1,9 @@
-"""The face refiner of the demo world: from the faces that the student of one step generates to those of its teacher.
+"""Training of the demo's face refiner, which refines faces of the 1-step student towards those of its teacher.
 
-The losses and crops are those of Train Face Refiner (``training.face_refiner``): GRAD to the source, and to the target L1
-and the features of the image-text encoder in LPIPS's place. The network is the pack's own kind, smaller.
+The network is a small residual U-Net. The losses and crops are those of Train Face Refiner
+(``techniques.face_refiner.training``): the gradient loss GRAD to the source image, L1 to the target image, and a
+perceptual distance to the target image. The perceptual distance uses features of the image-text encoder instead of
+LPIPS.
 """
 
 import json
@@ -21,7 +23,7 @@ from . import face_pairs, features, loop, sheets, snapshots
 from .device import device, has_bfloat16
 from .scenes import SIZE
 
-FORMAT = "chorus-face-refiner-1"  # in the metadata, as techniques/face_refiner/comfy_files.py reads it
+FORMAT = "chorus-face-refiner-1"  # the format in the metadata, see techniques/face_refiner/comfy_files.py
 CROP = SIZE
 
 
@@ -50,11 +52,11 @@ class Plan(loop.Plan):
 
 
 PLAN = Plan()
-PLANS, HOURS = (PLAN,), PLAN.hours
 
 
-class Pictures(Sequence):
-    """uint8 [N, H, W, 3] as pictures [3, H, W] in 0..1, made when they are asked for: they take a quarter of the memory."""
+class Images(Sequence):
+    """Float images [3, H, W] in 0..1, stored as uint8 [N, H, W, 3] and converted on access, to use a quarter of the
+    memory."""
 
     def __init__(self, pixels):
         self.pixels = pixels
@@ -69,7 +71,7 @@ class Pictures(Sequence):
 class Task:
     def __init__(self, plan, report=print):
         self.plan = plan
-        pairs = (Pictures(side) for side in face_pairs.load_pairs(plan.pairs, plan.pairs.training))
+        pairs = (Images(side) for side in face_pairs.load_pairs(plan.pairs, plan.pairs.training))
         settings = PairedTraining(
             steps=plan.steps,
             batch_size=plan.batch,
@@ -87,7 +89,7 @@ class Task:
             generator,
             FaceData(*pairs, CROP, paired=True, validation_fraction=0.02),
             settings,
-            feature_distance(features.OfPictures(features.load())),
+            feature_distance(features.ImageFeatures(features.load())),
             device=device(),
             precision=torch.bfloat16 if has_bfloat16() else torch.float32,
         )
@@ -97,21 +99,21 @@ class Task:
         return snapshots.load(self.plan.snapshot)
 
     def loss(self, step):
-        source, target = (side.to(device()) for side in self.trainer.draw(step))
+        source, target = (side.to(device()) for side in self.trainer.training_batch(step))
         x, y = 2 * source - 1, 2 * target - 1
         return self.trainer.total(self.trainer.parts(x, y, self.trainer.apply(self.network, x)))
 
     def take_over(self, network, step=0):
-        """Give the averaged weights to the trainer, which evaluates and exports them."""
+        """Copy the EMA weights of ``network`` into the trainer, which evaluates and exports them."""
         with torch.no_grad():
             torch._foreach_copy_(self.trainer.loop.average, list(network.parameters()))
         self.trainer.loop.done = step
 
     def sheet(self, network):
-        """Sources, refined pictures and targets of pairs that training does not reach."""
+        """An image with three rows: the sources, refined images and targets of validation pairs."""
         self.take_over(network)
         columns = zip(*self.trainer.examples(12))
-        rows = [2 * torch.stack([picture.cpu() for picture in row]) - 1 for row in columns]
+        rows = [2 * torch.stack([image.cpu() for image in row]) - 1 for row in columns]
         return sheets.to_image(torch.cat(rows), len(rows[0]))
 
     def export(self, network, facts):
@@ -127,12 +129,3 @@ class Task:
             "unseen": json.dumps(distances),
         }
         snapshots.save(self.plan.snapshot, self.trainer.weights(), style="glossy", **facts)
-
-
-def done():
-    return bool(snapshots.facts(PLAN.snapshot))
-
-
-def run(smoke=False, report=print):
-    plan = PLAN.small() if smoke else PLAN
-    loop.train(plan, Task(plan, report), report=report)

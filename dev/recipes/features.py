@@ -1,4 +1,5 @@
-"""The image-text encoder in place of LPIPS: features of pictures and of decoded latents."""
+"""Image features from the image-text encoder, for images and for decoded latents. A perceptual metric uses them, as
+LPIPS uses its network."""
 
 from ...training.metrics import join_features
 from . import snapshots, vision
@@ -7,29 +8,30 @@ from .networks.vision import ImageText
 
 
 def load():
-    """The frozen image-text encoder of the snapshot."""
+    """The frozen image-text encoder with the weights of its snapshot."""
     return snapshots.frozen(ImageText(), snapshots.load(vision.NAME), "image-text encoder", vision.NAME)
 
 
 def joined(encoder, pixels):
-    """[B, D] of ``pixels`` [B, 3, S, S] in -1..1: its layers and embedding, joined as the training nodes do it."""
+    """Features [B, D] of ``pixels`` [B, 3, S, S] in -1..1: the states of all layers and the embedding, joined as in the
+    training nodes."""
     with autocast():
         _, layers, embedding, _ = encoder.image(pixel_values=pixels, intermediate_output="all")
     return join_features([*layers.unbind(1), embedding])
 
 
-class OfPictures:
-    """Features of pictures [B, S, S, 3] in 0..1; gradients pass."""
+class ImageFeatures:
+    """Differentiable features of images [B, S, S, 3] in 0..1."""
 
     def __init__(self, encoder):
         self.encoder = encoder
 
-    def __call__(self, pictures):
-        return joined(self.encoder, 2 * pictures.movedim(-1, 1) - 1)
+    def __call__(self, images):
+        return joined(self.encoder, 2 * images.movedim(-1, 1) - 1)
 
 
-class OfLatents:
-    """Features of the pictures of latents [B, 8, h, w]; gradients pass."""
+class LatentFeatures:
+    """Differentiable features of the images that the autoencoder decodes from latents [B, 8, h, w]."""
 
     def __init__(self, autoencoder, encoder):
         self.autoencoder, self.encoder = autoencoder, encoder

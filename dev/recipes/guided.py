@@ -1,7 +1,8 @@
-"""The general checkpoint as the later stages use it: its prediction with guidance, and the host's Euler sampling.
+"""Sampling of the general checkpoint for later stages: classifier-free guidance and ComfyUI's Euler sampler.
 
-Noisy latents are x = x0 + sigma noise, as the host's samplers have them; the network takes x / sqrt(1 + sigma²) and
-predicts v. Shapes: B samples, h and w positions of the latent, L levels.
+Noisy latents are x = x0 + sigma noise, as in ComfyUI's samplers. The input of the network is x / sqrt(1 + sigma²), and
+its prediction is v. In shapes, B is the number of samples, h and w the size of the latent, L the number of noise
+levels.
 """
 
 import contextlib
@@ -20,29 +21,32 @@ from .errors import RecipeError
 GENERAL = denoiser.GENERAL.name
 CFG = 4.0
 BARS = denoiser.Diffusion().bars
-SIGMAS = ((1 - BARS) / BARS).sqrt()  # [1000] of the host's discrete schedule
+SIGMAS = ((1 - BARS) / BARS).sqrt()  # [1000], ComfyUI's discrete schedule
 
 
 class Levels(NamedTuple):
-    """The noise levels of a sampling: ``times`` int64 [L] for the network, ``sigmas`` [L + 1], of which the last is 0."""
+    """Noise levels of a sampling run: timesteps ``times``, int64 [L], and ``sigmas`` [L + 1], where the last is 0."""
 
     times: Tensor
     sigmas: Tensor
 
 
 def at(times):
-    """The levels of given times."""
+    """The noise levels of the given timesteps."""
     times = torch.tensor(times)
     return Levels(times, torch.cat([SIGMAS[times], torch.zeros(1)]))
 
 
 def simple(count):
-    """The host's scheduler simple."""
+    """The noise levels of ComfyUI's scheduler "simple"."""
     return at([999 - int(k * 1000 / count) for k in range(count)])
 
 
 def normal(count):
-    """The host's scheduler normal: even times, between which sigmas are interpolated; the network gets the nearest time."""
+    """The noise levels of ComfyUI's scheduler "normal".
+
+    Its sigmas are interpolated at evenly spaced timesteps. The network gets the nearest integer timestep.
+    """
     places = torch.linspace(999, 0, count)
     low, high, share = places.floor().long(), places.ceil().long(), places.frac()
     logs = SIGMAS.log()
@@ -52,14 +56,15 @@ def normal(count):
 
 
 def load(stage=GENERAL, remedy="general"):
-    """The frozen general checkpoint with its text encoder, or with the LoRA of ``stage`` in its weights.
+    """The frozen general checkpoint with its text encoder.
 
-    ``remedy``: the stage that makes what is missing.
+    If ``stage`` is another snapshot, it is a LoRA that is merged into the weights. ``remedy``: the stage that trains
+    the LoRA, for the error if the LoRA is missing.
     """
     base, found = snapshots.load(GENERAL), snapshots.load(stage)
     for name, part, recipe in ((GENERAL, base, GENERAL), (stage, found, remedy)):
         if part is None:
-            raise RecipeError(f"{name} is not trained yet: run `python run.py train-demo {recipe}` first")
+            raise RecipeError(f"{name} is not trained yet; run `python run.py train-demo {recipe}` first")
     state = base[0]
     if stage != GENERAL:
         from ...demo.weights import with_lora
@@ -72,17 +77,21 @@ def load(stage=GENERAL, remedy="general"):
 
 
 class Guided:
-    """``model`` (a denoiser.Model of a U-Net) with classifier-free guidance (arXiv 2207.12598); cfg 1: one pass, none.
+    """A U-Net ``model`` (denoiser.Model) with classifier-free guidance (arXiv 2207.12598).
 
-    ``exact``: in float32, as the host computes, also where bfloat16 is faster.
+    With cfg 1 there is no guidance, and a prediction takes one forward pass. ``exact``: compute in float32, as ComfyUI
+    does, even if bfloat16 is faster.
     """
 
     def __init__(self, model, cfg=CFG, exact=False):
         self.model, self.cfg, self.exact = model, cfg, exact
 
     @torch.no_grad()
-    def read(self, tokens):
-        """Prompts for ``v``: states [B, 20, 96] and summaries [B, 96]; with guidance those of the empty prompt follow."""
+    def encode(self, tokens):
+        """Text states [B, 20, 96] and pooled texts [B, 96], the argument ``text`` of ``v``.
+
+        With guidance, those of the empty prompt are appended, so that the batch has 2 B rows.
+        """
         tokens = tokens.to(device())
         if self.cfg != 1:
             tokens = torch.cat([tokens, token_rows([""]).to(tokens).expand_as(tokens)])
@@ -90,7 +99,7 @@ class Guided:
         return states, summary
 
     def v(self, x, sigma, t, text):
-        """The prediction [B, 8, h, w] for x at ``sigma`` and times ``t``, both [B]."""
+        """The predicted v [B, 8, h, w] for x with noise levels ``sigma`` [B] and timesteps ``t`` [B]."""
         x = x * (1 + sigma**2).rsqrt().view(-1, 1, 1, 1)
         if self.cfg != 1:
             x, t = torch.cat([x, x]), torch.cat([t, t])
@@ -102,13 +111,13 @@ class Guided:
         return empty + self.cfg * (conditional - empty)
 
     def x0(self, x, sigma, t, text):
-        """The predicted latents without noise."""
+        """The predicted x0; arguments as for ``v``."""
         return x0_of(x, self.v(x, sigma, t, text), sigma)
 
     @torch.no_grad()
     def sample(self, noise, tokens, levels):
-        """Latents [B, 8, h, w] by Euler's steps from unit ``noise``."""
-        text, x = self.read(tokens), start(noise.to(device()), levels)
+        """Latents [B, 8, h, w] sampled with Euler from unit ``noise``."""
+        text, x = self.encode(tokens), start(noise.to(device()), levels)
         for time, now, after in zip(levels.times, levels.sigmas[:-1].tolist(), levels.sigmas[1:].tolist()):
             x0 = self.x0(x, torch.full((len(x),), now, device=x.device), time.expand(len(x)).to(x.device), text)
             x = x0 + after / now * (x - x0)
@@ -116,7 +125,7 @@ class Guided:
 
 
 def start(noise, levels):
-    """The first x of a sampling at full denoise: sqrt(1 + sigma²) noise, as the host's samplers begin."""
+    """The first x of a sampling run at denoise 1, as in ComfyUI: sqrt(1 + sigma²) times the unit noise."""
     return noise * math.hypot(1, float(levels.sigmas[0]))
 
 
@@ -127,7 +136,7 @@ def x0_of(x, v, sigma):
 
 
 def v_of(x, x0, sigma):
-    """The v that predicts ``x0``."""
+    """The v that corresponds to ``x0``: the inverse of ``x0_of``."""
     sigma = sigma.view(-1, 1, 1, 1)
     scale = (1 + sigma**2).rsqrt()
     return (scale**2 * x - x0) / (sigma * scale)

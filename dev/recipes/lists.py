@@ -1,4 +1,4 @@
-"""The lists that the demo world is drawn by: frequencies, and what is held out from training."""
+"""Lists for the demo's data: frequencies of concepts, and values that are excluded from training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,26 +10,16 @@ from numpy.typing import ArrayLike, NDArray
 from ...demo.emoji.concepts import DATA, Concept, load_concepts
 
 RELATIONS = ("left of", "right of", "above", "below")
-# concepts with a human or humanlike face, the first six in skin tones
-FACES = (
-    "baby",
-    "girl",
-    "man",
-    "woman",
-    "grandpa",
-    "santa",
-    "clown",
-    "robot",
-    "ghost",
-    "alien",
-    "skull",
-    "smiley",
-    "devil",
-)
+# concepts with a human or humanlike face; the first six have skin tones
+FACES = tuple("baby girl man woman grandpa santa clown robot ghost alien skull smiley devil".split())
 
 
 class HeldOut(TypedDict):
-    """What training never sees: pairs of names, the sizes alone and in pairs, backgrounds and [top, bottom] of gradients."""
+    """Values that are excluded from training.
+
+    ``pairs``: pairs of concepts. ``sizes``: the size of a single emoji and that of an emoji in a pair. ``colors``:
+    plain backgrounds. ``gradients``: [top, bottom] colours of backgrounds.
+    """
 
     pairs: list[list[str]]
     sizes: list[int]
@@ -38,7 +28,7 @@ class HeldOut(TypedDict):
 
 
 def load_held_out() -> HeldOut:
-    """{'pairs': [[a, b], ...], 'sizes': [alone, in pairs], 'colors': [...], 'gradients': [[top, bottom], ...]}"""
+    """The content of held_out.json."""
     return json.loads((DATA / "held_out.json").read_text(encoding="utf-8"))
 
 
@@ -49,7 +39,8 @@ def zipf(ranks: ArrayLike, offset: float = 6) -> NDArray[np.float64]:
 
 
 def make_ranks(concepts: Sequence[Concept], seed: int) -> NDArray[np.intp]:
-    """A random order of the concepts in which every third of it holds about a third of each domain."""
+    """Random frequency ranks of the concepts. Each third of the ranks has about a third of the concepts of each
+    domain."""
     rng = np.random.default_rng(seed)
     keys = np.empty(len(concepts))
     for domain in sorted({c.domain for c in concepts}):
@@ -60,7 +51,7 @@ def make_ranks(concepts: Sequence[Concept], seed: int) -> NDArray[np.intp]:
 
 
 def make_held_out(concepts: Sequence[Concept], seed: int) -> HeldOut:
-    """The fixed lists of what training never sees: 200 or so pairs of concepts, sizes and backgrounds."""
+    """Random pairs of concepts (about 200) and the fixed other values that are excluded from training."""
     rng = np.random.default_rng(seed)
     names = [c.name for c in concepts]
     animals = [c.name for c in concepts if c.domain == "animal"]
@@ -76,7 +67,7 @@ def make_held_out(concepts: Sequence[Concept], seed: int) -> HeldOut:
 
 
 def write_lists(seed: int = 1855) -> None:
-    """Writes held_out.json and frequency.json."""
+    """Write held_out.json and frequency.json."""
     concepts = load_concepts()
     ranks = make_ranks(concepts, seed)
     third = len(concepts) / 3

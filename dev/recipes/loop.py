@@ -1,7 +1,8 @@
-"""The one training loop of the recipes: resumable, with averaged weights, sheets of samples and a progress file.
+"""The training loop of the recipes: resumable, with an exponential moving average (EMA) of the weights, sample sheets and a
+progress file.
 
-A ``Task`` knows its network, its data and its loss; ``train`` runs its plan to the end. SIGTERM and SIGINT save the state
-and leave; after SIGKILL at most ``SAVE_SECONDS`` of work are lost.
+A ``Task`` has a network, data and a loss. ``train`` runs a ``Plan`` with a task to the end. SIGTERM and SIGINT save the
+state and exit. SIGKILL loses at most ``SAVE_SECONDS`` of work.
 """
 
 import contextlib
@@ -23,14 +24,16 @@ from .muon import Muon
 SAVE_SECONDS = 300
 SHEET_SECONDS = 1200
 REPORT_SECONDS = 60
-RESTART_WARMUP = 100  # steps of rising rate when only weights were found: the optimizer begins anew
+RESTART_WARMUP = 100  # warm-up steps after a restart from a snapshot, which has weights but no optimizer state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """``muon``: multiple of the rate for the matrices of linear layers, which then take Muon; 0: AdamW for all.
+    """Settings of a training.
 
-    ``decay_from``: share of the steps after which the rate falls linearly to 2 %."""
+    ``muon``: if not 0, the weights of linear layers use Muon, with the learning rate times this factor; all other
+    weights use AdamW. ``decay_from``: share of the steps after which the learning rate falls linearly to 2 %.
+    """
 
     name: str
     steps: int
@@ -43,48 +46,51 @@ class Plan:
     betas: tuple = (0.9, 0.99)
     muon: float = 0.0
     seed: int = 1
-    evaluated: int = 800  # unseen canvases of each kind, on which the final weights are measured
-    hours: float = 0.0  # expected on two cores, for the table of stages not yet begun
+    evaluated: int = 800  # number of unseen canvases of each kind for the final evaluation
+    hours: float = 0.0  # expected duration on two cores, shown until the stage has started
 
     def small(self, **changes):
-        """The same plan with a few steps, for the smoke test."""
+        """A copy of the plan with a few steps, for the smoke test."""
         return replace(self, **{"steps": 4, "batch": min(self.batch, 4), "warmup": 1, "evaluated": 12, **changes})
 
 
 class Task(Protocol):
-    network: nn.Module  # trained and averaged
+    network: nn.Module  # the trained network; ``Run`` computes an EMA of its weights
 
     def loss(self, step: int) -> torch.Tensor:
-        """The loss of batch ``step``; the same batch for the same number."""
+        """The loss of batch ``step``. A batch depends only on its number."""
 
     def sheet(self, average: nn.Module):
-        """A PIL image of samples of the averaged network, or None."""
+        """A PIL image of samples from ``average``, the network with its EMA weights; or None."""
 
     def export(self, average: nn.Module, facts: dict) -> None:
-        """Writes the averaged weights as the snapshot of the stage."""
+        """Save the EMA weights as the snapshot of the stage."""
 
     def snapshot(self) -> tuple[dict, int] | None:
-        """(state dict of the network, step) of the committed snapshot, or None."""
+        """(state dict of the network, step) of the snapshot in demo/weights, or None."""
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state is saved."""
+    """Raised after SIGTERM or SIGINT, when the state has been saved."""
 
 
 @contextlib.contextmanager
 def stop_requests():
-    """Yields a list that is non-empty once SIGTERM or SIGINT came."""
-    came = []
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    """Yields a list that is non-empty after SIGTERM or SIGINT."""
+    received = []
+    before = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def rate(plan, step, restarted_at=0):
-    """Learning rate of a step: warm-up (again after a restart from weights alone), constant, then linear to 2 %."""
+    """Learning rate of a step: warm-up, then constant, then a linear decay to 2 %.
+
+    After a restart from a snapshot at step ``restarted_at``, there is another warm-up.
+    """
     share = step / plan.steps
     down = 1.0 if share < plan.decay_from else 0.02 + 0.98 * (1 - share) / (1 - plan.decay_from)
     up = min(1.0, (step + 1) / plan.warmup)
@@ -94,7 +100,7 @@ def rate(plan, step, restarted_at=0):
 
 
 class Run:
-    """A task with its optimizer and averaged weights, as the state file holds them."""
+    """A task with its optimizers, EMA weights and counters, which are saved in the state file."""
 
     def __init__(self, plan, task, report=print):
         self.plan, self.task, self.report = plan, task, report
@@ -113,7 +119,7 @@ class Run:
                 self._fit(weights, "snapshot in demo/weights")
                 self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
                 self.restarted_at = self.step
-                self.report(f"{self.plan.name}: no state found, going on from the snapshot of step {self.step}")
+                self.report(f"{self.plan.name}: no state found, resuming from the snapshot of step {self.step}")
             return
         self._fit(found["network"], f"state in {state.folder()}")
         for optimizer, kept in zip(self.optimizers, found["optimizers"]):
@@ -130,11 +136,11 @@ class Run:
         except RuntimeError as error:
             raise RecipeError(
                 f"the {source} of {self.plan.name} belongs to another network"
-                f" ({str(error).splitlines()[1].strip()[:120]}): move it away to begin anew"
+                f" ({str(error).splitlines()[1].strip()[:120]}); move its file to another folder to start again"
             ) from error
 
-    def learn(self):
-        """One step of the optimizers."""
+    def train_step(self):
+        """One optimizer step."""
         loss = self.task.loss(self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -148,24 +154,24 @@ class Run:
             self.task.after_step(self.step)
         self.samples += self.task.batch_size(self.step) if hasattr(self.task, "batch_size") else self.plan.batch
         self.step += 1
-        self._average()
+        self._update_average()
         value = loss.item()
         if not math.isfinite(value):
             raise RecipeError(
-                f"{self.plan.name}: the loss is {value} at step {self.step}: lower the plan's rate ({self.plan.lr}) and run"
-                " again; training goes on from the last saved state"
+                f"{self.plan.name}: expected a finite loss, got {value} at step {self.step}; lower the plan's"
+                f" learning rate ({self.plan.lr}) and run again to resume from the last saved state"
             )
         self.mean = value if self.mean is None else 0.98 * self.mean + 0.02 * value
 
     @torch.no_grad()
-    def _average(self):
+    def _update_average(self):
         decay = min(self.plan.ema_decay, (1 + self.step) / (10 + self.step))
         pairs = [(self.average[k], v) for k, v in self.network.state_dict().items() if v.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in pairs], [v for _, v in pairs], 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self):
-        """The network with its averaged weights, in evaluation mode."""
+        """The network with its EMA weights, in evaluation mode."""
         own = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.network.load_state_dict(self.average)
         self.network.eval()
@@ -194,7 +200,7 @@ class Run:
         )
 
     def facts(self):
-        """Metadata of the snapshot."""
+        """Metadata for the snapshot."""
         return {
             "step": self.step,
             "steps": self.plan.steps,
@@ -208,20 +214,9 @@ class Run:
         with self.averaged() as network:
             self.task.export(network, self.facts())
 
-    def write_progress(self, samples_per_second, hours_left):
-        state.write_json(
-            f"{self.plan.name}.json",
-            {
-                "stage": self.plan.name,
-                "step": self.step,
-                "steps": self.plan.steps,
-                "loss": self.mean,
-                "samples_per_second": samples_per_second,
-                "hours_left": round(hours_left, 2),
-                "seconds": round(self.seconds),
-                "log": self.log,
-            },
-        )
+    def write_progress(self, speed, left):
+        facts = {"seconds": round(self.seconds), "log": self.log}
+        state.write_progress(self.plan, self.step, self.plan.steps, self.mean, speed, left, **facts)
 
     def write_sheet(self):
         with self.averaged() as network:
@@ -232,7 +227,7 @@ class Run:
 
 
 def make_optimizers(network, plan):
-    """AdamW; with ``plan.muon`` the matrices of linear layers take Muon at that multiple of the rate."""
+    """AdamW for all weights; with ``plan.muon``, Muon for the weights of linear layers instead, see ``Plan``."""
     linear = [m.weight for m in network.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
     chosen = {id(p) for p in linear} if plan.muon else set()
     rest = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
@@ -244,12 +239,13 @@ def make_optimizers(network, plan):
 
 
 def train(plan, task, *, halfway=False, report=print):
-    """Run or resume a plan to its end; returns the run. ``halfway``: write the snapshot at half of the steps, too."""
+    """Run a plan to its end, or resume it, and return the run. ``halfway``: also write the snapshot after half of the
+    steps."""
     torch.manual_seed(plan.seed)
     run = Run(plan, task, report)
     if run.step >= plan.steps:
         snapshot = task.snapshot()
-        if snapshot is None or snapshot[1] < run.step:  # killed between the last state and the export
+        if snapshot is None or snapshot[1] < run.step:  # the process was killed between the last save and the export
             run.export()
         return run
     report(
@@ -260,18 +256,18 @@ def train(plan, task, *, halfway=False, report=print):
     start, began, paused = run.step, reported, 0.0
     with stop_requests() as stop:
         while run.step < plan.steps and not stop:
-            run.learn()
+            run.train_step()
             now = time.monotonic()
             if now - reported > REPORT_SECONDS or run.step == plan.steps:
                 speed = (run.samples - samples) / (now - reported)
-                # by the mean since the start: the speed of a minute says little on a busy machine
+                # hours left, by the mean speed since the start: on a busy machine the speed of one minute varies
                 left = (plan.steps - run.step) * (now - began - paused) / (run.step - start) / 3600
                 run.log.append([run.step, round(run.mean, 5)])
                 report(
                     f"{plan.name}: step {run.step} of {plan.steps}, loss {run.mean:.4f}, {speed:.1f} samples/s, {left:.1f} h left"
                 )
                 samples, reported = run.samples, now
-                run.write_progress(round(speed, 2), left)
+                run.write_progress(speed, left)
             half = halfway and run.step == plan.steps // 2
             if half or now - saved > SAVE_SECONDS:
                 run.seconds += now - saved
@@ -282,22 +278,22 @@ def train(plan, task, *, halfway=False, report=print):
             if now - shown > SHEET_SECONDS:
                 run.write_sheet()
                 shown = time.monotonic()
-                reported += shown - now  # the speed is that of training
+                reported += shown - now  # excludes the time to write the sheet from the speed
                 paused += shown - now
         run.seconds += time.monotonic() - saved
         run.save()
-        run.write_progress(round(speed, 2), left if run.step < plan.steps else 0.0)
+        run.write_progress(speed, left if run.step < plan.steps else 0.0)
         if run.step < plan.steps:
-            report(f"{plan.name}: stopped at step {run.step}; run again to go on")
+            report(f"{plan.name}: stopped at step {run.step}; run again to resume")
             raise Interrupted
         run.export()
         run.write_sheet()
-        if stop:  # it came during the last steps: the stage is complete, what follows it must not begin
+        if stop:  # received during the last step: this stage is complete, but the next stage must not start
             raise Interrupted
     return run
 
 
 def use_all_cores():
-    """Threads of torch; denormals off, which slow training tenfold."""
+    """Limit torch's threads to the number of cores. Flush denormals to zero: they would slow training down tenfold."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() or 1)))
     torch.set_flush_denormal(True)

@@ -1,7 +1,8 @@
-"""The small U-ViT: masked tokens of the VQ-GAN and a caption in, the tokens out, in aMUSEd's layout (techniques/masked_tokens/networks/uvit.py).
+"""Training of the small U-ViT, which predicts masked tokens of the VQ-GAN from a caption.
 
-The objective is aMUSEd's (arXiv 2401.01808, section 3.2): r uniform in 0..1, a share cos(pi r / 2) of the tokens masked,
-cross entropy on those. The text encoder is that of the demo checkpoints, frozen.
+The network has aMUSEd's layout, see techniques/masked_tokens/networks/uvit.py. The objective is also aMUSEd's (arXiv
+2401.01808, section 3.2): a share cos(pi r / 2) of the tokens is masked, with r uniform in 0..1, and the loss is the
+cross entropy on the masked tokens. The text encoder is that of the demo checkpoints, and frozen.
 """
 
 import math
@@ -15,9 +16,9 @@ from ...demo.emoji.concepts import PAD, START
 from ...demo.emoji.text import WIDTH, TextModel, token_rows
 from ...techniques.masked_tokens import decode as technique
 from ...techniques.masked_tokens.networks.uvit import UViT, UViTConfig
-from . import banks, denoiser, loop, sheets, snapshots, state, vq
+from . import banks, denoiser, loop, sheets, snapshots, vq
 from .device import device, has_bfloat16
-from .scenes import SIZE, Scenes
+from .scenes import SIZE
 
 NAME = "masked_tokens"
 SNAPSHOT = "masked_token/transformer"
@@ -31,7 +32,7 @@ CONFIG = {
     "codebook_size": CODES,
     "in_channels": 64,
     "block_out_channels": 64,
-    "num_res_blocks": 3,  # fewer, and the middle of the grid would not know its place: only borders tell
+    "num_res_blocks": 3,  # with fewer, the receptive field of a token in the middle would not reach the border
     "block_num_heads": 2,
     "downsample": True,
     "upsample": True,
@@ -40,9 +41,9 @@ CONFIG = {
     "intermediate_size": 144,
     "sample_size": 16,
 }
-MICRO = (SIZE, SIZE, 0, 0, 6)  # width, height, the crop's top and left, aesthetic score
+MICRO = (SIZE, SIZE, 0, 0, 6)  # aMUSEd's micro-conditioning: width, height, top and left of the crop, aesthetic score
 SHEET_STEPS, SHEET_CFG = 12, 3.0
-# what a residual sum or a modulation adds starts at zero
+# weights that are initialised to zero: the last layers of residual branches, and modulations
 ZEROED = (
     "to_out.0.weight",
     "ff.net.2.weight",
@@ -58,7 +59,7 @@ class Plan(loop.Plan):
     steps: int = 20000
     batch: int = 48
     lr: float = 2e-3
-    muon: float = 3.0  # found better than AdamW alone on the first demo world
+    muon: float = 3.0  # on images of the older demo (64 pixels), Muon was better than AdamW for all weights
     warmup: int = 200
     seed: int = 31
     hours: float = 1.1
@@ -70,12 +71,14 @@ class Plan(loop.Plan):
 
 
 PLAN = Plan()
-PLANS, HOURS = (PLAN,), PLAN.hours
 
 
 class Operations:
-    """torch.nn, where the processor multiplies bfloat16 with linear layers in it. Autocast would take attention along,
-    the backward pass of which is several times slower in bfloat16 on a CPU."""
+    """torch.nn, with linear layers that compute in bfloat16 if the processor supports it.
+
+    Autocast is not used, because it would also cast attention. The backward pass of attention is several times slower
+    in bfloat16 on a CPU.
+    """
 
     Conv2d, ConvTranspose2d, Embedding = nn.Conv2d, nn.ConvTranspose2d, nn.Embedding
     RMSNorm, LayerNorm = nn.RMSNorm, nn.LayerNorm
@@ -100,29 +103,28 @@ def initialise(uvit, generator):
             p.data.copy_(torch.randn(p.shape, generator=generator) * fan**-0.5)
 
 
-def make_bank(plan, model, report=print):
-    """{'ids': int16 [N, 16, 16], 'tokens': int64 [N, 20]} of canvases, encoded once by the VQ-GAN ``model``."""
-    key = f"{banks.digest(model)} {plan.canvases} {plan.alone} {plan.seed}"
-    found = state.load("bank-masked-tokens", report)
-    if found is not None and found["key"] == key:
-        return found
-    scenes, ids, captions = Scenes(vq.STYLE, seed=plan.seed, alone=plan.alone), [], []
-    for start in range(0, plan.canvases, 256):
-        pixels, texts, _ = scenes.batch(start, min(256, plan.canvases - start))
-        ids.append(vq.encode(model, pixels))
-        captions += texts
-        if start % 10240 == 0:
-            report(f"bank masked-tokens: {start} of {plan.canvases} canvases encoded")
-    found = {"key": key, "ids": torch.cat(ids), "tokens": token_rows(captions)}
-    state.save("bank-masked-tokens", found, keep_previous=False)
-    return found
-
-
 def random_masks(count, length, generator):
-    """bool [count, length]: a share cos(pi r / 2) of the tokens, r uniform in 0..1, at least one."""
+    """Random masks, bool [count, length]. Each masks a share cos(pi r / 2) of the tokens, with r uniform in 0..1, and
+    at least one token."""
     share = torch.cos(torch.rand(count, 1, generator=generator) * math.pi / 2)
     rank = torch.rand(count, length, generator=generator).argsort(1).argsort(1)
     return rank < (share * length).round().clamp(min=1)
+
+
+def generate(uvit, positive, empty, settings, cfg, count, seed=0):
+    """Generate token ids [count, h, w] with the conditioning ``positive``, guided away from the conditioning
+    ``empty``."""
+    shape = count, uvit.config.sample_size, uvit.config.sample_size
+    return technique.decode(
+        torch.full(shape, settings.mask_id, device=device()),
+        technique.guided(
+            lambda ids: uvit(ids, positive),
+            lambda ids: (uvit(ids, positive), uvit(ids, empty)),
+            technique.guidance_scales(cfg, settings.steps),
+        ),
+        settings,
+        technique.draw_uniforms(seed, *shape, settings.steps),
+    )
 
 
 class Task:
@@ -131,7 +133,8 @@ class Task:
         self.text = TextModel()
         self.text.load_state_dict(denoiser.load_text())
         self.text.to(device()).eval().requires_grad_(False)
-        self.bank = make_bank(plan, self.vq, report)
+        scenes = dict(style=vq.STYLE, seed=plan.seed, alone=plan.alone)
+        self.bank = banks.bank("masked-tokens", self.vq, plan.canvases, report, kind="ids", encode=vq.encode, **scenes)
         self.network = UViT(UViTConfig(**CONFIG), Operations)
         initialise(self.network, torch.Generator().manual_seed(plan.seed))
 
@@ -139,7 +142,7 @@ class Task:
         return snapshots.load_network(SNAPSHOT)
 
     def batch(self, step):
-        """ids [B, 16, 16], masked [B, 16, 16], tokens [B, 20]"""
+        """A batch: token ids [B, 16, 16], masks [B, 16, 16], and caption tokens [B, 20]."""
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
         rows = torch.randint(len(self.bank["ids"]), (self.plan.batch,), generator=generator)
         ids, tokens = self.bank["ids"][rows].long(), self.bank["tokens"][rows].clone()
@@ -159,32 +162,14 @@ class Task:
         return F.cross_entropy(logits.movedim(1, -1)[masked], ids[masked])
 
     def sheet(self, network):
-        """Pictures of the denoisers' prompts."""
-        prompts, side = list(denoiser.PROMPTS), CONFIG["sample_size"]
-        wanted = self.condition(network, token_rows(prompts))
+        """A row of images for the prompts of the denoisers' sample sheets."""
+        prompts = list(denoiser.PROMPTS)
+        positive = self.condition(network, token_rows(prompts))
         empty = self.condition(network, token_rows([""] * len(prompts)))
         settings = technique.MaskedTokenSettings(codebook=CODES, mask_id=CODES, steps=SHEET_STEPS)
-        ids = technique.decode(
-            torch.full((len(prompts), side, side), CODES, device=device()),
-            technique.guided(
-                lambda ids: network(ids, wanted),
-                lambda ids: (network(ids, wanted), network(ids, empty)),
-                technique.guidance_scales(SHEET_CFG, SHEET_STEPS),
-            ),
-            settings,
-            technique.draw(0, len(prompts), side, side, SHEET_STEPS),
-        )
+        ids = generate(network, positive, empty, settings, SHEET_CFG, len(prompts))
         return sheets.to_image(2 * self.vq.decode(ids) - 1, len(prompts))
 
     def export(self, network, facts):
         config = {"_class_name": "UVit2DModel", **CONFIG}
         snapshots.save_network(SNAPSHOT, network.state_dict(), config, style=vq.STYLE, **facts)
-
-
-def done():
-    return int(snapshots.network_facts(SNAPSHOT).get("step", -1)) >= PLAN.steps
-
-
-def run(smoke=False, report=print):
-    plan = PLAN.small() if smoke else PLAN
-    loop.train(plan, Task(plan, report), report=report)

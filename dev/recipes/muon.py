@@ -1,14 +1,17 @@
-"""Muon with its Newton-Schulz iteration in float32.
+"""The optimizer Muon with its Newton-Schulz iteration in float32.
 
-torch.optim.Muon iterates in bfloat16, which takes seconds a step on processors that do not multiply it natively.
+torch.optim.Muon iterates in bfloat16, which takes seconds per step on a processor without native bfloat16.
 """
 
 import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), for
-    matrices; the update's root mean square is that of AdamW (0.2, Moonlight, arXiv 2502.16982, equation 4)."""
+    """Muon for matrices: the update is the momentum, orthogonalised by a Newton-Schulz iteration.
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. The update is scaled to the root mean square of
+    AdamW's updates, 0.2 (Moonlight, arXiv 2502.16982, equation 4).
+    """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -21,17 +24,17 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                kept = self.state[p]
-                if "momentum" not in kept:
-                    kept["momentum"] = torch.zeros_like(p)
-                momentum = kept["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(momentum, group["momentum"]), group["iterations"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonalise(matrix, iterations):
-    """About U Vᵀ of matrix [R, C] = U S Vᵀ."""
+    """An approximation of U Vᵀ, for ``matrix`` [R, C] with the singular value decomposition U S Vᵀ."""
     a, b, c = Muon.COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

@@ -1,5 +1,8 @@
-"""Writes demo/emoji/data/references.webp: four canvases of each concept alone, in glossy style, of the held-out sizes and
-backgrounds; without skin tones, as the bare prompts of the references have it."""
+"""Writes demo/emoji/data/references.webp: four canvases of each concept in glossy style.
+
+The canvases show a single emoji, with sizes and backgrounds that are excluded from training. They have no skin tones,
+because the prompts of the references do not name them.
+"""
 
 import io
 from dataclasses import dataclass
@@ -11,12 +14,13 @@ from ...demo.emoji import references
 from ...demo.emoji.concepts import load_concepts
 from . import chunks, loop, state
 from .errors import RecipeError
-from .scenes import Scenes
+from .scenes import Scenes, first_of_each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
-    """One step writes the file; ``concepts``: only the first of them, for the smoke test."""
+    """Settings of the references. The only step writes the file. ``concepts``: number of concepts, smaller in the smoke
+    test."""
 
     name: str = "references"
     steps: int = 1
@@ -30,26 +34,21 @@ class Plan(loop.Plan):
 
 
 PLAN = Plan()
-PLANS, HOURS = (PLAN,), PLAN.hours
-LIMIT = 3_000_000  # bytes of the file, above which it is compressed with loss
+PLANS = (PLAN,)
+LIMIT = 3_000_000  # bytes of the file; if lossless compression exceeds this limit, lossy compression is used
 
 
-def pictures(plan):
-    """uint8 [N, 4, 128, 128, 3]"""
+def images(plan):
+    """The references of N concepts, uint8 [N, 4, 128, 128, 3]."""
     names = [c.name for c in load_concepts()[: plan.concepts]]
     scenes = Scenes("glossy", seed=plan.seed, names=names, balanced=True, unseen=True, alone=1.0, tones=False)
-    found, index = [[] for _ in names], 0
-    while min(map(len, found)) < references.EACH:
-        scene = scenes.scene(index)
-        mine = found[scene.items[0].concept]
-        if len(mine) < references.EACH:
-            mine.append(scenes.draw(scene))
-        index += 1
-    return np.array(found)
+    found = first_of_each(scenes, range(plan.concepts), references.EACH)
+    return np.array([[scenes.draw(scene) for scene in shown] for shown in found])
 
 
 def save_below(image, file, limit):
-    """Writes a WebP of at most ``limit`` bytes: without loss, else of the best quality that fits."""
+    """Write a WebP file of at most ``limit`` bytes: lossless if that fits, otherwise with the highest quality that
+    fits."""
     options = [{"lossless": True}, *({"quality": quality} for quality in (95, 92, 90, 85, 80, 70))]
     for chosen in options:
         made = io.BytesIO()
@@ -57,7 +56,7 @@ def save_below(image, file, limit):
         if len(made.getbuffer()) <= limit:
             state.write_whole(file, lambda part: part.write_bytes(made.getbuffer()))  # noqa: B023 (called here)
             return
-    raise RecipeError(f"{file} would have {len(made.getbuffer()):,} bytes, more than {limit:,}: plan fewer pictures")
+    raise RecipeError(f"{file}: expected at most {limit:,} bytes, got {len(made.getbuffer()):,}; use fewer images")
 
 
 def done():
@@ -68,11 +67,12 @@ def run(smoke=False, report=print):
     plan, file = PLAN, references.FILE
     if smoke:
         plan, file = PLAN.small(), state.folder() / "data" / references.FILE.name
-    chunks.make_all(plan, [(file.exists, lambda: save_below(arrange(pictures(plan)), file, LIMIT))], report)
+    chunks.make_all(plan, [(file.exists, lambda: save_below(arrange(images(plan)), file, LIMIT))], report)
 
 
-def arrange(pictures):
-    """The file's image of ``pictures`` uint8 [N, 4, 128, 128, 3] of the concepts in order, N a multiple of 4."""
-    strips = [np.concatenate(list(mine), 1) for mine in pictures]
-    rows = [np.concatenate(strips[i : i + references.ACROSS], 1) for i in range(0, len(strips), references.ACROSS)]
+def arrange(images, across=references.ACROSS):
+    """The image of the file, which shows ``images`` uint8 [N, 4, 128, 128, 3] in order; N is a multiple of
+    ``across``."""
+    strips = [np.concatenate(list(group), 1) for group in images]
+    rows = [np.concatenate(strips[i : i + across], 1) for i in range(0, len(strips), across)]
     return Image.fromarray(np.concatenate(rows))

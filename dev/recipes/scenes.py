@@ -1,7 +1,7 @@
-"""The training pictures: canvases of 128 pixels with one or two emoji, made by a seeded generator.
+"""The training images: canvases of 128 x 128 pixels with one or two emoji, from a seeded generator.
 
-Canvas ``index`` of a data set is the same for everyone: all its choices come from (seed, index). Every emoji stands at a
-multiple of 8 pixels, one cell of the latent space, and in few sizes, so that a small network can learn it.
+A canvas depends only on (seed, index). Emoji have few sizes, and their positions are multiples of 8 pixels, the size of
+a latent position, so that small networks can generate them.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from .lists import RELATIONS, load_held_out, zipf
 from .sprites import Sprites
 
 SIZE = 128
-CELL = 8  # pixels of a latent cell
+CELL = 8  # pixels per latent position, in each direction
 SIZES_ALONE, SIZES_PAIR = (88, 104), (56, 64)
-SMALL = 64  # side of the small canvases of one concept, with the sizes of the pairs
-PLAIN, WHITE = 0.85, 0.25  # shares of plain backgrounds, and of white ones
+SMALL = 64  # pixels of a side of the small canvases, which show one emoji of a size in SIZES_PAIR
+PLAIN, WHITE = 0.85, 0.25  # shares of canvases with a plain background and with a white background
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,30 @@ class Item:
     concept: int
     tone: str
     size: int
-    place: tuple  # (x, y) as shares of the free room, in 0..1
-    drawn: bool = True
+    place: tuple  # position (x, y) in 0..1, as a share of the free space
+    drawn: bool = True  # False: the concept is named in the caption, but not shown
 
 
 @dataclass(frozen=True)
 class Scene:
     items: tuple
     relation: str
-    colors: tuple  # one name: plain; two names: a gradient from top to bottom
+    colors: tuple  # of the background: one name if it is plain, two names for a gradient from top to bottom
 
 
 class Scenes:
-    """scene(index) -> Scene, caption(scene) -> str, draw(scene) -> uint8 [S, S, 3].
+    """A seeded generator of scenes: scene(index) -> Scene, caption(scene) -> str, draw(scene) -> uint8 [S, S, 3].
 
-    ``domain``: concepts of that domain only; ``names``: these only; ``balanced``: all equally often instead of the long
-    tail of ``frequency.json``; ``unseen``: sizes, backgrounds and pairs of the held-out lists; ``alone``: share of canvases
-    with a single concept; ``size``: 128, or 64 for small canvases of one concept; ``bystanders``: share of the pairs of a
-    domain in which one concept of another domain is named and its place stays empty, so that a specialist learns to leave
-    to others what it does not know.
+    Args:
+        domain: use only concepts of this domain.
+        names: use only these concepts.
+        balanced: all concepts are equally frequent, instead of the long tail of ``frequency.json``.
+        unseen: use the sizes and backgrounds that are excluded from training, and all pairs of concepts.
+        alone: share of canvases with a single concept.
+        size: 128, or 64 for small canvases of one concept.
+        tones: whether concepts with skin tones may have one.
+        bystanders: share of the pairs in which a concept of another domain is named but not drawn. So an expert
+            learns to leave the regions of other domains empty.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class Scenes:
         self._sprites = None
 
     def scene(self, index):
-        """All choices of canvas ``index``."""
+        """The description of canvas ``index``."""
         rng = np.random.default_rng([self.seed, index])
         u = rng.random(16)
         pick = lambda k, options: options[int(u[k] * len(options))]  # noqa: E731
@@ -130,7 +135,11 @@ class Scenes:
         return phrase(f"{item.tone} {self.concepts[item.concept].name}".strip())
 
     def caption(self, scene):
-        """'a cat', 'a dark baby left of a tree on blue', 'an owl on orange fading to white'; white is not named."""
+        """The caption of a scene, such as 'a cat', 'a dark baby left of a tree on blue' or 'an owl on orange fading to
+        pink'.
+
+        A plain white background is not named.
+        """
         text = self.phrase(scene.items[0])
         if len(scene.items) > 1:
             text += f" {scene.relation} {self.phrase(scene.items[1])}"
@@ -139,7 +148,7 @@ class Scenes:
         return text
 
     def draw(self, scene):
-        """uint8 [S, S, 3]"""
+        """The canvas of a scene, uint8 [S, S, 3]."""
         if self._sprites is None:
             self._sprites = Sprites(self.style)
         canvas = background(scene.colors, self.size)
@@ -156,9 +165,16 @@ class Scenes:
         return np.stack([self.draw(s) for s in scenes]), [self.caption(s) for s in scenes], scenes
 
 
-def single(concept, *, tone="", size=88, colors=("white",)):
-    """The plain scene of one concept in the middle."""
-    return Scene((Item(concept, tone, size, (0.5, 0.5)),), "", colors)
+def first_of_each(scenes, concepts, each):
+    """For each of ``concepts``, the first ``each`` scenes whose first item is that concept: a list of lists."""
+    found, index = {concept: [] for concept in concepts}, 0
+    while min(map(len, found.values())) < each:
+        scene = scenes.scene(index)
+        shown = found.get(scene.items[0].concept, [])
+        if len(shown) < each:
+            shown.append(scene)
+        index += 1
+    return list(found.values())
 
 
 def background(colors, size):
@@ -171,23 +187,28 @@ def background(colors, size):
 
 
 def corner(scene, n, size):
-    """(x, y) of the upper left pixel of item n: on the grid of latent cells, within its half of the canvas where it fits."""
-    item, half = scene.items[n], size // 2
-    x0, y0, x1, y1 = 0, 0, size, size
-    if scene.relation:
-        first = (n == 0) == (scene.relation in ("left of", "above"))
-        if scene.relation in ("left of", "right of"):
-            x0, x1 = (0, half) if first else (half, size)
-        else:
-            y0, y1 = (0, half) if first else (half, size)
+    """(x, y) of the upper left pixel of item n, which is on the latent's grid and in the item's half of the canvas."""
+    item = scene.items[n]
+    x0, y0, x1, y1 = region_of(scene.relation, n, size)
     return tuple(
         start + CELL * min(int(share * ((room - item.size) // CELL + 1)), (room - item.size) // CELL)
         for start, room, share in ((x0, x1 - x0, item.place[0]), (y0, y1 - y0, item.place[1]))
     )
 
 
+def region_of(relation, n, size):
+    """The region (x0, y0, x1, y1) of item n: half of the canvas, or the whole canvas if there is no relation."""
+    half = size // 2
+    if not relation:
+        return 0, 0, size, size
+    first = (n == 0) == (relation in ("left of", "above"))
+    if relation in ("left of", "right of"):
+        return (0, 0, half, size) if first else (half, 0, size, size)
+    return (0, 0, size, half) if first else (0, half, size, size)
+
+
 def paste(canvas, sprite, x, y):
-    """Alpha compositing of a premultiplied sprite, in place."""
+    """Composite a premultiplied sprite onto ``canvas``, in place."""
     h, w = sprite.shape[:2]
     room = canvas[y : y + h, x : x + w]
     alpha = sprite[..., 3:].astype(np.uint16)

@@ -1,8 +1,9 @@
-"""Example seeds: for two rare concepts the best of 64 noises, as files that Load Seed offers.
+"""Finds the example seeds: for each of two rare concepts, the best of 64 noises, as a file for Load Seed.
 
-All rare concepts are generated from the same 64 noises with their bare prompts. The best noise is the one that the
-image-text encoder finds closest to the prompt among all names. The two concepts are those that the independent classifier
-recognises least often, but in the picture of the best noise.
+Every rare concept is generated from the same 64 noises, with a prompt that only names the concept. The image-text
+encoder scores each image by the probability of the concept's name among all names; the best noise has the highest
+score. The independent classifier then chooses two concepts. It must recognise a chosen concept in the image of the best
+noise; among such concepts, the two that it recognises least often are chosen.
 """
 
 import functools
@@ -20,21 +21,19 @@ from .scenes import CELL, SIZE
 from .vision import SCALE, names
 
 FOLDER = DATA.parent / "seeds"
-FORMAT, NOISE, ENDING = (
-    "chorus-seed-1",
-    "noise",
-    ".seed.safetensors",
-)  # as techniques/seed_select/comfy_files.py reads them
+# see techniques/seed_select/comfy_files.py
+FORMAT, NOISE, ENDING = "chorus-seed-1", "noise", ".seed.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
-    """A step generates one rare concept from all noises; ``count``: concepts that get a file."""
+    """Settings of the search. A step generates one rare concept from all noises. ``count``: number of concepts with a
+    seed file."""
 
     name: str = "seeds"
     steps: int = len([name for name, kind in load_frequency()["bin"].items() if kind == "rare"])
     batch: int = 64
-    seed: int = 1000  # of the first noise; the others follow
+    seed: int = 1000  # seed of the first noise; the other noises have the next integers
     hours: float = 0.15
     passes: int = 20
     cfg: float = guided.CFG
@@ -45,20 +44,21 @@ class Plan(loop.Plan):
 
 
 PLAN = Plan()
-PLANS, HOURS = (PLAN,), PLAN.hours
+PLANS = (PLAN,)
 
 
 def noise(seed):
-    """[1, 8, 16, 16]: the noise of an integer seed, as the host makes it for a batch of one."""
+    """The noise [1, 8, 16, 16] of an integer seed, equal to ComfyUI's noise for a batch of one."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, CHANNELS, SIZE // CELL, SIZE // CELL, generator=generator)
 
 
 class Search(chunks.Chunks):
-    """Chunks of the pictures from N noises; a chunk has the number of its concept.
+    """Scores of a concept's images from N noises. Chunk n has the scores of concept n.
 
-    'probabilities' [N]: of the concept's name among all, by the image-text encoder; 'right' [N]: whether the classifier
-    recognises it."""
+    'probabilities' [N]: probability of the concept's name among all names, by the image-text encoder. 'right' [N]:
+    whether the classifier recognises the concept.
+    """
 
     def __init__(self, plan):
         model, self.classifier = guided.load(), load_classifier()
@@ -85,14 +85,20 @@ def load_classifier():
 
 
 def rare(plan):
-    """Numbers of the rare concepts, those that training saw least first."""
-    known = load_frequency()
-    concepts = [(known["rank"][c.name], n) for n, c in enumerate(load_concepts()) if known["bin"][c.name] == "rare"]
+    """Numbers of the rare concepts, the least frequent first."""
+    frequency = load_frequency()
+    concepts = [
+        (frequency["rank"][c.name], n) for n, c in enumerate(load_concepts()) if frequency["bin"][c.name] == "rare"
+    ]
     return [n for _, n in sorted(concepts, reverse=True)][: plan.steps]
 
 
 def choose(found, count):
-    """The ``count`` keys of ``found`` (number: chunk of ``Search``) that are recognised least often, but from the best noise."""
+    """The ``count`` concepts that the classifier recognises least often, as keys of ``found`` ({number: chunk of
+    ``Search``}).
+
+    Concepts that it does not recognise in the image of the best noise come last.
+    """
 
     def order(number):
         probabilities, right = found[number]["probabilities"], found[number]["right"]
@@ -103,7 +109,7 @@ def choose(found, count):
 
 
 def write(plan, number, found, folder):
-    """The best noise of a concept as a seed file."""
+    """Write the best noise of a concept as a seed file; returns its path."""
     from ..weights import write_whole
 
     probabilities = found["probabilities"]

@@ -1,10 +1,10 @@
-"""Sheets of samples, to be looked at while a stage trains."""
+"""Sample sheets: images that show the progress of a training."""
 
 import torch
 
 
 def to_image(pixels, columns):
-    """PIL image of ``pixels`` [B, 3, H, W] in -1..1, row by row; None where Pillow is missing."""
+    """A PIL image with ``pixels`` [B, 3, H, W] in -1..1 as tiles, row by row; None if Pillow is not installed."""
     try:
         from PIL import Image
     except ImportError:

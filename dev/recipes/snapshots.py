@@ -1,7 +1,9 @@
-"""Weights as the repository holds them: fp16 safetensors with the facts of their training in the metadata.
+"""Snapshots: the weights in the repository, as fp16 safetensors with settings and results of the training in the
+metadata.
 
-A snapshot is written when a stage ends (and of the general checkpoint at half); from it a machine without the training
-state goes on. In a bundle, which trains with torch alone, snapshots are plain torch files in ``$CHORUS_SNAPSHOTS``.
+A snapshot is written at the end of a stage, and for the general checkpoint also after half of the steps. Training can
+resume from it without the training state. In a bundle, which needs only torch, snapshots are torch files in
+``$CHORUS_SNAPSHOTS``.
 """
 
 import os
@@ -13,9 +15,9 @@ from . import state
 from .device import device
 from .errors import RecipeError
 
-FOLDER = "emoji"  # in demo/weights
-PLAIN = "CHORUS_SNAPSHOTS"
-LICENSES = {"glossy": "Apache-2.0", "flat": "CC-BY-4.0"}  # of weights trained on a style; Twemoji asks for attribution
+FOLDER = "emoji"  # subfolder of demo/weights
+PLAIN = "CHORUS_SNAPSHOTS"  # environment variable: folder of the torch files
+LICENSES = {"glossy": "Apache-2.0", "flat": "CC-BY-4.0"}  # licences of weights by style; Twemoji requires attribution
 
 
 def plain_folder():
@@ -36,17 +38,18 @@ def load(stage):
 
 
 def frozen(module, found, what, recipe):
-    """``module`` with the weights of ``found`` (a snapshot as ``load`` gives it), on the device and without gradients.
+    """``module`` with the weights of the snapshot ``found`` (from ``load``), on the device and without gradients.
 
-    ``what`` and ``recipe`` name the model and the stage that makes it, where it is missing."""
+    ``what`` and ``recipe``: the name of the model and of the stage that trains it, for the error if ``found`` is None.
+    """
     if found is None:
-        raise RecipeError(f"the {what} is not trained yet: run `python run.py train-demo {recipe}` first")
+        raise RecipeError(f"the {what} is not trained yet; run `python run.py train-demo {recipe}` first")
     module.load_state_dict(found[0])
     return module.to(device()).eval().requires_grad_(False)
 
 
 def facts(stage):
-    """The facts that the snapshot carries, or an empty dict."""
+    """The metadata of the snapshot; empty if there is no snapshot."""
     if folder := plain_folder():
         found = _read_plain(folder / f"{stage}.pt")
         return found["facts"] if found else {}
@@ -57,7 +60,7 @@ def facts(stage):
 
 
 def save(stage, state_dict, *, style, **found):
-    """Writes demo/weights/emoji/<stage>.safetensors."""
+    """Write the snapshot of a stage to demo/weights/emoji/<stage>.safetensors."""
     if folder := plain_folder():
         write_plain(folder / f"{stage}.pt", state_dict, {"style": style, **found})
         return
@@ -67,7 +70,7 @@ def save(stage, state_dict, *, style, **found):
 
 
 def load_network(folder):
-    """(fp32 state dict, step) of a network saved as diffusers does, in demo/weights/emoji/<folder>; or None."""
+    """(fp32 state dict, step) of the network in diffusers' layout in demo/weights/emoji/<folder>, or None."""
     found = network_facts(folder)
     if not found:
         return None
@@ -84,7 +87,7 @@ def network_facts(folder):
 
 
 def save_network(folder, state_dict, config, *, style, **found):
-    """Writes weights and config.json as diffusers does."""
+    """Write weights and config.json in diffusers' layout to demo/weights/emoji/<folder>."""
     from .. import weights
 
     weights.save_network(

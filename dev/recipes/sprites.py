@@ -1,6 +1,7 @@
-"""The emoji: fetched by npm name, verified, and rendered as premultiplied RGBA sprites.
+"""Downloads and verifies the npm packages of the emoji, and renders the emoji as premultiplied RGBA sprites.
 
-``glossy``: Fluent emoji in 3D (Microsoft, MIT), images of 256 pixels. ``flat``: Twemoji (CC-BY 4.0), vector graphics.
+Style ``glossy``: Fluent emoji in 3D (Microsoft, MIT), images of 256 pixels. Style ``flat``: Twemoji (CC-BY 4.0), vector
+graphics.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from ...demo.emoji.concepts import load_concepts
 from .errors import RecipeError
 
 CACHE = Path(os.environ.get("CHORUS_EMOJI_CACHE") or Path(__file__).resolve().parents[2] / ".cache" / "emoji")
-BUNDLE = "CHORUS_SPRITES"  # environment variable: an archive of rendered sprites, for a machine without network
+BUNDLE = "CHORUS_SPRITES"  # environment variable: path of an archive of rendered sprites, for machines without network
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,16 @@ PACKAGES = {
 
 
 def tarball(package):
-    """The verified tarball of an npm package; downloaded (17 MB in all) at the first call."""
+    """The path of an npm package's verified tarball. The first call downloads it; both packages have 17 MB together."""
     path = package.tarball
     if not path.exists():
         _download(package)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
         path.unlink()
-        raise RecipeError(f"{path.name} has sha256 {found}, expected {package.sha256}: deleted; run the recipe again")
+        raise RecipeError(
+            f"{path.name} was deleted: expected sha256 {package.sha256}, got {found}; run the recipe again"
+        )
     return path
 
 
@@ -72,7 +75,7 @@ def _download(package):
     npm = shutil.which("npm")
     by_hand = f"put the output of `npm pack {package.spec}` at {package.tarball}"
     if npm is None:
-        raise RecipeError(f"npm is not installed: install Node.js, or {by_hand}")
+        raise RecipeError(f"npm is not on the path; install Node.js, or {by_hand}")
     CACHE.mkdir(parents=True, exist_ok=True)
     fresh = CACHE / f"download-{os.getpid()}"
     fresh.mkdir(exist_ok=True)
@@ -84,7 +87,7 @@ def _download(package):
             lines = [line for line in result.stderr.splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else f"exit status {result.returncode}"
             raise RecipeError(
-                f"npm could not fetch {package.spec} ({reason}): check the network and run again, or {by_hand}"
+                f"npm could not download {package.spec} ({reason}); check the network and run again, or {by_hand}"
             )
         os.replace(packed[0], package.tarball)
     finally:
@@ -92,7 +95,7 @@ def _download(package):
 
 
 def read_images(style):
-    """{code: premultiplied RGBA image of 256 x 256 pixels} of every concept and skin tone."""
+    """{code: premultiplied RGBA image of 256 x 256 pixels} for every concept and skin tone."""
     package, found = PACKAGES[style], {}
     codes = [code for concept in load_concepts() for code in (concept.code, *concept.tones.values())]
     with tarfile.open(tarball(package)) as archive:
@@ -105,7 +108,9 @@ def read_images(style):
                 except KeyError:
                     continue
             if member is None:
-                raise RecipeError(f"{package.spec} has no image of {code}; data/concepts.json names one that it lacks")
+                raise RecipeError(
+                    f"{package.spec} has no image of {code}; correct the code in demo/emoji/data/concepts.json"
+                )
             found[code] = _rasterise(member.read(), package.suffix)
     return found
 
@@ -117,8 +122,10 @@ def _rasterise(content, suffix):
         try:
             import resvg_py
         except ImportError as error:
-            raise RecipeError("resvg-py draws the vector emoji and is missing: pip install resvg-py") from error
-        # Twemoji fill their square; with a margin they are as large as the emoji in 3D
+            raise RecipeError(
+                "resvg-py, which renders the vector emoji, is not installed; run `pip install resvg-py`"
+            ) from error
+        # Twemoji fill their whole square; with a margin they are as large as the 3D emoji
         side = 236
         drawn = bytes(resvg_py.svg_to_bytes(svg_string=content.decode(), width=side, height=side))
         canvas = Image.new("RGBa", (256, 256))
@@ -128,7 +135,7 @@ def _rasterise(content, suffix):
 
 
 class Sprites:
-    """Premultiplied RGBA uint8 [size, size, 4] by (concept, tone, size), resized once each."""
+    """Premultiplied RGBA sprites, uint8 [size, size, 4], by (concept, tone, size). Each is resized once and cached."""
 
     def __init__(self, style):
         self.style, self.concepts, self.cache, self.images = style, load_concepts(), {}, None
@@ -152,7 +159,7 @@ class Sprites:
 
 
 def write_bundle(path, sizes):
-    """All sprites of the given sizes as one archive that ``CHORUS_SPRITES`` may name."""
+    """Write all sprites of the given sizes to one archive, which ``$CHORUS_SPRITES`` can point to."""
     rendered = {}
     for style in PACKAGES:
         sprites = Sprites(style)

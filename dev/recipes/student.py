@@ -1,9 +1,11 @@
-"""Few-step students of the general checkpoint: LoRAs with which it needs 4 steps or 1 at cfg 1 instead of twenty at cfg 4.
+"""Distillation of few-step students of the general checkpoint: LoRAs for 4 steps or 1 step at cfg 1, instead of 20 at
+cfg 4.
 
-The teacher's guided trajectories are solved once (DPM-Solver++(2M), arXiv 2211.01095, fourteen steps) and kept at five
-places. At the start of each of its steps a student learns the x0 with which Euler's step lands on the teacher's trajectory.
-That is progressive distillation (arXiv 2202.00512), from 4 steps to 2 and to 1, and as in SDXL-Lightning
-(arXiv 2402.13929) a student knows only the levels of its own steps: sample with euler, scheduler simple, cfg 1.
+The teacher's guided trajectories are solved once, with fourteen steps of DPM-Solver++(2M) (arXiv 2211.01095), and
+stored at five points. At the start of each sampling step, a student is trained to predict the x0 with which an Euler
+step ends on the teacher's trajectory. This is progressive distillation (arXiv 2202.00512), first to 4 steps, then to 2
+and 1. As in SDXL-Lightning (arXiv 2402.13929), a student is trained only at the noise levels of its sampling steps. So
+use it only with sampler euler, scheduler simple, cfg 1 and its number of steps.
 
 Low-rank factors of all linear layers and convolutions are trained; the text encoder is frozen.
 """
@@ -27,17 +29,17 @@ from .device import device
 from .errors import RecipeError
 from .scenes import CELL, SIZE, Scenes
 
-KEPT = 4  # stretches of a trajectory, both ends of which are kept
-# times of the solver's steps: three in each stretch, in the last one five, which make the details
+SEGMENTS = 4  # number of segments of a trajectory; x is stored at their ends
+# timesteps of the solver: three in each segment, five in the last one, which determines the details
 SOLVED = (999, 916, 833, 749, 666, 583, 499, 416, 333, 249, 187, 125, 62, 20)
 SIDE = SIZE // CELL
-UNSEEN = 10**6  # the number of the chunk that training does not reach
+UNSEEN = 10**6  # number of the chunk for evaluation, which is not used in training
 STYLE = "glossy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryPlan(loop.Plan):
-    """``steps``: chunks of ``batch`` trajectories each."""
+    """Settings of the teacher's trajectories. ``steps``: number of chunks of ``batch`` trajectories."""
 
     name: str = "student-trajectories"
     steps: int = 256
@@ -52,13 +54,17 @@ class TrajectoryPlan(loop.Plan):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
-    """``passes``: the student's steps of sampling, a divisor of KEPT; ``snapshot``: of its LoRA, without one it stays in the
-    state folder; ``start``: the plan of the student to begin with."""
+    """Settings of a student.
+
+    ``passes``: number of sampling steps, a divisor of SEGMENTS. ``snapshot``: name of the snapshot for its LoRA; if
+    empty, the LoRA is only saved in the state folder. ``start``: the plan of another student, whose LoRA initialises
+    this student.
+    """
 
     passes: int
     snapshot: str = ""
     start: "Plan | None" = None
-    rank: int = 8  # a file of 0.85 MB
+    rank: int = 8  # the LoRA's file has 0.85 MB
     trajectories: TrajectoryPlan = TrajectoryPlan()
     batch: int = 64
     lr: float = 2e-3
@@ -84,11 +90,13 @@ ONE = Plan(
 )
 STUDENTS = (FOUR, TWO, ONE)
 PLANS = (TRAJECTORIES, *STUDENTS)
-HOURS = sum(plan.hours for plan in PLANS)
 
 
 def second_order(x, x0, before, now, after):
-    """One step of DPM-Solver++(2M) from sigma ``now`` to ``after``; ``before``: the x0 and sigma of the last step, or None."""
+    """One step of DPM-Solver++(2M) from sigma ``now`` to ``after``.
+
+    ``before``: (x0, sigma) of the previous step, or None in the first step.
+    """
     if after == 0:
         return x0
     length = math.log(now / after)
@@ -100,11 +108,12 @@ def second_order(x, x0, before, now, after):
 
 @torch.no_grad()
 def trajectory(teacher, noise, tokens):
-    """x [B, KEPT + 1, 8, h, w] at the start of each stretch and at the end, solved from unit ``noise`` [B, 8, h, w]."""
-    levels, kept = guided.at(SOLVED), guided.simple(KEPT).times.tolist()
-    text, x, found, before = teacher.read(tokens), guided.start(noise.to(device()), levels), [], None
+    """The teacher's trajectory from unit ``noise`` [B, 8, h, w]: x at the start of each segment and at the end, as a
+    tensor [B, SEGMENTS + 1, 8, h, w]."""
+    levels, stored = guided.at(SOLVED), guided.simple(SEGMENTS).times.tolist()
+    text, x, found, before = teacher.encode(tokens), guided.start(noise.to(device()), levels), [], None
     for k, (now, after) in enumerate(itertools.pairwise(levels.sigmas.tolist())):
-        if SOLVED[k] in kept:
+        if SOLVED[k] in stored:
             found.append(x)
         sigma, time = torch.full((len(x),), now, device=x.device), levels.times[k].expand(len(x)).to(x.device)
         x0 = teacher.x0(x, sigma, time, text)
@@ -113,14 +122,18 @@ def trajectory(teacher, noise, tokens):
 
 
 class Trajectories(chunks.Chunks):
-    """Chunks {'x': fp16 [N, KEPT + 1, 8, 16, 16], 'tokens': int64 [N, 20]} of the guided teacher ``model``; the same chunk
-    for the same number, up to rounding."""
+    """Chunks {'x': fp16 [N, SEGMENTS + 1, 8, 16, 16], 'tokens': int64 [N, 20]} of trajectories of the guided teacher
+    ``model``.
+
+    Apart from rounding errors, a chunk depends only on its number.
+    """
 
     def __init__(self, plan, model):
         key = f"{banks.digest(model)}-cfg{plan.cfg:g}-seed{plan.seed}-{plan.batch}"
         super().__init__("trajectories", key)
         self.plan, self.teacher = plan, guided.Guided(model, plan.cfg)
-        # the rarer a concept was in training, the worse the teacher generates it: the student sees all equally often
+        # balanced: the teacher generates rare concepts worse, so the student needs as many samples of them as of the
+        # others
         self.scenes = Scenes(STYLE, seed=plan.seed, balanced=True, alone=0.6)
 
     def start(self, number):
@@ -136,25 +149,28 @@ class Trajectories(chunks.Chunks):
 
     def make_all(self, report=print):
         numbers = [*range(self.plan.steps - 1), UNSEEN]
-        chunks.make_all(
-            self.plan,
-            [(self.path(n).exists, functools.partial(self.make, n, self.compute)) for n in numbers],
-            report,
-        )
+        jobs = [(self.path(n).exists, functools.partial(self.make, n, self.compute)) for n in numbers]
+        chunks.make_all(self.plan, jobs, report)
 
     def part(self, number, passes):
-        """x [N, passes + 1, 8, 16, 16] at the start of each step of a student of so many passes and at the end, and tokens."""
+        """(x [N, passes + 1, 8, 16, 16], tokens) of a chunk, for a student with ``passes`` steps.
+
+        x contains the latents at the start of each step of the student and at the end.
+        """
         found = self.load(number)
-        return found["x"][:, :: KEPT // passes].clone(), found["tokens"]
+        return found["x"][:, :: SEGMENTS // passes].clone(), found["tokens"]
 
     def parts(self, passes):
-        """``part`` of all chunks for training."""
+        """The concatenated results of ``part`` for all chunks for training."""
         found = [self.part(number, passes) for number in range(self.plan.steps - 1)]
         return torch.cat([x for x, _ in found]), torch.cat([tokens for _, tokens in found])
 
 
 class LowRank(nn.Module):
-    """W -> W + up @ down; up starts at zero. Factors have the shapes of LoRA files for linear layers."""
+    """The parametrisation W -> W + up @ down of a weight. ``up`` is initialised to zero.
+
+    The factors are matrices, also for convolutions.
+    """
 
     def __init__(self, weight, rank, generator):
         super().__init__()
@@ -169,7 +185,7 @@ class LowRank(nn.Module):
 
 
 class Factors(nn.ModuleList):
-    """Low-rank factors of all linear layers and convolutions of ``net``; its weights are parametrised by them."""
+    """The low-rank factors of all linear layers and convolutions of ``net``, whose weights they parametrise."""
 
     def __init__(self, net, rank, generator):
         super().__init__()
@@ -183,7 +199,7 @@ class Factors(nn.ModuleList):
                 self.append(low_rank)
 
     def to_lora(self):
-        """As a LoRA of the host's MODEL, which reads a missing alpha as the rank."""
+        """The state dict of a LoRA for ComfyUI's MODEL. It has no alpha, so ComfyUI uses a scale of 1."""
         found = {}
         for name, shape, low_rank in zip(self.names, self.shapes, self):
             down, up = low_rank.down.detach(), low_rank.up.detach()
@@ -194,7 +210,7 @@ class Factors(nn.ModuleList):
         return found
 
     def state_of(self, lora):
-        """The state dict of these factors with the values of a LoRA as ``to_lora`` gives it."""
+        """The state dict of this module for a LoRA in the layout of ``to_lora``."""
         return {
             f"{k}.{part}": lora[f"diffusion_model.{name}.lora_{part}.weight"].flatten(1)
             for k, name in enumerate(self.names)
@@ -224,8 +240,10 @@ class Task:
         return torch.randperm(self.plan.passes * len(self.x), generator=generator)
 
     def batch(self, step):
-        """x and landing [B, 8, 16, 16], the student's step [B] and tokens: all steps of all trajectories in a new order each
-        epoch."""
+        """A batch of sampling steps: x at the start and at the end [B, 8, 16, 16], the steps' numbers [B], and tokens.
+
+        An epoch has all steps of all trajectories, in a new order.
+        """
         count, first = self.plan.passes * len(self.x), step * self.plan.batch
         chosen = torch.stack([self.order(k // count)[k % count] for k in range(first, first + self.plan.batch)])
         row, part = chosen // self.plan.passes, chosen % self.plan.passes
@@ -234,18 +252,19 @@ class Task:
     def loss(self, step):
         return self.distance(*self.batch(step))
 
-    def distance(self, x, landing, part, tokens):
-        """Huber distance of the student's v to the one with which Euler's step ends at ``landing``."""
-        x, landing = x.to(device()), landing.to(device())
+    def distance(self, x, end, part, tokens):
+        """Huber distance between the student's v and the v with which an Euler step from ``x`` ends at ``end``."""
+        x, end = x.to(device()), end.to(device())
         now, after = (self.levels.sigmas[part + k].to(device()) for k in (0, 1))
         ratio = (after / now).view(-1, 1, 1, 1)
-        x0 = (landing - ratio * x) / (1 - ratio)
-        v = self.student.v(x, now, self.levels.times[part].to(device()), self.student.read(tokens))
+        x0 = (end - ratio * x) / (1 - ratio)
+        v = self.student.v(x, now, self.levels.times[part].to(device()), self.student.encode(tokens))
         return huber(v, guided.v_of(x, x0, now)).mean()
 
     @torch.no_grad()
     def errors(self):
-        """On trajectories that training does not reach: the loss of each step, and the distance of the final latents."""
+        """The loss of each step and the RMS error of the final latents, on trajectories that are not used in
+        training."""
         x, tokens = self.trajectories.part(UNSEEN, self.plan.passes)
         found = {}
         for k in range(self.plan.passes):
@@ -259,7 +278,7 @@ class Task:
         return self.trajectories.start(UNSEEN)[0]
 
     def sheet(self, network):
-        """The teacher's pictures above the student's."""
+        """An image with the teacher's images in the upper row and the student's images in the lower row."""
         x, tokens = self.trajectories.part(UNSEEN, self.plan.passes)
         end, teacher = self.student.sample(self.unseen_noise()[:12], tokens[:12], self.levels), x[:12, -1].float()
         return sheets.to_image(autoencoder.load().decode(torch.cat([teacher.to(device()), end])), len(end))
@@ -282,7 +301,7 @@ class Task:
 
 
 def find_lora(plan):
-    """(LoRA, step) of a plan that was trained to its end, or None."""
+    """(state dict of the LoRA, step) of a completed plan, or None."""
     if plan.snapshot:
         return snapshots.load(plan.snapshot)
     found = state.load(f"{plan.name}-lora")
@@ -292,7 +311,7 @@ def find_lora(plan):
 def load_lora(plan):
     found = find_lora(plan)
     if found is None:
-        raise RecipeError(f"{plan.name} is not trained yet: run `python run.py train-demo student` first")
+        raise RecipeError(f"{plan.name} is not trained yet; run `python run.py train-demo student` first")
     return found[0]
 
 

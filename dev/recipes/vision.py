@@ -1,7 +1,11 @@
-"""The image-text encoder: contrastive training on canvases of both styles, all concepts equally often.
+"""Contrastive training of the image-text encoder, on canvases of both styles in which all concepts are equally
+frequent.
 
-Three terms, each a softmax over cosines: the whole caption against the batch's captions (both ways; CLIP, arXiv 2103.00020),
-the concepts of the picture against all names, and the same with the style named ("a cat in glossy style").
+The loss has three terms, each the cross entropy of a softmax over cosine similarities:
+
+1. the image against all captions of the batch, and the caption against all images (CLIP, arXiv 2103.00020);
+2. the image against the names of all concepts;
+3. the image against all names with a style ("a cat in glossy style").
 """
 
 import contextlib
@@ -16,13 +20,13 @@ from ...demo.emoji.concepts import STYLES, load_concepts, phrase
 from ...demo.emoji.text import token_rows
 from . import autoencoder, loop, snapshots
 from .autoencoder import to_tensor
-from .classifier import single_concepts
+from .classifier import evaluation_sets
 from .device import autocast, device
 from .networks.vision import ImageText
 from .scenes import Scenes
 
 NAME = "vision"
-SCALE = 16.0  # inverse temperature of all softmaxes
+SCALE = 16.0  # inverse temperature of the three softmaxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ PLAN = Plan()
 
 
 def names(style=None):
-    """'a cat', or 'a cat in glossy style', of all concepts in order."""
+    """The names of all concepts in order, such as 'a cat', or with a style 'a cat in glossy style'."""
     found = [phrase(c.name) for c in load_concepts()]
     return [f"{name} in {style} style" for name in found] if style else found
 
@@ -83,7 +87,7 @@ class Task:
         return snapshots.load(NAME)
 
     def loss(self, step):
-        """Half of the pictures of each style."""
+        """The loss of a batch. The first half has the first style, the second half the second style."""
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
         half = self.plan.batch // 2
         rows = torch.randint(self.plan.canvases, (2, half), generator=generator)
@@ -108,8 +112,11 @@ class Task:
 
 
 def loss_of(image, captions, tokens, plain, styled, present):
-    """image and captions [B, E], tokens [B, T], plain [C, E], styled [2 C, E], present [B, C] of rows that add up to 1; the
-    first half of the batch has the first style."""
+    """The loss of a batch whose first half has the first style.
+
+    ``image`` and ``captions`` [B, E], ``plain`` [C, E] and ``styled`` [2 C, E]: embeddings. ``tokens`` [B, T]: to find
+    equal captions. ``present`` [B, C]: the concepts of each image, with rows of sum 1.
+    """
     logits = SCALE * image @ captions.T
     same = (tokens[:, None] == tokens[None]).all(-1).float()
     target = same / same.sum(1, keepdim=True)
@@ -119,12 +126,15 @@ def loss_of(image, captions, tokens, plain, styled, present):
 
 
 def plain_attention():
-    """On a CPU, attention without the fused kernel: its backward pass is slow in bfloat16 (attention.py of networks/)."""
+    """A context in which attention on a CPU does not use the fused kernel.
+
+    In bfloat16, the kernel's backward pass is slow (see networks/attention.py).
+    """
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else contextlib.nullcontext()
 
 
 def decoded(pixels, seed):
-    """The pictures as the autoencoder gives them back, from latents with up to 0.3 of noise."""
+    """The images after encoding, adding noise of up to 0.3 to the latents, and decoding."""
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(z):
@@ -134,7 +144,10 @@ def decoded(pixels, seed):
 
 
 def distort(x, generator):
-    """Pictures [B, 3, H, W] in -1..1 with what a generated picture may suffer: shift, zoom, blur, colour, noise."""
+    """Randomly shift, zoom, blur and recolour images [B, 3, H, W] in -1..1, and add noise.
+
+    The results resemble generated images.
+    """
     count = len(x)
     uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     some = lambda share: uniform(count, 1, 1, 1) < share  # noqa: E731
@@ -151,13 +164,10 @@ def distort(x, generator):
 
 @torch.no_grad()
 def accuracies(network, count):
-    """{style: [share of canvases of one concept whose name is first, and among the first five, of all names]}, upright as
-    trained and of the held-out split."""
+    """{evaluation set: [top-1 accuracy, top-5 accuracy]} of finding an image's concept among all names."""
     text, found = network.text_embeds(token_rows(names()).to(device())), {}
-    for style in STYLES:
-        for kind, unseen in (("", False), ("_held_out", True)):
-            pixels, concepts = single_concepts(style, count, seed=99, unseen=unseen)
-            images = torch.cat([network.image_embeds(part.to(device())) for part in to_tensor(pixels).split(100)])
-            hit = (images @ text.T).argsort(1, descending=True).cpu() == concepts[:, None]
-            found[style + kind] = [round(hit[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)]
+    for name, x, concepts in evaluation_sets(count):
+        images = torch.cat([network.image_embeds(part.to(device())) for part in x.split(100)])
+        hit = (images @ text.T).argsort(1, descending=True).cpu() == concepts[:, None]
+        found[name] = [round(hit[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)]
     return found

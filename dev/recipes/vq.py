@@ -1,7 +1,8 @@
-"""The VQ-GAN: canvases as 16 x 16 token ids of 512 codes, in aMUSEd's layout (techniques/masked_tokens/networks/vq.py).
+"""Training of the VQ-GAN, which encodes a canvas as 16 x 16 tokens from a codebook of 512 codes.
 
-Absolute, squared and gradient error, a commitment, a codebook that follows the means of its tokens (VQ-VAE,
-arXiv 1711.00937, appendix A.1), and late a patch discriminator.
+The network has aMUSEd's layout (techniques/masked_tokens/networks/vq.py). The loss has absolute, squared and gradient
+errors and a commitment term; a patch discriminator is added in the second half. Exponential moving averages update the
+codebook (VQ-VAE, arXiv 1711.00937, appendix A.1).
 """
 
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ CONFIG = {
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
-UNSEEN = 10**6
+UNSEEN = 10**6  # index of the first canvas for evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
-    """``codes_from``: the step at which the codebook is placed by k-means; before, there is none. ``dead``: tokens per batch
-    below which a code is replaced by an output of the encoder."""
+    """Settings of the VQ-GAN's training.
+
+    ``codes_from``: the step at which k-means initialises the codebook; earlier steps quantise nothing. ``dead``: a code
+    with fewer tokens per batch than this is replaced by an output of the encoder.
+    """
 
     name: str = NAME
     steps: int = 10000
@@ -50,7 +54,7 @@ class Plan(loop.Plan):
     codes_from: int = 400
     code_decay: float = 0.98
     dead: float = 0.25
-    restarts_until: float = 0.6  # share of the steps
+    restarts_until: float = 0.6  # share of the steps after which dead codes are no longer replaced
     gan_from: float = 0.5
     gan_weight: float = 0.05
 
@@ -59,30 +63,32 @@ class Plan(loop.Plan):
 
 
 PLAN = Plan()
-PLANS, HOURS = (PLAN,), PLAN.hours
 
 
-def make_vq():
-    return VQGAN(VQConfig(**{**CONFIG, "block_out_channels": tuple(CONFIG["block_out_channels"])}))
+def make_vq(config=CONFIG):
+    return VQGAN(VQConfig(**{**config, "block_out_channels": tuple(config["block_out_channels"])}))
 
 
 class Codebook:
-    """``codes`` [K, D] that follow the means of their tokens; ``counts`` [K]: tokens per batch, a moving average."""
+    """The codebook. ``codes`` [K, D]: exponential moving averages of each code's vectors. ``counts`` [K]: EMA of its
+    tokens per batch."""
 
     def __init__(self, codes, decay, dead):
         self.codes, self.decay, self.dead = codes, decay, dead
         self.counts = torch.ones(len(codes), device=codes.device)
 
     @torch.no_grad()
-    def place(self, x, generator):
-        """Codes at the means of k-means of x [N, D]."""
-        self.codes.copy_(far_apart(x, len(self.codes), generator))
+    def initialise(self, x, generator):
+        """Initialise the codes by k-means of x [N, D]."""
+        self.codes.copy_(kmeans(x, len(self.codes), generator))
         self.counts.fill_(1.0)
 
     @torch.no_grad()
-    def follow(self, x, ids, generator=None):
-        """Move towards the vectors x [N, D] that have the codes ``ids`` [N]; with a ``generator`` dead codes are replaced by
-        vectors that are far from their codes."""
+    def update(self, x, ids, generator=None):
+        """Update the codes with the vectors x [N, D], to which the codes ``ids`` [N] are assigned.
+
+        With a ``generator``, also replace dead codes by vectors of x that are far from their codes.
+        """
         counts = torch.bincount(ids, minlength=len(self.codes)).float()
         sums = torch.zeros_like(self.codes).index_add_(0, ids, x)
         averages = (self.codes * self.counts[:, None]).lerp_(sums, 1 - self.decay)
@@ -92,11 +98,11 @@ class Codebook:
             error = (x - self.codes[ids]).square().sum(1)
             fresh = torch.multinomial(error.cpu() + 1e-8, int(dead.sum()), replacement=True, generator=generator)
             self.counts[dead], averages[dead] = 1.0, x[fresh.to(x.device)]
-        self.counts.clamp_(min=1e-4)  # below, a code without tokens would lose its place by rounding
+        self.counts.clamp_(min=1e-4)  # with smaller counts, rounding errors would move a code without tokens
         self.codes.copy_(averages / self.counts[:, None])
 
 
-def far_apart(x, count, generator, rounds=10):
+def kmeans(x, count, generator=None, rounds=10):
     """k-means of x [N, D] from a k-means++ start (Arthur and Vassilvitskii 2007): [count, D]."""
     chosen, distance = [x[0]], torch.full((len(x),), torch.inf, device=x.device)
     for _ in range(count - 1):
@@ -112,7 +118,7 @@ def far_apart(x, count, generator, rounds=10):
 
 
 def reconstruction(y, x):
-    """Errors of pictures in 0..1, each about 1 for a picture that shows nothing."""
+    """Reconstruction error of images y against x, both in 0..1: a sum of terms, each about 1 if y is blank."""
     edges = sum((y - x).diff(dim=dim).abs().mean() for dim in (2, 3))
     return (y - x).abs().mean() / 0.2 + (y - x).square().mean() / 0.08 + edges / 0.2
 
@@ -125,7 +131,7 @@ class Task:
         self.network = make_vq().to(device())
         self.network.quantize.requires_grad_(False)
         for name, p in self.network.named_parameters():
-            if name.endswith("conv2.weight"):  # residual branches start small
+            if name.endswith("conv2.weight"):  # at first, residual branches have small outputs
                 p.data.mul_(0.1)
         self.codebook = Codebook(self.network.quantize.embedding.weight, plan.code_decay, plan.dead)
         self.adversary = Adversary()
@@ -146,7 +152,7 @@ class Task:
 
     def loss(self, step):
         rows = torch.randint(len(self.pool), (self.plan.batch,), generator=self.generator(step))
-        # contiguous: on a CPU the backward pass of group norm is several times slower with channels last
+        # contiguous, because on a CPU the backward pass of group norm is several times slower with channels last
         x, vq = (to_tensor(self.pool[rows.numpy()]) / 2 + 0.5).contiguous().to(device()), self.network
         with autocast():
             z = vq.quant_conv(vq.encoder(x)).float()
@@ -164,31 +170,32 @@ class Task:
 
     def after_step(self, step):
         if step + 1 == self.plan.codes_from:
-            self.codebook.place(self.z, self.generator(step))
+            self.codebook.initialise(self.z, self.generator(step))
         elif step >= self.plan.codes_from:
             restart = step % 10 == 0 and step < self.plan.restarts_until * self.plan.steps
-            self.codebook.follow(self.z, self.ids.flatten(), self.generator(step) if restart else None)
+            self.codebook.update(self.z, self.ids.flatten(), self.generator(step) if restart else None)
 
     def sheet(self, network):
-        """Unseen canvases above what their tokens give."""
+        """An image with unseen canvases in the upper row and their reconstructions in the lower row."""
         x = to_tensor(Scenes(STYLE, seed=99).batch(UNSEEN, 12)[0])
         y = 2 * network.decode(network.encode((x / 2 + 0.5).to(device()))) - 1
         return sheets.to_image(torch.cat([x, y.cpu()]), 12)
 
     def export(self, network, facts):
-        found = quality(network, self.plan.evaluated)
+        x = to_tensor(Scenes(STYLE, seed=99).batch(UNSEEN, self.plan.evaluated)[0]) / 2 + 0.5
+        found = quality(network, x.to(device()))
         print(f"{NAME}: on unseen canvases {found}", flush=True)
         config = {"_class_name": "VQModel", **CONFIG}
         snapshots.save_network(SNAPSHOT, network.state_dict(), config, style=STYLE, **found, **facts)
 
 
 @torch.no_grad()
-def quality(vq, count):
-    """PSNR in dB, mean absolute error (of 0..1), codes in use and their perplexity, on unseen canvases."""
-    x = (to_tensor(Scenes(STYLE, seed=99).batch(UNSEEN, count)[0]) / 2 + 0.5).to(device())
-    ids = torch.cat([vq.encode(part) for part in x.split(32)])
-    y = torch.cat([vq.decode(part) for part in ids.split(32)]).clamp(0, 1)
-    share = torch.bincount(ids.flatten(), minlength=CONFIG["num_vq_embeddings"]).float() / ids.numel()
+def quality(vq, x, part_size=32):
+    """Quality on images x [B, 3, H, W] in 0..1: PSNR in dB, mean absolute error, number of used codes and their
+    perplexity."""
+    ids = torch.cat([vq.encode(part) for part in x.split(part_size)])
+    y = torch.cat([vq.decode(part) for part in ids.split(part_size)]).clamp(0, 1)
+    share = torch.bincount(ids.flatten(), minlength=vq.quantize.embedding.num_embeddings).float() / ids.numel()
     return {
         "psnr": round((-10 * (y - x).square().mean((1, 2, 3)).log10()).mean().item(), 2),
         "error": round((y - x).abs().mean().item(), 5),
@@ -198,7 +205,7 @@ def quality(vq, count):
 
 
 def load():
-    """The frozen VQ-GAN of the snapshot."""
+    """The frozen VQ-GAN with the weights of its snapshot."""
     return snapshots.frozen(make_vq(), snapshots.load_network(SNAPSHOT), "VQ-GAN", NAME)
 
 
@@ -207,12 +214,3 @@ def encode(vq, pixels):
     """uint8 [B, 128, 128, 3] -> ids int16 [B, 16, 16]"""
     x = to_tensor(np.ascontiguousarray(pixels)) / 2 + 0.5
     return torch.cat([vq.encode(part.to(device())).short().cpu() for part in x.split(32)])
-
-
-def done():
-    return int(snapshots.network_facts(SNAPSHOT).get("step", -1)) >= PLAN.steps
-
-
-def run(smoke=False, report=print):
-    plan = PLAN.small() if smoke else PLAN
-    loop.train(plan, Task(plan), report=report)

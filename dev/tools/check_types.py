@@ -1,7 +1,7 @@
-"""Type checks of what ships, by ty. Every definition is annotated, which ruff's ANN rules require.
+"""Type checks of the shipped code with ty. ruff's ANN rules require that every definition is annotated.
 
-The pack imports itself relatively, and the name of its folder need not be a Python identifier; so ty reads a copy of the
-files under a name that is one.
+The pack uses relative imports, and its folder can have a name that is not a Python identifier. So ty checks a copy of
+the files, in a folder named chorus.
 """
 
 import os
@@ -14,11 +14,11 @@ from ty._find_ty import find_ty_bin
 
 from .setup import CACHE, ROOT, SHIPPED
 
-MAX_IGNORES = 20  # lines with `# ty: ignore[...]`, each with its reason
+MAX_IGNORES = 20  # lines with `# ty: ignore[...]`; a second comment explains each
 
 
 def copy_to(target: Path) -> int:
-    """Copy the Python files that ship to ``target``, and count the lines that are excused from the checks."""
+    """Copy the Python files of the shipped code to ``target``; returns the number of lines excluded from the checks."""
     shutil.rmtree(target, ignore_errors=True)
     ignores = 0
     for path in [ROOT / "__init__.py", *(p for folder in SHIPPED for p in (ROOT / folder).rglob("*.py"))]:
@@ -33,9 +33,9 @@ def main(options: list[str]) -> int:
     base = CACHE / "types"
     ignores = copy_to(base / "chorus")
     if ignores > MAX_IGNORES:
-        print(f"{ignores} lines have `# ty: ignore`, at most {MAX_IGNORES} may")
+        print(f"expected at most {MAX_IGNORES} lines with `# ty: ignore`, got {ignores}; fix the type errors of some")
         return 1
-    # its program, not its module: it may lie in .tools, beside a user's environment
+    # ty is started as a program and not as a module, because it may be in .tools, outside the user's environment
     command = [find_ty_bin(), "check", "--python", sys.prefix]
     command += ["--extra-search-path", os.environ["COMFYUI_PATH"], "--config-file", str(ROOT / "dev" / "ty.toml")]
     return subprocess.run([*command, "--output-format", "concise", *options, "chorus"], cwd=base).returncode

@@ -1,4 +1,5 @@
-"""Talk to a running ComfyUI as its web page does: queue a workflow, follow it, fetch the pictures."""
+"""A client of a running ComfyUI. Like the web page, it queues a workflow, follows its progress and fetches its
+images."""
 
 from __future__ import annotations
 
@@ -19,25 +20,25 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from .server import open_local
+from .server import urlopen_no_proxy
 
 ENDS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
 class WorkflowError(Exception):
-    """ComfyUI refused a workflow or a node of it failed; the message names the node."""
+    """ComfyUI rejected a workflow, or one of its nodes failed; the message names the node."""
 
 
 @dataclass
 class Result:
     status: str = ""  # success or interrupted
     seconds: float = 0.0
-    outputs: dict = field(default_factory=dict)  # node id -> what its ui shows: images, text, ...
+    outputs: dict = field(default_factory=dict)  # node id -> its ui output: images, text, ...
     events: list[tuple[str, dict]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
 
     def cached(self) -> set[str]:
-        """Ids of the nodes that were answered from the cache."""
+        """Ids of the nodes whose outputs came from the cache."""
         return {node for kind, data in self.events if kind == "execution_cached" for node in data["nodes"]}
 
 
@@ -66,7 +67,7 @@ class Comfy:
         self.close()
 
     def get(self, path: str) -> bytes:
-        with open_local(f"http://{self.address}{path}", timeout=120) as response:
+        with urlopen_no_proxy(f"http://{self.address}{path}", timeout=120) as response:
             return response.read()
 
     def get_json(self, path: str):
@@ -76,27 +77,29 @@ class Comfy:
         request = urllib.request.Request(
             f"http://{self.address}{path}", json.dumps(content or {}).encode(), {"Content-Type": "application/json"}
         )
-        with open_local(request, timeout=120) as response:
+        with urlopen_no_proxy(request, timeout=120) as response:
             return json.loads(response.read() or b"{}")
 
     def interrupt(self):
         self.post("/interrupt")
 
     def free(self):
-        """Unload all models and forget all cached results.
+        """Unload all models and clear all cached outputs.
 
-        The server does it after a run or while it waits for one, so it is given a run: what is queued at once could come first.
+        The server frees memory only between two runs. The small run ensures that this happens before the next prompt
+        starts.
         """
         self.post("/free", {"unload_models": True, "free_memory": True})
         self.run({"done": {"class_type": "PreviewAny", "inputs": {"source": uuid.uuid4().hex}}})
 
     def to_api(self, workflow: dict) -> dict:
-        """The UI format as a person saves it -> the API format that can be queued."""
+        """Convert a workflow from the UI format, as the page saves it, to the API format, which can be queued."""
         return self.all_to_api([workflow])[0]
 
     def all_to_api(self, workflows: list[dict]) -> list[dict]:
-        """``to_api`` of several, in the time of one."""
-        # comfy-cli is GPL: it stays in a process of its own; it keeps a configuration at home: that is thrown away
+        """Convert several workflows in one process."""
+        # comfy-cli is under the GPL, so it runs in a separate process. It writes a configuration to the home folder,
+        # which is therefore a temporary one.
         code = (
             "import json, sys; from comfy_cli.workflow_to_api import convert_ui_to_api\n"
             "workflows, info = json.load(sys.stdin)\n"
@@ -136,7 +139,10 @@ class Comfy:
             except asyncio.TimeoutError:
                 raise TimeoutError(f"prompt {prompt_id} did not end within {timeout} s") from None
             if message.type is aiohttp.WSMsgType.BINARY:
-                if struct.unpack(">I", message.data[:4])[0] in (1, 4):  # a preview, without and with metadata
+                if struct.unpack(">I", message.data[:4])[0] in (
+                    1,
+                    4,
+                ):  # a preview image, without (1) or with (4) metadata
                     result.previews.append(message.data)
                 continue
             if message.type is not aiohttp.WSMsgType.TEXT:
@@ -154,12 +160,12 @@ class Comfy:
                 )
             result.status = ENDS.get(kind, "")
         while not (entry := self.get_json(f"/history/{prompt_id}").get(prompt_id)):
-            await asyncio.sleep(0.05)  # the history follows after the last event
+            await asyncio.sleep(0.05)  # the history entry is written after the last event
         result.outputs = entry["outputs"]
         return result
 
     def images(self, result: Result, kind: str = "output") -> list[tuple[str, str, bytes]]:
-        """(node id, file name, PNG) of all pictures saved, or with kind='temp' of those only shown."""
+        """(node id, file name, PNG) of all saved images, or with kind='temp' of all preview images."""
         return [
             (node, image["filename"], self.get("/view?" + urllib.parse.urlencode(image)))
             for node, output in result.outputs.items()
@@ -169,14 +175,14 @@ class Comfy:
 
 
 def refusal(body: str) -> str:
-    """What the server answers to a bad workflow, as one line per node."""
+    """The server's response to an invalid workflow as text: one line for each node error."""
     try:
-        answer = json.loads(body)
+        response = json.loads(body)
         lines = [
             f"node {node} ({errors['class_type']}): {error['message']}: {error['details']}"
-            for node, errors in (answer.get("node_errors") or {}).items()
+            for node, errors in (response.get("node_errors") or {}).items()
             for error in errors["errors"]
         ]
-        return "\n".join(lines) or answer["error"]["message"]
+        return "\n".join(lines) or response["error"]["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return body[:500]

@@ -1,13 +1,14 @@
-"""The texts of the nodes in other languages: makes the English file, says what the translations lack.
+"""The nodes' texts in all languages: writes the English file and lists missing and stale translations.
 
 python run.py locales
-python run.py locales accept ja                            ja says what the English says now
-python run.py locales accept ja SeedSelect.inputs.seed.tooltip          only this text, or these
+python run.py locales accept ja                            mark all Japanese texts as up to date
+python run.py locales accept ja SeedSelect.inputs.seed.tooltip [KEY ...]          only the texts with these keys
 
-ComfyUI serves locales/<language>/nodeDefs.json and main.json at /i18n; its page looks up display_name and description of a
-node, name and tooltip of its inputs by id and of its outputs by number. English is made from the schemas, the rest is
-written by hand. Beside each translation lies english.json: which English text each of its texts translates. A text whose
-English has changed since is thereby found, and the old wording stands beside the new one in the report and in the diff.
+ComfyUI serves locales/<language>/nodeDefs.json and main.json at /i18n. Its page looks up the display name and
+description of a node, and the name and tooltip of its inputs (by id) and outputs (by number). This tool writes the
+English texts from the schemas; the other languages are written by hand. Beside each translation, english.json contains
+the English texts that were translated. A translation is stale if its English text has changed since; the report shows
+the old and the new wording.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "locales"
-FILES = ("nodeDefs", "main")  # of the host's; the other two hold commands and settings, of which the pack has none
-SOURCE = "english"  # not read by the host
-PROPER = "chorus"  # the category that is our name and has no translation
+FILES = ("nodeDefs", "main")  # ComfyUI also reads files for commands and settings, which the pack does not have
+SOURCE = "english"  # ComfyUI does not read this file
+PROPER = "chorus"  # the category with the name of the pack, which is not translated
 
 
 def nodes() -> list:
-    """Every node of nodes/, also those that wait to be registered: an entry that no node asks for does no harm."""
+    """All nodes of nodes/, including those that are not registered: an unused entry does no harm."""
     package = importlib.import_module("chorus.nodes")
     modules = [
         importlib.import_module(f"chorus.nodes.{found.name}") for found in pkgutil.iter_modules(package.__path__)
@@ -34,18 +35,21 @@ def nodes() -> list:
 
 
 def page_key(id: str) -> str:
-    """An id as the page looks it up."""
+    """The key with which the page looks up the texts of a node or an input."""
     return id.replace(".", "_")
 
 
 def described(schema) -> dict:
-    """The entry of a node in nodeDefs.json. What is not said has no key; an output called like its type is the host's."""
+    """The entry of a node in nodeDefs.json.
+
+    Empty texts are omitted. The name of an output is omitted if it equals the output's type: ComfyUI translates types.
+    """
     inputs = {page_key(i.id): {"name": i.display_name or i.id, "tooltip": i.tooltip} for i in schema.inputs}
     outputs = {
         str(number): {"name": o.display_name if o.display_name != o.io_type else None, "tooltip": o.tooltip}
         for number, o in enumerate(schema.outputs)
     }
-    return said(
+    return without_empty(
         {
             "display_name": schema.display_name,
             "description": schema.description,
@@ -55,14 +59,14 @@ def described(schema) -> dict:
     )
 
 
-def said(texts: dict) -> dict:
-    """Without what is empty, at any depth."""
-    whole = {name: said(text) if isinstance(text, dict) else text for name, text in texts.items()}
+def without_empty(texts: dict) -> dict:
+    """``texts`` without empty values, at any depth."""
+    whole = {name: without_empty(text) if isinstance(text, dict) else text for name, text in texts.items()}
     return {name: text for name, text in whole.items() if text}
 
 
 def english() -> dict[str, dict]:
-    """What the schemas say, by file."""
+    """The texts of the schemas, by file."""
     schemas = [node.define_schema() for node in nodes()]
     categories = sorted({word for schema in schemas for word in schema.category.split("/")} - {PROPER})
     return {
@@ -72,7 +76,7 @@ def english() -> dict[str, dict]:
 
 
 def flat(texts: dict, path: str = "") -> Iterator[tuple[str, str]]:
-    """(key, text): the keys are those of the page, as in SeedSelect.inputs.seed.tooltip."""
+    """(key, text) pairs; a key is the path of the text in the file, such as SeedSelect.inputs.seed.tooltip."""
     for name, text in texts.items():
         if isinstance(text, dict):
             yield from flat(text, f"{path}{name}.")
@@ -81,7 +85,7 @@ def flat(texts: dict, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def all_texts(files: dict[str, dict]) -> dict[str, str]:
-    """The texts of both files by key; node ids and ``nodeCategories`` share no name."""
+    """The texts of both files by key. Keys are unique, because no node has the id ``nodeCategories``."""
     return {key: text for texts in files.values() for key, text in flat(texts)}
 
 
@@ -105,27 +109,27 @@ def translation(language: str) -> dict[str, str]:
 
 
 def languages() -> list[str]:
-    """Those that are translated by hand."""
+    """The languages that are translated by hand."""
     return sorted(path.name for path in FOLDER.iterdir() if path.is_dir() and path.name != "en")
 
 
 def problems(source: dict[str, str], translated: dict[str, str], translates: dict[str, str]) -> list[str]:
-    """What is wrong with a translation, a line each.
+    """Messages about missing, stale and unused texts of a translation.
 
     Args:
-        source: the English of now, by key.
-        translated: the translation.
-        translates: the English that it translates.
+        source: the current English texts, by key.
+        translated: the translated texts, by key.
+        translates: the English texts from which ``translated`` was made, by key.
     """
     found = []
     for key, text in source.items():
         if not translated.get(key):
             found.append(f"missing: {key}\n    English: {text}")
         elif translates.get(key) != text:
-            was = translates.get(key, "(english.json does not say)")
+            was = translates.get(key, "(not in english.json)")
             found.append(f"stale: {key}\n    was: {was}\n    now: {text}\n    translated: {translated[key]}")
     gone = [key for key in {**translated, **translates} if key not in source]
-    return found + [f"nobody asks for it: {key}" for key in gone]
+    return found + [f"unused: {key}" for key in gone]
 
 
 def problems_of(language: str, source: dict[str, str]) -> list[str]:
@@ -133,17 +137,22 @@ def problems_of(language: str, source: dict[str, str]) -> list[str]:
 
 
 def accept(language: str, source: dict[str, str], keys: tuple[str, ...] = ()) -> None:
-    """Note that these translations, or all that there are, say what the English says now."""
+    """Mark the texts with these keys (without keys: all texts) of a translation as up to date with the English
+    texts."""
     translated, noted = translation(language), read(language, SOURCE)
     if unknown := [key for key in keys if key not in source or key not in translated]:
-        raise ValueError(f"{language} translates no {', '.join(unknown)}; keys look like {next(iter(source))}")
+        raise ValueError(
+            f"expected keys of {language} such as {next(iter(source))}, got {', '.join(unknown)};"
+            " `python run.py locales` prints the keys of the texts to update"
+        )
     taken = keys or translated
     now = {key: text if key in taken else noted.get(key) for key, text in source.items() if key in translated}
     write(language, SOURCE, {key: text for key, text in now.items() if text})
 
 
 def main(*words: str) -> int:
-    """The number of languages in which something is missing or stale."""
+    """Write the English texts and print a report; returns the number of languages with missing, stale or unused
+    texts."""
     files = english()
     for name, texts in files.items():
         write("en", name, texts)
@@ -151,12 +160,14 @@ def main(*words: str) -> int:
     if words[:1] == ("accept",) and len(words) > 1:
         accept(words[1], source, words[2:])
     elif words:
-        raise ValueError(f"'{' '.join(words)}' is none of: (nothing), accept LANGUAGE, accept LANGUAGE KEY ...")
+        raise ValueError(
+            f"expected no arguments, `accept LANGUAGE` or `accept LANGUAGE KEY ...`, got '{' '.join(words)}'"
+        )
     behind = 0
     for language in languages():
         found = problems_of(language, source)
         behind += bool(found)
-        print(f"{language}: {len(found)} to mend among {len(source)} texts" if found else f"{language}: up to date")
+        print(f"{language}: {len(found)} to update among {len(source)} texts" if found else f"{language}: up to date")
         print("".join(f"  {line}\n" for line in found), end="")
     return behind
 

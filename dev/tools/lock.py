@@ -1,6 +1,7 @@
-"""Write locks/: every package of the set-up with its version, for the Python and the platform that run this.
+"""Writes the lock file in locks/: every package of the set-up with its version, for the current Python and platform.
 
-python dev/tools/lock.py            after a change of the pins in setup.py (--upgrade: the newest versions that they allow)
+python dev/tools/lock.py            run this after changing the pins in setup.py
+python dev/tools/lock.py --upgrade  also take the newest versions that the pins allow
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from chorus.dev.tools.progress import step  # noqa: E402
 
 def main(options: list[str]) -> None:
     python, env = setup.find_host(None).python, setup.environment()
-    wanted = setup.CACHE / "pins.txt"
+    requirements = setup.CACHE / "pins.txt"
     lines = [*setup.TORCH, f"-r {setup.HOST / 'requirements.txt'}", *setup.TOOL_PINS]
-    wanted.write_text("\n".join(lines), encoding="utf-8")
+    requirements.write_text("\n".join(lines), encoding="utf-8")
     uv = packages.uv_program([python, "-m", "pip", "install"], env, setup.LOG)
     command = [uv, "pip", "compile", "--python", python, "--index-strategy", "unsafe-best-match", "--no-annotate"]
-    command += ["--custom-compile-command", "python dev/tools/lock.py", "-o", setup.LOCK, *options, wanted]
+    command += ["--custom-compile-command", "python dev/tools/lock.py", "-o", setup.LOCK, *options, requirements]
     setup.LOCK.parent.mkdir(exist_ok=True)
     step("resolving", command, packages.uv_environment(python, env), setup.LOG)
     with open(setup.LOCK, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Installing packages with uv, which is fast, and with pip where uv cannot."""
+"""Installs packages with uv, or with pip if uv fails."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import subprocess
 from pathlib import Path
 
-from .progress import Problem, step
+from .progress import SetupError, step
 
 UV_PIN = "uv==0.13.9"
-# uv reads no configuration of pip: its variable for each setting of pip's, and what stands between several values
+# uv does not read pip's configuration. {setting of pip: (environment variable of uv, separator of several values)}
 UV_SETTINGS = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
@@ -23,20 +23,21 @@ UV_SETTINGS = {
 
 
 def install(title: str, python: Path, env: dict[str, str], log: Path, *what: str | Path) -> None:
-    """Install for ``python`` what ``what`` says in pip's words; where uv fails, say so and use pip."""
+    """Install packages for ``python`` with uv. If uv fails, print its error and use pip. ``what``: arguments of pip
+    install."""
     pip = [python, "-m", "pip", "install", "--progress-bar", "off"]
     try:
-        # as with pip, the best version of all indexes is taken
+        # as with pip, take the best version of all indexes
         uv = [uv_program(pip, env, log), "pip", "install", "--index-strategy", "unsafe-best-match"]
         step(title, [*uv, "--python", python, *what], uv_environment(python, env), log)
-    except Problem as problem:
-        print(f"{problem}; trying pip instead of uv", flush=True)
-        # --no-compile: Python compiles what is really imported, a tenth of it
+    except SetupError as error:
+        print(f"{error}; trying pip instead of uv", flush=True)
+        # --no-compile: Python compiles modules when they are imported, and only about a tenth of them is ever imported
         step(title, [*pip, "--no-compile", *what], env, log)
 
 
 def uv_program(pip: list, env: dict[str, str], log: Path) -> Path:
-    """The pinned uv, in a folder of its own beside its cache; pip fetches it there the first time."""
+    """The program of the pinned uv, in a folder beside uv's cache. The first call installs it there with pip."""
     folder = Path(env["UV_CACHE_DIR"]).with_name(UV_PIN)
     program = folder / "bin" / ("uv.exe" if os.name == "nt" else "uv")
     if not program.exists():
@@ -45,13 +46,14 @@ def uv_program(pip: list, env: dict[str, str], log: Path) -> Path:
 
 
 def uv_environment(python: Path, env: dict[str, str]) -> dict[str, str]:
-    """``env`` with pip's configuration, from its files and its variables, in uv's variables; those already set stay."""
+    """``env`` with pip's configuration (files and variables) as uv's variables. Variables in ``env`` take
+    precedence."""
     listed = subprocess.run([python, "-m", "pip", "config", "list"], env=env, capture_output=True, text=True).stdout
     lines = [line.partition("=") for line in listed.splitlines()]
     settings = {name: ast.literal_eval(value) for name, equals, value in lines if equals}
     found = {"UV_SYSTEM_CERTS": "1"}
     for name, (variable, between) in UV_SETTINGS.items():
-        for section in ("global", "install", ":env:"):  # with pip the later of these decides
+        for section in ("global", "install", ":env:"):  # as in pip, later sections override earlier ones
             if value := settings.get(f"{section}.{name}"):
                 found[variable] = between.join(value.split())
     return {**found, **env}

@@ -1,4 +1,4 @@
-"""ComfyUI's own web page in a Chromium without a window: open it, give it a file, run what it shows, look at it."""
+"""ComfyUI's web page in a headless Chromium: open it, drop a file into it, run its graph, take screenshots."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from pathlib import Path
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 TYPES = {".json": "application/json", ".png": "image/png"}
-SLOW = 180_000  # ms; the page starts in 5 s on a machine that is not busy
-RUN = 3_600_000  # ms; the longest example takes 40 s on such a machine, many times that on a crowded one
-REST = 100  # ms between two looks; looking at every frame makes the page draw every frame
+SLOW = 180_000  # timeout in ms; the page starts in 5 s on a machine that is not busy
+RUN = 3_600_000  # timeout of a run in ms; the longest example takes 40 s, and many times as long on a busy machine
+REST = 100  # ms between two polls; polling every frame would make the page redraw every frame
 
 STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia.state.value"
-# no veil upon the page; one that comes before the last has faded makes the page forget one of them for ever
+# True if no overlay covers the page. The functions below wait for this before they continue: if an overlay opened while
+# the previous one fades, the page would never remove one of them.
 CALM = f"!{STORES}.workspace.spinner && !document.querySelector('.p-blockui-mask')"
 READY = f"window.app?.graph && window.app.extensionManager && document.querySelector('[data-testid=queue-button]') && {CALM}"
 
-# settings of this page alone, so that the server keeps its user's; a new user would be shown the templates first
+# Replaces the settings in this page only; the server's user settings do not change. With the settings of a new user,
+# the page would show the templates first.
 SETTINGS = """
 {
   const settings = JSON.stringify(%s), ask = window.fetch;
@@ -30,7 +32,7 @@ SETTINGS = """
 }
 """
 
-# counts the graphs that were loaded, and keeps what the server says of the runs
+# counts the loaded graphs and records how each run ended
 WATCH = """
 () => {
   window.chorus = { loads: 0, missing: [], ends: [] };
@@ -43,7 +45,7 @@ WATCH = """
 }
 """
 
-# what the browser sends when a person drops a file in the middle of the canvas
+# dispatches the events that a browser sends when a file is dropped in the middle of the canvas
 DROP = """
 ([name, type, data]) => {
   const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
@@ -56,7 +58,7 @@ DROP = """
 }
 """
 
-# brings the whole graph or some nodes into a part of the page, without the page's limits of zoom; returns where they are then
+# fits the whole graph or some nodes into a part of the page, ignoring the page's zoom limits; returns the covered part
 PLACE = """
 async ({ x, y, width, height, nodes }) => {
   const { graph, canvas } = window.app, page = canvas.canvas.getBoundingClientRect();
@@ -76,16 +78,16 @@ async ({ x, y, width, height, nodes }) => {
 }
 """
 
-# nodes of which the last run has pictures or texts that the page does not show yet
+# returns the nodes whose images or texts from the last run are not yet shown by the page
 UNSEEN = """
 () => window.app.graph._nodes.filter(node => {
   const { images = [], text = [] } = window.app.nodeOutputs[node.id] ?? {}, shown = node.imgs ?? [];
-  const pictures = images.length <= shown.length && shown.every(image => image.complete && image.naturalWidth);
-  return !pictures || !text.every(words => node.widgets.some(widget => String(widget.value).includes(words)));
+  const complete = images.length <= shown.length && shown.every(image => image.complete && image.naturalWidth);
+  return !complete || !text.every(words => node.widgets.some(widget => String(widget.value).includes(words)));
 }).map(node => `${node.id} ${node.type}`)
 """
 
-# what the server answered to Run, if it did not take all of the graph
+# the server's errors if it rejected any part of the graph after a click on Run
 REFUSED = f"""
 () => {{
   const {{ lastNodeErrors, lastPromptError }} = {STORES}.executionError;
@@ -95,7 +97,7 @@ REFUSED = f"""
 
 
 def find_chromium() -> str | None:
-    """$CHORUS_CHROMIUM, else the first of CHROMIUM on the path."""
+    """The browser's program: $CHORUS_CHROMIUM, else the first name in CHROMIUM that is on the path, else None."""
     names = filter(None, [os.environ.get("CHORUS_CHROMIUM"), *CHROMIUM])
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -105,7 +107,7 @@ def chromium(path: str) -> Iterator:
     """A Playwright browser."""
     from playwright.sync_api import sync_playwright
 
-    # no sandbox: root has none, and a container may forbid it; the page comes from our own server
+    # no sandbox, because it does not work as root or in some containers; the page comes from our own server
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=arguments)
@@ -116,9 +118,9 @@ def chromium(path: str) -> Iterator:
 
 
 def open_page(browser, address: str, language="en", width=1600, height=1000, on_new=lambda page: None):
-    """The page of the server at ``address``, ready for a workflow, as a user has it who changed no setting but the language.
+    """Open the page of the server at ``address`` with default settings in ``language``, and wait until it is ready.
 
-    ``on_new(page)`` may listen to it from its first moment.
+    ``on_new(page)`` is called before the page loads, to add listeners.
     """
     context = browser.new_context(viewport={"width": width, "height": height}, locale="en-US")
     context.add_init_script(SETTINGS % json.dumps({"Comfy.Locale": language, "Comfy.TutorialCompleted": True}))
@@ -132,27 +134,27 @@ def open_page(browser, address: str, language="en", width=1600, height=1000, on_
 
 
 def loads(page) -> int:
-    """How many graphs the page loaded since it was opened."""
+    """The number of graphs that the page has loaded since it was opened."""
     return page.evaluate("() => window.chorus.loads")
 
 
 def wait_for_load(page, before: int) -> None:
-    """Wait for a graph after the ``before``-th, until the page is at rest again."""
+    """Wait until the page has loaded more than ``before`` graphs and shows no overlay."""
     page.wait_for_function(f"before => window.chorus.loads > before && {CALM}", arg=before, polling=REST)
 
 
 def drop(page, file: Path | str, content: bytes) -> None:
-    """Drop a file onto the canvas and wait until its graph is there."""
+    """Drop a file onto the canvas and wait until its graph is loaded."""
     file, before = Path(file), loads(page)
     page.evaluate(DROP, [file.name, TYPES[file.suffix], base64.b64encode(content).decode()])
     wait_for_load(page, before)
 
 
 def run(page) -> dict:
-    """Press Run and wait for the end: {"end": "execution_success", "prompt_id": ...} if all went well.
+    """Press Run and wait for the end: {"end": "execution_success", "prompt_id": ...} on success.
 
-    The server runs what is right of a graph: "refused" if any of it is not, with its errors by node. The graph must be in
-    sight (``place``): the page fetches the pictures of nodes that it draws.
+    The server also runs the valid parts of an invalid graph. If any part is invalid, "end" is "refused" and "errors"
+    has the errors by node. Call ``place`` first: the page fetches images only for the nodes that it draws.
     """
     before = page.evaluate("() => window.chorus.ends.length")
     page.get_by_test_id("queue-button").click()
@@ -169,5 +171,6 @@ def run(page) -> dict:
 
 
 def place(page, x: float = 80, y: float = 120, width: float = 1440, height: float = 720, nodes=()) -> dict:
-    """Bring the whole graph, or the nodes of these ids, into this part of the page; returns the part that is covered."""
+    """Fit the whole graph, or the nodes with the ids ``nodes``, into this part of the page; returns the covered
+    part."""
     return page.evaluate(PLACE, {"x": x, "y": y, "width": width, "height": height, "nodes": list(nodes)})

@@ -1,4 +1,4 @@
-"""What a person sees while something takes long, and how it failed."""
+"""Shows the progress and the errors of the set-up's steps to the user."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NO_NETWORK = re.compile(
 )
 
 
-class Problem(Exception):
-    """Something a person can mend; shown as one line."""
+class SetupError(Exception):
+    """An error that the user can fix; shown as one line without a traceback."""
 
 
-class Line:
-    """One moving line on a terminal; elsewhere a line every 20 seconds."""
+class ProgressLine:
+    """A progress line. It is updated in place on a terminal; elsewhere, a new line is printed every 20 seconds."""
 
     def __init__(self, title: str):
         self.title, self.start, self.shown = title, time.monotonic(), time.monotonic()
@@ -51,8 +51,8 @@ class Line:
 
 
 def step(title: str, command: list, env: dict[str, str], log: Path) -> None:
-    """Run one command of the set-up; its output goes to a log, its last line to the screen."""
-    line, lines, output = Line(title), queue.Queue(), []
+    """Run one command of the set-up. Its output is appended to ``log``, and its newest line is shown on the screen."""
+    line, lines, output = ProgressLine(title), queue.Queue(), []
     process = subprocess.Popen(
         [str(c) for c in command],
         env=env,
@@ -84,7 +84,7 @@ def step(title: str, command: list, env: dict[str, str], log: Path) -> None:
         process.wait()
     if process.returncode:
         line.clear()
-        raise Problem(f"{title} failed: {reason_of(output)} (all of its output: {log})")
+        raise SetupError(f"{title} failed: {reason_of(output)} (full output: {log})")
     line.done()
 
 

@@ -1,4 +1,4 @@
-"""Run workflow files on a ComfyUI server and keep their pictures: ADDRESS OUTPUT_FOLDER WORKFLOW.json ..."""
+"""Runs workflow files on a ComfyUI server and saves their images. Arguments: ADDRESS OUTPUT_FOLDER WORKFLOW.json ..."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .client import Comfy, WorkflowError
 
 
 def progress_bar(title: str, prompt: dict):
-    """A tqdm bar and the listener that moves it: one unit per node, parts of it while the node works."""
+    """A tqdm bar and the event listener that updates it. Each node counts as one unit, and as a fraction while it
+    runs."""
     bar = tqdm(
         total=len(prompt),
         desc=title,
@@ -37,7 +38,7 @@ def progress_bar(title: str, prompt: dict):
 
 
 def save(image: bytes, folder: Path, stem: str) -> Path:
-    """Write a picture under the next free number; nothing is overwritten."""
+    """Write an image to a file with the next free number, without overwriting any file; returns its path."""
     number = 1
     while (path := folder / f"{stem}_{number:05}.png").exists():
         number += 1
@@ -59,11 +60,12 @@ def run_file(comfy: Comfy, file: Path, folder: Path) -> None:
         bar.close()
     print(f"{file.stem}: {result.seconds:.1f} s")
     for _, name, image in comfy.images(result):
-        # the host's name ends in its own counter; what is before it tells several pictures of one workflow apart
+        # ComfyUI's file name ends in a counter, which is removed; the prefix distinguishes several images of one
+        # workflow
         prefix = re.sub(r"_\d+_?$", "", Path(name).stem)
         stem = file.stem if prefix in ("ComfyUI", file.stem) else f"{file.stem} - {prefix}"
         print(f"    {save(image, folder, stem)}")
-    for node, _, image in comfy.images(result, kind="temp"):  # what a node only shows
+    for node, _, image in comfy.images(result, kind="temp"):  # preview images
         shown_by = prompt[node]["class_type"]
         print(f"    {save(image, folder, f'{file.stem} - {shown_by}')}")
 
@@ -76,7 +78,7 @@ def main(address: str, output: str, *files: str) -> int:
         for file in map(Path, files):
             try:
                 run_file(comfy, file, folder)
-            except (WorkflowError, OSError) as error:  # OSError: the server is gone, or too slow
+            except (WorkflowError, OSError) as error:  # OSError: the server ended or timed out
                 print(f"{file.stem} failed: {error}", file=sys.stderr)
                 failed.append(file.stem)
     if failed:

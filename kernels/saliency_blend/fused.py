@@ -1,12 +1,17 @@
-"""Saliency-aware noise blending in one Triton launch, or two where a sample does not fit one program.
+"""Saliency-aware noise blending in one Triton launch, or in three launches if a sample does not fit one program.
 
-What is computed is said in ``reference.py``. A sample is one picture, or one frame of a video, b T + t; its positions
-are p = y W + x. First each model's k Λ and, per tile, the maximum and the sum of exp that make the log-sum-exp; then,
-position by position, the scores, the owner (or the weights) and both predictions.
+``reference.py`` is the definition. A sample is one image, or one frame of a video: frame t of video b has the index
+b T + t. The position (y, x) of a sample has the index p = y W + x. The three parts of the computation:
+1. k Λ of each model (strength times smoothed saliency). Also, for each tile, the maximum m of k Λ and the sums of
+   exp(k Λ - m) and exp(k Λ - m) - 1. From these, part 3 computes ln of the mean of exp(k Λ) over all positions;
+2. for each block of positions, the mean of each expert's lead over the base, and the sum of the squared deviations of
+   the lead from this mean. From these, part 3 computes the spread: the standard deviation of the lead over all
+   positions;
+3. for each position, the scores, the winner (or the weights) and both blended predictions.
 
-Smoothing is linear and separable, Λ = R_y S R_xᵀ: the bands R of the box and of its stretch are built from their
-formula in registers, never loaded. Of a hard mask only the winner's predictions are read, and they are copied, so
-that every bit of them is kept.
+Smoothing the saliency S is linear and separable: Λ = R_y S R_xᵀ. The band matrices R average over the box and stretch
+the result (see ``_band``). They are computed in registers and never loaded. With a hard mask, only the winner's
+predictions are read, and they are copied bit for bit.
 """
 
 from collections.abc import Sequence
@@ -18,22 +23,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fused_torch import log_mean_exp, significant, spread_of
+from .quota import assign_quotas
+from .reference import ROUNDING
+
 MAX_MODELS = 8
-# What one program may hold without spilling registers: positions, sides rounded up to powers of two, and models.
+# Largest number of positions (with sides rounded up to powers of two) and of models in one program without register
+# spills.
 #
-# Of ptxas 12.8 for sm_80 and sm_90, registers (shared memory in KiB), no spills:
-#   one launch of 64x64, hard and soft, 16 warps for 2 models, 8 for 4    108 to 128 (32), 180 to 240 (32)
-#   saliency, windows of 32x64, blur to 17; to 64                        63 to 178 (24); 64 to 107 (24)
-#   select, hard, fp16: 2, 4, 8 models                                   93, 137, 245 (0)
-# 16 warps would spill with four models, and 8 with eight. Left to itself ptxas for sm_90 takes 64 registers and spills
-# 24 bytes: one launch says how many it may have. Rows that are no multiple of 16 positions, read one element at a
-# time, spill up to 52 bytes with four models.
+# Registers per thread, and KiB of shared memory in brackets, from ptxas 12.8 for sm_80 and sm_90, all without spills:
+#   single launch, 64x64 positions, hard and soft masks, 2 models with 16 warps    108 to 128 (32)
+#   single launch, 64x64 positions, hard and soft masks, 4 models with 8 warps     180 to 240 (32)
+#   first of three launches, windows of 32x64, blur up to 17                       63 to 178 (24)
+#   first of three launches, windows of 32x64, blur up to 64                       64 to 107 (24)
+#   last of three launches, hard mask, float16, 2 models                           93 (0)
+#   last of three launches, hard mask, float16, 4 models                           137 (0)
+#   last of three launches, hard mask, float16, 8 models                           245 (0)
+# 16 warps would spill with four models, and 8 warps with eight models. Without maxnreg, ptxas for sm_90 uses 64
+# registers in the single launch and spills 24 bytes. Exception: if the width of the latent is not a multiple of 16
+# positions, its rows are read one element at a time; with four models the program then spills up to 52 bytes.
 ONE_PROGRAM, ONE_PROGRAM_MODELS = 4096, 4
+_ROUNDING = tl.constexpr(ROUNDING)
+LEAD_BLOCK = 2048  # positions in one block of leads, see _measure_lead
 
 
 @triton.jit
 def _pick(values: tl.tuple, n: tl.tensor) -> tl.tensor:
-    """values[n] of a tuple, for an n that only the running program knows."""
+    """values[n] of a tuple, for an n that is known only at run time."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
         value = tl.where(n == i, values[i], value)
@@ -42,10 +58,11 @@ def _pick(values: tl.tuple, n: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _band(i: tl.tensor, s: tl.tensor, n: tl.tensor, blur: tl.tensor) -> tl.tensor:
-    """R [I, S] times the side of the box: what input ``s`` [1, S] or [S, 1] weighs in the smoothed position ``i``.
+    """R times the side of the box: the weight of input position ``s`` in the smoothed position ``i``, along one axis.
 
-    An even box leaves an axis one position short, and the stretch back to ``n`` puts position i between the averages
-    i - 1 and i, at (i + 1/2) / n of the former.
+    ``i`` and ``s`` broadcast to the shape of R. A box with an even side makes the axis one position shorter. The
+    stretch back to ``n`` positions interpolates position i between the averages i - 1 and i. The average i - 1 has the
+    weight (i + 1/2) / n.
     """
     pad = (blur - 1) // 2
     box = tl.minimum(blur, n + 2 * pad)
@@ -65,29 +82,63 @@ def _difference(
     offsets: tl.tensor, inside: tl.tensor,
     CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Σ_C |c - u| at ``offsets``, 0 where they are not ``inside``."""
+    """The sum over the channels of |c - u| at ``offsets``, with c from ``cond_ptr`` and u from ``reference_ptr``.
+
+    It is 0 outside ``inside``.
+    """
     total = tl.zeros(offsets.shape, tl.float32)
     for channel in tl.range(0, CHANNELS, loop_unroll_factor=AT_ONCE):
         at = base + tl.cast(channel, tl.int64) * channel_stride
         c = tl.load(cond_ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
         u = tl.load(reference_ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
         total += tl.abs(c - u)
-        if SHARED:  # measured against the base's uncond; what is not finite in the model's own must still show
+        if SHARED:  # u is the base's uncond; a non-finite value in the model's own uncond must still show in the result
             total += 0.0 * tl.load(uncond_ptr + at + offsets, mask=inside, other=0.0).to(tl.float32)
     return total
 
 
 @triton.jit
+def _expm1(x: tl.tensor) -> tl.tensor:
+    """exp(x) - 1 for x <= 0, with a relative error of a few float32 roundings, also near 0."""
+    series = 1.0 + x * (1.0 / 8.0)
+    series = 1.0 + x * (1.0 / 7.0) * series
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    series = 1.0 + x * (1.0 / 2.0) * series
+    return tl.where(x > -0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(y: tl.tensor) -> tl.tensor:
+    """ln(1 + y) for -1/2 <= y <= 0, with a relative error of a few float32 roundings, also near 0."""
+    z = y / (2.0 + y)
+    s = z * z
+    series = 1.0 / 11.0 + s * (1.0 / 13.0)
+    series = 1.0 / 9.0 + s * series
+    series = 1.0 / 7.0 + s * series
+    series = 1.0 / 5.0 + s * series
+    series = 1.0 / 3.0 + s * series
+    return 2.0 * z * (1.0 + s * series)
+
+
+@triton.jit
 def _measure(
     model: tl.tensor, sample: tl.tensor, samples: tl.tensor, tile: tl.tensor, tiles: tl.tensor, top: tl.tensor,
-    left: tl.tensor, cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, logits_ptr: tl.tensor,
-    partials_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor,
-    margin: tl.tensor, tile_height: tl.tensor,
+    left: tl.tensor, cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple,
+    memory_ptr: tl.tensor | None, momentum: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor,
+    frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor, margin: tl.tensor,
+    tile_height: tl.tensor,
     CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, STEPS_H: tl.constexpr, STEPS_W: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, MARGIN_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     TILE_W: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Store k Λ of one model in the tile at (``top``, ``left``) of one sample, its maximum and its sum of exp."""
+    """Store k Λ of one model in the tile at (``top``, ``left``) of one sample.
+
+    Also store the tile's maximum, sums and number of positions, from which ``_partition`` computes ln of the mean
+    exp(k Λ).
+    """
     cond_ptr, uncond_ptr = _pick(cond, model), _pick(uncond, model)
     reference_ptr = uncond[0] if SHARED else uncond_ptr
     channel_stride = tl.cast(plane, tl.int64) * frames
@@ -117,41 +168,94 @@ def _measure(
     logits = smoothed * (tl.cast(_pick(strength, model), tl.float32) / (sigma * area * CHANNELS))
     mine = ((y < height) & (y < top + tile_height))[:, None] & ((x < width) & (x < left + TILE_W))[None, :]
     row = tl.cast(model, tl.int64) * samples + sample
-    tl.store(logits_ptr + row * plane + (y[:, None] * width + x[None, :]), logits, mask=mine)
-    logits = tl.where(mine, logits, float("-inf"))
-    largest = tl.max(logits)
-    partial_ptr = partials_ptr + (row * tiles + tile) * 2
+    at = row * plane + (y[:, None] * width + x[None, :])
+    if memory_ptr is not None:
+        kept = tl.cast(_pick(momentum, model), tl.float32)
+        logits = logits * (1.0 - kept) + tl.load(memory_ptr + at, mask=mine, other=0.0) * kept
+    tl.store(logits_ptr + at, logits, mask=mine)
+    largest = tl.max(tl.where(mine, logits, float("-inf")))
+    below = logits - largest
+    partial_ptr = partials_ptr + (row * tiles + tile) * 4
     tl.store(partial_ptr, largest)
-    tl.store(partial_ptr + 1, tl.sum(tl.exp(logits - largest)))
+    tl.store(partial_ptr + 1, tl.sum(tl.where(mine, tl.exp(below), 0.0)))
+    tl.store(partial_ptr + 2, tl.sum(tl.where(mine, _expm1(below), 0.0)))
+    tl.store(partial_ptr + 3, tl.sum(tl.where(mine, 1.0, 0.0)))
 
 
 @triton.jit
-def _partition(partials_ptr: tl.tensor, tiles: tl.tensor, TILES: tl.constexpr) -> tl.tensor:
-    """The log-sum-exp of one model and sample out of those of its tiles."""
+def _partition(
+    partials_ptr: tl.tensor, tiles: tl.tensor, plane: tl.tensor, TILES: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """ln of the mean exp(k Λ), and the largest k Λ, of one model in one sample, from the values of its tiles.
+
+    See ``log_mean_exp`` for the two formulas.
+    """
     tile = tl.arange(0, TILES)
-    largest = tl.load(partials_ptr + 2 * tile, mask=tile < tiles, other=float("-inf"))
-    total = tl.load(partials_ptr + 2 * tile + 1, mask=tile < tiles, other=0.0)
+    inside = tile < tiles
+    largest = tl.load(partials_ptr + 4 * tile, mask=inside, other=float("-inf"))
+    total = tl.load(partials_ptr + 4 * tile + 1, mask=inside, other=0.0)
+    excess = tl.load(partials_ptr + 4 * tile + 2, mask=inside, other=0.0)
+    count = tl.load(partials_ptr + 4 * tile + 3, mask=inside, other=0.0)
     top = tl.max(largest)
-    return top + tl.log(tl.sum(total * tl.exp(largest - top)))
+    apart = tl.where(inside, largest - top, 0.0)
+    scale = tl.exp(apart)
+    mean = tl.sum(total * scale) / plane
+    above = tl.sum(excess * scale + count * _expm1(apart)) / plane
+    return top + tl.where(mean < 0.5, tl.log(mean), _log1p(above)), top
+
+
+@triton.jit
+def _measure_lead(
+    model: tl.tensor, sample: tl.tensor, samples: tl.tensor, block: tl.tensor, blocks: tl.tensor, logits_ptr: tl.tensor,
+    leads_ptr: tl.tensor, plane: tl.tensor, LEAD_BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """For one block of positions, store the mean of the difference between an expert's k Λ and the base's.
+
+    Also store the sum of the squared deviations of the difference from this mean.
+    """
+    row = tl.cast(model, tl.int64) * samples + sample
+    p = block * LEAD_BLOCK + tl.arange(0, LEAD_BLOCK)
+    inside = p < plane
+    own = tl.load(logits_ptr + row * plane + p, mask=inside, other=0.0)
+    lead = own - tl.load(logits_ptr + tl.cast(sample, tl.int64) * plane + p, mask=inside, other=0.0)
+    mean = tl.sum(lead) / tl.minimum(LEAD_BLOCK, plane - block * LEAD_BLOCK)
+    deviation = tl.where(inside, lead - mean, 0.0)
+    lead_ptr = leads_ptr + (row * blocks + block) * 2
+    tl.store(lead_ptr, mean)
+    tl.store(lead_ptr + 1, tl.sum(deviation * deviation))
+
+
+@triton.jit
+def _spread(
+    leads_ptr: tl.tensor, blocks: tl.tensor, plane: tl.tensor, BLOCKS: tl.constexpr, LEAD_BLOCK: tl.constexpr
+) -> tl.tensor:
+    """The standard deviation of one expert's lead in one sample, combined from its blocks (Chan et al., 1983)."""
+    block = tl.arange(0, BLOCKS)
+    inside = block < blocks
+    count = tl.where(inside, tl.minimum(LEAD_BLOCK, plane - block * LEAD_BLOCK), 0).to(tl.float32)
+    means = tl.load(leads_ptr + 2 * block, mask=inside, other=0.0)
+    squares = tl.load(leads_ptr + 2 * block + 1, mask=inside, other=0.0)
+    apart = means - tl.sum(count * means) / plane
+    return tl.sqrt(tl.sum(squares + count * apart * apart) / plane)
 
 
 @triton.jit
 def _guide(c: tl.tensor, u: tl.tensor, gain: tl.tensor) -> tl.tensor:
-    """c itself, bit for bit, at a gain of 1."""
+    """u + gain (c - u); exactly c for a gain of 1."""
     return tl.where(gain == 1.0, c, u + gain * (c - u))
 
 
 @triton.jit
-def _paint(
+def _select(
     block: tl.tensor, sample: tl.tensor, samples: tl.tensor, tiles: tl.tensor, cond: tl.tuple, uncond: tl.tuple,
     bias: tl.tuple, region: tl.tuple, steps_b: tl.tuple, steps_t: tl.tuple, steps_y: tl.tuple, steps_x: tl.tuple,
-    gain: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor, out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor,
-    weights_ptr: tl.tensor, partition_ptr: tl.tensor, frames: tl.tensor, width: tl.tensor, plane: tl.tensor,
-    softness: tl.tensor,
-    CHANNELS: tl.constexpr, TILES: tl.constexpr, SOFT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-    SELECT_AT_ONCE: tl.constexpr,
+    gain: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor, leads_ptr: tl.tensor, out_cond_ptr: tl.tensor,
+    out_uncond_ptr: tl.tensor, weights_ptr: tl.tensor, partition_ptr: tl.tensor, spread_ptr: tl.tensor,
+    frames: tl.tensor, width: tl.tensor, plane: tl.tensor, lead_blocks: tl.tensor, softness: tl.tensor,
+    CHANNELS: tl.constexpr, TILES: tl.constexpr, LEAD_BLOCKS: tl.constexpr, LEAD_BLOCK: tl.constexpr,
+    SOFT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, SELECT_AT_ONCE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Decide GROUPS x VECTOR positions of one sample and store what was decided."""
+    """Choose the model of GROUPS x VECTOR positions of one sample, blend their predictions and store them."""
     models: tl.constexpr = len(cond)
     p = (block * GROUPS + tl.arange(0, GROUPS)[:, None]) * VECTOR + tl.arange(0, VECTOR)[None, :]
     inside = p < plane
@@ -161,33 +265,48 @@ def _paint(
     best = tl.full(p.shape, float("-inf"), tl.float32)
     owner = tl.zeros(p.shape, tl.int32)
     scores = ()
+    spreads = 0.0
     for n in tl.static_range(models):
         row = tl.cast(sample, tl.int64) + tl.cast(samples, tl.int64) * n
-        partition = _partition(partials_ptr + row * tiles * 2, tiles, TILES)
+        partition, largest = _partition(partials_ptr + row * tiles * 4, tiles, plane, TILES)
         if block == 0:
             tl.store(partition_ptr + row, partition)
-        score = tl.load(logits_ptr + row * plane + p, mask=inside, other=0.0) - partition + tl.cast(bias[n], tl.float32)
+        score = tl.load(logits_ptr + row * plane + p, mask=inside, other=0.0) - partition
+        unit = 0.0
+        if n == 0:
+            base_score, base_largest = score, largest
+        else:
+            unit = _spread(leads_ptr + row * lead_blocks * 2, lead_blocks, plane, LEAD_BLOCKS, LEAD_BLOCK)
+            insignificant = unit <= _ROUNDING * tl.maximum(largest, base_largest)
+            unit = tl.where(insignificant, 0.0, unit)
+            score = tl.where(insignificant, base_score, score)
+            score += tl.cast(bias[n], tl.float32) * unit
+            spreads += unit
+        if block == 0:
+            tl.store(spread_ptr + row, unit)
         if region[n] is not None:
             here = batch * steps_b[n] + frame * steps_t[n] + (y * steps_y[n] + x * steps_x[n])
-            score += tl.load(region[n] + here, mask=inside, other=0.0).to(tl.float32)
+            added = tl.load(region[n] + here, mask=inside, other=0.0).to(tl.float32)
+            score += tl.where(tl.abs(added) == float("inf"), added, added * unit)
         if n == 0:
             best = score
         else:
-            wins = score > best  # strictly: the base, then chain order, keeps a tie
+            wins = score > best  # > and not >=: a tie goes to the base, then to the earlier expert
             best = tl.where(wins, score, best)
             owner = tl.where(wins, n, owner)
         if SOFT:
-            scores = scores + (score,)  # noqa: RUF005 (Triton reads no stars)
+            scores = scores + (score,)  # noqa: RUF005 (Triton does not support * in a tuple)
 
     weights = ()
     if SOFT:
-        softness = tl.cast(softness, tl.float32)
-        # where a region forces models, they share the position alone
+        mean_spread = spreads / tl.maximum(models - 1, 1)
+        temperature = tl.cast(softness, tl.float32) * tl.where(mean_spread > 0.0, mean_spread, 1.0)
+        # the models that a region forces share the position among themselves
         forced = best == float("inf")
         total = tl.zeros(p.shape, tl.float32)
         for n in tl.static_range(models):
             weight = tl.where(scores[n] == float("inf"), 1.0, 0.0)
-            weight = tl.where(forced, weight, tl.exp((scores[n] - best) / softness))
+            weight = tl.where(forced, weight, tl.exp((scores[n] - best) / temperature))
             weights = weights + (weight,)  # noqa: RUF005
             total += weight
         for n in tl.static_range(models):
@@ -201,7 +320,8 @@ def _paint(
     base = batch * CHANNELS * channel_stride + frame * plane
     for first in range(0, CHANNELS, SELECT_AT_ONCE):
         blended = ()
-        for k in tl.static_range(SELECT_AT_ONCE):  # read them all before the first store, which no load may pass
+        # all loads come before the first store, because the compiler does not move a load before a store
+        for k in tl.static_range(SELECT_AT_ONCE):
             at = base + tl.cast(first + k, tl.int64) * channel_stride
             out_cond = tl.zeros(p.shape, tl.float32)
             out_uncond = tl.zeros(p.shape, tl.float32)
@@ -214,7 +334,7 @@ def _paint(
                     out_uncond += weight * u
                 else:
                     mine = owner == n
-                    # whole vectors: the mask is constant along the inner axis, so that the loads stay wide
+                    # the load mask ``wanted`` has one value per vector, so that whole vectors are loaded
                     wanted = (tl.max(mine.to(tl.int32), 1, keep_dims=True) > 0) & inside
                     c = tl.load(cond[n] + at + p, mask=wanted, other=0.0).to(tl.float32)
                     u = tl.load(uncond[n] + at + p, mask=wanted, other=0.0).to(tl.float32)
@@ -227,27 +347,36 @@ def _paint(
             tl.store(out_uncond_ptr + at + p, blended[2 * k + 1].to(out_uncond_ptr.dtype.element_ty), mask=inside)
 
 
-_RUNTIME = ["frames", "blur", "margin", "tile_height", "tiles"]  # no variant of the code for each value
+_RUNTIME = ["frames", "blur", "margin", "tile_height", "tiles"]  # Triton must not compile a variant for each value
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _saliency_kernel(
-    cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, logits_ptr: tl.tensor,
-    partials_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor,
-    margin: tl.tensor, tile_height: tl.tensor,
+    cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, memory_ptr: tl.tensor | None,
+    momentum: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor,
+    width: tl.tensor, plane: tl.tensor, blur: tl.tensor, margin: tl.tensor, tile_height: tl.tensor,
     CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, STEPS_H: tl.constexpr, STEPS_W: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr, MARGIN_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     TILE_W: tl.constexpr,
 ) -> None:  # fmt: skip
-    """First of two launches; grid (tiles, models, samples)."""
+    """The first of three launches; grid (tiles, models, samples)."""
     tile = tl.program_id(0)
     across = tl.cdiv(width, TILE_W)
     _measure(
         tl.program_id(1), tl.program_id(2), tl.num_programs(2), tile, tl.num_programs(0),
         tile // across * tile_height, tile % across * TILE_W,
-        cond, uncond, sigma_ptr, strength, logits_ptr, partials_ptr,
+        cond, uncond, sigma_ptr, strength, memory_ptr, momentum, logits_ptr, partials_ptr,
         frames, height, width, plane, blur, margin, tile_height,
         CHANNELS, AT_ONCE, SHARED, STEPS_H, STEPS_W, STEP_H, STEP_W, MARGIN_W, BLOCK_H, BLOCK_W, TILE_W,
+    )  # fmt: skip
+
+
+@triton.jit
+def _lead_kernel(logits_ptr: tl.tensor, leads_ptr: tl.tensor, plane: tl.tensor, LEAD_BLOCK: tl.constexpr) -> None:
+    """The second of three launches; grid (blocks, experts, samples)."""
+    _measure_lead(
+        tl.program_id(1) + 1, tl.program_id(2), tl.num_programs(2), tl.program_id(0), tl.num_programs(0),
+        logits_ptr, leads_ptr, plane, LEAD_BLOCK,
     )  # fmt: skip
 
 
@@ -255,70 +384,85 @@ def _saliency_kernel(
 def _select_kernel(
     cond: tl.tuple, uncond: tl.tuple, bias: tl.tuple, region: tl.tuple, steps_b: tl.tuple, steps_t: tl.tuple,
     steps_y: tl.tuple, steps_x: tl.tuple, gain: tl.tuple, logits_ptr: tl.tensor, partials_ptr: tl.tensor,
-    out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor, weights_ptr: tl.tensor, partition_ptr: tl.tensor,
-    frames: tl.tensor, width: tl.tensor, plane: tl.tensor, tiles: tl.tensor, softness: tl.tensor,
-    CHANNELS: tl.constexpr, TILES: tl.constexpr, SOFT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-    SELECT_AT_ONCE: tl.constexpr,
+    leads_ptr: tl.tensor, out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor, weights_ptr: tl.tensor,
+    partition_ptr: tl.tensor, spread_ptr: tl.tensor, frames: tl.tensor, width: tl.tensor, plane: tl.tensor,
+    tiles: tl.tensor, lead_blocks: tl.tensor, softness: tl.tensor,
+    CHANNELS: tl.constexpr, TILES: tl.constexpr, LEAD_BLOCKS: tl.constexpr, LEAD_BLOCK: tl.constexpr,
+    SOFT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, SELECT_AT_ONCE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Second of two launches; grid (blocks, samples), walked backwards: what was read last is still in the L2 cache."""
-    _paint(
+    """The last of three launches; grid (blocks, samples).
+
+    The blocks are processed in reverse order, because the data that was read last is still in the L2 cache.
+    """
+    _select(
         tl.num_programs(0) - 1 - tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(1), tiles,
-        cond, uncond, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr,
-        out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr,
-        frames, width, plane, softness, CHANNELS, TILES, SOFT, GROUPS, VECTOR, SELECT_AT_ONCE,
+        cond, uncond, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr, leads_ptr,
+        out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr, spread_ptr,
+        frames, width, plane, lead_blocks, softness,
+        CHANNELS, TILES, LEAD_BLOCKS, LEAD_BLOCK, SOFT, GROUPS, VECTOR, SELECT_AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _saliency_blend_kernel(
-    cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, bias: tl.tuple, region: tl.tuple,
+    cond: tl.tuple, uncond: tl.tuple, sigma_ptr: tl.tensor, strength: tl.tuple, memory_ptr: tl.tensor | None,
+    momentum: tl.tuple, bias: tl.tuple, region: tl.tuple,
     steps_b: tl.tuple, steps_t: tl.tuple, steps_y: tl.tuple, steps_x: tl.tuple, gain: tl.tuple, logits_ptr: tl.tensor,
-    partials_ptr: tl.tensor, out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor, weights_ptr: tl.tensor,
-    partition_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor, width: tl.tensor, plane: tl.tensor, blur: tl.tensor,
-    softness: tl.tensor,
+    partials_ptr: tl.tensor, leads_ptr: tl.tensor, out_cond_ptr: tl.tensor, out_uncond_ptr: tl.tensor,
+    weights_ptr: tl.tensor, partition_ptr: tl.tensor, spread_ptr: tl.tensor, frames: tl.tensor, height: tl.tensor,
+    width: tl.tensor, plane: tl.tensor, blur: tl.tensor, softness: tl.tensor,
     CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, SHARED: tl.constexpr, SOFT: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr, SELECT_AT_ONCE: tl.constexpr,
+    BLOCK_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, LEAD_BLOCKS: tl.constexpr,
+    LEAD_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    SELECT_AT_ONCE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The only launch where a sample fits one program; grid (samples,)."""
+    """The single launch for samples that fit one program; grid (samples,)."""
     sample, samples = tl.program_id(0), tl.num_programs(0)
     for model in range(len(cond)):
         _measure(
             model, sample, samples, 0, 1, 0, 0,
-            cond, uncond, sigma_ptr, strength, logits_ptr, partials_ptr,
+            cond, uncond, sigma_ptr, strength, memory_ptr, momentum, logits_ptr, partials_ptr,
             frames, height, width, plane, blur, 0, height,
             CHANNELS, AT_ONCE, SHARED,
             BLOCK_H // STEP_H, BLOCK_W // STEP_W, STEP_H, STEP_W, 0, BLOCK_H, BLOCK_W, BLOCK_W,
         )  # fmt: skip
-    tl.debug_barrier()  # what other threads of this program stored is read from here on
+    tl.debug_barrier()  # from here on, this program reads values that its other threads stored
+    for expert in range(1, len(cond)):
+        for block in range(LEAD_BLOCKS):
+            _measure_lead(
+                expert, sample, samples, block, LEAD_BLOCKS, logits_ptr, leads_ptr, plane, LEAD_BLOCK,
+            )  # fmt: skip
+    tl.debug_barrier()
     for block in range(BLOCKS):
-        _paint(
+        _select(
             block, sample, samples, 1,
-            cond, uncond, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr,
-            out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr,
-            frames, width, plane, softness, CHANNELS, 1, SOFT, GROUPS, VECTOR, SELECT_AT_ONCE,
+            cond, uncond, bias, region, steps_b, steps_t, steps_y, steps_x, gain, logits_ptr, partials_ptr, leads_ptr,
+            out_cond_ptr, out_uncond_ptr, weights_ptr, partition_ptr, spread_ptr,
+            frames, width, plane, LEAD_BLOCKS, softness,
+            CHANNELS, 1, LEAD_BLOCKS, LEAD_BLOCK, SOFT, GROUPS, VECTOR, SELECT_AT_ONCE,
         )  # fmt: skip
 
 
 def _steps(region: Tensor | None, positions: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Steps of ``region`` in memory along (b, t, y, x), 0 where it is broadcast to ``positions`` [B, *S]."""
+    """Strides of ``region`` along (b, t, y, x), with 0 for axes that are broadcast to ``positions`` (B, *S)."""
     if region is None:
         return 0, 0, 0, 0
     step_b, *step_t, step_y, step_x = region.expand(positions).stride()
     return step_b, step_t[0] if step_t else 0, step_y, step_x
 
 
-INTERPRETED = not isinstance(_select_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: numpy on the CPU, for tests
+# whether TRITON_INTERPRET=1 makes the kernels run in numpy on the CPU, for tests
+INTERPRETED = not isinstance(_select_kernel, triton.JITFunction)
 
 
 class _Tiling(NamedTuple):
-    """Tiles of ``height`` x ``width`` positions, each read through a window of steps_h x steps_w times 32 x 64."""
+    """Tiles of ``height`` x ``width`` positions, each read in a window of steps_h x steps_w blocks of 32 x 64."""
 
     height: int
     width: int
     steps_h: int
     steps_w: int
-    margin_w: int  # whole vectors of 8, so that windows start aligned
+    margin_w: int  # a multiple of 8, so that windows start at aligned addresses
 
 
 def _tiling(blur: int) -> _Tiling:
@@ -326,16 +470,34 @@ def _tiling(blur: int) -> _Tiling:
     return _Tiling(min(32, 32 * steps_h - blur // 2 * 2), 64 * steps_w - 2 * margin_w, steps_h, steps_w, margin_w)
 
 
-def _outputs(like: Tensor, models: int, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """cond, uncond, weights and partition, not yet written, for predictions shaped as ``like`` [B, C, *S]."""
+def _outputs(like: Tensor, models: int, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tensors for all fields of ``Blend``, for predictions shaped as ``like`` [B, C, *S]."""
     batch, _, *axes = like.shape
-    weights = ((models, batch, *axes), torch.float32) if soft else ((batch, *axes), torch.uint8)
-    partition = ((models, batch * prod(axes[:-2])), torch.float32)
+    per_sample = ((models, batch * prod(axes[:-2])), torch.float32)
+    logits = ((models, batch, *axes), torch.float32)
+    weights = logits if soft else ((batch, *axes), torch.uint8)
     blended = (like.shape, like.dtype)
-    out_cond, out_uncond, out_weights, out_partition = (
-        torch.empty(shape, dtype=dtype, device=like.device) for shape, dtype in (blended, blended, weights, partition)
+    out_cond, out_uncond, out_weights, out_partition, out_logits, out_spread = (
+        torch.empty(shape, dtype=dtype, device=like.device)
+        for shape, dtype in (blended, blended, weights, per_sample, logits, per_sample)
     )
-    return out_cond, out_uncond, out_weights, out_partition
+    return out_cond, out_uncond, out_weights, out_partition, out_logits, out_spread
+
+
+def _remembered(
+    memory: Sequence[Tensor | None] | None, momentum: float, logits: Tensor
+) -> tuple[Tensor | None, tuple[float, ...]]:
+    """``memory`` of all models in one tensor of the shape of ``logits``, and the momentum of each model.
+
+    The tensor is None, and every momentum 0, if no model has a memory.
+    """
+    if memory is None or all(m is None for m in memory):
+        return None, (0.0,) * len(logits)
+    nothing = torch.zeros(logits.shape[1:], device=logits.device)
+    return (
+        torch.stack([nothing if m is None else m.view(nothing.shape) for m in memory]),
+        tuple(0.0 if m is None else momentum for m in memory),
+    )
 
 
 def _launch(
@@ -346,38 +508,48 @@ def _launch(
     bias: Sequence[float],
     region: Sequence[Tensor | None],
     gain: Sequence[float],
+    quota: Sequence[Tensor | None] | None,
+    memory: Sequence[Tensor | None] | None,
+    momentum: float,
     blur: int,
     shared: bool,
     softness: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     like, models, soft = cond[0], len(cond), softness is not None
     batch, channels, *axes = like.shape
     height, width = axes[-2:]
     frames, plane = prod(axes[:-2]), height * width
     samples = batch * frames
-    outputs = _outputs(like, models, soft)
+    *blended, logits, spread = outputs = _outputs(like, models, soft)
 
     cond, uncond = (tuple(t.contiguous() for t in side) for side in (cond, uncond))
-    strength, bias, gain = (tuple(map(float, scalars)) for scalars in (strength, bias, gain))
-    steps = tuple(zip(*(_steps(r, (batch, *axes)) for r in region), strict=True))
+    strength, gain = (tuple(map(float, scalars)) for scalars in (strength, gain))
 
     block_h, block_w = (max(16, triton.next_power_of_2(n)) for n in (height, width))
     one = models <= ONE_PROGRAM_MODELS and max(block_h, block_w) <= 128 and block_h * block_w <= ONE_PROGRAM
+    one &= quota is None
     tiling = _tiling(blur)
     tiles = 1 if one else triton.cdiv(height, tiling.height) * triton.cdiv(width, tiling.width)
-    logits, partials = (
-        torch.empty((models, samples, *rest), dtype=torch.float32, device=like.device)
-        for rest in ((plane,), (tiles, 2))
+    lead_blocks = triton.cdiv(plane, LEAD_BLOCK)
+    partials, leads = (
+        torch.empty((models, samples, n, k), dtype=torch.float32, device=like.device)
+        for n, k in ((tiles, 4), (lead_blocks, 2))
     )
 
-    vector = 16 // like.dtype.itemsize  # positions that one load of 16 bytes brings
-    measure = (cond, uncond, sigma.contiguous(), strength)
-    decide = (bias, tuple(region), *steps, gain, logits, partials, *outputs)
+    vector = 16 // like.dtype.itemsize  # positions in one load of 16 bytes
+    measure = (cond, uncond, sigma.contiguous(), strength, *_remembered(memory, momentum, logits))
+
+    def decide(bias: Sequence[float], region: Sequence[Tensor | None]) -> tuple:
+        steps = tuple(zip(*(_steps(r, (batch, *axes)) for r in region), strict=True))
+        biases = tuple(map(float, bias))
+        return (biases, tuple(region), *steps, gain, logits, partials, leads, *blended, spread)
+
     softness = softness if soft else 1.0
-    # Channels in flight, against the latency of memory: fewer where each takes more registers and more code
+    # Channels loaded at once, to hide the latency of memory. Fewer are loaded if each needs more registers and code.
     at_once = 4 if width % 16 == 0 and not shared else 2
     options = {
         "CHANNELS": channels,
+        "LEAD_BLOCK": LEAD_BLOCK,
         "VECTOR": vector,
         "SELECT_AT_ONCE": gcd(channels, 4 if models <= 2 and not (soft or one) else 2 if models <= 4 else 1),
         "num_stages": 1,
@@ -386,23 +558,32 @@ def _launch(
         if one:
             warps = min(16 if models <= 2 else 8, block_h * block_w // 256)
             _saliency_blend_kernel[(samples,)](
-                *measure, *decide, frames, height, width, plane, blur, softness,
+                *measure, *decide(bias, region), frames, height, width, plane, blur, softness,
                 AT_ONCE=at_once, SHARED=shared, SOFT=soft, BLOCK_H=block_h, BLOCK_W=block_w,
-                STEP_H=16 if block_h > 64 else min(32, block_h), STEP_W=min(64, block_w),
+                STEP_H=16 if block_h > 64 else min(32, block_h), STEP_W=min(64, block_w), LEAD_BLOCKS=lead_blocks,
                 BLOCKS=triton.cdiv(plane, 32 * warps * vector), GROUPS=32 * warps, num_warps=warps,
                 maxnreg=min(255, 2048 // warps), **options,
             )  # fmt: skip
-        else:
-            _saliency_kernel[(tiles, models, samples)](
-                *measure, logits, partials, frames, height, width, plane, blur, blur // 2, tiling.height,
-                CHANNELS=channels, AT_ONCE=at_once, SHARED=shared, STEPS_H=tiling.steps_h, STEPS_W=tiling.steps_w,
-                STEP_H=32, STEP_W=64, MARGIN_W=tiling.margin_w, BLOCK_H=32, BLOCK_W=64, TILE_W=tiling.width,
-                num_warps=8, num_stages=1,
-            )  # fmt: skip
-            _select_kernel[(triton.cdiv(plane, 128 * vector), samples)](
-                cond, uncond, *decide, frames, width, plane, tiles, softness,
-                SOFT=soft, TILES=triton.next_power_of_2(tiles), GROUPS=128, num_warps=4, **options,
-            )  # fmt: skip
+            return outputs
+        _saliency_kernel[(tiles, models, samples)](
+            *measure, logits, partials, frames, height, width, plane, blur, blur // 2, tiling.height,
+            CHANNELS=channels, AT_ONCE=at_once, SHARED=shared, STEPS_H=tiling.steps_h, STEPS_W=tiling.steps_w,
+            STEP_H=32, STEP_W=64, MARGIN_W=tiling.margin_w, BLOCK_H=32, BLOCK_W=64, TILE_W=tiling.width,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
+        if quota is not None:
+            scores = logits - log_mean_exp(logits)
+            spreads = significant(spread_of(scores), logits)
+            contested = spreads.view(*scores.shape[:-2], 1, 1) > 0.0
+            leading = [scores[0], *(torch.where(contested[i], scores[i], scores[0]) for i in range(1, models))]
+            bias, region = assign_quotas(quota, bias, region, leading, spreads, not soft)
+        if models > 1:
+            _lead_kernel[(lead_blocks, models - 1, samples)](logits, leads, plane, LEAD_BLOCK=LEAD_BLOCK, num_warps=4)
+        _select_kernel[(triton.cdiv(plane, 128 * vector), samples)](
+            cond, uncond, *decide(bias, region), frames, width, plane, tiles, lead_blocks, softness,
+            SOFT=soft, TILES=triton.next_power_of_2(tiles), LEAD_BLOCKS=triton.next_power_of_2(lead_blocks),
+            GROUPS=128, num_warps=4, **options,
+        )  # fmt: skip
     return outputs
 
 
@@ -414,24 +595,28 @@ def _fake(
     bias: Sequence[float],
     region: Sequence[Tensor | None],
     gain: Sequence[float],
+    quota: Sequence[Tensor | None] | None,
+    memory: Sequence[Tensor | None] | None,
+    momentum: float,
     blur: int,
     shared: bool,
     softness: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the shapes and dtypes of ``_launch``, for torch.compile."""
     return _outputs(cond[0], len(cond), softness is not None)
 
 
 def _register() -> None:
-    """Make ``torch.ops.chorus.saliency_blend``, an operator that torch.compile leaves whole."""
+    """Register the operator ``torch.ops.chorus.saliency_blend``, which torch.compile does not trace into."""
     if hasattr(torch.ops.chorus, "saliency_blend"):
-        return  # the pack is imported twice, under two names: ComfyUI's and another's
+        return  # registered when the pack was imported under another name
     operator = torch.library.custom_op(
         "chorus::saliency_blend",
         _launch,
         mutates_args=(),
         schema="(Tensor[] cond, Tensor[] uncond, Tensor sigma, float[] strength, float[] bias, Tensor?[] region,"
-        " float[] gain, int blur, bool shared, float? softness) -> (Tensor, Tensor, Tensor, Tensor)",
+        " float[] gain, Tensor?[]? quota, Tensor?[]? memory, float momentum, int blur, bool shared, float? softness)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
     operator.register_fake(_fake)
 
@@ -448,11 +633,17 @@ def saliency_blend(
     region: list[Tensor | None],
     gain: list[float],
     *,
+    quota: Sequence[Tensor | int | None] | None = None,
+    memory: Sequence[Tensor | None] | None = None,
+    momentum: float = 0.0,
     blur: int,
     shared: bool,
     softness: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``kernels.saliency_blend.saliency_blend``."""
-    # the operator's dispatch would cost an eager call more than the launches
+    # in eager mode, the dispatch of the operator would take longer than the launches
     run = torch.ops.chorus.saliency_blend if torch.compiler.is_compiling() else _launch
-    return run(cond, uncond, sigma, strength, bias, region, gain, blur, shared, softness)
+    if quota is not None:  # the operator accepts only tensors
+        samples = len(sigma) * prod(cond[0].shape[2:-2])
+        quota = [torch.full((samples,), q, device=sigma.device) if isinstance(q, int) else q for q in quota]
+    return run(cond, uncond, sigma, strength, bias, region, gain, quota, memory, momentum, blur, shared, softness)

@@ -1,13 +1,15 @@
-"""Saliency-aware noise blending in few passes of torch ops: what runs wherever Triton does not.
+"""Saliency-aware noise blending in few passes of torch operations, for all devices without Triton.
 
-What makes it cheaper than the definition: smoothing commutes with the channel mean, so one map per model is smoothed
-instead of C; all models share one stack of maps, so a step on maps is one op however many they are; a hard mask selects
-instead of multiplying, which also keeps every selected prediction bit for bit; and on a CPU the predictions are taken
-in pieces that stay in its cache from one op to the next.
+This implementation is cheaper than the definition in ``reference.py`` for these reasons:
+- Smoothing commutes with the channel mean, so that one map per model is smoothed instead of one per channel.
+- The maps of all models are stacked in one tensor, so that one operation processes any number of models.
+- A hard mask selects instead of multiplying, which also keeps every selected prediction bit for bit.
+- On a CPU, the predictions are processed in pieces that stay in the CPU cache from one operation to the next.
 
-The bits of a map do not depend on its place in the stack: equal experts score equally in any order of the chain. That
-is why the stack only sees ops that round each element once (add, multiply) or reduce each map alone, and no matmul,
-lerp or addcmul, whose last bit may differ between the body of a loop and its tail.
+The bits of a map must not depend on its position in the stack, so that an expert has the same scores in any order of
+the chain. The operations on the stack are therefore those that round each element once (add, multiply) or reduce each
+map separately. A matmul, lerp or addcmul is not used there, because it may round differently in the body of a
+vectorised loop and in its tail.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,17 +19,23 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .reference import smooth
+from .quota import assign_quotas
+from .reference import ROUNDING, smooth
 
-# Elements, 4 MiB of float32. Two and four models at 4x16x256x256 on one core: 20 and 66 ms; uncut 24 and 130; at a
-# quarter of it 20 and 60, but with four times as many waits for threads, which a busy machine makes long.
+# Number of elements of a piece, 4 MiB in float32. On one core, the blend of two models at 4x16x256x256 takes 20 ms, and
+# the blend of four models 66 ms. Without pieces these times are 24 and 130 ms. With pieces of a quarter of the size
+# they are 20 and 60 ms, but torch then waits for threads four times as often, and each wait is long on a busy machine.
 PIECE = 1 << 20
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+SMALL_MAP = 1 << 14  # positions; torch reduces a map of at most this size in one thread
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtypes by bytes per element
 Piece: TypeAlias = tuple[slice, EllipsisType, slice, slice]
 
 
 def _pieces(prediction: Tensor) -> Iterator[Piece | None]:
-    """What cuts [B, C, *S] and [B, *S] alike into samples and rows of about ``PIECE`` elements; None: leave it whole."""
+    """Indices of pieces of about ``PIECE`` elements; each piece is a block of rows of one sample.
+
+    The indices fit tensors [B, C, *S] and [B, *S]. Yields only None if the tensors are processed whole.
+    """
     samples, height = prediction.shape[0], prediction.shape[-2]
     if prediction.device.type != "cpu" or prediction.numel() <= PIECE:
         yield None
@@ -43,7 +51,10 @@ def _cut(piece: Piece | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _window(x: Tensor, count: int, axis: int) -> Tensor:
-    """The sums of ``count`` neighbours along ``axis``, which becomes ``count`` - 1 shorter, by doubling."""
+    """The sums of ``count`` neighbours along ``axis``, which becomes ``count`` - 1 shorter.
+
+    Computed by doubling the window.
+    """
     if count == 1:
         return x
     half = count // 2
@@ -54,14 +65,18 @@ def _window(x: Tensor, count: int, axis: int) -> Tensor:
 
 
 def _shares(n: int, device: torch.device) -> Tensor:
-    """How much of each of ``n`` stretched positions is its earlier box sum; the outermost lie wholly in the picture."""
+    """The weight of the earlier of two box sums at each of ``n`` stretched positions, from 0 to 1."""
     shares = torch.linspace(0.5 / n, 1.0 - 0.5 / n, n, device=device)
     shares[0], shares[-1] = 0.0, 1.0
     return shares
 
 
 def _stretch(x: Tensor, axis: int, shares: Tensor) -> Tensor:
-    """n + 1 box sums at half positions to n positions: what bilinear interpolation makes of the inner n - 1."""
+    """Stretch n + 1 box sums, which lie between the positions, to n positions by linear interpolation along ``axis``.
+
+    The weights from ``shares`` are 0 for the first and the last sum. The result is therefore torch's bilinear
+    interpolation of the other n - 1 sums.
+    """
     n = len(shares)
     later = x.narrow(axis, 1, n)
     out = x.narrow(axis, 0, n) - later
@@ -85,7 +100,7 @@ def _logits(cond: list[Tensor], against: list[Tensor], sigma: Tensor, strength: 
     """k Λ of all models [N, B, *S], in float32."""
     like, models = cond[0], len(cond)
     height, width = like.shape[-2:]
-    quick = blur > 1 and min(height, width) > 1  # a picture thinner than two is averaged over fewer positions
+    quick = blur > 1 and min(height, width) > 1  # smooth() handles images of one row or column
     pad = blur // 2 if quick else 0
     maps = (models, len(like), *like.shape[2:-2], height + 2 * pad, width + 2 * pad)
     padded = torch.zeros(maps, device=like.device, dtype=torch.float32)
@@ -101,12 +116,67 @@ def _logits(cond: list[Tensor], against: list[Tensor], sigma: Tensor, strength: 
     return out
 
 
+def _mean(maps: Tensor) -> Tensor:
+    """The means [..., 1, 1] of ``maps`` [..., H, W].
+
+    They are summed row by row, so that their bits do not depend on the batch.
+    """
+    return (maps.sum(-1).sum(-1) / (maps.shape[-2] * maps.shape[-1]))[..., None, None]
+
+
+def log_mean_exp(logits: Tensor) -> Tensor:
+    """ln of the mean of exp(``logits``) over the positions, exact to the rounding of ``logits``.
+
+    ``logits`` [N, B, *S] -> [N, B, (T,) 1, 1].
+
+    If all ``logits`` are nearly equal, the mean of exp is near 1, and float32 rounds away the small difference between
+    this mean and 1. The scores depend on this difference, so the logarithm is then computed by expm1 and log1p.
+    """
+    top = logits.detach().amax((-2, -1), keepdim=True)
+    below = logits - top
+    mean = _mean(below.exp())
+    return top + torch.where(mean < 0.5, mean.log(), _mean(below.expm1()).log1p())
+
+
+def spread_of(logs: Tensor) -> Tensor:
+    """The spread [N, B T] over the positions of each frame, from the scores ``logs`` [N, B, *S]; 0 for the base.
+
+    Large maps are reduced row by row first. torch may split the reduction of a whole map among threads, so that its
+    bits would depend on the batch.
+    """
+    positions = logs.shape[-2] * logs.shape[-1]
+    lead = logs[1:] - logs[0]
+    if positions <= SMALL_MAP:
+        lead = lead.flatten(-2)
+        length = torch.linalg.vector_norm(lead - lead.mean(-1, keepdim=True), dim=-1)
+    else:
+        lead = lead - _mean(lead)
+        length = torch.linalg.vector_norm(torch.linalg.vector_norm(lead, dim=-1), dim=-1)
+    spread = length / positions**0.5
+    return torch.cat([torch.zeros_like(logs[:1, ..., 0, 0]), spread]).flatten(1)
+
+
+def significant(spread: Tensor, logits: Tensor) -> Tensor:
+    """``spread`` [N, B T], or 0 where it is within the rounding error of ``logits`` [N, B, *S] (constant maps)."""
+    largest = logits.detach().amax((-2, -1)).flatten(1)
+    return torch.where(spread <= ROUNDING * torch.maximum(largest, largest[:1]), 0.0, spread)
+
+
+def _mean_spread(spread: Tensor) -> Tensor:
+    """The mean spread [B T] of the experts, which is the unit of softness; 1 where the mean is 0."""
+    mean = spread[1:].sum(0) / max(1, len(spread) - 1)
+    return torch.where(mean > 0.0, mean, 1.0)
+
+
 def _guide(cond: Sequence[Tensor], uncond: Sequence[Tensor], gain: list[float]) -> list[Tensor]:
     return [c if g == 1.0 else torch.lerp(u, c, g) for c, u, g in zip(cond, uncond, gain, strict=True)]
 
 
 def _select(models: list[Tensor], wins: list[Tensor]) -> Tensor:
-    """Of N predictions [B, C, *S] the last whose ``wins`` [B, 1, *S] holds, else the first."""
+    """At each position, the prediction of the last expert whose ``wins`` [B, 1, *S] is true, else that of the base.
+
+    ``models``: N predictions [B, C, *S], the base first; ``wins``: one map for each of the N - 1 experts.
+    """
     out = models[0]
     for model, won in zip(models[1:], wins, strict=True):
         out = torch.where(won, model, out)
@@ -114,9 +184,10 @@ def _select(models: list[Tensor], wins: list[Tensor]) -> Tensor:
 
 
 def _overlay(out: Tensor, models: Sequence[Tensor], wins: Sequence[Tensor]) -> None:
-    """``_select`` into ``out``, on the bits of the predictions: whole vectors, where torch.where takes single elements.
+    """Write the result of ``_select`` to ``out``, for predictions that are viewed as integers.
 
-    51 instead of 117 us for one of two predictions of 4x4x128x128.
+    The integer operations process whole vectors, while torch.where processes single elements. Selecting from two
+    predictions of 4x4x128x128 takes 51 us instead of 117.
     """
     torch.bitwise_xor(models[0], models[1], out=out)
     out *= wins[0]
@@ -128,12 +199,15 @@ def _overlay(out: Tensor, models: Sequence[Tensor], wins: Sequence[Tensor]) -> N
 
 
 def _compete(scores: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The owner of every position uint8 [B, *S], and of every expert [B, 1, *S] where it beats all models before it."""
+    """The index of the winner at every position, and for each expert the positions where it beats all models before it.
+
+    Returns uint8 [B, *S], and a list of bool [B, 1, *S] with one mask per expert.
+    """
     best, wins = scores[0], []
     owner = None
     for i in range(1, len(scores)):
         best = best if i == 1 else torch.maximum(best, scores[i - 1])
-        won = scores[i] > best  # strictly: the base, then chain order, keeps a tie
+        won = scores[i] > best  # > and not >=: a tie goes to the base, then to the earlier expert
         owner = won.view(torch.uint8) if owner is None else torch.maximum(owner, won.view(torch.uint8) * i)
         wins.append(won.unsqueeze(1))
     return torch.zeros_like(best, dtype=torch.uint8) if owner is None else owner, wins
@@ -163,11 +237,9 @@ def _weigh(models: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _soft(
-    cond: list[Tensor], uncond: list[Tensor], gain: list[float], scores: Tensor, softness: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _soft(cond: list[Tensor], uncond: list[Tensor], gain: list[float], scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     like = cond[0]
-    weights = torch.softmax(scores / softness, dim=0)
+    weights = torch.softmax(scores, dim=0)
     shares = weights.unsqueeze(2).unbind(0)  # [B, 1, *S] of each model
     out_cond, out_uncond = (torch.empty(like.shape, dtype=like.dtype, device=like.device) for _ in range(2))
     for piece in _pieces(like):
@@ -186,27 +258,43 @@ def saliency_blend(
     region: list[Tensor | None],
     gain: list[float],
     *,
+    quota: Sequence[Tensor | int | None] | None = None,
+    memory: Sequence[Tensor | None] | None = None,
+    momentum: float = 0.0,
     blur: int,
     shared: bool,
     softness: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``kernels.saliency_blend.saliency_blend``."""
-    logits = _logits(cond, [uncond[0]] * len(uncond) if shared else uncond, sigma, strength, blur)
-    logs = torch.log_softmax(logits.flatten(-2), dim=-1).view_as(logits)
-    # x - ln softmax(x) is the same LSE at every position, and finite only where all of them are
-    partition = (logits[..., 0, 0] - logs[..., 0, 0]).flatten(1)
-    scores = list(logs.unbind(0))
-    for i in range(len(cond)):
-        if shared and i > 0:  # the saliency has not looked at it: what is not finite must still show
-            partition[i] += 0.0 * uncond[i].sum((1, -2, -1), dtype=torch.float32).flatten()
+    models = len(cond)
+    logits = _logits(cond, [uncond[0]] * models if shared else uncond, sigma, strength, blur)
+    for i, earlier in enumerate(memory or ()):
+        if earlier is not None:
+            logits[i] = logits[i] * (1.0 - momentum) + earlier * momentum
+    partition = log_mean_exp(logits)
+    logs = logits - partition
+    partition = partition.flatten(1)
+    # with ``shared``, the saliency excludes the experts' uncond, but the partition must show if it is non-finite
+    for i in range(1, models) if shared else ():
+        partition[i] += 0.0 * uncond[i].sum((1, -2, -1), dtype=torch.float32).flatten()
+    spread = significant(spread_of(logs), logits)
+    # where the spread is 0, the expert gets the base's scores, so that rounding errors do not decide
+    contested = spread.view(models, *logs.shape[1:-2], 1, 1) > 0.0
+    scores = [logs[0], *(torch.where(contested[i], logs[i], logs[0]) for i in range(1, models))]
+    if quota is not None:
+        bias, region = assign_quotas(quota, bias, region, scores, spread, softness is None)
+    for i in range(1, models):
+        unit = spread[i].view(*logs.shape[1:-2], 1, 1)
         if bias[i] != 0.0:
-            scores[i] = scores[i] + bias[i]
+            scores[i] = scores[i] + bias[i] * unit
         if (added := region[i]) is not None:
-            scores[i] = scores[i] + added
+            scores[i] = scores[i] + torch.where(added.isinf(), added, added * unit)
     if softness is None:
-        return *_hard(cond, uncond, gain, scores), partition
+        return *_hard(cond, uncond, gain, scores), partition, logits, spread
+    temperature = softness * _mean_spread(spread).view(*logs.shape[1:-2], 1, 1)
     scores = torch.stack(scores)
-    if any(r is not None for r in region):
-        forced = torch.isposinf(scores)
+    forced = torch.isposinf(scores) if any(r is not None for r in region) else None
+    scores = scores / temperature
+    if forced is not None:
         scores = torch.where(forced.any(0), torch.where(forced, 0.0, float("-inf")), scores)
-    return *_soft(cond, uncond, gain, scores, softness), partition
+    return *_soft(cond, uncond, gain, scores), partition, logits, spread

@@ -1,1 +1,1 @@
-"""CasDMHead (Cas-DM): a small head that corrects x0 where a perceptual metric counts. Start with mix.py."""
+"""CasDMHead (Cas-DM): a small network, trained with a perceptual metric, corrects a model's x0. Start with mix.py."""

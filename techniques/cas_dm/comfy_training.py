@@ -1,4 +1,4 @@
-"""What training a Cas-DM head asks of the host: latents, how a MODEL was noised, its guided predictions without gradients.
+"""Inputs from ComfyUI for training a Cas-DM head: latents, and the noising process and guided predictions of a MODEL.
 
 Shapes: B samples, C channels, h and w positions.
 """
@@ -13,20 +13,24 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...common.shapes import size_of
 from ...host.attachments import Conditioning, attached
-from ...host.parametrization import FLOW, family, latent_format_of, sampling_of
-from ...host.shape_errors import explained
+from ...host.parametrization import FLOW, family, latent_format_of, percent_to_sigma, sampling_of
+from ...host.shape_errors import explain_shape_errors
+from .training_data import NO_LATENTS
 
-# what an entry of a CONDITIONING may hold that acts by the noise level, by the place, or by memory
-BY_LEVEL = frozenset("control hooks gligen start_percent end_percent area mask timestep_start timestep_end".split())
+# options of a CONDITIONING entry whose effect depends on the noise level, the position, or earlier calls
+LEVEL_DEPENDENT = frozenset(
+    "control hooks gligen start_percent end_percent area mask timestep_start timestep_end".split()
+)
 
 
 def process_of(model: ModelPatcher) -> tuple[Callable[[float], float], bool, float]:
-    """How ``model`` was noised in training: sigma of the share of the sampling, whether it is a flow, its noise scale."""
+    """The noising process of ``model`` as the fields of ``training_data.Process``: sigma, flow and noise_scale."""
     sampling = sampling_of(model)
     flow = family(sampling) == FLOW
     return (
-        lambda percent: float(sampling.percent_to_sigma(percent)),
+        percent_to_sigma(sampling),
         flow,
         float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0,
     )
@@ -34,102 +38,110 @@ def process_of(model: ModelPatcher) -> tuple[Callable[[float], float], bool, flo
 
 @torch.inference_mode(False)
 def read_latents(model: ModelPatcher, samples: Sequence[Mapping]) -> list[Tensor]:
-    """The pictures of some LATENTs, each of one or several of one size, in the model's scale: [C, h, w] or [C, T, h, w].
+    """The latents of a list of LATENTs in the model's scale, each [C, h, w] or [C, T, h, w].
 
-    Errors (ValueError): none at all, nested ones, other channels than the model's, non-finite numbers.
+    A ValueError for missing, nested or non-finite latents, and for another number of axes or channels than the model's.
     """
     latent_format = latent_format_of(model)
     channels, axes = latent_format.latent_channels, latent_format.latent_dimensions + 2
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
     for latent in samples:
         tensor = latent["samples"]
         if tensor.is_nested:
-            raise ValueError("samples holds nested latents (video with sound); train on pictures or on video alone")
+            raise ValueError(
+                "expected latents of images or video for samples, got a nested latent (video with audio); connect latents of"
+                " images, or of video without audio"
+            )
         if tensor.ndim != axes or tensor.shape[1] != channels:
             raise ValueError(
-                f"samples are {tuple(tensor.shape)}, and {type(model.model).__name__} works on latents of {channels}"
-                f" channels and {axes} axes; encode the pictures with the VAE of this model"
+                f"expected latents with {channels} channels and {axes} axes for {type(model.model).__name__}, got"
+                f" {size_of(tensor)}; encode the images with the VAE of this model"
             )
         tensor = model.model.process_latent_in(tensor.to("cpu", torch.float32, copy=True))
         if not bool(tensor.isfinite().all()):
-            raise ValueError("samples hold numbers that are NaN or infinite; encode the pictures anew")
-        pictures += tensor.unbind(0)
-    if not pictures:
-        raise ValueError("samples hold no latents; load pictures and encode them with the VAE of this model")
-    return pictures
+            raise ValueError("samples are not finite (NaN or infinite); encode the images again")
+        images += tensor.unbind(0)
+    if not images:
+        raise ValueError(NO_LATENTS)
+    return images
 
 
-class Guided:
-    """x̂_θ of a MODEL: what the host's guidance predicts, with all that hangs on the MODEL, and without gradients.
+class GuidedPrediction:
+    """Computes x̂_θ: the guided prediction of a MODEL with all its patches, without gradients.
 
-    Every call is a run of the host's guider with one prediction, so that patches, LoRAs, a blend of several models and
-    other heads act as they do in sampling.
+    Every call runs ComfyUI's guider for a single prediction, so that patches, LoRAs, a blend of several models and
+    other heads act as in sampling.
     """
 
     def __init__(
         self, model: ModelPatcher, positive: Conditioning, negative: Conditioning | None, cfg: float, count: int
     ) -> None:
-        """``positive``: entries of a CONDITIONING, one for all pictures or one for each of ``count``."""
+        """``positive``: entries of a CONDITIONING, one for all ``count`` images or one per image."""
         if len(positive) not in (1, count):
             raise ValueError(
-                f"{len(positive)} prompts in positive for {count} latents; wire one prompt for all, or one for each"
+                f"got {len(positive)} prompts in positive for {count} latents; connect one prompt for all, or one for each"
             )
         if negative is None and (cfg != 1.0 or any(a.needs_negative for a in attached(model))):
-            why = f"cfg {cfg:g} guides away from it" if cfg != 1.0 else "the blend on the model compares with it"
-            raise ValueError(f"negative is not wired, and {why}; wire it (an empty prompt), or set cfg to 1")
+            why, or_else = (f"cfg {cfg:g}", ", or set cfg to 1") if cfg != 1.0 else ("the blend on the model", "")
+            raise ValueError(f"{why} needs a negative prompt; connect an empty CLIP Text Encode to 'negative'{or_else}")
         self.model, self.positive, self.cfg = model, list(positive), cfg
         self.negative = self.positive[:1] if negative is None else list(negative)
-        # a head that was trained at one level for a whole batch would not see windows and steps as sampling has them
-        self.one_by_one = _by_level(model) or any(BY_LEVEL & set(o) for _, o in [*self.positive, *self.negative])
+        # ComfyUI reads the noise level of a batch from its first row, so patches would use this level for all rows
+        self.one_by_one = _depends_on_level(model) or any(
+            LEVEL_DEPENDENT & set(o) for _, o in [*self.positive, *self.negative]
+        )
 
     def __call__(self, x: Tensor, sigma: Tensor, indices: Sequence[int]) -> Tensor:
-        """For x_t [B, C, h, w] at ``sigma`` [B] of the pictures ``indices``, in the model's scale."""
-        found: dict[int, Tensor] = {}
+        """x̂_θ [B, C, h, w] in the model's scale, predicted from ``x`` (x_t) at ``sigma`` [B].
+
+        ``indices``: the image of each row, which selects its prompt.
+        """
+        x0_by_row: dict[int, Tensor] = {}
         for rows, entry in self._groups(indices):
             comfy.model_management.throw_exception_if_processing_interrupted()
             predicted = self._predict(x[rows], sigma[rows], entry)
             for row, x0 in zip(rows, predicted):
-                found[row] = x0
-        return torch.stack([found[row] for row in range(len(x))])
+                x0_by_row[row] = x0
+        return torch.stack([x0_by_row[row] for row in range(len(x))])
 
     def _groups(self, indices: Sequence[int]) -> list[tuple[list[int], Sequence]]:
-        """Rows that can be asked for at once, with their prompts joined."""
+        """Groups of rows that can form one batch, each with the concatenated prompts of its rows."""
         entries = [self.positive[i % len(self.positive)] for i in indices]
         if self.one_by_one:
             return [([row], entry) for row, entry in enumerate(entries)]
         groups: dict[tuple, list[int]] = {}
         for row, entry in enumerate(entries):
-            groups.setdefault(_kind(entry), []).append(row)
-        return [(rows, _joined([entries[row] for row in rows])) for rows in groups.values()]
+            groups.setdefault(_batch_key(entry), []).append(row)
+        return [(rows, _batched([entries[row] for row in rows])) for rows in groups.values()]
 
     @torch.inference_mode()
     def _run(self, x: Tensor, sigma: Tensor, entry: Sequence) -> Tensor:
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds([entry], self.negative)
         guider.set_cfg(self.cfg)
-        asked, zeros = _Asked(x, sigma), torch.zeros_like(x, device="cpu")
+        sampler, zeros = _SinglePrediction(x, sigma), torch.zeros_like(x, device="cpu")
         levels = torch.stack([sigma.max(), torch.zeros_like(sigma[0])]).cpu()
-        with explained("the model"):
-            guider.sample(zeros, zeros, asked, levels, disable_pbar=True, seed=0)
-        return asked.answer
+        with explain_shape_errors("the model"):
+            guider.sample(zeros, zeros, sampler, levels, disable_pbar=True, seed=0)
+        return sampler.prediction
 
     def _predict(self, x: Tensor, sigma: Tensor, entry: Sequence) -> Tensor:
         before = comfy.model_management.in_training
-        comfy.model_management.in_training = False  # this one is asked as it is in sampling
+        comfy.model_management.in_training = False  # predict as in sampling
         try:
             return self._run(x, sigma, entry).clone()
         finally:
             comfy.model_management.in_training = before
 
     def unload(self) -> None:
-        """The predictions are all there; give the memory back."""
+        """Unload the model. Call it after the last prediction."""
         comfy.model_management.unload_model_and_clones(self.model)
 
 
-class _Asked(comfy.samplers.Sampler):
-    """A sampler that asks once."""
+class _SinglePrediction(comfy.samplers.Sampler):
+    """A sampler that makes a single prediction and stores it."""
 
-    answer: Tensor  # once it has sampled
+    prediction: Tensor  # set by sample()
 
     def __init__(self, x: Tensor, sigma: Tensor) -> None:
         self.x, self.sigma = x, sigma
@@ -144,40 +156,40 @@ class _Asked(comfy.samplers.Sampler):
         *rest: Any,
         **kwargs: Any,
     ) -> Tensor:
-        self.answer = guider(self.x.to(noise.device), self.sigma.to(noise.device), **extra_args)
+        self.prediction = guider(self.x.to(noise.device), self.sigma.to(noise.device), **extra_args)
         return torch.zeros_like(noise)
 
 
-def _by_level(model: ModelPatcher) -> bool:
-    """Whether something on ``model`` may look at the noise level of a whole batch, which the host takes from its first."""
+def _depends_on_level(model: ModelPatcher) -> bool:
+    """Whether a patch of ``model`` may depend on the noise level, which ComfyUI reads from the first row of a batch."""
     options = model.model_options
     inside = {k: v for k, v in options.get("transformer_options", {}).items() if v}
     hooked = any(v for k, v in options.items() if k != "transformer_options")
     return bool(inside or hooked or any(model.wrappers.values()))
 
 
-def _kind(entry: Sequence) -> tuple:
-    """What entries must agree in to be asked for at once."""
+def _batch_key(entry: Sequence) -> tuple:
+    """A key of a CONDITIONING entry: entries with equal keys can be batched."""
     tensor, options = entry
-    rest = tuple((key, _like(options[key])) for key in sorted(options))
-    return (_like(tensor), rest) if _joinable(tensor) else (id(tensor), rest)
+    rest = tuple((key, _same_shape_key(options[key])) for key in sorted(options))
+    return (_same_shape_key(tensor), rest) if _is_batchable(tensor) else (id(tensor), rest)
 
 
-def _like(value: Any) -> object:
+def _same_shape_key(value: Any) -> object:
     if isinstance(value, Tensor):
-        return tuple(value.shape) if _joinable(value) else id(value)
+        return tuple(value.shape) if _is_batchable(value) else id(value)
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
-def _joinable(value: Any) -> bool:
+def _is_batchable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and len(value) == 1
 
 
-def _joined(entries: list[Sequence]) -> Sequence:
-    """One entry with a row for each of ``entries``, which are of one kind."""
+def _batched(entries: list[Sequence]) -> Sequence:
+    """One entry with a row for each of ``entries``, which have equal keys."""
     tensor, options = entries[0]
     if all(entry is entries[0] for entry in entries):
         return entries[0]
     tensors = [e[0] for e in entries]
-    merged = {k: torch.cat([o[k] for _, o in entries]) if _joinable(v) else v for k, v in options.items()}
-    return [torch.cat(tensors) if _joinable(tensor) else tensor, merged]
+    options = {k: torch.cat([o[k] for _, o in entries]) if _is_batchable(v) else v for k, v in options.items()}
+    return [torch.cat(tensors) if _is_batchable(tensor) else tensor, options]

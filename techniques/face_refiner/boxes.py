@@ -1,11 +1,12 @@
-"""Which faces of a picture are refined, and the square window around each.
+"""Selection of the faces of an image, and the square window around each.
 
-Boxes are (x, y, width, height) in pixels; windows are whole pixels and may reach beyond the picture.
+Boxes are (x, y, width, height) in pixels; windows have integer pixels and may extend beyond the image.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,62 +15,70 @@ from einops import repeat
 from scipy import ndimage
 from torch import Tensor
 
+from ...common.settings import check_choice
+
 CHOICES = ("all", "largest", "index")
-GRID = 96  # cells along the longer side of a mask in which its areas are told apart
+GRID = 96  # faces_of_mask looks for separate areas on a grid with at most this many cells along the longer side
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Face:
-    """One face of a batch: which picture, and the part of its box that lies inside."""
+    """One face of a batch: image index and box, clipped to the image unless it is entirely outside."""
 
     image: int
     box: Box
-    index: int  # of the box in its picture, as the detector has it
+    index: int  # position of the box in the detector's list for this image
+    is_outside: bool = False  # whether no pixel of the box is in the image; such a face is not refined
 
     @property
     def area(self) -> float:
         return self.box[2] * self.box[3]
 
     @property
-    def least_side(self) -> float:
+    def shorter_side(self) -> float:
         return min(self.box[2:])
 
 
 @dataclass(frozen=True)
 class Window:
-    """A square of a picture; ``inside`` it is what the picture has of it."""
+    """A square window that may extend beyond the image."""
 
     left: int
     top: int
     side: int
-    height: int  # of the picture
-    width: int
+    height: int  # of the image
+    width: int  # of the image
 
     @property
     def inside(self) -> tuple[slice, slice]:
-        """Rows and columns of the picture."""
+        """Rows and columns of the image within the window."""
         rows = slice(max(self.top, 0), min(self.top + self.side, self.height))
         return rows, slice(max(self.left, 0), min(self.left + self.side, self.width))
 
     @property
-    def beyond(self) -> tuple[int, int, int, int]:
-        """Pixels left, right, above and below that the picture does not have, as F.pad takes them."""
+    def overhang(self) -> tuple[int, int, int, int]:
+        """Pixels beyond the image: left, right, above and below, in the order of F.pad."""
         right, bottom = self.left + self.side - self.width, self.top + self.side - self.height
         return max(-self.left, 0), max(right, 0), max(-self.top, 0), max(bottom, 0)
 
 
-def per_image(bboxes: Any, images: int) -> list[list[Box]]:
-    """The boxes of every picture, from a BOUNDING_BOX as ComfyUI's nodes give it.
+def per_image(bboxes: Any, images: int, height: int, width: int) -> list[list[Box]]:
+    """The boxes of every image, from ComfyUI's BOUNDING_BOX or from Impact Pack's SEGS, for images of height x width.
 
-    One box or one list for all pictures, or a list of lists, one for each picture.
+    A BOUNDING_BOX is one box for all images, one list of boxes for all images, or one entry per image: a list of boxes,
+    a box, or None for an image without faces. SEGS are ((height, width), [segment, ...]), whose ``bbox`` is (left, top,
+    right, bottom); they apply to all images, and are scaled if the images have another size.
     """
+    if _is_segs(bboxes):
+        bboxes = _boxes_of_segs(bboxes, height, width)
     if isinstance(bboxes, Mapping):
         bboxes = [bboxes]
     if not isinstance(bboxes, Sequence) or isinstance(bboxes, str):
         raise ValueError(
-            f"bboxes is {type(bboxes).__name__}; wire boxes, or lists of them, with x, y, width and height"
+            f"expected BOUNDING_BOX or SEGS for bboxes, got {type(bboxes).__name__}; connect a box with x, y, width and height,"
+            " or a list of boxes"
         )
     if all(isinstance(box, Mapping) for box in bboxes):
         bboxes = [bboxes]
@@ -77,73 +86,117 @@ def per_image(bboxes: Any, images: int) -> list[list[Box]]:
         bboxes = list(bboxes) * images
     if len(bboxes) != images:
         raise ValueError(
-            f"there are boxes for {len(bboxes)} images, and {images} images; detect the faces on this very batch"
+            f"expected boxes for {images} images, got boxes for {len(bboxes)}; detect the faces in this batch of images"
         )
+    bboxes = [[] if entry is None else [entry] if isinstance(entry, Mapping) else entry for entry in bboxes]
     for image, boxes in enumerate(bboxes):
         if not isinstance(boxes, Sequence) or isinstance(boxes, str):
-            raise ValueError(f"image {image}: {str(boxes)[:80]} is no list of boxes with x, y, width and height")
+            raise ValueError(
+                f"image {image}: expected a list of boxes with x, y, width and height, got {str(boxes)[:80]};"
+                " detect the faces again"
+            )
     return [[read_box(box, image) for box in boxes] for image, boxes in enumerate(bboxes)]
+
+
+def _is_segs(value: Any) -> bool:
+    """Whether ``value`` has the form of SEGS; boxes are mappings, never pairs of numbers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not isinstance(value[0], (tuple, list)):
+        return False
+    return len(value[0]) == 2 and all(isinstance(n, Integral) for n in value[0]) and isinstance(value[1], (tuple, list))
+
+
+def _boxes_of_segs(segs: Sequence[Any], height: int, width: int) -> list[dict[str, float]]:
+    """The boxes of segments, scaled to images of height x width, as Impact Pack's detailers scale them."""
+    if min(segs[0]) < 1:
+        raise ValueError(
+            f"expected the height and width of an image in the SEGS, got {segs[0]}; detect the faces again"
+        )
+    vertical, horizontal = height / segs[0][0], width / segs[0][1]
+    boxes = []
+    for segment in segs[1]:
+        try:
+            x1, y1, x2, y2 = map(float, segment.bbox)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(
+                f"expected segments with a bbox of left, top, right and bottom in the SEGS, got {str(segment)[:80]};"
+                " detect the faces again"
+            ) from None
+        size = {"width": (x2 - x1) * horizontal, "height": (y2 - y1) * vertical}
+        boxes.append({"x": x1 * horizontal, "y": y1 * vertical, **size})
+    return boxes
 
 
 def read_box(box: Any, image: int) -> Box:
     try:
         x, y, width, height = (float(box[key]) for key in ("x", "y", "width", "height"))
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"image {image}: {str(box)[:80]} is no box; it needs numbers x, y, width and height") from None
+        raise ValueError(
+            f"image {image}: expected a box with numbers x, y, width and height, got {str(box)[:80]};"
+            " detect the faces again"
+        ) from None
     numbers = x, y, width, height
     if not all(map(math.isfinite, numbers)) or min(numbers[2:]) < 0:
-        raise ValueError(f"image {image}: a box of x, y, width, height {numbers} has no place; detect the faces anew")
+        raise ValueError(
+            f"image {image}: expected a box (x, y, width, height) of finite numbers, width and height at least 0, got"
+            f" {numbers}; detect the faces again"
+        )
     return numbers
 
 
 def faces_in(boxes: Sequence[Sequence[Box]], height: int, width: int) -> list[Face]:
-    """The faces of all pictures, clipped to them; a ValueError for a box that lies outside."""
-    found = []
-    for image, ones in enumerate(boxes):
-        for index, (x, y, w, h) in enumerate(ones):
+    """The faces of all images, clipped to the image. A box that is entirely outside is marked and not clipped.
+
+    A detector that tracks a face through a video also returns its box in frames that the face has left.
+    """
+    faces = []
+    for image, image_boxes in enumerate(boxes):
+        for index, (x, y, w, h) in enumerate(image_boxes):
             left, top = max(x, 0.0), max(y, 0.0)
             right, bottom = min(x + w, float(width)), min(y + h, float(height))
             if right < left or bottom < top or left >= width or top >= height:
-                raise ValueError(
-                    f"image {image}: the box at x {x:g}, y {y:g} of {w:g} x {h:g} lies outside the picture of"
-                    f" {width} x {height}; detect the faces on this very picture, not before it was resized or cropped"
-                )
-            found.append(Face(image, (left, top, right - left, bottom - top), index))
-    return found
+                faces.append(Face(image, (x, y, w, h), index, is_outside=True))
+            else:
+                faces.append(Face(image, (left, top, right - left, bottom - top), index))
+    return faces
 
 
 def choose(faces: Sequence[Face], which: str = "all", index: int = 0) -> list[Face]:
-    """Of every picture all faces, its largest, or the one of that ``index``, counted from the end where negative."""
-    if which not in CHOICES:
-        raise ValueError(f"faces {which!r} is none of {', '.join(CHOICES)}")
+    """For every image: all faces, the largest face, or the face at ``index``; a negative index counts from the end.
+
+    Faces outside their image are always included, so that the report lists them. The numbering for ``index`` includes them.
+    """
+    check_choice("faces", which, CHOICES)
     if which == "all":
         return list(faces)
     chosen = []
     for image in sorted({face.image for face in faces}):
-        ones = [face for face in faces if face.image == image]
-        if which == "largest":
-            chosen.append(max(ones, key=lambda face: face.area))
-        elif -len(ones) <= index < len(ones):
-            chosen.append(ones[index])
+        candidates = [face for face in faces if face.image == image]
+        inside = [face for face in candidates if not face.is_outside]
+        one = None
+        if which == "largest" and inside:
+            one = max(inside, key=lambda face: face.area)
+        elif which == "index" and -len(candidates) <= index < len(candidates):
+            one = candidates[index]
+        chosen += [face for face in candidates if face is one or face.is_outside]
     return chosen
 
 
 def faces_of_mask(mask: Tensor) -> list[list[Box]]:
-    """A box around each area of a mask [B, H, W] where it is not 0, by picture, the largest first.
+    """A box around each non-zero area of a mask [B, H, W], by image, the largest first.
 
-    Areas nearer than about a hundredth of the picture are one, and so are areas that touch at a corner.
+    Areas are merged if they touch at a corner, or if the gap is less than about a hundredth of the longer side.
     """
     height, width = mask.shape[1:]
     step = max(1, math.ceil(max(height, width) / GRID))
-    painted = (mask > 0).cpu()
-    cells = F.max_pool2d(painted.float().unsqueeze(1), step, ceil_mode=True).squeeze(1)
-    found = []
-    for picture, coarse in zip(painted.numpy(), cells.numpy()):
+    marked = (mask > 0).cpu()
+    cells = F.max_pool2d(marked.float().unsqueeze(1), step, ceil_mode=True).squeeze(1)
+    boxes_by_image = []
+    for image, coarse in zip(marked.numpy(), cells.numpy()):
         labels, _ = ndimage.label(coarse, structure=np.ones((3, 3)))
-        areas = repeat(labels, "h w -> (h y) (w x)", y=step, x=step)[:height, :width] * picture
+        areas = repeat(labels, "h w -> (h y) (w x)", y=step, x=step)[:height, :width] * image
         boxes = [_box_of(rows, columns) for rows, columns in ndimage.find_objects(areas)]
-        found.append(sorted(boxes, key=lambda box: -box[2] * box[3]))
-    return found
+        boxes_by_image.append(sorted(boxes, key=lambda box: -box[2] * box[3]))
+    return boxes_by_image
 
 
 def _box_of(rows: slice, columns: slice) -> Box:
@@ -152,7 +205,10 @@ def _box_of(rows: slice, columns: slice) -> Box:
 
 
 def window(face: Face, padding: float, height: int, width: int) -> Window:
-    """The square around a face, ``padding`` times its longer side wider at each side, moved into the picture if it fits."""
+    """The square window around a face. A window that is not larger than the image is moved inside the image.
+
+    Its side is the longer side of the face, extended at both ends by ``padding`` times that length.
+    """
     x, y, w, h = face.box
     side = max(1, math.ceil(max(w, h) * (1.0 + 2.0 * padding)))
 

@@ -1,4 +1,4 @@
-"""What a face refiner does to pictures that it was not trained on: source, refined, target, a row for each."""
+"""Preview of a face refiner on validation images: one row per image, with the columns source, refined and target."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ GAP, LINE, NARROWEST, WIDEST = 8, 18, 96, 256
 
 
 def draw_refined(rows: Sequence[Sequence[Tensor]], columns: Sequence[str] = PAIRED) -> Tensor:
-    """A sheet [H', W', 3]; every row holds a picture [3, S, S] in 0..1 for each of ``columns``."""
+    """A sheet [H', W', 3]. ``rows``: for each row of the sheet, one image [3, S, S] in 0..1 per column."""
     side = min(max(rows[0][0].shape[-1], NARROWEST), WIDEST)
     sheet = Sheet(GAP + len(columns) * (side + GAP), 2 * GAP + LINE + len(rows) * (side + GAP))
     for k, name in enumerate(columns):
         sheet.text(GAP + k * (side + GAP), GAP, name)
     for i, row in enumerate(rows):
-        for k, picture in enumerate(row):
-            sheet.paste(GAP + k * (side + GAP), GAP + LINE + i * (side + GAP), picture.movedim(0, -1), side, side)
+        for k, image in enumerate(row):
+            sheet.paste(GAP + k * (side + GAP), GAP + LINE + i * (side + GAP), image.movedim(0, -1), side, side)
     return sheet.tensor()

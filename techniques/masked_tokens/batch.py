@@ -1,7 +1,8 @@
-"""How prompts, pictures, masks and token grids of different numbers make one batch.
+"""Batching of prompts, images, masks and token grids.
 
-Each comes once, for all, or as often as the others: then they go together in their order. Each of the n items is
-sampled ``times`` times; samples of one item follow each other.
+An item is one prompt with its image, mask and token grid. Each kind of input has either one element, used for every
+item, or one element per item, paired in order. Every item is sampled ``times`` times; the samples of one item are
+adjacent in the batch.
 """
 
 import math
@@ -22,29 +23,31 @@ class Batch:
 
     @classmethod
     def of(cls, times: int, **counts: int) -> "Batch":
-        """The batch of ``counts``, the number of each thing under its name; underscores are read as spaces."""
+        """The batch for inputs with the sizes ``counts``, by name; error messages show underscores as spaces."""
         items = max(counts.values())
         if any(count not in (1, items) for count in counts.values()):
             listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-            raise ValueError(f"{listed} make no batch: each must be 1 or {items}; wire one for all, or {items} of each")
+            raise ValueError(
+                f"{listed} cannot be batched: each count must be 1 or {items}; connect 1 or {items} of each"
+            )
         return cls(items, times)
 
     def __len__(self) -> int:
         return self.items * self.times
 
-    def spread(self, x: Tensor) -> Tensor:
-        """One of ``x`` [1 or items, ...] for each sample: [items times, ...]."""
+    def expand(self, x: Tensor) -> Tensor:
+        """``x`` [1 or items, ...] repeated for every sample: [items * times, ...]."""
         samples = repeat(x.expand(self.items, *x.shape[1:]), "items ... -> (items times) ...", times=self.times)
-        return samples.contiguous()  # files hold no expanded views
+        return samples.contiguous()  # safetensors cannot save expanded views
 
 
 def stack_texts(*groups: Sequence[Text]) -> list[Text]:
-    """Each group of single prompts, states [1, L, C] and pooled [1, C], as one text, all of one length.
+    """Concatenate the prompts of each group. A prompt has states [1, L, C] and pooled text [1, C].
 
-    Shorter prompts are repeated whole, as the host does: attention reads each word as often as every other, so its
-    result is the same.
+    All results have the same length: prompts are repeated up to the least common multiple of the lengths, as ComfyUI
+    does. This does not change attention, because every word is repeated equally often.
     """
-    length = math.lcm(*(states.shape[1] for states, _ in _all(groups)))
+    length = math.lcm(*(states.shape[1] for states, _ in _flatten(groups)))
     return [
         (
             torch.cat([states.repeat(1, length // states.shape[1], 1) for states, _ in group]),
@@ -54,5 +57,5 @@ def stack_texts(*groups: Sequence[Text]) -> list[Text]:
     ]
 
 
-def _all(groups: Iterable[Sequence[Text]]) -> list[Text]:
+def _flatten(groups: Iterable[Sequence[Text]]) -> list[Text]:
     return [text for group in groups for text in group]

@@ -1,11 +1,12 @@
-"""From a picture, a mask and a draft of tokens to the tokens that a run starts from, and from its tokens to a picture.
+"""Prepares the initial tokens of a sampling run from the user's inputs, and composes the final image from its result.
 
-Three tasks, told apart by what is given:
-- a picture: it is repainted, all of it or what lies under the mask; the tokens of a draft hold there
-- no picture but tokens: the unknown ones are painted, and those under the mask anew
-- nothing: all is painted
+The connected inputs decide the task:
+- Image without a mask: image to image. Image with a mask: inpainting. If tokens are connected too, they are pinned,
+  that is, kept in the result. With a mask, only the tokens under the mask are pinned.
+- Tokens without an image: unknown tokens are generated. With a mask, the tokens under the mask are generated too.
+- Neither: text to image. All tokens are generated.
 
-Shapes: B samples, h and w tokens, H and W pixels of height and width.
+Shapes: B samples, h and w the height and width in tokens, H and W those in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,112 +18,111 @@ from torch import Tensor
 from ...common.shapes import size_of
 from .batch import Batch
 from .paste import paste
-from .tokens import Tokens, cells, check_mask, pixels
+from .tokens import Tokens, check_mask, mask_to_tokens, pixels
 
 
 @dataclass(frozen=True, eq=False)
 class InitialTokens:
-    """The tokens a run starts from: ``ids``, ``free`` and ``pinned`` are what masked_tokens.decode takes."""
+    """The tokens a run starts from. ``decode.decode`` receives ``ids``, ``free`` (as its mask) and ``pinned``."""
 
-    ids: Tensor  # [B, h, w], the mask id where nothing is known
-    free: Tensor | None  # [B, h, w] true where tokens may change; None: everywhere
-    pinned: Tensor | None  # [B, h, w], the mask id where a token is free
-    picture: Tensor | None  # [B, H, W, 3], 0..1: what stays outside the mask
-    mask: Tensor | None  # [B, H, W], 1 where the picture may change; None: everywhere
+    ids: Tensor  # [B, h, w], the mask id at unknown tokens
+    free: Tensor | None  # [B, h, w], true where tokens may change; None: everywhere
+    pinned: Tensor | None  # [B, h, w]: the ids of pinned tokens, the mask id elsewhere; None: no token is pinned
+    image: Tensor | None  # the input image [B, H, W, 3], 0..1; kept outside the mask
+    mask: Tensor | None  # [B, H, W], 1 where the image may change; None: everywhere
 
-    def finish(self, ids: Tensor, to_pictures: Callable[[Tensor], Tensor], feather: int = 0) -> Tensor:
-        """Pictures [B, H, W, 3] of ``ids`` [B, h, w], pasted into the picture that was given: outside the mask, and of
-        samples none of whose tokens changed, its pixels come back bit for bit.
+    def finish(self, ids: Tensor, to_images: Callable[[Tensor], Tensor], feather: int = 0) -> Tensor:
+        """Images [B, H, W, 3] of ``ids`` [B, h, w], pasted into the input image if there is one.
 
-        ``to_pictures(ids)`` gives those of any number of samples; it is asked for none where nothing changed.
+        Outside the mask, and in samples without a changed token, the input pixels are returned bit for bit.
+        ``to_images(ids)`` decodes any number of samples; it is called only for samples with changed tokens.
         """
-        if self.picture is None:
-            return to_pictures(ids)
+        if self.image is None:
+            return to_images(ids)
         changed = (ids != self.ids).flatten(1).any(1)
-        finished = self.picture.clone()
+        finished = self.image.clone()
         if changed.any():
-            painted = to_pictures(ids[changed]).to(finished)
+            generated = to_images(ids[changed]).to(finished)
             if self.mask is not None:
-                painted = paste(self.picture[changed], painted, self.mask[changed], feather)
-            finished[changed] = painted
+                generated = paste(self.image[changed], generated, self.mask[changed], feather)
+            finished[changed] = generated
         return finished
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """The user's inputs, each of its own number of samples; sizes in pixels."""
+    """The user's inputs, each with its own batch size; sizes in pixels."""
 
-    blank: Tokens  # one unknown token of the model, for its sizes
-    size: tuple[int, int]  # height and width; what is wired decides over them
-    picture: Tensor | None = None  # [I, H, W, 3], 0..1
+    blank: Tokens  # a single unknown token; specifies the codebook, the mask id and the downscale
+    size: tuple[int, int]  # height and width; ignored if an image or tokens are given
+    image: Tensor | None = None  # [I, H, W, 3], 0..1
     mask: Tensor | None = None  # [M, H, W]
     tokens: Tokens | None = None  # [T, h, w]
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
             self.tokens.check("the tokens", self.blank.codebook, self.blank.mask_id, self.blank.downscale)
-        check_sides("the picture" if self.picture is not None else "width and height", self.area, self.blank.downscale)
-        if self.picture is not None and self.tokens is not None and self.tokens.size != self.area:
+        check_sides("the image" if self.image is not None else "width and height", self.area, self.blank.downscale)
+        if self.image is not None and self.tokens is not None and self.tokens.size != self.area:
             raise ValueError(
-                f"tokens of a {pixels(self.tokens.size)} picture do not fit the image of {pixels(self.area)} pixels;"
-                " resize the image, or leave one of the two unwired"
+                f"tokens for {pixels(self.tokens.size)} pixels do not fit the image of {pixels(self.area)} pixels;"
+                " resize the image, or disconnect the image or the tokens"
             )
         if self.mask is not None:
-            if self.picture is None and self.tokens is None:
+            if self.image is None and self.tokens is None:
                 raise ValueError(
-                    "a mask is wired, but nothing that could stay outside it; wire the image or the tokens, or leave"
-                    " the mask unwired"
+                    "expected an image or tokens with the mask, got neither; connect one of them, or disconnect the mask"
                 )
             check_mask(self.mask, self.area)
 
     @property
     def area(self) -> tuple[int, int]:
-        """Height and width in pixels of what is painted."""
-        if self.picture is not None:
-            height, width = self.picture.shape[1:3]
+        """Height and width in pixels of the generated image."""
+        if self.image is not None:
+            height, width = self.image.shape[1:3]
             return height, width
         return self.tokens.size if self.tokens is not None else self.size
 
     def counts(self) -> dict[str, int]:
-        """How many there are of each thing that is wired, for Batch.of."""
+        """The batch size of each given input, for Batch.of."""
         ids = None if self.tokens is None else self.tokens.ids
-        things = {"images": self.picture, "masks": self.mask, "token_grids": ids}
-        return {name: len(x) for name, x in things.items() if x is not None}
+        inputs = {"images": self.image, "masks": self.mask, "token_grids": ids}
+        return {name: len(x) for name, x in inputs.items() if x is not None}
 
     def initial_tokens(self, batch: Batch, to_tokens: Callable[[Tensor], Tensor]) -> InitialTokens:
-        """The samples of ``batch``; ``to_tokens`` gives the ids [I, h, w] of the pictures [I, H, W, 3]."""
-        picture, mask, held = (
-            None if x is None else batch.spread(x)
-            for x in (self.picture, self.mask, None if self.tokens is None else self.tokens.ids)
+        """The initial tokens of ``batch``; ``to_tokens`` encodes images [I, H, W, 3] to ids [I, h, w]."""
+        image, mask, tokens = (
+            None if x is None else batch.expand(x)
+            for x in (self.image, self.mask, None if self.tokens is None else self.tokens.ids)
         )
-        free = None if mask is None else cells(mask, self.blank.downscale).cpu()
-        if self.picture is not None:
-            ids = batch.spread(to_tokens(self.picture))
-            # outside the mask the picture stays, so its own tokens are what the others shall fit to
-            pinned = held if held is None or free is None else torch.where(free, held, self.blank.mask_id)
-        elif held is not None:
-            ids, pinned = held, held if free is None else None
+        free = None if mask is None else mask_to_tokens(mask, self.blank.downscale).cpu()
+        if self.image is not None:
+            ids = batch.expand(to_tokens(self.image))
+            # pinned only under the mask: outside the mask the image is kept, and so are its tokens
+            pinned = tokens if tokens is None or free is None else torch.where(free, tokens, self.blank.mask_id)
+        elif tokens is not None:
+            ids, pinned = tokens, tokens if free is None else None
         else:
             height, width = (side // self.blank.downscale for side in self.area)
-            ids, pinned = batch.spread(torch.full((1, height, width), self.blank.mask_id)), None
-        return InitialTokens(ids, free, pinned, picture, mask)
+            ids, pinned = batch.expand(torch.full((1, height, width), self.blank.mask_id)), None
+        return InitialTokens(ids, free, pinned, image, mask)
 
 
 def check_sides(name: str, size: Sequence[int], downscale: int) -> None:
-    """Raise ValueError unless the ``size`` (height, width) in pixels is a whole number of tokens."""
+    """Raise ValueError unless both sides of ``size`` (height, width) in pixels are multiples of ``downscale``."""
     if any(side < downscale or side % downscale for side in size):
         fitting = tuple(max(1, round(side / downscale)) * downscale for side in size)
         raise ValueError(
-            f"{name} of {pixels(size)} pixels cannot be divided into tokens of {downscale}x{downscale};"
+            f"{name} of {pixels(size)} pixels cannot be divided into tokens of {downscale}x{downscale} pixels;"
             f" use multiples of {downscale}, here {pixels(fitting)}"
         )
 
 
 def rgb(image: Tensor) -> Tensor:
-    """An IMAGE [B, H, W, C] as float32 with three channels: a fourth is alpha and is dropped, a single one is grey."""
+    """An IMAGE [B, H, W, C] as float32 with three channels: alpha (a fourth channel) is dropped, grey is repeated."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4):
         raise ValueError(
-            f"an image of size {size_of(image)} is not batch x height x width x channels with 1, 3 or 4"
-            " channels; convert it to RGB"
+            f"expected an image [batch, height, width, channels] with 1, 3 or 4 channels, got {size_of(image)}; convert it"
+            " to RGB"
         )
     return image[..., :3].float().expand(*image.shape[:3], 3)

@@ -1,13 +1,13 @@
-"""Masked token models on disk: folders below models/masked_token, laid out as aMUSEd is published for diffusers.
+"""Loading masked token models from folders below models/masked_token, in the layout of the published aMUSEd.
 
     amused-256/transformer/   config.json  diffusion_pytorch_model.safetensors
     amused-256/vqvae/         config.json  diffusion_pytorch_model.safetensors
     amused-256/text_encoder/  config.json  model.safetensors
 
-Files of half precision, ``*.fp16.safetensors``, are read where there are no others.
+Half-precision files, ``*.fp16.safetensors``, are read if there is no other file. The weights of a part may also be
+split into shards, see comfy_weight_files.py.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from ...common.operations import Operations
-from ...host.files import diagnosis
 from ...host.model_folders import register_folder
 from ...host.operations import casting_operations
 from ...kernels.linear import linear
 from .comfy_model import MaskedTokenModel, wrap
-from .comfy_text import CLIP_L, load_clip, openai_clip_l
+from .comfy_text import CLIP_L, load_clip, openai_clip_l, text_config
+from .comfy_weight_files import describe_missing, find_weights, read_json, read_state_dict, remedies, whole
 from .networks.uvit import load_uvit
 from .networks.vq import load_vq
 
 MODELS = "masked_token"
-# the parts of a model, and what their files are called
+# the parts of a model and their file names
 TRANSFORMER, VQ, TEXT = "transformer", "vqvae", "text_encoder"
 STEMS = {TRANSFORMER: "diffusion_pytorch_model", VQ: "diffusion_pytorch_model", TEXT: "model"}
-FROM_FOLDER = "from the folder"  # in place of a file's name
+WIDGETS = {TRANSFORMER: "transformer_file", VQ: "vq_file", TEXT: "text_encoder_file"}  # of LoadMaskedTokenModel
+FROM_FOLDER = "from the folder"  # the option to load the file of the model folder
 PUBLISHED = "huggingface.co/amused/amused-256 and huggingface.co/amused/amused-512"
 
 
@@ -43,7 +44,7 @@ LoadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any] | None, Operatio
 
 
 def register() -> None:
-    """Make models/masked_token a model folder of the host, beside those that extra_model_paths.yaml names."""
+    """Register models/masked_token as a model folder in ComfyUI, in addition to those of extra_model_paths.yaml."""
     register_folder(MODELS, {".safetensors"})
 
 
@@ -51,14 +52,21 @@ register()
 
 
 def model_folders() -> dict[str, Path]:
-    """Every folder that holds a transformer, by its path below models/masked_token."""
-    found = {}
+    """Every folder that holds a transformer, by its path below models/masked_token. Hidden folders are left out."""
+    folders = {}
     for root in folder_paths.get_folder_paths(MODELS):
         for file in map(Path, folder_paths.recursive_search(root, [".git"])[0]):
+            if is_hidden(file):
+                continue
             if file.parent.name == TRANSFORMER and (file.suffix == ".safetensors" or file.name == "config.json"):
                 folder = file.parents[1]
-                found.setdefault(folder.as_posix(), Path(root) / folder)
-    return dict(sorted(found.items()))
+                folders.setdefault(folder.as_posix(), Path(root) / folder)
+    return dict(sorted(folders.items()))
+
+
+def is_hidden(file: Path) -> bool:
+    """Whether a relative path has a hidden folder, such as .ipynb_checkpoints, or is a hidden file."""
+    return any(name.startswith(".") for name in file.parts)
 
 
 def weight_files() -> dict[str, Path]:
@@ -67,44 +75,51 @@ def weight_files() -> dict[str, Path]:
 
 
 def text_files() -> dict[str, Path]:
-    """As ``weight_files``, and what lies in models/text_encoders."""
+    """``weight_files`` and the files in models/text_encoders."""
     return _files(MODELS) | {f"text_encoders/{name}": path for name, path in _files("text_encoders").items()}
 
 
 def _files(kind: str) -> dict[str, Path]:
     names = [name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors")]
-    # None where a link leads nowhere, or it is no file
-    found = {Path(name).as_posix(): folder_paths.get_full_path(kind, name) for name in names}
-    return {name: Path(path) for name, path in found.items() if path is not None}
+    names = [name for name in names if not is_hidden(Path(name))]
+    # the path is None for a broken link or a folder
+    paths = {Path(name).as_posix(): folder_paths.get_full_path(kind, name) for name in names}
+    return {name: Path(path) for name, path in paths.items() if path is not None}
 
 
-def pick(name: str, found: Mapping[str, Path]) -> Path:
-    """The path of what a user chose by its name."""
-    if name not in found:
+def pick(name: str, paths: Mapping[str, Path]) -> Path:
+    """The path of the folder or file ``name``. If ``paths`` has no such name, a ValueError lists the names in it."""
+    if name not in paths:
         raise ValueError(
-            f"{name!r} is not in {' or '.join(folder_paths.get_folder_paths(MODELS))}; there is: {', '.join(found) or 'nothing'}."
-            f" Models to download: {PUBLISHED}"
+            f"there is no {name!r} in {' or '.join(folder_paths.get_folder_paths(MODELS))}; available:"
+            f" {', '.join(paths) or 'none'}; choose one of these, or download a model from {PUBLISHED}"
         )
-    return found[name]
+    return paths[name]
 
 
 def replacements(transformer: str, vq: str, text: str) -> dict[str, Path]:
-    """The files that a user chose by name, by part; FROM_FOLDER is none."""
+    """Replacement files by part, for the names that are not FROM_FOLDER."""
     chosen = ((TRANSFORMER, transformer, weight_files), (VQ, vq, weight_files), (TEXT, text, text_files))
-    return {part: pick(name, files()) for part, name, files in chosen if name != FROM_FOLDER}
+    return {part: whole(pick(name, files())) for part, name, files in chosen if name != FROM_FOLDER}
 
 
-@torch.inference_mode(False)  # training needs weights of which autograd may know
-def read_model(folder: Path, files: Mapping[str, Path]) -> tuple[MaskedTokenModel, comfy.sd.CLIP]:
-    """A published model. ``files`` are read in place of the folder's own weights, by part; their configs stay."""
+@torch.inference_mode(False)  # autograd cannot use inference tensors, and training needs these weights
+def read_model(
+    folder: Path, files: Mapping[str, Path], name: str | None = None
+) -> tuple[MaskedTokenModel, comfy.sd.CLIP]:
+    """The model and the text encoder of a folder.
+
+    ``files`` replace the weights of parts; the configs still come from the folder. ``name``: the model's name; by
+    default that of the folder.
+    """
     paths = locate(folder, (TRANSFORMER, VQ, TEXT), files)
     clip, width = read_clip(folder, paths[TEXT])
-    model = read_networks(folder, CLIP_L, files=paths)
-    asked = model.transformer.model.config
-    if (asked.encoder_hidden_size, asked.cond_embed_dim) != (width, width):
+    model = read_networks(folder, CLIP_L, name=name, files=paths)
+    config = model.transformer.model.config
+    if (config.encoder_hidden_size, config.cond_embed_dim) != (width, width):
         raise ValueError(
-            f"{paths[TRANSFORMER]} takes text of width {asked.encoder_hidden_size} and {asked.cond_embed_dim} (pooled),"
-            f" but {paths[TEXT]} gives {width}: take both from one model"
+            f"{paths[TRANSFORMER]} expects text of width {config.encoder_hidden_size} and {config.cond_embed_dim} (pooled),"
+            f" but {paths[TEXT]} has width {width}; use files of the same model"
         )
     return model, clip
 
@@ -118,7 +133,7 @@ def read_networks(
     cfg: float | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> MaskedTokenModel:
-    """The transformer and the VQ-GAN of a folder, for text of the kind ``text``."""
+    """The transformer and the VQ-GAN of a folder; ``text`` is the kind of text encoder that they were trained with."""
     paths = locate(folder, (TRANSFORMER, VQ), files or {})
     operations = casting_operations(linear)
     transformer = _read_network(folder, TRANSFORMER, paths[TRANSFORMER], load_uvit, operations)
@@ -126,66 +141,71 @@ def read_networks(
     codes, vocabulary = transformer.config.codebook_size, transformer.config.vocab_size
     if codes != vq.config.num_vq_embeddings:
         raise ValueError(
-            f"{paths[TRANSFORMER]} paints with {codes} tokens, but {paths[VQ]} knows {vq.config.num_vq_embeddings}:"
-            " take both from one model"
+            f"{paths[TRANSFORMER]} has {codes} codes, but {paths[VQ]} has {vq.config.num_vq_embeddings};"
+            " use files of the same model"
         )
     if vocabulary <= codes:
-        raise ValueError(f"{paths[TRANSFORMER]} has {vocabulary} ids for {codes} tokens, which leaves none for a mask")
+        raise ValueError(
+            f"{paths[TRANSFORMER]} has {vocabulary} ids for {codes} codes and none for the mask token;"
+            " use a masked token model"
+        )
     return wrap(name or folder.name, transformer, vq, text, cfg)
 
 
 def _read_network(folder: Path, part: str, path: Path, load: LoadNetwork[N], operations: Operations) -> N:
-    state_dict = read_weights(path)
-    with naming(path, config_path(folder, part)):
+    state_dict = read_state_dict(path)
+    with errors_naming(path, config_path(folder, part)):
         cast(state_dict, transformer_dtype(state_dict) if part == TRANSFORMER else torch.float32)
         return load(state_dict, read_config(folder, part), operations)
 
 
 def read_clip(folder: Path, path: Path) -> tuple[comfy.sd.CLIP, int]:
-    """The text encoder and its width. A file from elsewhere, in a folder without a config.json for it, is OpenAI's CLIP-L."""
+    """The text encoder and its width.
+
+    A replacement file is read as OpenAI's CLIP-L if ``folder`` has no config.json for it.
+    """
     config = read_config(folder, TEXT)
     if config is None:
         if path.parent == folder / TEXT:
-            raise ValueError(f"{config_path(folder, TEXT)} is missing, which tells the activation: download it too")
+            raise ValueError(
+                f"{config_path(folder, TEXT)} is missing; download it, because it names the activation function"
+            )
         config = openai_clip_l()
-    with naming(path, config_path(folder, TEXT)):
-        return load_clip(read_weights(path), config), config["hidden_size"]
+    config = text_config(config)
+    with errors_naming(path, config_path(folder, TEXT)):
+        return load_clip(read_state_dict(path), config), config["hidden_size"]
 
 
 def locate(folder: Path, parts: tuple[str, ...], files: Mapping[str, Path]) -> dict[str, Path]:
-    """The weights of every part; an error lists all that were looked for in vain."""
+    """The weight file of every part; a ValueError lists all missing files."""
     paths = {part: files.get(part) or find_weights(folder / part, STEMS[part]) for part in parts}
-    found = {part: path for part, path in paths.items() if path is not None}
-    if missing := [describe_missing(folder / part, STEMS[part]) for part in paths if part not in found]:
-        raise ValueError(
-            f"the model folder {folder} is not complete. Missing: {'; '.join(missing)}. The parts are the folders of"
-            f" {PUBLISHED}"
+    missing = [part for part, path in paths.items() if path is None]
+    if missing:
+        listed = ", ".join(describe_missing(folder / part, STEMS[part]) for part in missing)
+        found = _remedies(folder, missing)
+        last = f"{'otherwise ' if found else ''}download the missing files from {PUBLISHED}"
+        raise ValueError(f"the model folder {folder} lacks {'; '.join([listed, *found, last])}")
+    return {part: path for part, path in paths.items() if path is not None}
+
+
+def _remedies(folder: Path, missing: list[str]) -> list[str]:
+    """Parts of an error message about the files that are in the folder in place of the ``missing`` parts."""
+    options = {path: name for name, path in weight_files().items()}
+    found = []
+    for part in missing:
+        found += remedies(folder / part, STEMS[part], WIDGETS[part], options)
+    transformer = find_weights(folder / TRANSFORMER, STEMS[TRANSFORMER])
+    if transformer is not None and not any((folder / part).exists() for part in (VQ, TEXT)):
+        file = next((name for path, name in options.items() if path.parent == transformer.parent), transformer.name)
+        found.append(
+            "the folder has only a transformer, as a checkpoint of a training has: choose a complete model as model_folder,"
+            f" and {file} as {WIDGETS[TRANSFORMER]}"
         )
     return found
 
 
-def find_weights(folder: Path, stem: str) -> Path | None:
-    names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def describe_missing(folder: Path, stem: str) -> str:
-    there = ", ".join(sorted(file.name for file in folder.iterdir())) if folder.is_dir() else "no such folder"
-    return f"{folder.name}/{stem}.safetensors (or .fp16.safetensors; there is: {there or 'nothing'})"
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of which the operating system reads each when it is used."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not read: only safetensors, which cannot run code; look for a file of that kind")
-    try:
-        return comfy.utils.load_torch_file(str(path), safe_load=True)
-    except Exception as error:  # the host and safetensors raise several kinds
-        raise ValueError(f"{path} cannot be read: {diagnosis(path)} ({str(error)[:200]})") from error
-
-
 def transformer_dtype(state_dict: Mapping[str, Tensor]) -> torch.dtype:
-    """In what the host wants to keep these weights."""
+    """The dtype in which ComfyUI stores these weights."""
     return comfy.model_management.unet_dtype(
         device=comfy.model_management.get_torch_device(),
         model_params=comfy.utils.calculate_parameters(state_dict),
@@ -194,14 +214,14 @@ def transformer_dtype(state_dict: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def cast(state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """In place and one by one, so that never two copies of all weights are in memory."""
+    """Cast the weights in place, one by one, so that two copies of all weights are never in memory."""
     for name, weight in state_dict.items():
         if weight.is_floating_point():
             try:
                 state_dict[name] = weight.to(dtype)
-            except NotImplementedError as error:  # for numbers of four bits
+            except NotImplementedError as error:  # 4-bit dtypes
                 raise ValueError(
-                    f"{name[:100]} is {weight.dtype}, of which torch makes no {dtype}; take wider weights"
+                    f"{name[:100]} is {weight.dtype}, which torch cannot convert to {dtype}; use weights of a wider dtype"
                 ) from error
 
 
@@ -210,24 +230,16 @@ def config_path(folder: Path, part: str) -> Path:
 
 
 def read_config(folder: Path, part: str) -> dict[str, Any] | None:
-    """The config.json of a part, or None where there is none."""
+    """The config.json of a part, or None if the file is missing."""
     path = config_path(folder, part)
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({str(error)[:200]}): download it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {json.dumps(config)[:40]}, not an object: download it again")
-    return config
+    return read_json(path) if path.is_file() else None
 
 
 @contextmanager
-def naming(path: Path, config: Path) -> Iterator[None]:
-    """An error about weights says in which file they are, and which config they were read by."""
+def errors_naming(path: Path, config: Path) -> Iterator[None]:
+    """Prefix a ValueError about weights with their file and the config used to read them."""
     try:
         yield
     except ValueError as error:
-        by = f" (read by {config})" if config.is_file() else ""
-        raise ValueError(f"{path}{by}: {error}") from error
+        source = f" (config {config})" if config.is_file() else ""
+        raise ValueError(f"{path}{source}: {error}") from error

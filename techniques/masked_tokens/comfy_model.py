@@ -1,4 +1,4 @@
-"""A masked token model as the host holds it: what its MASKED_TOKEN_MODEL socket carries."""
+"""A masked token model wrapped in ComfyUI's model patchers: the value of MASKED_TOKEN_MODEL sockets."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from torch import nn
 from .networks.uvit import UViT
 from .networks.vq import VQGAN
 
-OWN_CFG = {16: 4.0, 32: 10.0}  # by sample_size: aMUSEd's best measured guidance, papers' table of FID over it
+DEFAULT_CFG = {16: 4.0, 32: 10.0}  # by sample_size: the guidance scale with the lowest FID in aMUSEd's paper
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskedTokenModel:
-    """U-ViT and VQ-GAN, each loaded, moved and patched by the host on its own."""
+    """U-ViT and VQ-GAN; ComfyUI loads, moves and patches each separately."""
 
     name: str
     transformer: ModelPatcher  # around networks.uvit.UViT
     vq: ModelPatcher  # around networks.vq.VQGAN
-    dtype: torch.dtype  # what the transformer computes in
-    text: str  # the kind of text conditioning that it was trained on
-    cfg: float  # the guidance scale that it does best with
+    dtype: torch.dtype  # in which the transformer computes
+    text: str  # the kind of text encoder that the transformer was trained with
+    cfg: float  # the default guidance scale
 
     @property
     def codebook(self) -> int:
@@ -44,13 +44,13 @@ class MaskedTokenModel:
 
 
 def wrap(name: str, transformer: UViT, vq: VQGAN, text: str, cfg: float | None = None) -> MaskedTokenModel:
-    """The networks, on the CPU and built with casting operations, in the host's hands."""
+    """A MaskedTokenModel of networks that are on the CPU and were built with casting operations."""
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     size = transformer.config.sample_size
     weights = next(transformer.parameters()).dtype
     return MaskedTokenModel(
         name=name,
-        # not CoreModelPatcher: what it streams to a GPU layer by layer are the files of the host's own models
+        # not CoreModelPatcher: it may stream weights to a GPU from their file, which works only for ComfyUI's models
         transformer=ModelPatcher(transformer, load_device=device, offload_device=offload),
         vq=ModelPatcher(
             vq,
@@ -59,13 +59,13 @@ def wrap(name: str, transformer: UViT, vq: VQGAN, text: str, cfg: float | None =
         ),
         dtype=comfy.model_management.unet_manual_cast(weights, device) or weights,
         text=text,
-        cfg=cfg if cfg is not None else OWN_CFG.get(size, OWN_CFG[32]),
+        cfg=cfg if cfg is not None else DEFAULT_CFG.get(size, DEFAULT_CFG[32]),
     )
 
 
 @contextmanager
 def loaded(patcher: ModelPatcher, memory: int) -> Iterator[nn.Module]:
-    """The network of ``patcher`` with its patches, on its device, with ``memory`` bytes free for what it computes."""
+    """The patched network of ``patcher`` on its device, with ``memory`` bytes free for activations."""
     comfy.model_management.load_models_gpu([patcher], memory_required=memory)
     with torch.inference_mode():
         yield patcher.model

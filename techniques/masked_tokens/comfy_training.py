@@ -1,4 +1,4 @@
-"""What training on a masked token model asks of the host: its weights as they are patched, a LoRA put on."""
+"""Merges ComfyUI patches into the weights of a masked token model for training, and adds LoRAs as ComfyUI patches."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from .comfy_model import MaskedTokenModel
 
 
 def merged_weights(patcher: ModelPatcher, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies of the weights with the patches of ``patcher`` merged into them, whatever is loaded where."""
+    """Copies of the weights with the patches of ``patcher`` merged, whether or not the model is loaded."""
     weights = {}
     for key, ((weight, convert), *patches) in patcher.get_key_patches().items():
         weight = convert(weight.to(device, torch.float32, copy=True), inplace=True)
@@ -22,9 +22,9 @@ def merged_weights(patcher: ModelPatcher, device: torch.device, dtype: torch.dty
 def add_lora(
     model: MaskedTokenModel, changes: Mapping[str, tuple[Tensor, Tensor, float]], strength: float
 ) -> MaskedTokenModel:
-    """``model`` with the weights of its modules changed by strength · alpha / rank · up @ down, as the host's patches.
+    """``model`` with ComfyUI patches that add strength · alpha / rank · up @ down to the weights of modules.
 
-    ``changes`` holds down [rank, in], up [out, rank] and alpha for the names of modules.
+    ``changes``: down [rank, in], up [out, rank] and alpha by module name.
     """
     tensors, keys = {}, {}
     for name, (down, up, alpha) in changes.items():
@@ -37,5 +37,7 @@ def add_lora(
     transformer = model.transformer.clone()
     added = transformer.add_patches(comfy.lora.load_lora(tensors, keys), strength)
     if len(added) != len(changes):
-        raise RuntimeError(f"the host patched {len(added)} of {len(changes)} modules; this ComfyUI is not supported")
+        raise RuntimeError(
+            f"ComfyUI patched {len(added)} of {len(changes)} modules, so this version of ComfyUI is not supported; update ComfyUI"
+        )
     return model.with_transformer(transformer)

@@ -1,18 +1,18 @@
-"""Sampling of masked token models: predict all unknown tokens at once, keep the most confident ones, ask again.
+"""Sampling of masked token models: predict all unknown tokens, keep the most confident predictions, mask the rest, repeat.
 
-aMUSEd: An Open MUSE Reproduction (arXiv 2401.01808), whose loop is that of MaskGIT: Masked Generative Image Transformer
-(arXiv 2202.04200, section 3.2). Text to image, image to image, in- and outpainting are one loop that differs in which
-tokens are unknown at first. An id equal to ``mask_id`` stands for an unknown token.
+aMUSEd: An Open MUSE Reproduction (arXiv 2401.01808) uses the loop of MaskGIT: Masked Generative Image Transformer
+(arXiv 2202.04200, section 3.2). Text to image, image to image, inpainting and outpainting are the same loop with different
+initial unknown tokens. The id ``mask_id`` marks an unknown token.
 
-Given the same random choices, the ids of every step are those of diffusers 0.33.1 (AmusedScheduler, the three aMUSEd
-pipelines), except where the choice here is deliberate:
-- denoise 1 masks every token (there: none);
-- every sample of a batch has a mask share of its own (there: one of the whole batch);
-- denoise below 1 within a mask keeps a part of the tokens under it, as image to image does (there: all are masked);
-- known tokens never change, however high the temperature and also where none is masked (there: some are masked);
-- of tokens whose scores tie, as many are masked as the schedule says (there: fewer).
+With the same random numbers, the ids of every step equal those of diffusers 0.33.1 (AmusedScheduler and the three aMUSEd
+pipelines), with these deliberate differences:
+- denoise 1 masks every token (diffusers then masks none);
+- the share of masked tokens is computed per sample (in diffusers, once for the whole batch);
+- denoise below 1 keeps some tokens under an inpainting mask, as in image to image (diffusers masks all of them);
+- known tokens never change (diffusers masks some again at high temperatures, or if no token is masked);
+- the scheduled number of tokens is masked even if some scores are equal (diffusers then masks fewer).
 
-Shapes: B samples, h and w tokens of height and width, L = h w tokens, K codes of the codebook, N steps.
+Shapes: B samples, h and w the height and width in tokens, L = h w, K codes in the codebook, N steps.
 """
 
 import functools
@@ -24,6 +24,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...common.finite import DeferredChecks
+from ...common.settings import check_choice
 from ...common.shapes import size_of
 
 ORDERS = ("confidence", "halton", "random")
@@ -41,18 +43,23 @@ class MaskedTokenSettings:
     codebook: int = 8192
     mask_id: int = 8255
     steps: int = 12
-    denoise: float = 1.0  # share of the steps that run; 1: all tokens are unknown at first
-    temperature: float = 2.0  # of the noise on the confidence at the first step, falling to 0; other orders have none
-    order: str = "confidence"  # which tokens stay: confidence (the papers), halton (evenly spread), random
-    schedule: str = "cosine"  # of the share of masked tokens over the steps; diffusers inpaints with linear
+    denoise: float = 1.0  # share of the steps that run; at 1 all tokens are initially unknown
+    # of the Gumbel noise at the first step, falling to 0 at the last step; used only if ``order`` is confidence
+    temperature: float = 2.0
+    # order in which tokens are revealed. confidence: the most confident first, as in the papers; halton: evenly
+    # spread over the image; random
+    order: str = "confidence"
+    schedule: str = "cosine"  # how the share of masked tokens falls over the steps; diffusers inpaints with linear
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} is less than 1; use at least 1, aMUSEd uses 12")
         if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature:g} is not in 0 to infinity; use 0 for no noise, aMUSEd 2")
+            raise ValueError(
+                f"temperature {self.temperature:g} is not a finite number of at least 0; use 0 for no noise, aMUSEd uses 2"
+            )
         if not 0.0 <= self.denoise <= 1.0:
-            raise ValueError(f"denoise {self.denoise:g} is not in 0 to 1; use 1 to generate every token")
+            raise ValueError(f"denoise {self.denoise:g} is not between 0 and 1; use 1 to generate every token")
         if self.denoise > 0.0 and self.first_step == self.steps:
             enough = math.ceil(1.0 / self.denoise), math.ceil(1000 / self.steps) / 1000
             raise ValueError(
@@ -60,10 +67,9 @@ class MaskedTokenSettings:
                 f" use at least {enough[0]} steps or a denoise of at least {enough[1]:g}"
             )
         for name, known in (("order", ORDERS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         if not 0 < self.codebook <= self.mask_id:
-            raise ValueError(f"mask_id {self.mask_id} lies among the {self.codebook} codes; use one that is no code")
+            raise ValueError(f"mask_id {self.mask_id} is one of the {self.codebook} codes; use {self.codebook} or more")
 
     @property
     def first_step(self) -> int:
@@ -71,24 +77,30 @@ class MaskedTokenSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
-    """The uniforms in [0, 1) of one run, on the CPU."""
+class Uniforms:
+    """The uniform random numbers in [0, 1) of one run, on the CPU."""
 
-    start: Tensor  # [B, h, w] which tokens are unknown at first, for denoise below 1
-    ids: Tensor  # [N, B, h, w] the id of a token, by the inverse of its distribution function
-    order: Tensor  # [N, B, h, w] the noise of the order
+    start: Tensor  # [B, h, w]: select the initially masked tokens at denoise below 1
+    ids: Tensor  # [N, B, h, w]: select the ids by inverse transform sampling
+    order: Tensor  # [N, B, h, w]: noise for the order in which tokens are revealed
 
 
-def draw(seed: int, batch: int, height: int, width: int, steps: int) -> Draws:
-    """The uniforms of a run. Sample i has the stream of ``seed + i``: alone, as the first of that seed, it is the same.
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of a sample of the batch: ``seed + sample``, within 64 bits."""
+    return (seed + sample) % 2**64
 
-    More steps leave the draws of the earlier ones as they are.
+
+def draw_uniforms(seed: int, batch: int, height: int, width: int, steps: int) -> Uniforms:
+    """The uniforms of a run, on the CPU.
+
+    Sample i uses a separate generator with the seed ``seed + i``, so its uniforms do not depend on the other samples.
+    The uniforms of a step do not depend on the number of steps.
     """
     shape = (1 + 2 * steps, height, width)
-    seeds = [(seed + i) % 2**64 for i in range(batch)]
-    streams = [torch.rand(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float32) for s in seeds]
-    uniforms = torch.stack(streams, dim=1)  # [1 + 2 N, B, h, w]
-    return Draws(start=uniforms[0], ids=uniforms[1::2], order=uniforms[2::2])
+    seeds = [sample_seed(seed, i) for i in range(batch)]
+    samples = [torch.rand(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float32) for s in seeds]
+    values = torch.stack(samples, dim=1)  # [1 + 2 N, B, h, w]
+    return Uniforms(start=values[0], ids=values[1::2], order=values[2::2])
 
 
 @torch.no_grad()
@@ -96,63 +108,68 @@ def decode(
     tokens: Tensor,
     tokens_to_logits: TokensToLogits,
     settings: MaskedTokenSettings,
-    draws: Draws,
+    uniforms: Uniforms,
     *,
     mask: Tensor | None = None,
     pinned: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Ids [B, h, w] with every unknown token generated: MaskGIT, section 3.2; on the device of ``tokens``.
+    """Generate every unknown token (MaskGIT, section 3.2); returns ids [B, h, w] on the device of ``tokens``.
 
-    ``tokens`` [B, h, w] with ``mask_id`` where unknown: everywhere for text to image, the new border for outpainting.
-    ``mask`` [1 or B, h, w]: tokens under at least 0.5 may change; None lets all change.
-    ``pinned`` [1 or B, h, w]: its ids hold whatever mask, denoise and seed say; ``mask_id`` where a token is free.
-    ``tokens_to_logits(ids, step)`` sees ``mask_id`` at unknown tokens; its step counts from ``settings.first_step``.
-    ``progress(done, total, ids, predicted)`` after every forward pass: ``ids`` with ``mask_id`` at what is still
-    unknown, ``predicted`` with the ids just sampled in its place. What it raises ends the run.
+    ``tokens`` [B, h, w]: ids, with ``mask_id`` at unknown tokens. For text to image, all tokens are unknown; for
+    outpainting, those of the new border.
+    ``mask`` [1 or B, h, w]: tokens with a value of at least 0.5 may change; None: all may change.
+    ``pinned`` [1 or B, h, w]: ids that are kept for any mask, denoise and seed; ``mask_id`` elsewhere.
+    ``tokens_to_logits(ids, step)`` receives ids with ``mask_id`` at unknown tokens. The first step is
+    ``settings.first_step``.
+    ``progress(done, total, ids, predicted)`` is called after every forward pass. ``ids`` has ``mask_id`` at tokens that
+    are still unknown; ``predicted`` has newly sampled ids at these tokens. An exception in ``progress`` ends the run.
 
-    Steps that would reveal nothing are left out; with nothing unknown, the tokens come back without a forward pass.
+    Steps that reveal no token are skipped. If no token is unknown, the tokens are returned without a forward pass.
     """
-    known, free = _canvas(tokens, mask, pinned, settings)
-    if draws.start.shape != known.shape or len(draws.ids) != settings.steps:
+    known, free = _known_and_free(tokens, mask, pinned, settings)
+    if uniforms.start.shape != known.shape or len(uniforms.ids) != settings.steps:
         raise ValueError(
-            f"draws for {size_of(draws.start)} and {len(draws.ids)} steps do not fit tokens {size_of(known)} and"
-            f" {settings.steps} steps; draw with the same sizes"
+            f"uniforms for {size_of(uniforms.start)} and {len(uniforms.ids)} steps do not fit tokens {size_of(known)} and"
+            f" {settings.steps} steps; use the same sizes in draw_uniforms"
         )
     unknown = known == settings.mask_id
     if settings.denoise == 0.0 and unknown.any():
-        raise ValueError(
-            f"denoise 0 leaves {int(unknown.sum())} unknown tokens without an id; use denoise 1 to generate them"
-        )
-    unknown = unknown | (free & (draws.start < mask_ratio(settings.first_step, settings)))
+        raise ValueError(f"denoise 0 cannot generate the {int(unknown.sum())} unknown tokens; use denoise 1")
+    unknown = unknown | (free & (uniforms.start < mask_ratio(settings.first_step, settings)))
     ids = known.masked_fill(unknown, settings.mask_id).to(tokens.device)
     plan = reveal_plan(free.sum((1, 2)), unknown.sum((1, 2)), known[0].numel(), settings)
-    for done, (step, keep) in enumerate(plan, start=1):
-        ids, predicted = _reveal(ids, tokens_to_logits(ids, step), step, keep, settings, draws)
+    run = _DecodingRun(plan, settings, uniforms, tokens.device)
+    for done, (step, _) in enumerate(plan, start=1):
+        ids, predicted = run.reveal(ids, tokens_to_logits(ids, step), done - 1)
         if progress is not None:
             progress(done, len(plan), ids, predicted)
+    run.checks.flush()
     return ids
 
 
-def _canvas(
+def _known_and_free(
     tokens: Tensor, mask: Tensor | None, pinned: Tensor | None, settings: MaskedTokenSettings
 ) -> tuple[Tensor, Tensor]:
-    """The known ids and where they may change, both [B, h, w] and on the CPU, where counting them makes nobody wait."""
+    """The ids and a bool mask of the tokens that may change, both [B, h, w].
+
+    Both are on the CPU, because counting tokens there needs no device synchronization.
+    """
     if tokens.ndim != 3:
         raise ValueError(
-            f"tokens of size {size_of(tokens)} are not [batch, height, width]; encode an image to get them"
+            f"token ids of size {size_of(tokens)} are not [batch, height, width]; encode an image to get them"
         )
     known = _check_ids("tokens", tokens, settings)
     free = torch.ones_like(known, dtype=torch.bool)
     if mask is not None:
         _check_size("mask", mask, tokens)
-        # an unknown token has nothing to keep
+        # unknown tokens are always generated
         free = (mask.cpu() >= 0.5) | (known == settings.mask_id)
     if pinned is not None:
         _check_size("pinned tokens", pinned, tokens)
         pins = _check_ids("pinned tokens", pinned, settings)
-        held = pins != settings.mask_id
-        known, free = torch.where(held, pins, known), free & ~held
+        is_pinned = pins != settings.mask_id
+        known, free = torch.where(is_pinned, pins, known), free & ~is_pinned
     return known, free
 
 
@@ -161,8 +178,8 @@ def _check_ids(name: str, ids: Tensor, settings: MaskedTokenSettings) -> Tensor:
     wrong = ids[((ids < 0) | (ids >= settings.codebook)) & (ids != settings.mask_id)]
     if len(wrong):
         raise ValueError(
-            f"{name} hold the id {int(wrong[0])}; ids are 0 to {settings.codebook - 1}, or {settings.mask_id} where"
-            " unknown: encode with the model that samples"
+            f"{name} have the id {int(wrong[0])}; expected 0 to {settings.codebook - 1}, or {settings.mask_id} where"
+            " unknown; encode with the model that samples"
         )
     return ids
 
@@ -170,28 +187,30 @@ def _check_ids(name: str, ids: Tensor, settings: MaskedTokenSettings) -> Tensor:
 def _check_size(name: str, x: Tensor, tokens: Tensor) -> None:
     if x.ndim != 3 or x.shape[1:] != tokens.shape[1:] or x.shape[0] not in (1, tokens.shape[0]):
         raise ValueError(
-            f"{name} of size {size_of(x)} do not fit tokens of {size_of(tokens)} (batch x height x width); resize to the"
-            " tokens' height and width, with one for all samples or one for each"
+            f"{name}: expected the size {size_of(tokens)} (batch x height x width) or batch size 1, got {size_of(x)};"
+            " resize to the height and width of the tokens"
         )
 
 
 def mask_ratio(done: int, settings: MaskedTokenSettings) -> Tensor:
-    """Share of masked tokens after ``done`` steps, γ of MaskGIT section 3.3, from 1 to 0; float32 on the CPU.
+    """Share of masked tokens after ``done`` steps: γ of MaskGIT, section 3.3, which falls from 1 to 0.
 
-    In float32 as in diffusers: γ(2/3) rounds below 1/2, so that of 256 tokens 127 stay and not 128.
+    A float32 on the CPU, as in diffusers. In float32, γ(2/3) rounds below 1/2, so that 127 of 256 tokens stay masked
+    instead of 128.
     """
     ratio = torch.tensor(done / settings.steps, dtype=torch.float32)
     if settings.schedule == "linear":
         return 1 - ratio
-    # the cosine in double: float32 ones differ by a bit from processor to processor, and with it the counts
+    # computed in float64: in float32 the last bit of the cosine, and so the counts, would depend on the processor
     return torch.tensor(math.cos(float(ratio * math.pi / 2)), dtype=torch.float32)
 
 
 def reveal_plan(free: Tensor, masked: Tensor, length: int, settings: MaskedTokenSettings) -> list[tuple[int, Tensor]]:
-    """Steps to run, each with the counts [B] of tokens that stay masked after it.
+    """Steps to run, each with the number of tokens [B] that stay masked after it.
 
-    ``free`` [B] tokens may change, ``masked`` [B] of them are unknown, of ``length``. Of several masked tokens a step
-    reveals at least one, and at least one is left to the last step. Steps that reveal none in any sample are left out.
+    ``free`` [B]: number of tokens that may change; ``masked`` [B]: number of unknown tokens among them; ``length``:
+    number of all tokens of a sample. While a sample has several masked tokens, each step reveals at least one. At least one stays masked until
+    the last step. Steps that reveal no token in any sample are skipped.
     """
     share = free.float() / length
     plan = []
@@ -207,59 +226,92 @@ def reveal_plan(free: Tensor, masked: Tensor, length: int, settings: MaskedToken
     return plan
 
 
-def _reveal(
-    ids: Tensor, logits: Tensor, step: int, keep: Tensor, settings: MaskedTokenSettings, draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """One step: the ids [B, h, w] with all but ``keep`` [B] tokens revealed, and with all of them."""
-    batch, height, width = ids.shape
-    if logits.shape != (batch, settings.codebook, height, width):
-        raise ValueError(
-            f"logits of size {size_of(logits)} do not fit ids of {size_of(ids)} and {settings.codebook} codes;"
-            " set the codebook to that of the model"
-        )
-    tokens = ids.flatten(1)  # [B, L]
-    masked = tokens == settings.mask_id
-    probs = rearrange(logits.float(), "b k h w -> b (h w) k").softmax(dim=-1)
-    if not bool(torch.isfinite(probs.sum())):
+class _DecodingRun:
+    """The steps of one run.
+
+    Counts and uniforms are moved to ``device`` once, because each copy to a GPU waits for the queued work.
+    """
+
+    def __init__(
+        self,
+        plan: list[tuple[int, Tensor]],
+        settings: MaskedTokenSettings,
+        uniforms: Uniforms,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.checks = settings, DeferredChecks()
+        self._steps = [step for step, _ in plan]
+        self._keep = [keep.to(device) for _, keep in plan]
+        self._ids, self._order = uniforms.ids.to(device), uniforms.order.to(device)
+        size = uniforms.order.shape[-2:]
+        self._halton = halton_rank(*size).to(device) if settings.order == "halton" else None
+
+    def reveal(self, ids: Tensor, logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Run step ``number`` of the plan. Returns two tensors [B, h, w].
+
+        The first has ``mask_id`` at the tokens that stay masked, the second has predicted ids at all masked tokens.
+        """
+        settings, step = self.settings, self._steps[number]
+        batch, height, width = ids.shape
+        if logits.shape != (batch, settings.codebook, height, width):
+            raise ValueError(
+                f"logits of size {size_of(logits)} do not fit ids of {size_of(ids)} and {settings.codebook} codes;"
+                " set the codebook size to that of the model"
+            )
+        tokens = ids.flatten(1)  # [B, L]
+        masked = tokens == settings.mask_id
+        probs = rearrange(logits.float(), "b k h w -> b (h w) k").softmax(dim=-1)
+        self.checks.flush()  # the previous step's check, read only after this step's forward pass is queued
+        self.checks.add(probs.sum().view(1), functools.partial(_check_logits, step))
+        sampled = sample_ids(probs, self._ids[step].flatten(1))
+        predicted = torch.where(masked, sampled, tokens)
+        # known tokens rank above all masked ones; a stable sort keeps the count exact if scores are equal
+        score = torch.where(masked, self._score(probs, predicted, step), torch.inf)
+        rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+        revealed = predicted.masked_fill(rank < self._keep[number][:, None], settings.mask_id)
+        return revealed.view_as(ids), predicted.view_as(ids)
+
+    def _score(self, probs: Tensor, predicted: Tensor, step: int) -> Tensor:
+        """Scores [B, L]; the tokens with the lowest scores are masked again.
+
+        The noise changes only the order in which tokens are revealed, not their predicted ids.
+        """
+        noise = self._order[step].flatten(1)
+        if self._halton is not None:
+            return -self._halton.float().expand(predicted.shape)
+        if self.settings.order == "random":
+            return noise
+        p = probs.gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
+        temperature = float(torch.linspace(self.settings.temperature, 0.0, self.settings.steps)[step])
+        gumbel = -torch.log(-torch.log(noise.clamp(1e-20)))
+        return torch.log(p.clamp(1e-20)) + temperature * gumbel
+
+
+def _check_logits(step: int, finite: list[bool]) -> None:
+    if not all(finite):
         raise ValueError(f"the logits at step {step} are not finite (NaN or infinite); run the model in a wider dtype")
-    sampled = sample_ids(probs, draws.ids[step].flatten(1).to(ids.device))
-    predicted = torch.where(masked, sampled, tokens)
-    score = _score(probs, predicted, step, settings, draws)
-    # known tokens are above every score; a stable sort keeps the count where scores tie
-    rank = torch.where(masked, score, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
-    stays_masked = rank < keep.to(ids.device)[:, None]
-    revealed = predicted.masked_fill(stays_masked, settings.mask_id)
-    return revealed.view_as(ids), predicted.view_as(ids)
 
 
 def sample_ids(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One id [...] from each of ``probs`` [..., K]: the first at which the cumulative sum exceeds the uniform."""
+    """One id [...] for each distribution in ``probs`` [..., K].
+
+    It is the first id whose cumulative probability exceeds the entry of ``uniforms`` [...] for this distribution.
+    """
     cdf = probs.cumsum(dim=-1)
-    # scaled by the sum as it was rounded, a uniform below 1 always falls on a code
-    return torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
-
-
-def _score(probs: Tensor, predicted: Tensor, step: int, settings: MaskedTokenSettings, draws: Draws) -> Tensor:
-    """What decides which tokens stay, [B, L]: the lowest are masked again. Noise moves the order, never an id."""
-    uniforms = draws.order[step].flatten(1).to(probs.device)
-    if settings.order == "random":
-        return uniforms
-    if settings.order == "halton":
-        rank = halton_rank(*draws.order.shape[-2:]).to(probs.device)
-        return -rank.float().expand(predicted.shape)
-    p = probs.gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
-    temperature = float(torch.linspace(settings.temperature, 0.0, settings.steps)[step])
-    gumbel = -torch.log(-torch.log(uniforms.clamp(1e-20)))
-    return torch.log(p.clamp(1e-20)) + temperature * gumbel
+    # the uniform is scaled by the rounded sum of the probabilities, so that it always selects a code
+    ids = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
+    # NaN selects an index after the last code. On a GPU, such an index ends the process before the check of the logits
+    # is read.
+    return ids.clamp(max=cdf.shape[-1] - 1)
 
 
 @functools.lru_cache(maxsize=16)
 def halton_rank(height: int, width: int) -> Tensor:
-    """When each token [h w] is revealed if the order is that of a Halton sequence: a permutation of 0 to h w - 1.
+    """The position of each token [h w] in the order of a Halton sequence: a permutation of 0 to h w - 1.
 
-    Halton Scheduler for Masked Generative Image Transformer (arXiv 2503.17076): points that spread evenly are revealed
-    together, so that they tell little about each other. Point n is (y, x) = (radical inverse of n to base 3, to base 2)
-    in the unit square; a token has the rank of the first point that falls into it.
+    Halton Scheduler for Masked Generative Image Transformer (arXiv 2503.17076). Tokens revealed together are spread
+    evenly, which lowers their mutual information. Point n of the sequence is (y, x) = (radical inverse of n in base 3,
+    in base 2) in the unit square. A token has the rank of the first point that falls into it.
     """
     count, ranked = height * width, {}
     n = 1
@@ -273,7 +325,7 @@ def halton_rank(height: int, width: int) -> Tensor:
 
 
 def _radical_inverse_cell(n: Tensor, base: int, cells: int) -> Tensor:
-    """Which of ``cells`` equal parts of [0, 1) the digits of ``n``, mirrored at the point, fall into; in integers."""
+    """Index of the part that contains the radical inverse of ``n``, if [0, 1) is cut into ``cells`` equal parts."""
     mirrored, scale = torch.zeros_like(n), 1
     while bool(n.any()):
         mirrored, scale = mirrored * base + n % base, scale * base
@@ -282,10 +334,12 @@ def _radical_inverse_cell(n: Tensor, base: int, cells: int) -> Tensor:
 
 
 def guidance_scales(scale: float, steps: int, ramp: str = "constant") -> list[float]:
-    """The guidance scale of every step. Rising goes from near 1 to ``scale``, which frees the early tokens (Muse, arXiv
-    2301.00704, section 2.7); falling is its mirror image."""
-    if ramp not in RAMPS:
-        raise ValueError(f"ramp '{ramp}' is unknown; use one of {', '.join(RAMPS)}")
+    """The guidance scale of every step.
+
+    ``rising`` goes from near 1 to ``scale``, for more diverse early tokens (Muse, arXiv 2301.00704, section 2.7).
+    ``falling`` is the reverse.
+    """
+    check_choice("ramp", ramp, RAMPS)
     if ramp == "constant":
         return [scale] * steps
     rising = [1.0 + (scale - 1.0) * (step + 1) / steps for step in range(steps)]
@@ -297,8 +351,8 @@ def guided(
 ) -> TokensToLogits:
     """Classifier-free guidance on logits: u + scale (c − u), in float32.
 
-    ``cond(ids)`` gives c and is all that runs where the scale of the step is 1; ``both(ids)`` gives (c, u), from one
-    doubled batch or two runs.
+    c are the logits with the prompt, u those with the negative prompt. ``cond(ids)`` returns c and is the only call at
+    steps with scale 1. ``both(ids)`` returns (c, u), from one doubled batch or two forward passes.
     """
 
     def tokens_to_logits(ids: Tensor, step: int) -> Tensor:

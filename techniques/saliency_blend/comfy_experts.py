@@ -1,12 +1,11 @@
-"""Experts of a blend: further models that predict beside the base, with patches, hooks and conditioning of their own."""
+"""Experts of a blend: models evaluated in addition to the base, with their own patches, hooks and conditioning."""
 
-import copy
 import logging
-import uuid
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
+import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
@@ -15,23 +14,24 @@ import comfy.samplers
 import torch
 from comfy.latent_formats import LatentFormat
 from comfy.model_patcher import ModelPatcher
-from comfy.samplers import CFGGuider
-from torch import Tensor
+from torch import nn
 
 from ...host.attachments import Conditioning
-from ...host.autograd_copies import own_tensors, same_weights
+from ...host.autograd_copies import clone_tensors
+from ...host.injections import move_injections
+from ...host.module_copies import copy_module
 from ...host.parametrization import Conversion, latent_format_of, sampling_of
-from .experts import ExpertParticipant, ExpertSettings
-from .regions import LatentBox
+from ...host.patcher_differences import same_module
+from .experts import ExpertSettings
 from .trace import BlendTrace
 
 log = logging.getLogger("comfyui-chorus")
 
 
 class Expert:
-    """A MODEL with its conditioning and settings, as wired; its node's trace; its copy if it needs one.
+    """An expert as connected to its node: MODEL, conditioning, settings, trace, and a copy of the weights if needed.
 
-    Shared by all clones of the blended MODEL.
+    All clones of the blended MODEL share this object.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Expert:
         self.patcher, self.positive, self.negative = patcher, positive, negative
         self.settings, self.trace = settings, trace
         self._own_copy: ModelPatcher | None = None
+        self._own_networks: WeakKeyDictionary[nn.Module, Network] = WeakKeyDictionary()
 
     @property
     def label(self) -> str:
@@ -54,59 +55,81 @@ class Expert:
         return [entry for cond in (self.positive, self.negative) if cond is not None for entry in cond]
 
     def with_own_weights(self) -> ModelPatcher:
-        """The expert on a module of its own, made on first need and kept as long as the expert."""
+        """The expert's MODEL on a separate module, copied on the first call and kept as long as this object."""
         if self._own_copy is None:
-            log.info("'%s' shares a checkpoint with other patches; its weights are copied", self.label)
+            log.info(
+                "'%s' uses the checkpoint of another model with other patches or hooks; its weights are copied",
+                self.label,
+            )
             self._own_copy = _copy_with_module(self.patcher)
         return self._own_copy
 
+    def with_own_network(self, control: "Control") -> "Network":
+        """A copy of the network of ``control``, made on the first call and kept as long as the network and this object."""
+        found = self._own_networks.get(control.control_model)
+        if found is None:
+            log.info("'%s' uses a %s of another model; its weights are copied", self.label, type(control).__name__)
+            device = control.control_model_wrapped.load_device
+            comfy.model_management.unload_model_and_clones(control.control_model_wrapped)
+            own = control.deepclone_multigpu(device)
+            found = self._own_networks[control.control_model] = own.control_model, own.control_model_wrapped
+        return found
+
     def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> "Expert":
-        """The expert on a copy whose weights autograd may save, without the trace of its node."""
-        return Expert(copy(self.patcher), own_tensors(self.positive), own_tensors(self.negative), self.settings)
+        """A copy of this expert that records no trace, with a MODEL whose weights autograd can save."""
+        return Expert(copy(self.patcher), clone_tensors(self.positive), clone_tensors(self.negative), self.settings)
 
 
 def _copy_with_module(patcher: ModelPatcher) -> ModelPatcher:
-    """A clone of ``patcher`` with its own nn.Module: one module holds one set of patches at a time."""
-    with torch.inference_mode(False):
-        if patcher.cached_patcher_init is not None:
-            return patcher.deepclone_multigpu()  # the host reloads the file and keeps the patches
-        comfy.model_management.unload_model_and_clones(patcher)  # the module goes back to its unpatched weights
-        # the config answers None to every unknown attribute, __deepcopy__ included
-        config = patcher.model.model_config
-        module = copy.deepcopy(patcher.model, {id(config): config})
-        clone = patcher.clone(model_override=(module, ({}, {}, {}, set())))
-        clone.hook_backup = {}
+    """A clone of ``patcher`` with its own nn.Module, because a module can have only one set of patches at a time.
+
+    In inference mode the copied weights are inference tensors, like those of ComfyUI's loaders. In this mode ComfyUI
+    cannot patch quantised weights that are not inference tensors.
+    """
+    if patcher.cached_patcher_init is not None:
+        clone = patcher.deepclone_multigpu()  # ComfyUI reloads the file and keeps the patches
+        move_injections(clone, patcher.model, clone.model)
         return clone
+    comfy.model_management.unload_model_and_clones(patcher)  # the module goes back to its unpatched weights
+    module = copy_module(patcher.model, torch.clone)
+    clone = patcher.clone(model_override=(module, ({}, {}, {}, set())))
+    clone.hook_backup = {}
+    move_injections(clone, patcher.model, module)
+    return clone
 
 
 def resolve_patchers(base: ModelPatcher, experts: Sequence[Expert], conds: dict[str, list[dict]]) -> list[ModelPatcher]:
-    """One patcher per expert, such that no two models of the run want different weights on one module.
+    """One patcher per expert, such that no two models of the run need different weights on one module.
 
-    ``conds``: the sampler's. Decided when sampling starts, because a LoRA may be put on the base after the expert was
-    wired. A clone does not see which hooks another clone has left on the module: hooks too need weights of their own.
+    ``conds``: the sampler's conditionings. The function is called when sampling starts, because a LoRA may be
+    added to the base after the blend. Clones that share a module do not know each other's hooks, so a model with hooks
+    also needs its own copy of the weights.
     """
     base_hooked = any("hooks" in c for cond in conds.values() for c in cond)
     placed, patchers = [(base, base_hooked)], []
     for expert in experts:
         patcher = expert.patcher
+        if expert.settings.is_off:  # it is not loaded, so it needs no separate module
+            patchers.append(patcher)
+            continue
         hooked = comfy.sampler_helpers.cond_has_hooks(expert.conditionings()) or (
             base_hooked and (expert.positive is None or expert.negative is None or len(conds) > 2)
         )
         if any(
-            patcher.is_clone(other) and (hooked or other_hooked or not same_weights(patcher, other))
+            patcher.is_clone(other) and (hooked or other_hooked or not same_module(patcher, other))
             for other, other_hooked in placed
         ):
             patcher = expert.with_own_weights()
         if patcher.is_dynamic() and hooked:
-            # as CFGGuider does for the base
-            patcher = patcher.get_non_dynamic_delegate()  # ty: ignore[missing-attribute]  # a dynamic one has it
+            # CFGGuider does the same for the base
+            patcher = patcher.get_non_dynamic_delegate()  # ty: ignore[missing-attribute]  # dynamic patchers have it
         placed.append((patcher, hooked))
         patchers.append(patcher)
     return patchers
 
 
 def check_latent_space(base: ModelPatcher, expert: ModelPatcher, label: str) -> None:
-    """Refuse an expert that cannot read the base's latents."""
+    """Raise ValueError if the expert has another latent space, or a noise process that cannot be converted."""
     ours, theirs = (latent_format_of(m) for m in (base, expert))
 
     def describe(f: LatentFormat) -> str:
@@ -119,181 +142,84 @@ def check_latent_space(base: ModelPatcher, expert: ModelPatcher, label: str) -> 
     )
     if not same:
         raise ValueError(
-            f"'{label}' works on latents of the format {describe(theirs)}, the base on {describe(ours)};"
-            " only checkpoints of one latent space can be blended"
+            f"the latent format of '{label}' is {describe(theirs)}, that of the base is {describe(ours)}; choose"
+            " an expert with the latent space of the base"
         )
     Conversion(sampling_of(base), sampling_of(expert))
 
 
 class Control(Protocol):
-    """A ControlNet of any kind, with the one before it in the chain."""
+    """A ControlNet of any kind, linked to the previous ControlNet of its chain. Its copies share its network."""
 
     previous_controlnet: "Control | None"
+    control_model: nn.Module
+    control_model_wrapped: ModelPatcher
 
     def copy(self) -> "Control": ...
 
     def set_previous_controlnet(self, controlnet: "Control") -> Any: ...
 
+    def deepclone_multigpu(self, load_device: torch.device) -> "Control": ...
 
-def _fresh(conds: list[dict], controls: dict[int, Control]) -> list[dict]:
-    """Copies of converted conditionings under new ids; ControlNets are copied too, since they remember one model.
 
-    ``controls`` keeps the copies by the id of their original: one object stays one over all conditionings of a model,
-    since the host batches those that share it.
+Network = tuple[nn.Module, ModelPatcher]  # the network of a ControlNet, and its patcher
+
+# ControlNets whose pre_run() writes weights of the sampled model into their network
+WRITES_INTO_NETWORK = (comfy.controlnet.ControlNetSD35,)
+
+
+def _chain_of(control: Control | None) -> Iterator[Control]:
+    while control is not None:
+        yield control
+        control = control.previous_controlnet
+
+
+def effective_conditionings(expert: Expert, conds: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """The options of all conditionings of an expert.
+
+    ``conds``: the sampler's conditionings, which are used in place of inputs that are not connected.
     """
-    out = []
-    for cond in conds:
-        fresh: dict[str, Any] = {**cond, "model_conds": dict(cond.get("model_conds", {})), "uuid": uuid.uuid4()}
-        if "control" in cond:
-            control = cond["control"]
-            if id(control) not in controls:
-                controls[id(control)] = _copy_controls(control)
-            fresh["control"] = controls[id(control)]
-        out.append(fresh)
-    return out
+    wired = {"positive": expert.positive, "negative": expert.negative}
+    unwired = [options for name, cond in conds.items() if wired.get(name) is None for options in cond]
+    return [options for _, options in expert.conditionings()] + unwired
 
 
-def _copy_controls(control: Control) -> Control:
+def own_networks(
+    base: ModelPatcher, experts: Sequence[Expert], patchers: Sequence[ModelPatcher], conds: Mapping[str, Sequence[dict]]
+) -> list[dict[nn.Module, Network]]:
+    """For each expert, the copies of ControlNet networks that it needs, by the network that they replace.
+
+    A network is copied only if its ControlNet writes into it and another module of the run uses it, too. ``patchers``:
+    the experts' patchers, see ``resolve_patchers``; ``conds``: the sampler's conditionings.
+    """
+    users: dict[nn.Module, nn.Module] = {}  # the first model that uses a network
+    for control in _controls_in(options for cond in conds.values() for options in cond):
+        users.setdefault(control.control_model, base.model)
+    found: list[dict[nn.Module, Network]] = []
+    for expert, patcher in zip(experts, patchers, strict=True):
+        own: dict[nn.Module, Network] = {}
+        if not expert.settings.is_off:
+            for control in _controls_in(effective_conditionings(expert, conds)):
+                if users.setdefault(control.control_model, patcher.model) is not patcher.model:
+                    own[control.control_model] = expert.with_own_network(control)
+        found.append(own)
+    return found
+
+
+def _controls_in(conds: Iterable[dict]) -> Iterator[Control]:
+    """The ControlNets of ``conds`` that write into their network."""
+    return (c for options in conds for c in _chain_of(options.get("control")) if isinstance(c, WRITES_INTO_NETWORK))
+
+
+def copy_controls(control: Control, networks: Mapping[nn.Module, Network]) -> Control:
+    """Copies of ``control`` and of the ControlNets before it in its chain.
+
+    ``networks`` maps an original network to the network that the copy uses instead.
+    """
     duplicate = control.copy()
+    own = networks.get(getattr(control, "control_model", None))
+    if own is not None:
+        duplicate.control_model, duplicate.control_model_wrapped = own
     if control.previous_controlnet is not None:
-        duplicate.set_previous_controlnet(_copy_controls(control.previous_controlnet))
+        duplicate.set_previous_controlnet(copy_controls(control.previous_controlnet, networks))
     return duplicate
-
-
-class ExpertRun(ExpertParticipant):
-    """One expert during one sampling run: its patches, hooks, controls and conditioning, ready to predict x0."""
-
-    def __init__(
-        self,
-        index: int,
-        patcher: ModelPatcher,
-        expert: Expert,
-        guider: CFGGuider,
-        sigmas: Tensor,
-        noise: Tensor,
-        latent_image: Tensor | None,
-        denoise_mask: Tensor | None,
-        seed: int | None,
-    ) -> None:
-        base = guider.model_patcher
-        sampling = sampling_of(base)
-        super().__init__(index, expert.settings, lambda percent: float(sampling.percent_to_sigma(percent)))
-        self.patcher, self.inner, self.device = patcher, patcher.model, patcher.load_device
-        self.convert = Conversion(sampling, sampling_of(patcher))
-        # a thread of its own lets it compute while the base does; one module cannot do both
-        self.has_own_device = self.device != base.load_device and self.inner is not guider.inner_model
-        self.batched_with_base = False  # see shares_forward_with()
-
-        given = {"positive": expert.positive, "negative": expert.negative}
-        conds: dict[str, list[dict]] = {}
-        controls: dict[int, Control] = {}
-        for name, original in guider.original_conds.items():
-            wired = given.get(name)
-            conds[name] = _fresh(original if wired is None else comfy.sampler_helpers.convert_cond(wired), controls)
-        comfy.samplers.preprocess_conds_hooks(conds)
-
-        self._hook_mode = patcher.hook_mode
-        if comfy.samplers.get_total_hook_groups_in_conds(conds) <= 1:
-            patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
-        self.conds = conds
-        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
-        try:
-            comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
-            comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
-            comfy.samplers.cast_to_load_options(self.options, device=self.device, dtype=patcher.model_dtype())
-            self.options["transformer_options"]["sample_sigmas"] = self.convert.sigmas(sigmas).to(self.device)
-            patcher.pre_run()
-            self.conds = comfy.samplers.process_conds(
-                self.inner,
-                noise.to(self.device),
-                conds,
-                self.device,
-                None if latent_image is None else latent_image.to(self.device),
-                None if denoise_mask is None else denoise_mask.to(self.device),
-                seed,
-                latent_shapes=[tuple(noise.shape)],
-            )
-        except BaseException:
-            self.close()
-            raise
-
-    def can_run(self, sigma: float) -> bool:
-        return self.convert.covers(sigma)
-
-    def shares_forward_with(self, guider: CFGGuider, base_options: dict, own_key: str) -> bool:
-        """Whether the expert's conditionings may join the base's batch: one module, nothing else of its own."""
-        base = guider.model_patcher
-        plain = not any("hooks" in c or "control" in c for conds in self.conds.values() for c in conds)
-        return (
-            plain
-            and self.inner is base.model
-            and self.convert.identity
-            and same_weights(self.patcher, base)
-            and not _has_patches(self.options, None)
-            and not _has_patches(base_options, own_key)
-        )
-
-    @cached_property
-    def sort_key(self) -> tuple[float, ...]:
-        """Orders the experts that join the base's batch by their prompts, whatever their order in the chain.
-
-        The place of a row in a batch can change its last bits.
-        """
-        texts = [c["cross_attn"] for conds in self.conds.values() for c in conds if c.get("cross_attn") is not None]
-        return tuple(float(text.double().sum()) for text in texts)
-
-    @cached_property
-    def can_crop(self) -> bool:
-        """Whether its conditionings can be evaluated on a part of the latent; these need the whole image."""
-        whole = ("area", "control", "default", "gligen")
-        return not any(k in c for conds in self.conds.values() for c in conds for k in whole)
-
-    def prediction_of(
-        self, names: list[str], x: Tensor, sigma: Tensor, box: LatentBox | None = None
-    ) -> Callable[[], list[Tensor]]:
-        """A function that predicts x0 [B, C, *S] for each named conditioning at the base's (x, sigma).
-
-        Its inputs are on the expert's device already, where it leaves its results. ``box``: the part of the latent to
-        evaluate; results are 0 elsewhere.
-        """
-        x_own, sigma_own = self.convert(x, sigma)
-        x_own, sigma_own = x_own.to(self.device), sigma_own.to(self.device)
-        conds = [self.conds[n] for n in names]
-        if box is not None:
-            top, left, height, width = box
-            area = (*x.shape[2:-2], height, width, *[0] * (x.ndim - 4), top, left)
-            conds = [[{**c, "area": area} for c in cond] for cond in conds]
-
-        def predict() -> list[Tensor]:
-            previous, self.inner.current_patcher = getattr(self.inner, "current_patcher", None), self.patcher
-            try:
-                return comfy.samplers.calc_cond_batch(self.inner, conds, x_own, sigma_own, self.options)
-            finally:
-                self.inner.current_patcher = previous
-
-        return predict
-
-    def predict(self, names: list[str | None], x: Tensor, sigma: Tensor) -> list[Tensor | None]:
-        """x0 [B, C, *S] for each named conditioning at the base's (x, sigma); None where no name is given."""
-        wanted = [n for n in names if n is not None]
-        found = dict(zip(wanted, (o.to(x) for o in self.prediction_of(wanted, x, sigma)()), strict=True))
-        return [found.get(n) for n in names]
-
-    def close(self) -> None:
-        """Undo everything the run changed on the expert's patcher and its controls."""
-        comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
-        self.patcher.hook_mode = self._hook_mode
-        self.patcher.restore_hook_patches()
-        self.patcher.cleanup()
-        comfy.sampler_helpers.cleanup_models(self.conds, [])
-
-
-def _has_patches(options: dict, own_key: str | None) -> bool:
-    """Whether model_options carry anything that looks at which rows of a batch are conditional."""
-    transformer = options.get("transformer_options", {})
-    wrappers = transformer.get("wrappers", {})
-    foreign = any(key != own_key and found for kind in wrappers.values() for key, found in kind.items())
-    hooked = any(transformer.get(k) for k in ("patches", "patches_replace")) or any(
-        found for kind in transformer.get("callbacks", {}).values() for found in kind.values()
-    )
-    return foreign or hooked or "model_function_wrapper" in options or "multigpu_clones" in options

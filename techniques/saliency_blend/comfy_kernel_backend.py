@@ -1,4 +1,4 @@
-"""Which implementation of the pack's kernels runs."""
+"""Choice between the Triton and the torch implementation of the kernel."""
 
 import os
 
@@ -8,15 +8,17 @@ VARIABLE = "CHORUS_KERNELS"
 
 
 def kernel_backend() -> str:
-    """auto, triton or torch.
+    """The backend of ``saliency_blend``: auto, triton or torch.
 
-    ComfyUI leaves Triton off unless asked (--enable-triton-backend), because its own quantised kernels hang on some
-    GPUs. Ours are not those, and stay on torch by themselves where they are not known to run: so auto it is, unless
-    the user forbids Triton with --disable-triton-backend. $CHORUS_KERNELS decides over both.
+    ComfyUI enables Triton only with --enable-triton-backend, because ComfyUI's quantised kernels hang on some GPUs. The
+    pack's kernel is a different one and falls back to torch if it fails, so the default is auto. With
+    --disable-triton-backend, the default is torch. The environment variable CHORUS_KERNELS overrides both options.
+
+    Errors (ValueError): an unknown value of CHORUS_KERNELS.
     """
     forced = os.environ.get(VARIABLE, "").lower()
     if forced not in ("", "auto", "triton", "torch"):
-        raise ValueError(f"{VARIABLE} is '{forced}'; it may be auto, triton or torch")
+        raise ValueError(f"the environment variable {VARIABLE} is '{forced}'; set it to auto, triton or torch")
     if forced:
         return forced
     return "torch" if args.disable_triton_backend else "auto"

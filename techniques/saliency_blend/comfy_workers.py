@@ -1,4 +1,4 @@
-"""Threads for the models of a run that were placed on another device than the base."""
+"""Threads for experts on other devices than the base's."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 class Workers:
-    """One thread for each further device, so that what is placed there computes while the base does.
+    """One thread per additional device, so that the models on it compute at the same time as the base.
 
-    A forward pass keeps its thread busy launching kernels (a GPU) or computing (the CPU): asked one after the other,
-    two devices would mostly wait for each other.
+    A forward pass keeps its thread busy, by launching kernels on a GPU or by computing on the CPU. In a single thread,
+    two devices would therefore mostly wait for each other.
     """
 
     def __init__(self) -> None:
         self._threads: dict[torch.device, ThreadPoolExecutor] = {}
 
     def submit(self, device: torch.device, function: Callable[[], T]) -> Future[T]:
-        """Start ``function`` on the thread of ``device``; inference and gradient mode belong to threads and go along."""
+        """Start ``function`` on the thread of ``device``, in the caller's inference and gradient mode."""
         if device not in self._threads:
             self._threads[device] = ThreadPoolExecutor(1, f"chorus {device}")
         inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -34,7 +34,7 @@ class Workers:
         return self._threads[device].submit(work)
 
     def close(self) -> None:
-        """Wait for what is under way and end the threads."""
+        """Wait for running calls and end the threads."""
         for thread in self._threads.values():
             thread.shutdown(wait=True, cancel_futures=True)
         self._threads.clear()

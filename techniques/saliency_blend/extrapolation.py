@@ -1,4 +1,4 @@
-"""Predictions of an expert between its evaluations: its offset from the base, extrapolated to the present sigma."""
+"""Predictions of an expert between its evaluations: its offset from the base is extrapolated to the current sigma."""
 
 import math
 
@@ -8,10 +8,10 @@ Pair = tuple[Tensor, Tensor]  # conditional and unconditional prediction of x0, 
 
 
 class Offsets:
-    """The distance of one expert's predictions to the base's at its last evaluations."""
+    """Differences between an expert's and the base's predictions at the expert's last two evaluations."""
 
-    # Share of the first-order step that is taken. An offset holds noise of its own, which a full step doubles. Of the
-    # demo checkpoints' pictures (PSNR to the full fusion; dev/benchmarks/fusion_fidelity.py) half a step is nearest.
+    # Fraction of the first-order step. An offset is noisy, and a full step doubles its noise. On the demo checkpoints,
+    # half a step has the highest PSNR to the blend without skipped evaluations (dev/benchmarks/fusion_fidelity.py).
     damping = 0.5
 
     def __init__(self) -> None:
@@ -21,21 +21,25 @@ class Offsets:
         return bool(self._known)
 
     def add(self, sigma: float, expert: Pair, base: Pair) -> None:
-        """Keep the offset of a prediction at ``sigma``, and the one before it."""
+        """Store the offset ``expert`` - ``base`` at ``sigma``, and drop all older offsets except the last one."""
         cond, uncond = (e - b for e, b in zip(expert, base, strict=True))
         self._known = [*(k for k in self._known[-1:] if k[0] != sigma), (sigma, (cond, uncond))]
 
     def reuse(self, base: Pair) -> Pair:
-        """The expert's predictions with its last offset from ``base``."""
+        """The expert's predictions: ``base`` plus the last offset."""
         cond, uncond = (b + o for b, o in zip(base, self._known[-1][1], strict=True))
         return cond, uncond
 
     def extrapolate(self, sigma: float, base: Pair) -> Pair:
-        """The expert's predictions at ``sigma``: its offset extrapolated to first order in ln sigma from the last two."""
+        """The expert's predictions at ``sigma``: ``base`` plus the offset that is extrapolated from the last two.
+
+        The extrapolation is of first order in ln sigma.
+        """
         if len(self._known) < 2 or self.damping == 0.0:
             return self.reuse(base)
         (s0, o0), (s1, o1) = self._known
         steps = math.log(sigma / s1) / math.log(s1 / s0)
-        t = self.damping * min(max(steps, 0.0), 1.0)  # never farther than the two are apart
+        # the undamped step is at most the step between the two evaluations
+        t = self.damping * min(max(steps, 0.0), 1.0)
         cond, uncond = (b + n + t * (n - p) for b, n, p in zip(base, o1, o0, strict=True))
         return cond, uncond

@@ -1,28 +1,48 @@
-"""Who painted where: the masks of a saliency blend over the steps, their mean, and each model's share."""
+"""Images of a blend's masks over the steps, their mean, each model's share, and histograms of the experts' leads."""
 
 import torch
 from torch import Tensor
 
-from ...common.sheets import FAINT, Sheet, model_colour
+from ...common.sheets import FAINT, INK, Sheet, model_colour
 from .trace import BlendRecord
 
 TILE, GAP, COLUMNS, MOST_STEPS, CAPTION, NARROWEST = 96, 8, 8, 24, 18, 480
+UNITS, BAR = 4, 0.125  # a histogram shows leads of -UNITS to UNITS spreads, in bars of BAR
+PANEL_WIDTH, PANEL_HEIGHT = 2 * UNITS * 28, 72
+
+
+# the text of both the report and the image if no trace is connected
+NO_BLEND = (
+    "No blend to show: there is no trace.",
+    "The Saliency Noise Blend of this view is bypassed, or not connected.",
+    "Activate or connect it, and queue again, to see its masks.",
+)
+
+
+def draw_no_blend(samples: int) -> Tensor:
+    """Image [samples, H, W, 3] that explains why there is no blend to show."""
+    width = 2 * GAP + max(Sheet.text_width(line) for line in NO_BLEND)
+    sheet = Sheet(max(width, NARROWEST), 36 + 20 * len(NO_BLEND) + GAP)
+    sheet.text(GAP, GAP, "Saliency noise blend", 15)
+    for n, line in enumerate(NO_BLEND):
+        sheet.text(GAP, 36 + 20 * n, line, colour=FAINT if n else INK)
+    return sheet.tensor().expand(samples, -1, -1, -1)
 
 
 def colour_shares(shares: Tensor) -> Tensor:
-    """Shares [N, H, W] that sum to 1 -> a picture [H, W, 3], each model in its colour."""
+    """Image [H, W, 3] of shares [N, H, W] that sum to 1, with each model in its colour."""
     palette = torch.tensor([model_colour(i) for i in range(shares.shape[0])], dtype=torch.float32) / 255.0
     return torch.einsum("nhw,nc->hwc", shares, palette)
 
 
 def _frame(shares: Tensor, sample: int) -> Tensor:
-    """[N, B, *S] -> [N, H, W] of one sample; of a video, its middle frame."""
+    """The shares [N, H, W] of one sample from ``shares`` [N, B, *S]; for a video, those of the middle frame."""
     shares = shares[:, sample]
     return shares if shares.ndim == 3 else shares[:, shares.shape[1] // 2]
 
 
 def draw_blend(record: BlendRecord) -> tuple[Tensor, Tensor]:
-    """Pictures [B, H', W', 3], one sheet per sample, and the experts' mean share as a mask [B (T), H, W]."""
+    """Images [B, H', W', 3], one sheet per sample, and the mean share of all experts as a mask [B (T), H, W]."""
     count = len(record.steps)
     shown = sorted({round(i * (count - 1) / max(1, min(count, MOST_STEPS) - 1)) for i in range(min(count, MOST_STEPS))})
     mean = record.mean_shares()
@@ -39,10 +59,12 @@ def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tenso
     rows = -(-len(shown) // columns)
     strip_height = rows * (tile[1] + CAPTION + GAP)
     legend_height = 24 * len(record.labels) + GAP
-    sheet = Sheet(
-        max(GAP * 4 + big[0] + columns * (tile[0] + GAP), NARROWEST),
-        36 + max(strip_height, big[1] + CAPTION + legend_height) + GAP,
-    )
+    contests = [i for i in range(1, len(record.labels)) if record.contested(i)]  # the same panels for every sample
+    width = max(GAP * 4 + big[0] + columns * (tile[0] + GAP), NARROWEST)
+    across = max(1, (width - GAP) // (PANEL_WIDTH + 2 * GAP))
+    panels_height = -(-len(contests) // across) * (PANEL_HEIGHT + 2 * CAPTION + GAP)
+    masks_height = max(strip_height, big[1] + CAPTION + legend_height)
+    sheet = Sheet(width, 36 + masks_height + panels_height + GAP)
     sheet.text(GAP, GAP, f"Saliency noise blend, {len(record.steps)} predictions, sample {sample + 1}", 15)
 
     sheet.paste(GAP, 36, colour_shares(_frame(mean, sample)), *big)
@@ -58,4 +80,53 @@ def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tenso
         x, y = left + (n % columns) * (tile[0] + GAP), 36 + (n // columns) * (tile[1] + CAPTION + GAP)
         sheet.paste(x, y, colour_shares(_frame(record.shares(index), sample)), *tile)
         sheet.text(x, y + tile[1] + 1, f"{index + 1}: sigma {record.steps[index].sigma:.3g}", 11, FAINT)
+
+    for n, index in enumerate(contests):
+        x = GAP + (n % across) * (PANEL_WIDTH + 2 * GAP)
+        y = 36 + masks_height + (n // across) * (PANEL_HEIGHT + 2 * CAPTION + GAP)
+        _draw_contest(sheet, x, y, record, sample, index)
     return sheet.tensor()
+
+
+def lead_histogram(record: BlendRecord, sample: int, index: int) -> tuple[Tensor, Tensor]:
+    """The histogram [2 UNITS / BAR] of the leads of expert ``index``, and the expert's mean share in each bar.
+
+    Leads are in units of the spread; leads beyond -UNITS or UNITS are counted in the outermost bars. The
+    histogram includes all steps of the run and sums to 1.
+    """
+    count = round(2 * UNITS / BAR)
+    found, won = torch.zeros(count), torch.zeros(count)
+    for step, contest in zip(record.contested(index, sample), record.contest(index, sample), strict=True):
+        share = step.shares(len(record.labels))[index, sample].flatten()
+        bars = ((contest.leads.flatten() + UNITS) / BAR).long().clamp(0, count - 1)
+        found.index_add_(0, bars, torch.ones_like(share))
+        won.index_add_(0, bars, share)
+    return found / found.sum(), won / found.clamp(min=1.0)
+
+
+def _draw_contest(sheet: Sheet, x: int, y: int, record: BlendRecord, sample: int, index: int) -> None:
+    """Draw the histogram of an expert's leads, with a line at minus its bias.
+
+    The part of each bar that the expert won has the expert's colour.
+    """
+    parts, won = lead_histogram(record, sample, index)
+    bar = PANEL_WIDTH // len(parts)
+    for i, (part, mine) in enumerate(zip((parts / parts.max()).tolist(), won.tolist(), strict=True)):
+        height = round(part * PANEL_HEIGHT)
+        own = round(height * mine)
+        top = y + PANEL_HEIGHT - height
+        sheet.box(x + i * bar, top, bar - 1, height - own, model_colour(0))
+        sheet.box(x + i * bar, top + height - own, bar - 1, own, model_colour(index))
+    biases = [c.bias for c in record.contest(index, sample) if c.share is None]
+    if biases:
+        bias = sum(biases) / len(biases)
+        at = min(max(-bias, -UNITS), UNITS)
+        sheet.box(x + round((at + UNITS) / BAR * bar), y, 2, PANEL_HEIGHT, INK)
+        setting = f"bias {bias:.2g}"
+    else:
+        setting = "expert_share"
+    for unit in range(-UNITS, UNITS + 1, 2):
+        sheet.text(
+            x + round((unit + UNITS) / BAR * bar) - 4, y + PANEL_HEIGHT + 1, f"{unit:+d}"[unit == 0 :], 10, FAINT
+        )
+    sheet.text(x, y + PANEL_HEIGHT + CAPTION - 3, f"lead of {record.labels[index][:16]} in units; {setting}", 11, FAINT)

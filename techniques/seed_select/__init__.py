@@ -1,1 +1,1 @@
-"""SeedSelect: initial noise for what a model rarely generates, found by search and by gradients. Start with select.py."""
+"""SeedSelect: initial noise for rare concepts, found by search and by gradients. Start with select.py."""

@@ -1,4 +1,4 @@
-"""Which noises may be sampled in one batch without looking at each other."""
+"""Checks whether several noises can be sampled in one batch without influencing each other."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from ...host.attachments import Conditioning, attached
 
-# samplers that draw nothing after the first noise and decide nothing over the batch; dpm_adaptive, whose step size
-# looks at all samples, is not among them
+# Samplers that add no noise during the run and make no decision that depends on the whole batch. dpm_adaptive is
+# excluded, since its step size depends on all samples of a batch.
 DETERMINISTIC = frozenset(
     "euler euler_cfg_pp heun heunpp2 exp_heun_2_x0 dpm_2 lms dpm_fast dpmpp_2m dpmpp_2m_cfg_pp ipndm ipndm_v deis"
     " res_multistep res_multistep_cfg_pp gradient_estimation gradient_estimation_cfg_pp ddim uni_pc uni_pc_bh2".split()
 )
 
-# of the samplers that ask the model more than once in a step; the last step of most asks once less, and dpm_adaptive
-# asks as often as it likes
+# Model calls per step, for samplers with more than one call. Most of these samplers need one call fewer in the last
+# step. dpm_adaptive is missing, since its number of calls per step is not fixed.
 CALLS_PER_STEP = dict.fromkeys(
     "heun dpm_2 dpm_2_ancestral dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu exp_heun_2_x0"
     " exp_heun_2_x0_sde seeds_2 sa_solver_pece".split(),
@@ -25,9 +25,9 @@ CALLS_PER_STEP = dict.fromkeys(
 
 
 def rows_are_independent(model: ModelPatcher, positive: Conditioning, negative: Conditioning) -> bool:
-    """Whether what hangs on ``model`` and its conditionings treats every row of a batch as if it were alone."""
+    """Whether ``model``, its attachments and conditionings treat the rows of a batch independently."""
     if "easycache" in model.model_options.get("transformer_options", {}):
-        return False  # it skips by a mean over the batch
+        return False  # EasyCache decides by a mean over the batch whether to skip a step
     if not all(attachment.rows_are_independent for attachment in attached(model)):
         return False
     pairs = [(positive, negative), *(pair for attachment in attached(model) for pair in attachment.conditionings)]
@@ -35,7 +35,7 @@ def rows_are_independent(model: ModelPatcher, positive: Conditioning, negative: 
 
 
 def _is_for_every_row(entry: Sequence) -> bool:
-    """Whether an entry of a CONDITIONING means the same for every row of a batch, and nothing of it is drawn."""
+    """Whether an entry of a CONDITIONING is the same for every row of a batch and adds no random noise."""
     tensor, options = entry
     control = options.get("control")
     while control is not None:

@@ -1,4 +1,4 @@
-"""Counts what a node computes: the rows that pass through the networks of a MODEL and of what hangs on it."""
+"""Counts the batch rows that pass through the networks of a MODEL and its attachments."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,10 +14,11 @@ from ...host.gradients import Recorder
 
 @dataclass
 class RowCounter:
-    """Rows of forward passes so far."""
+    """Number of batch rows in forward passes so far."""
 
     rows: int = 0
-    recomputed: int = 0  # of these, for a gradient
+    recomputed: int = 0  # how many of the rows were recomputed for a gradient
+    compared: int = 0  # how many of the rows were computed to compare a gradient with finite differences
 
     @contextmanager
     def counting(
@@ -27,21 +28,24 @@ class RowCounter:
         negative: Conditioning,
         recorder: Recorder | None = None,
     ) -> Iterator[None]:
-        """Counts the rows of every forward pass of ``model`` and what hangs on it meanwhile, also of passes that fail.
+        """Context that counts the rows of forward passes of ``model`` and its attachments, including passes that fail.
 
-        ``positive``, ``negative``: the CONDITIONINGs of the run.
+        ``positive``, ``negative``: the CONDITIONINGs of the run. ``recorder``: the recorder of a run with gradients. It
+        reports whether a pass is a recomputation or part of the comparison with finite differences.
         """
         conds = {"positive": positive, "negative": negative}
         conds = {name: comfy.sampler_helpers.convert_cond(cond) for name, cond in conds.items()}
         patchers = [model, *(p for attachment in attached(model) for p in attachment.patchers(model, conds))]
         if model.is_dynamic() and any("hooks" in c for cond in conds.values() for c in cond):
-            # where the guider goes then
-            patchers.append(model.get_non_dynamic_delegate())  # ty: ignore[missing-attribute]  # a dynamic one has it
+            # if a conditioning has hooks, the guider runs this delegate in place of the dynamic patcher
+            patchers.append(model.get_non_dynamic_delegate())  # ty: ignore[missing-attribute]  # of dynamic patchers
         networks = {id(n): n for n in (p.get_model_object("diffusion_model") for p in patchers)}
 
         def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.rows += len(inputs[0])
-            if recorder is not None and recorder.recomputing:
+            if recorder is not None and recorder.comparing:
+                self.compared += len(inputs[0])
+            elif recorder is not None and recorder.recomputing:
                 self.recomputed += len(inputs[0])
 
         with ExitStack() as stack:

@@ -1,30 +1,34 @@
-"""What has no gradient in the host, or would get a wrong one: refused before anything runs."""
+"""Checks before a run that ComfyUI can compute a correct gradient with the models and conditionings of the run."""
 
 from collections.abc import Iterable
 
 import comfy.model_base
-from comfy.ldm.modules import attention
 from comfy.model_patcher import ModelPatcher
 
 from ...host.attachments import Conditioning, attached
+from ...host.gradient_check import Comparison
+from ...host.patch_names import patches_on
 
-NO_DERIVATIVE = ("CosmosPredict2", "Anima", "JoyImage")  # their rotary embedding is a fused kernel in training too
-NO_DERIVATIVE_ATTENTION = {"attention_sage": "--use-sage-attention", "attention_flash": "--use-flash-attention"}
+# model classes that compute the rotary embedding with a fused kernel without gradient, even in training
+NO_DERIVATIVE = ("CosmosPredict2", "Anima", "JoyImage", "ErnieImage")
+NO_DERIVATIVE_WEIGHTS = {"convrot_w4a4"}  # quantisation formats whose matrix product has no derivative in ComfyUI
 
 
 def check_differentiable(model: ModelPatcher, positive: Conditioning, negative: Conditioning) -> None:
-    """Refuse, with the reason, what has no gradient or would get a wrong one."""
+    """Raise a ValueError with the reason if the gradient would be missing or wrong."""
     conditionings, attachments = (positive, negative), attached(model)
     for patcher in (model, *(further for attachment in attachments for further in attachment.models)):
         if (obstacle := _obstacle(patcher)) is not None:
             raise ValueError(f"{obstacle}; use mode search, which needs no gradient")
     for attachment in attachments:
-        # it cannot be computed again out of the order of the steps
+        # gradient checkpointing recomputes the steps in another order
         if attachment.depends_on_history:
             raise ValueError(f"{attachment.depends_on_history} for optimising, or use mode search")
     _check_conditionings(conditionings)
-    for wired in (pair for attachment in attachments for pair in attachment.conditionings):
-        _check_conditionings([theirs if own is None else own for own, theirs in zip(wired, conditionings, strict=True)])
+    for pair in (pair for attachment in attachments for pair in attachment.conditionings):
+        _check_conditionings(
+            [default if own is None else own for own, default in zip(pair, conditionings, strict=True)]
+        )
 
 
 def _check_conditionings(conditionings: Iterable[Conditioning]) -> None:
@@ -33,15 +37,15 @@ def _check_conditionings(conditionings: Iterable[Conditioning]) -> None:
         for kind, name in (("control", "a ControlNet"), ("gligen", "GLIGEN")):
             if kind in options:
                 raise ValueError(
-                    f"a conditioning carries {name}, which passes no gradient on; remove it or use mode search"
+                    f"a conditioning carries {name}, through which no gradient flows; remove it, or use mode search"
                 )
     groups = {options.get("hooks") for options in entries}
     scheduled = any(len(h.hook_keyframe.keyframes) > 1 for group in groups if group for h in group.hooks)
-    # the host writes hooked weights over one another, behind the back of autograd
+    # ComfyUI overwrites the weights of one hook group with the weights of the next; autograd cannot detect this
     if len(groups) > 1 or scheduled:
         raise ValueError(
-            "the conditionings' hooks change the weights within a run, and the gradient would be of the last ones only;"
-            " put the LoRA on the MODEL, the same hooks without keyframes on all conditionings, or use mode search"
+            "the conditionings' hooks change the weights within a run, and the gradient would use the last weights only;"
+            " apply the LoRA to the MODEL, set the same hooks without keyframes on all conditionings, or use mode search"
         )
 
 
@@ -50,11 +54,27 @@ def _obstacle(patcher: ModelPatcher) -> str | None:
     kinds = tuple(getattr(comfy.model_base, k) for k in NO_DERIVATIVE if hasattr(comfy.model_base, k))
     if isinstance(inner, kinds):
         return f"{name} computes its rotary embedding with a kernel that has no gradient"
+    for layer in inner.modules():
+        kind = getattr(layer, "quant_format", None)
+        if kind in NO_DERIVATIVE_WEIGHTS and not getattr(layer, "_full_precision_mm", False):
+            return f"the layers of {name} are quantised as {kind}, which has no gradient; use another checkpoint of it"
     if patcher.get_additional_models_with_key("multigpu"):
-        return "a model spread over several GPUs passes no gradient on; remove the MultiGPU node"
+        return "no gradient flows through a model that is distributed over several GPUs; remove the MultiGPU node"
     if "easycache" in patcher.model_options.get("transformer_options", {}):
-        return "EasyCache or LazyCache answers from earlier steps and its gradient would be wrong; remove it"
-    used = getattr(attention.optimized_attention, "__name__", "")
-    if used in NO_DERIVATIVE_ATTENTION:
-        return f"the attention kernel has no gradient; start ComfyUI without {NO_DERIVATIVE_ATTENTION[used]}"
+        return "EasyCache or LazyCache reuses predictions of earlier steps, so the gradient would be wrong; remove its node"
     return None
+
+
+def comparison(model: ModelPatcher) -> Comparison:
+    """Comparison of the gradient of ``model`` with finite differences, with the likely causes of a wrong gradient."""
+    patchers = [model, *(further for attachment in attached(model) for further in attachment.models)]
+
+    def causes() -> str:
+        names = list(dict.fromkeys(name for patcher in patchers for name in patches_on(patcher)))
+        if not names:
+            kinds = " or ".join(dict.fromkeys(type(patcher.model).__name__ for patcher in patchers))
+            return f"an operation of {kinds} has no derivative in this version of ComfyUI; use mode search"
+        return f"probably {' or '.join(names)} has no derivative; remove it from the MODEL, or use mode search"
+
+    dtypes = [getattr(patcher.model, "manual_cast_dtype", None) or patcher.model_dtype() for patcher in patchers]
+    return Comparison(dtypes, causes)

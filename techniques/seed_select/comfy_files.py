@@ -1,4 +1,4 @@
-"""A selected noise, as the host's NOISE and on disk: safetensors with the noise and how it was found."""
+"""A selected noise as ComfyUI's NOISE and as a safetensors file with its settings and score."""
 
 import functools
 import hashlib
@@ -10,37 +10,43 @@ from pathlib import Path
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...common.shapes import size_of
-from ...host.files import KeptFiles
+from ...host.files import OutputFiles, read_tensor
+from ...host.model_folders import is_in_model_folder
+from ...host.patch_names import PACK
 
-FILES = KeptFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
-NAME = "noise"  # of the tensor
-FORMAT = "chorus-seed-1"  # in the metadata, which has the seed too
-SEEDS = 2**64  # there are
-CHUNK = 2**24  # bytes
+FILES = OutputFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
+NAME = "noise"  # name of the tensor in a file
+FORMAT = "chorus-seed-1"  # value of "format" in the metadata
+SEEDS = 2**64  # number of valid seeds; they start at 0
+CHUNK = 2**24  # bytes of a model file that are read at once
 
 
 @dataclass(frozen=True, eq=False)
 class SeedNoise:
-    """A noise [N, C, h, w] as SamplerCustomAdvanced takes it. ``seed`` is what else a sampler draws from."""
+    """A noise [N, C, h, w] for SamplerCustomAdvanced.
+
+    ``seed``: seed of the noise that stochastic samplers add during the run.
+    """
 
     noise: Tensor
     seed: int
-    details: Mapping[str, str] = field(default_factory=dict)  # how it was found: settings, score, model
+    details: Mapping[str, str] = field(default_factory=dict)  # settings, score and model of the selection
 
     def generate_noise(self, latent: Mapping) -> Tensor:
-        """The noise on the CPU for a LATENT of its very shape, in the latent's dtype; a ValueError for any other."""
+        """Noise on the CPU, in the dtype of the LATENT ``latent``; ValueError if the latent has another shape."""
         samples = latent["samples"]
         if samples.is_nested:
             raise ValueError(
-                f"the saved noise is of one picture {size_of(self.noise)}, the latent holds video and sound"
+                f"expected an image latent of size {size_of(self.noise)} as for the noise, got a nested latent"
+                " (video with audio); connect an image latent"
             )
         if samples.shape != self.noise.shape:
             raise ValueError(
-                f"the noise was made for a latent of {_describe(self.noise)}, this one is of {_describe(samples)}; {self._remedy(samples)}"
+                f"expected a latent with {_describe(self.noise)} as for the noise, got {_describe(samples)};"
+                f" {self._remedy(samples)}"
             )
         return self.noise.to(device="cpu", dtype=samples.dtype, copy=True)
 
@@ -48,14 +54,14 @@ class SeedNoise:
         if samples.shape[1:] == self.noise.shape[1:]:
             return f"set batch_size to {len(self.noise)}"
         if samples.ndim == 4 and samples.shape[1] == self.noise.shape[1]:
-            return "set width and height as they were when it was selected"
-        return "use a model of the same latent space as it was selected for"
+            return "set width and height as in the selection of the noise"
+        return "use a model with the same latent space as in the selection of the noise"
 
 
 def save_seed(noise: SeedNoise, prefix: str) -> dict[str, str]:
-    """Write ``noise`` with its seed and details, as KeptFiles.save does.
+    """Write a file with ``noise``, its seed and its details; returns the place of the file as OutputFiles.save does.
 
-    A ValueError for a noise that is not finite or not [N, C, h, w].
+    ValueError if the noise is not finite or not of the shape [N, C, h, w].
     """
     _check(noise.noise)
     metadata = {**{k: str(v) for k, v in noise.details.items()}, "format": FORMAT, "seed": str(noise.seed)}
@@ -63,65 +69,71 @@ def save_seed(noise: SeedNoise, prefix: str) -> dict[str, str]:
 
 
 def load_seed(name: str) -> SeedNoise:
-    """The noise of a file as FILES.names gives it, with its seed and details."""
+    """Noise in the file ``name`` (one of FILES.names), with its seed and details."""
     return read_seed(FILES.find(name), name)
 
 
 def read_seed(path: Path, name: str) -> SeedNoise:
-    """The noise of a file, which errors (ValueError) call ``name``."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, found = file.metadata() or {}, list(file.keys())
-            if metadata.get("format") != FORMAT or not metadata.get("seed", "").isdecimal():
-                raise ValueError(f"its metadata do not say format {FORMAT} and a seed")
-            if found != [NAME]:
-                raise ValueError(f"it holds {', '.join(found) or 'nothing'} instead of {NAME}")
-            noise = file.get_tensor(NAME).clone()  # a copy: the file does not stay open
+    """Noise in the file ``path``, with its seed and details. Errors (ValueError) call the file ``name``."""
+    with FILES.reading(name):
+        noise, metadata = read_tensor(path, NAME)
+        if metadata.get("format") != FORMAT or not metadata.get("seed", "").isdecimal():
+            raise ValueError(f"its metadata lack the format {FORMAT} or a seed")
         _check(noise)
         seed = int(metadata["seed"])
         if seed >= SEEDS:
             raise ValueError(f"its seed {seed} is not below {SEEDS}")
-    except (SafetensorError, ValueError, OSError, NotImplementedError) as error:  # the last: numbers of four bits
-        why = str(error)[:300]
-        raise ValueError(f"'{name}' cannot be read as a seed file: {why}; save it anew with Save Seed") from error
     details = {k: v for k, v in metadata.items() if k not in ("format", "seed")}
     return SeedNoise(noise, seed, details)
 
 
 def model_details(model: ModelPatcher) -> dict[str, str]:
-    """What is known of a MODEL: its class, how many of its weights are patched, and its file with the sha256 of it."""
+    """Class of a MODEL, number of its patched weights, and, if known, the name and sha256 of its file.
+
+    A file outside of ComfyUI's model folders has no name here, since the details are saved and shared.
+    """
     details = {"model": type(model.model).__name__, "patched_weights": str(len(model.patches))}
-    _, arguments, *_ = model.cached_patcher_init or (None, ())
-    known = next((a for a in arguments if isinstance(a, str)), None)
-    if known is not None:
-        details["model_file"] = os.path.basename(known)
-        if os.path.isfile(known):
-            state = os.stat(known)
-            details["model_sha256"] = _sha256(known, state.st_mtime_ns, state.st_size)
+    make, arguments, *_ = model.cached_patcher_init or (None, ())
+    names = [a for a in arguments if isinstance(a, str)]
+    path = next((name for name in names if os.path.isfile(name) or is_in_model_folder(name)), None)
+    if path is not None:
+        if is_in_model_folder(path):
+            details["model_file"] = os.path.basename(path)
+        if os.path.isfile(path):
+            state = os.stat(path)
+            details["model_sha256"] = _sha256(path, state.st_mtime_ns, state.st_size)
+    elif names and getattr(make, "__module__", "").split(".")[0] == PACK:
+        details["model_file"] = names[0]  # a demo checkpoint
     return details
 
 
 @functools.lru_cache(maxsize=16)
 def _sha256(path: str, changed: int, size: int) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(CHUNK):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            found.update(data)
-    return found.hexdigest()
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _check(noise: Tensor) -> None:
     if not noise.is_floating_point() or noise.ndim != 4 or not noise.numel():
-        raise ValueError(f"its noise is {noise.dtype} [{size_of(noise)}], not numbers [batch, channels, height, width]")
-    # in float32, since torch asks no 8-bit float
+        raise ValueError(
+            "expected a noise of floating-point numbers [batch, channels, height, width], got"
+            f" {noise.dtype} {size_of(noise)}; select the noise again with Seed Select"
+        )
+    # in float32, since torch.isfinite does not support 8-bit floats
     finite = torch.isfinite(noise.float() if noise.element_size() == 1 else noise)
     if not finite.all():
         bad = int((~finite).sum())
-        raise ValueError(f"{bad} of the {noise.numel()} numbers of its noise are not finite (NaN or infinite)")
+        raise ValueError(
+            f"{bad} of the {noise.numel()} numbers of the noise are not finite (NaN or infinite); select the noise again"
+            " with Seed Select"
+        )
 
 
 def _describe(x: Tensor) -> str:
     if x.ndim != 4:
         return f"the shape {size_of(x)}"
-    return f"{len(x)} x {x.shape[1]} channels, {x.shape[2]} high and {x.shape[3]} wide"
+    return f"batch size {len(x)}, {x.shape[1]} channels, height {x.shape[2]} and width {x.shape[3]}"

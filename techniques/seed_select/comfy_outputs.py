@@ -1,8 +1,9 @@
-"""What the node SeedSelect gives: noise, seed, samples, grid, preview and report of a finished or interrupted run."""
+"""Outputs of the node SeedSelect: noise, seed, samples, grid, preview and report of a finished or interrupted run."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -19,7 +20,10 @@ Outputs = tuple[SeedNoise, int, dict[str, Any], Tensor, Tensor, str]  # noise, s
 def outputs(
     select: SeedSelect[ComfySeedSampler], interrupted: bool, details: Mapping[str, str], grid_size: int
 ) -> Outputs:
-    """What ``select`` gives. The first Cancel costs none of it, when it is drawn either."""
+    """Outputs of ``select``.
+
+    If the first interrupt of the run comes while the outputs are decoded and drawn, the outputs are still returned.
+    """
     try:
         return _outputs(select, interrupted, details, grid_size)
     except InterruptProcessingException:
@@ -31,16 +35,16 @@ def outputs(
 def _outputs(
     select: SeedSelect[ComfySeedSampler], interrupted: bool, details: Mapping[str, str], grid_size: int
 ) -> Outputs:
-    best, sampler = select.pictures[0], select.sampler
+    best, sampler = select.results[0], select.sampler
     seed = best.sampler_seed if best.seed is None else best.seed
     noise = SeedNoise(
-        torch.cat([p.noise.cpu() for p in select.pictures]),
+        torch.cat([r.noise.cpu() for r in select.results]),
         best.sampler_seed,
         {**details, "found": best.label, "score": f"{best.score:.6g}"},
     )
     results = [
-        Tile(sampler.decode(p.latent)[0], (f"picture {k}: {p.label}", f"score {p.score:.4f}"))
-        for k, p in enumerate(select.pictures, start=1)
+        Tile(sampler.decode(r.latent)[0], (f"image {k}: {r.label}", f"score {r.score:.4f}"))
+        for k, r in enumerate(select.results, start=1)
     ]
     tiles = _ranked_tiles(select.search, sampler, grid_size) if select.search else []
     if select.optimizations or len(results) > 1 or not tiles:
@@ -53,24 +57,27 @@ def _ranked_tiles(search: SeedSearch, sampler: ComfySeedSampler, most: int) -> l
     tiles = []
     for k, index in enumerate(search.ranking[:most], start=1):
         (score, steps), label = search.last_score(index), search.candidates[index].label
-        picture = sampler.decode(search.latents[index])[0]
-        tiles.append(Tile(picture, (f"{k}: {label}", f"score {score:.4f}, steps {steps}")))
+        image = sampler.decode(search.latents[index])[0]
+        tiles.append(Tile(image, (f"{k}: {label}", f"score {score:.4f}, steps {steps}")))
     return tiles
 
 
 def _latent(select: SeedSelect[ComfySeedSampler]) -> dict[str, Any]:
-    """As KSampler gives it; a place in a batch is that of one picture."""
-    pictures = select.pictures
-    gone = {"downscale_ratio_spacial", "downscale_ratio_temporal", *(("batch_index",) if len(pictures) > 1 else ())}
-    kept = {k: v for k, v in select.sampler.inputs.latent_image.items() if k not in gone}
-    return {**kept, "samples": torch.cat([p.latent for p in pictures])}
+    """LATENT of the results as KSampler returns it, but without batch_index if there are several images."""
+    results = select.results
+    removed = {"downscale_ratio_spacial", "downscale_ratio_temporal", *(("batch_index",) if len(results) > 1 else ())}
+    kept = {k: v for k, v in select.sampler.inputs.latent_image.items() if k not in removed}
+    dtype = comfy.model_management.intermediate_dtype()
+    return {**kept, "samples": torch.cat([r.latent for r in results]).to(dtype)}
 
 
 def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool) -> str:
     counter = select.sampler.counter
-    lines = [select.report(), f"rows through the networks: {counter.rows}"]
+    lines = [select.report(), f"batch rows through the networks: {counter.rows}"]
     if counter.recomputed:
-        lines[-1] += f", {counter.recomputed} of them again for the gradient"
+        lines[-1] += f", {counter.recomputed} of them recomputed for the gradient"
+    if counter.compared:
+        lines[-1] += f", {counter.compared} of them to compare the gradient with finite differences"
     if interrupted:
-        lines.insert(0, "interrupted: this is the best so far; it stays until an input changes")
+        lines.insert(0, "interrupted: this is the best so far; the node runs again only if an input changes")
     return "\n".join(lines)

@@ -18,27 +18,30 @@ InterruptProcessingException = comfy.model_management.InterruptProcessingExcepti
 
 
 class SeedProgress:
-    """Counts in steps of samplers, over all that a node does. Every call ends the node if the user interrupts."""
+    """Progress bar of a node, in sampler steps.
+
+    Every call raises InterruptProcessingException if the user has interrupted the run.
+    """
 
     def __init__(self, model: ModelPatcher, total: int) -> None:
         self.bar, self.done = comfy.utils.ProgressBar(total), 0
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
     def callback(self, step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
-        """For ComfySeedSampler.callback: one step is done; shows the estimate of x0 if the user wants previews."""
-        show = self._previewer.decode_latent_to_preview_image("JPEG", x0) if self._previewer else None
-        self._advance(1, show)
+        """Count one step and show the estimate of x0 if previews are enabled; used as ComfySeedSampler.callback."""
+        preview = self._previewer.decode_latent_to_preview_image("JPEG", x0) if self._previewer else None
+        self._advance(1, preview)
 
-    def show(self, picture: Tensor | None = None, steps: int = 0, text: str = "") -> None:
-        """``steps`` more are done; ``picture`` [H, W, 3] in 0..1, the best so far, and ``text`` show on the node."""
+    def show(self, image: Tensor | None = None, steps: int = 0, text: str = "") -> None:
+        """Count ``steps`` more steps; show ``image`` [H, W, 3] in 0..1 and ``text`` on the node."""
         if text:
-            self._tell(text)
-        self._advance(steps, None if picture is None else as_preview(picture))
+            self._show_text(text)
+        self._advance(steps, None if image is None else as_preview(image))
 
     @staticmethod
-    def _tell(text: str) -> None:
+    def _show_text(text: str) -> None:
         if (context := get_executing_context()) is not None:
-            from server import PromptServer  # only a node that runs has one; recipes and tests need not load it
+            from server import PromptServer  # imported late, since recipes and tests run without a server
 
             server = PromptServer.instance  # ty: ignore[missing-attribute]  # its constructor sets it
             server.send_progress_text(text, context.node_id)
@@ -50,15 +53,15 @@ class SeedProgress:
 
 
 class SelectProgress(SeedProgress):
-    """What the user sees during a run of ``select``: how far it is, the best score so far and its picture."""
+    """Progress of a run of ``select``, with the best score so far and its image."""
 
     def __init__(self, select: SeedSelect, model: ModelPatcher, decode: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model, 1)
         self._select, self._decode = select, decode
-        self._shown: Tensor | None = None  # the latent of the best picture
+        self._shown: Tensor | None = None  # latent of the best image
 
     def callback(self, step: int, x0: Tensor, x: Tensor, total_steps: int) -> None:
-        """The estimates of x0 show until there is a best picture."""
+        """Count one step; until there is a best image, show the estimate of x0."""
         self.bar.total = self._select.planned
         if self._shown is None:
             super().callback(step, x0, x, total_steps)
@@ -73,10 +76,13 @@ class SelectProgress(SeedProgress):
         latent: Callable[[], Tensor],
         decode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """As ``records.Progress``; ``decode``: in place of the usual one."""
+        """Show the best image and score so far; used as a ``records.Progress``.
+
+        ``decode``: decoder for this call; default: that of the constructor.
+        """
         self.bar.total = total
-        best, picture = latent(), None
+        best, image = latent(), None
         if best is not self._shown:
             with torch.no_grad():
-                self._shown, picture = best, (decode or self._decode)(best)[0]
-        self.show(picture, done - self.done, f"best score {score:.4f}, {done} of {total} model evaluations")
+                self._shown, image = best, (decode or self._decode)(best)[0]
+        self.show(image, done - self.done, f"best score {score:.4f}, {done} of {total} model evaluations")

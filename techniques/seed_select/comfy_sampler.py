@@ -1,7 +1,7 @@
-"""From an integer seed to its noise, and from noise to a finished latent by the host's own sampling.
+"""Draws the noise of an integer seed, and samples from noises with ComfyUI's samplers.
 
-What ``generate`` makes of ``noise_of(seed)`` is what KSampler makes of that seed at batch 1, bit for bit. Shapes: N
-noises, C channels, h and w latent positions.
+``generate(noise_of(seed))`` equals KSampler's result for that seed at batch 1, bit for bit. Shapes: N noises, C channels,
+latents of height h and width w.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.shapes import size_of
-from ...host.parametrization import family, sampling_of
+from ...host.parametrization import family, sampling_of, unsupported
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_counting import RowCounter
 from .comfy_progress import SeedProgress
@@ -26,52 +26,52 @@ from .comfy_session import KSamplerInputs, OpenSession, Session, SessionSettings
 from .inversion import invert
 from .sampler import GradientCost
 
-INVERSION_STEPS = 50  # of NAO's authors, without guidance
-SHORT_RUNS = "beta"  # scheduler
+INVERSION_STEPS = 50  # as in NAO's code, which inverts without guidance
+SHORT_RUNS = "beta"  # scheduler of runs with fewer steps than the full run
 SAMPLERS, SCHEDULERS = comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES
 
-Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; as the host's samplers call it
+Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; called by ComfyUI's samplers
 
 
 class ComfySeedSampler:
-    """KSampler's inputs as functions of the noise, the references and their score: a ``sampler.SeedSampler``.
+    """A ``sampler.SeedSampler`` for the inputs of KSampler.
 
-    ``scoring``: needed by all but ``noise_of``, ``generate`` and ``session``. Errors (ValueError): several latents, video,
-    sound or nested latents, several noise masks, denoise outside 0 to 1, an image-to-image model, and ReferenceScorer's.
+    ``scoring``: required for scoring, decoding, inversions and gradients. The constructor raises a ValueError for several
+    latents, video, audio or nested latents, several noise masks, denoise outside 0 to 1, a model whose noise process is not
+    supported, and inputs that ReferenceScorer rejects.
     """
 
     def __init__(self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None) -> None:
         self.model = inputs.model
         self.samples = self._checked(inputs.latent_image)  # [1, C, h, w]
         self.inputs = replace(inputs, latent_image={**inputs.latent_image, "samples": self.samples})
-        self._seeds: dict[bytes, int] = {}  # of the noises that were given out
+        self._seeds: dict[bytes, int] = {}  # seeds of the noises that noise_of returned, by digest
         if inputs.steps < 1 or not 0.0 < inputs.denoise <= 1.0:
             raise ValueError(
-                f"{inputs.steps} steps at denoise {inputs.denoise:g} paint nothing; use at least 1 step and a denoise above"
-                " 0, up to 1"
+                f"{inputs.steps} steps at denoise {inputs.denoise:g} generate nothing; use at least 1 step and a denoise"
+                " above 0 and at most 1"
             )
         sampling = sampling_of(self.model)
         try:
-            self.kind = family(sampling)  # of parametrization: VE or FLOW
+            self.kind = family(sampling)  # VE or FLOW of host/parametrization.py
         except ValueError as error:
-            raise ValueError(
-                f"{type(self.model.model).__name__} ({type(sampling).__name__}) has no known way from noise to picture; use a"
-                " model of the SD or flow family"
-            ) from error
+            raise ValueError(unsupported(sampling)) from error
         self.counter = RowCounter()
-        self.callback: Callback | None = None  # of ``generate``, in place of the host's progress and preview
+        self.callback: Callback | None = None  # replaces ComfyUI's progress and preview in ``generate``
         self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, self.samples)
-        self.gradients: Session | None = None  # in which noises are optimised
+        self.gradients: Session | None = None  # session for optimisation
 
     @property
     def scorer(self) -> ReferenceScorer:
-        assert self._scorer is not None  # who needs it has given ``scoring``
+        assert self._scorer is not None  # the constructor has created it from the argument ``scoring``
         return self._scorer
 
     def _checked(self, latent_image: Mapping) -> Tensor:
         samples = latent_image["samples"]
         if samples.is_nested:
-            raise ValueError("the latent holds several tensors (video with sound); SeedSelect works on pictures")
+            raise ValueError(
+                "expected an image latent, got a nested latent (video with audio); connect an image latent"
+            )
         samples = comfy.sample.fix_empty_latent_channels(
             self.model,
             samples,
@@ -80,24 +80,25 @@ class ComfySeedSampler:
         )
         if samples.ndim != 4:
             raise ValueError(
-                f"the latents of {type(self.model.model).__name__} have the shape {size_of(samples)}, as of video or sound;"
-                " SeedSelect works on pictures [1, C, h, w]: use another model"
+                f"expected an image latent [1, C, h, w] for {type(self.model.model).__name__}, got the size"
+                f" {size_of(samples)}; use a model whose latents have these four axes"
             )
         if len(samples) != 1:
             raise ValueError(
-                f"latent_image holds {len(samples)} latents; SeedSelect looks for the noise of one: set batch_size to 1"
-                " or take one by LatentFromBatch"
+                f"expected one latent in latent_image, got {len(samples)} latents; set batch_size to 1 or select one with"
+                " LatentFromBatch"
             )
         if (mask := latent_image.get("noise_mask")) is not None and mask.ndim > 2 and len(mask) != 1:
-            raise ValueError(f"latent_image holds {len(mask)} noise masks for one latent; keep one of them")
+            raise ValueError(f"expected one noise mask in latent_image, got {len(mask)} noise masks; use one of them")
         return samples
 
     def sigmas(self, steps: int | None = None, sampler: str | None = None) -> Tensor:
-        """[N + 1] of the run with ``steps`` (default: all), falling to 0.
+        """Sigmas of a run with ``steps`` steps (default: all steps), decreasing to 0.
 
-        Fewer steps than all stand for the whole run: they have the levels of the beta schedule (arXiv 2407.12173), after
-        which candidates rank most as they do in full, whatever the run's own scheduler (dev/benchmarks/seed_ranking.py). With
-        a denoise below 1 they are some of the full run's levels, so that they begin where it does.
+        A run with fewer steps approximates the full run. It uses the beta schedule (arXiv 2407.12173) even if the full
+        run uses another one. With the beta schedule, the ranking of candidates agrees best with that of full runs
+        (dev/benchmarks/seed_ranking.py). With denoise below 1, the shorter run uses a subset of the full run's sigmas
+        instead, so both runs start at the same noise level.
         """
         if steps is None or steps >= self.inputs.steps:
             return self._ksampler(steps, sampler).sigmas.clone()
@@ -118,41 +119,44 @@ class ComfySeedSampler:
         )
 
     def noise_of(self, seed: int) -> Tensor:
-        """The noise [1, C, h, w] that KSampler draws for ``seed`` at batch 1."""
-        noise = draw_noise(self.inputs.latent_image, seed)
+        """Noise [1, C, h, w] that KSampler draws for ``seed`` at batch 1, float32."""
+        # KSampler draws noise in the dtype of the latent and then samples in float32
+        noise = draw_noise(self.inputs.latent_image, seed).float()
         self._seeds[_digest(noise)] = seed
         return noise
 
     def to_model(self, latent: Tensor) -> Tensor:
-        """A latent [N, C, h, w] of the VAE, as ``generate`` gives it, in the scale in which the model sees it."""
-        return self.model.model.process_latent_in(latent)
+        """Convert a latent [N, C, h, w] of ``generate`` from the VAE's scale to the model's scale."""
+        return self.model.model.process_latent_in(latent.float())
 
     def generate(self, noise: Tensor, steps: int | None = None, seeds: Sequence[int] | None = None) -> Tensor:
-        """Finished latents [N, C, h, w] of ``noise`` [N, C, h, w] in ``steps`` (default: all), as KSampler gives them.
+        """Final latents [N, C, h, w] of a run of ``steps`` steps (default: all) from ``noise`` [N, C, h, w].
 
-        ``seeds``: what else a sampler draws from for each noise; by default the seed that ``noise_of`` gave it for, else
-        the inputs'. Noises share batches only where that changes nothing but rounding.
+        The latents are in the VAE's scale, as KSampler returns them. ``seeds``: one seed for each noise, from which
+        stochastic samplers draw the noise that they add during the run. The default is the seed from which ``noise_of``
+        drew the initial noise, or the seed of the inputs for other noises. Several noises are sampled in one batch only
+        if this changes the latents by no more than rounding.
         """
         seeds = self._checked_seeds(noise, seeds)
         size = self.batch_size(len(noise))
-        found = []
+        latents = []
         with self.counter.counting(self.model, self.inputs.positive, self.inputs.negative):
             for first in range(0, len(noise), size):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 chunk = slice(first, first + size)
-                found.append(self._sample(noise[chunk], steps, seeds[first]))
-        with torch.inference_mode(False):  # so that a gradient may start here
-            return torch.cat([f.clone() for f in found])
+                latents.append(self._sample(noise[chunk], steps, seeds[first]))
+        with torch.inference_mode(False):  # clone to normal tensors, which autograd can use
+            return torch.cat([x.clone() for x in latents])
 
     def _checked_seeds(self, noise: Tensor, seeds: Sequence[int] | None) -> Sequence[int]:
         if noise.ndim != 4 or noise.shape[1:] != self.samples.shape[1:] or not len(noise):
             raise ValueError(
-                f"the noise {size_of(noise)} does not fit the latent {size_of(self.samples)}; make it for this size"
+                f"the noise {size_of(noise)} does not fit the latent {size_of(self.samples)}; use noise of the latent's size"
             )
         if seeds is None:
             return [self._seeds.get(_digest(row), self.inputs.seed) for row in noise.split(1)]
         if len(seeds) != len(noise):
-            raise ValueError(f"{len(seeds)} seeds for {len(noise)} noises; give one for each")
+            raise ValueError(f"expected {len(noise)} seeds, one for each noise, got {len(seeds)}; pass one for each")
         return seeds
 
     def _sample(self, noise: Tensor, steps: int | None, seed: int) -> Tensor:
@@ -178,18 +182,21 @@ class ComfySeedSampler:
 
     @property
     def deterministic(self) -> bool:
-        """Whether the noise alone decides the latent."""
+        """Whether the final latent depends only on the initial noise, and not on the seed."""
         if self.inputs.sampler_name == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
-            return False  # what the mask keeps is filled with noise of the seed
+            return False  # ddim fills the unmasked area with noise from the seed
         return self.inputs.sampler_name in DETERMINISTIC
 
     @property
     def calls_per_step(self) -> int:
-        """How often the sampler asks the model in a step, most often."""
+        """Largest number of model calls of the sampler per step."""
         return CALLS_PER_STEP.get(self.inputs.sampler_name, 1)
 
     def batch_size(self, count: int) -> int:
-        """How many of ``count`` noises may share a batch: one where they would look at each other, else what fits."""
+        """Number of noises, of ``count`` in total, to sample in one batch.
+
+        It is 1 if noises in one batch would influence each other, otherwise as many as fit in memory.
+        """
         positive, negative = self.inputs.positive, self.inputs.negative
         if count < 2 or not self.deterministic or not rows_are_independent(self.model, positive, negative):
             return 1
@@ -199,7 +206,7 @@ class ComfySeedSampler:
         return next((n for n in range(count, 1, -1) if self.model.memory_required([2 * n, *shape]) < free), 1)
 
     def allow_gradients(self, settings: SessionSettings) -> None:
-        """Let noises be optimised in a session of these settings; a ValueError if it cannot be had."""
+        """Enable optimisation in a session with ``settings``; ValueError if no correct gradient is available with them."""
         self.gradients = self.session(settings, models=self.scorer.models, scorer=self.scorer)
 
     @property
@@ -207,15 +214,15 @@ class ComfySeedSampler:
         return None if self.gradients is None else self.gradients.cost
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
-        """The scores [N] of a list of one: latents [N, C, h, w] as ``generate`` gives them."""
+        """Scores [N] of ``latents``, a list with one element: the latents [N, C, h, w] that ``generate`` returned."""
         return self.scorer.host_loss([self.to_model(x) for x in latents])
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Pictures [N, H, W, 3] in 0..1 of such latents."""
+        """Images [N, H, W, 3] in 0..1 of latents [N, C, h, w] that ``generate`` returned."""
         return self.scorer.models["vae"].decode(latent)
 
     def inversions(self) -> list[Tensor]:
-        """The noises [1, C, h, w] of the references, in their order."""
+        """Inverted noises [1, C, h, w], one for each reference, in the order of the references."""
         references = self.scorer.latents
         progress = SeedProgress(self.model, INVERSION_STEPS * len(references))
         progress.show(text=f"inverting {len(references)} references")
@@ -229,13 +236,13 @@ class ComfySeedSampler:
             return [session.noise_of(invert(denoise, x, sigmas, flow=flow)).cpu() for x in references.split(1)]
 
         noises = self.session(SessionSettings(gradients=False, cfg=1.0, steps=INVERSION_STEPS)).run(work)
-        SeedProgress(self.model, 1).show()  # the bar begins anew
+        SeedProgress(self.model, 1).show()  # reset the progress bar for the sampling
         return noises
 
     def session(
         self, settings: SessionSettings, models: ScoringModels | None = None, scorer: ReferenceScorer | None = None
     ) -> Session:
-        """A session of this sampler; ``models`` and ``scorer`` as Session takes them."""
+        """Session with the inputs of this sampler; ``models`` and ``scorer``: see Session."""
         inputs = replace(self.inputs, cfg=self.inputs.cfg if settings.cfg is None else settings.cfg)
         sigmas = self.sigmas(settings.steps, settings.sampler)
         return Session(

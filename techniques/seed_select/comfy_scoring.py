@@ -1,4 +1,4 @@
-"""The score of pictures against the references, by the host's VAE and image encoder or by those of an open session."""
+"""Scores latents against the references, with ComfyUI's VAE and image encoder or with those of an open session."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,33 +10,38 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
 
+from ...common.shapes import size_of
 from ...host.images import check_vae, embeddings, encode
 from .losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
+
+IMAGE_VAE = "use the VAE of an image model"  # remedy for a VAE of video or audio
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoringSettings:
-    """What pictures are compared with: ``references`` [K, H, W, 3] in 0..1, a VAE, a CLIP_VISION, and the weights."""
+    """Settings of the scores: ``references`` [K, H, W, 3] in 0..1, a VAE, a CLIP_VISION and the loss weights."""
 
     references: Tensor
     vae: VAE
-    clip_vision: ClipVisionModel | None = None  # needed unless semantic_weight is 0
+    clip_vision: ClipVisionModel | None = None  # may be None if semantic_weight is 0
     semantic_weight: float = 10.0
     appearance_weight: float = 1.0
 
 
 class ScoringModels(TypedDict, total=False):
-    """The models that make pictures and embeddings of latents, where they are wired."""
+    """Connected models that decode latents and embed images."""
 
     vae: VAE
     clip_vision: ClipVisionModel
 
 
 class ReferenceScorer:
-    """The references as the model sees them. ``latents``: [K, C, h, w] in its scale, of the size of ``samples``.
+    """Scores latents against the references.
 
-    ``model``: the MODEL. ``samples``: [1, C, h, w]. Errors (ValueError): references that show no concept or are not
-    RGB, a VAE of another model or of video, weights without what they need.
+    The references are resized to the image size of the latent ``samples`` [1, C, h, w]. They are encoded once, to
+    ``latents`` [K, C, h, w] in the model's scale. The constructor raises a ValueError for references that show no
+    concept or are not RGB, a VAE of another model or of video, and a loss weight above 0 without the model that it
+    needs.
     """
 
     def __init__(self, settings: ScoringSettings, model: ModelPatcher, samples: Tensor) -> None:
@@ -44,9 +49,10 @@ class ReferenceScorer:
         check_references(references)
         if references.shape[-1] < 3:
             raise ValueError(
-                f"the references have {references.shape[-1]} channels; wire RGB pictures (Load Image gives them)"
+                f"expected RGB images [batch, height, width, 3] for references, got {size_of(references)}; repeat the grey"
+                " channel three times"
             )
-        check_vae(vae)
+        check_vae(vae, IMAGE_VAE)
         clip_vision = settings.clip_vision if settings.semantic_weight > 0.0 else None
         self.models: ScoringModels = {"vae": vae}
         if clip_vision is not None:
@@ -63,9 +69,10 @@ class ReferenceScorer:
         decode: Callable[[Tensor], Tensor],
         to_latent: Callable[[Tensor], Tensor],
     ) -> ReferenceLoss:
-        """The loss of latents in the model's scale, whose pictures and embeddings are made by these functions.
+        """Loss of latents in the model's scale.
 
-        ``embed``: not needed where semantic_weight is 0.
+        ``to_latent`` converts latents to the VAE's scale, ``decode`` converts these to images, and ``embed`` converts the
+        images to embeddings. ``embed`` may be None if semantic_weight is 0.
         """
         return ReferenceLoss(
             latent_centroid(self.latents),

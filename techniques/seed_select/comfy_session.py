@@ -1,8 +1,9 @@
-"""One sampling run of the host that stays open: predict, walk from noise to latent, with gradients if wanted.
+"""A session: one call of ComfyUI's guider, inside which several predictions and sampling runs are made.
 
-The session is a sampler given to the host's guider, so all that hangs on the MODEL acts in it: patches, LoRAs,
-guidance, a blend of several models. Latents are in the model's scale (``to_latent`` gives the VAE's); B samples are
-computed one by one: what one needs bounds the memory, and no sample depends on its neighbours.
+The session is a sampler passed to the guider, so everything on the MODEL is active: patches, LoRAs, guidance and a
+blend of several models. Predictions and runs are differentiable if gradients are enabled. Latents are in the model's
+scale; ``to_latent`` converts them to the VAE's scale. B samples are computed one by one, so they do not influence each
+other and need only the memory of one sample.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,22 +24,22 @@ from torch import Tensor
 
 from ...host import images
 from ...host.attachments import Conditioning
-from ...host.autograd_copies import NormalWeights, own_tensors
-from ...host.gradients import Recorder, gradients, require_room
+from ...host.autograd_copies import AutogradCopies, clone_tensors
+from ...host.gradients import Recorder, gradients, require_memory
 from ...host.parametrization import FLOW
 from .comfy_counting import RowCounter
-from .comfy_differentiable import check_differentiable
-from .comfy_scoring import ReferenceScorer, ScoringModels
+from .comfy_differentiable import check_differentiable, comparison
+from .comfy_scoring import IMAGE_VAE, ReferenceScorer, ScoringModels
 from .sampler import GradientCost
 
 KEY = "chorus_seed"
-LATE_STEPS = 3  # whose latents the authors' loss sees
-Denoise = Callable[[int, Tensor], Tensor]  # of a step's number and x [1, C, h, w]
+LATE_STEPS = 3  # the authors' loss uses the latents after each of the last three steps
+Denoise = Callable[[int, Tensor], Tensor]  # step number, x [1, C, h, w] -> x0
 T = TypeVar("T")
 
 
 def _euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x after the step, x0 estimated by it) of the host's sampler, to the bit."""
+    """Yields (x after the step, x0 predicted in the step) for each step, bit-equal to ComfyUI's sampler."""
     for i in range(len(sigmas) - 1):
         denoised = denoise(i, x)
         x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
@@ -46,7 +47,7 @@ def _euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor
 
 
 def _dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """DPM-Solver++(2M) (arXiv 2211.01095) as the host has it, to the bit."""
+    """DPM-Solver++(2M) (arXiv 2211.01095), bit-equal to ComfyUI's sampler; yields the same pairs as ``_euler``."""
     times, old = sigmas.log().neg(), None
     for i in range(len(sigmas) - 1):
         denoised = denoise(i, x)
@@ -59,19 +60,23 @@ def _dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[tuple[Ten
         old = denoised
 
 
-STEPPERS = {"euler": _euler, "ddim": _euler, "dpmpp_2m": _dpmpp_2m}  # samplers with a differentiable twin
+STEPPERS = {"euler": _euler, "ddim": _euler, "dpmpp_2m": _dpmpp_2m}  # differentiable implementation by sampler name
 
 
 @torch.inference_mode(False)
 def draw_noise(latent: Mapping[str, Any], seed: int) -> Tensor:
-    """The noise [1, C, h, w] that KSampler draws for ``seed`` and a LATENT of one picture."""
+    """Noise [1, C, h, w] that KSampler draws for ``seed`` and a LATENT of one image."""
     return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KSamplerInputs:
-    """What KSampler is given. ``latent_image``: a LATENT of one picture, with its noise mask if it has one. ``seed``: of
-    what a sampler draws besides the first noise, for noises that ``noise_of`` has not given; those keep their own."""
+    """Inputs of KSampler.
+
+    ``latent_image``: LATENT of one image, with or without a noise mask. ``seed``: seed of the noise that stochastic
+    samplers add during a run. Exception: if ``ComfySeedSampler.noise_of`` drew the initial noise from a seed, the run
+    uses that seed.
+    """
 
     model: ModelPatcher
     positive: Conditioning
@@ -87,43 +92,49 @@ class KSamplerInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSettings:
-    """How a session runs; None stands for the sampler's own."""
+    """Settings of a session. If ``steps`` or ``cfg`` is None, the value in KSamplerInputs is used."""
 
     gradients: bool = True
     steps: int | None = None
     sampler: str = "euler"  # one of STEPPERS
     cfg: float | None = None
-    seed: int = 0  # of what is drawn besides the noise
-    last_steps: int | None = None  # the gradient passes through the denoisers of that many steps only; None: of all
-    checkpoint: bool = True  # False keeps the activations of all steps, for tests
+    seed: int = 0  # seed of noise that ComfyUI adds besides the initial noise
+    last_steps: int | None = None  # number of last steps in which the gradient flows through the denoiser; None: all
+    checkpoint: bool = True  # gradient checkpointing; if False, the activations of all steps are saved
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Session:
-    """A session that can be had; ``run`` opens it. A ValueError, before anything is run, for one that cannot be had."""
+    """A session with checked settings, which ``run`` opens.
+
+    The constructor raises a ValueError if a setting is invalid or no correct gradient is available.
+    """
 
     inputs: KSamplerInputs
-    sigmas: Tensor  # [N + 1], falling to 0
-    kind: str  # of parametrization: VE or FLOW
+    sigmas: Tensor  # of all steps and the final 0
+    kind: str  # VE or FLOW of host/parametrization.py
     settings: SessionSettings
     counter: RowCounter
-    models: ScoringModels = field(default_factory=ScoringModels)  # vae for OpenSession.decode, clip_vision for embed
+    models: ScoringModels = field(default_factory=ScoringModels)  # vae for OpenSession.decode, clip_vision for .embed
     scorer: ReferenceScorer | None = None  # for OpenSession.score
 
     def __post_init__(self) -> None:
         settings, steps = self.settings, len(self.sigmas) - 1
         if settings.sampler not in STEPPERS:
-            raise ValueError(f"no gradient is known through the sampler {settings.sampler}; use {', '.join(STEPPERS)}")
+            raise ValueError(f"the sampler {settings.sampler} has no gradient; use one of {', '.join(STEPPERS)}")
         if settings.last_steps is not None and not 1 <= settings.last_steps <= steps:
-            raise ValueError(f"last_steps {settings.last_steps} is not in 1 to {steps}, the steps of this session")
+            raise ValueError(
+                f"last_steps {settings.last_steps} is not between 1 and {steps}, the number of steps of an optimisation"
+                " run; use 0 to backpropagate through all steps"
+            )
         if "vae" in self.models:
-            images.check_vae(self.models["vae"])
+            images.check_vae(self.models["vae"], IMAGE_VAE)
         if "clip_vision" in self.models:
             images.check_clip_vision(self.models["clip_vision"])
         if settings.sampler == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
             raise ValueError(
-                "with a noise mask ddim fills what is kept with noise of its own, which no optimisation knows; use"
-                " euler, its like otherwise"
+                "with a noise mask, ddim fills the unmasked area with random noise, which cannot be optimised; use euler,"
+                " which generates the same images as ddim if there is no mask"
             )
         if settings.gradients:
             check_differentiable(self.inputs.model, self.inputs.positive, self.inputs.negative)
@@ -131,62 +142,65 @@ class Session:
     @property
     def cost(self) -> GradientCost:
         steps = len(self.sigmas) - 1
-        again = min(self.settings.last_steps or steps, steps) if self.settings.checkpoint else 0
-        return GradientCost(forward=steps, with_gradient=steps + again)
+        recomputed = min(self.settings.last_steps or steps, steps) if self.settings.checkpoint else 0
+        return GradientCost(forward=steps, with_gradient=steps + recomputed)
 
     def run(self, work: Callable[["OpenSession"], T]) -> T:
-        """What ``work(open_session)`` returns, called inside one open run of the host's guider.
+        """Call ``work(open_session)`` inside one run of ComfyUI's guider and return its result.
 
-        All is loaded at once and stays loaded. With gradients everything runs out of inference mode, on copies of
-        weights that were loaded in it, as nodes load them; the copies are gone when ``work`` has returned.
-
-        Errors: MemoryError where a gradient does not fit, with its size.
+        All models are loaded at the start and stay loaded. With gradients the run leaves inference mode and copies the
+        weights that are inference tensors; the copies are freed afterwards. A MemoryError states the required size if the
+        gradient does not fit in memory.
         """
         with gradients() if self.settings.gradients else nullcontext():
+            weights = AutogradCopies() if self.settings.gradients else None
             try:
-                return self._run(work)
+                return self._run(work, weights)
             finally:
-                comfy.model_management.cleanup_models_gc()  # the copies
+                if weights is not None:
+                    weights.unload()
+                comfy.model_management.cleanup_models_gc()  # frees the copies
 
-    def _run(self, work: Callable[["OpenSession"], T]) -> T:
+    def _run(self, work: Callable[["OpenSession"], T], weights: AutogradCopies | None) -> T:
         inputs, settings = self.inputs, self.settings
-        weights = NormalWeights() if settings.gradients else None
         model = inputs.model.clone() if weights is None else weights.with_attachments(inputs.model)
         wired = {"vae": self.models.get("vae"), "clip_vision": self.models.get("clip_vision")}
-        patchers = {name: found.patcher for name, found in wired.items() if found is not None}
+        patchers = {name: model.patcher for name, model in wired.items() if model is not None}
         copies = {name: weights(p) if weights else p.clone() for name, p in patchers.items()}
         loaded: list[ModelPatcher] = []
-        recorder = Recorder(settings.checkpoint or not settings.gradients, self._room(model, loaded, copies))
+        compare = {"denoiser": comparison(inputs.model)} if settings.gradients else {}
+        checkpoint = settings.checkpoint or not settings.gradients
+        recorder = Recorder(checkpoint, self._memory_check(model, loaded, copies), compare)
 
-        def keep(patchers: Sequence[ModelPatcher]) -> None:
+        def on_loaded(patchers: Sequence[ModelPatcher]) -> None:
             loaded.extend(patchers)
             for patcher in patchers:
                 recorder.add_weights(patcher.model)
 
-        loading = _loaded_with([*copies.values()], settings.gradients, keep)
+        loading = _loaded_with([*copies.values()], settings.gradients, on_loaded)
         model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, loading)
         modules = {name: patcher.model for name, patcher in copies.items()}
         session = OpenSession(self, work, recorder, modules)
 
         guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(own_tensors(inputs.positive), own_tensors(inputs.negative))
+        guider.set_conds(clone_tensors(inputs.positive), clone_tensors(inputs.negative))
         guider.set_cfg(inputs.cfg)
         noise, sigmas = draw_noise(inputs.latent_image, settings.seed), self.sigmas.clone()
-        latent, mask = (own_tensors(inputs.latent_image.get(name)) for name in ("samples", "noise_mask"))
+        latent, mask = (clone_tensors(inputs.latent_image.get(name)) for name in ("samples", "noise_mask"))
         with self.counter.counting(model, inputs.positive, inputs.negative, recorder), recorder.recording():
             guider.sample(noise, latent, session, sigmas, mask, disable_pbar=True, seed=settings.seed)
         return session.result
 
-    def _room(
+    def _memory_check(
         self, model: ModelPatcher, loaded: Sequence[ModelPatcher], copies: Mapping[str, ModelPatcher]
     ) -> Callable[[str, int], None]:
-        """What a Recorder asks before a gradient is computed: MemoryError where it does not fit beside ``loaded``."""
+        """The ``check`` of a Recorder: raises a MemoryError if a gradient does not fit beside the ``loaded`` models."""
         settings, shape = self.settings, self.inputs.latent_image["samples"].shape
 
         def check(what: str, size: int) -> None:
-            device, remedy = model.load_device, "use a smaller latent_image, or mode search, which needs none"
+            device, remedy = model.load_device, "use a smaller latent_image, or mode search, which needs no gradient"
             if what == "denoiser":
-                remedy = remedy if self.inputs.cfg == 1.0 else f"set cfg to 1 (about half of it), {remedy}"
+                remedy = remedy if self.inputs.cfg == 1.0 else f"set cfg to 1 (needs about half the memory), {remedy}"
                 if not settings.checkpoint:
                     size *= settings.last_steps or len(self.sigmas) - 1
                     remedy = f"switch checkpointing on, lower last_steps, {remedy}"
@@ -196,13 +210,13 @@ class Session:
                 size += vae.memory_used_decode(shape, vae.vae_dtype)
             else:
                 device = copies["clip_vision"].load_device
-            require_room(what, int(size), device, loaded, remedy)
+            require_memory(what, int(size), device, loaded, remedy)
 
         return check
 
 
 class _Inpaint(Protocol):
-    """KSamplerX0Inpaint with what a sampler sets on it."""
+    """KSamplerX0Inpaint with the attributes that samplers set."""
 
     latent_image: Tensor
     noise: Tensor | None
@@ -218,12 +232,15 @@ class _Inpaint(Protocol):
 
 
 class OpenSession(comfy.samplers.Sampler):
-    """What ``work`` gets in Session.run, a ``sampler.SeedGradients``; of no use after it."""
+    """An open session: the argument of ``work`` in Session.run, valid only during that run.
+
+    Implements ``sampler.SeedGradients``.
+    """
 
     def __init__(
         self, session: Session, work: Callable[["OpenSession"], Any], recorder: Recorder, modules: Mapping[str, Any]
     ) -> None:
-        """``modules``: those that compute for the session's ``models``, by the same names."""
+        """``modules``: networks of the session's ``models``, by the same names."""
         self.flow, self.work = session.kind == FLOW, work
         self.result: Any = None
         self._settings, self._scorer, self._models = session.settings, session.scorer, session.models
@@ -240,8 +257,8 @@ class OpenSession(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """Called by the host's guider in place of a sampler's steps; what ``work`` returns is in ``result``."""
-        self.sigmas = sigmas.clone()  # [N + 1], falling to 0
+        """Called by ComfyUI's guider in place of sampling; stores the return value of ``work`` in ``result``."""
+        self.sigmas = sigmas.clone()  # of all steps and the final 0
         self.device, self._guider, self._args = guider.model_patcher.load_device, guider, extra_args
         self._latent_image, self._mask = latent_image, denoise_mask  # [1, C, h, w]
         self.result = self.work(self)
@@ -249,15 +266,15 @@ class OpenSession(comfy.samplers.Sampler):
 
     @property
     def activations(self) -> dict[str, int]:
-        """Bytes that the gradient of one call keeps, by what was called so far."""
+        """Size in bytes of the activations of one call, for each network called so far."""
         return dict(self._recorder.sizes)
 
     def start(self, noise: Tensor) -> Tensor:
-        """x [B, C, h, w] at sigmas[0] of ``noise`` [B, C, h, w], as the host's samplers begin."""
+        """Initial x [B, C, h, w] at sigmas[0] for ``noise`` [B, C, h, w], as in ComfyUI's samplers."""
         return self._scaled(noise.to(self.device, torch.float32), self._latent_image)
 
     def noise_of(self, x: Tensor) -> Tensor:
-        """The noise [B, C, h, w] from which ``start`` makes ``x`` [B, C, h, w]; it is linear in the noise."""
+        """Noise [B, C, h, w] for which ``start`` returns ``x`` [B, C, h, w]; ``start`` is affine in the noise."""
         zeros = torch.zeros_like(self._latent_image)
         return (x.to(self.device) - self._scaled(zeros, self._latent_image)) / self._scaled(zeros + 1, zeros)
 
@@ -266,58 +283,60 @@ class OpenSession(comfy.samplers.Sampler):
         return self._guider.inner_model.model_sampling.noise_scaling(self.sigmas[0], noise, latent_image, full)
 
     def to_model(self, latent: Tensor) -> Tensor:
-        """A latent [B, C, h, w] of the VAE in the scale in which the model sees it."""
+        """Convert a latent [B, C, h, w] from the VAE's scale to the model's scale."""
         return self._guider.inner_model.process_latent_in(latent)
 
     def to_latent(self, x: Tensor) -> Tensor:
-        """The inverse of ``to_model``; what it gives for a finished x is what KSampler gives."""
+        """Convert a latent to the VAE's scale (inverse of ``to_model``). The converted final x is KSampler's result."""
         return self._guider.inner_model.process_latent_out(x)
 
     def denoise(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """x0 [B, C, h, w] that the host's guidance predicts for ``x`` at ``sigma``, a number or [B].
+        """x0 [B, C, h, w], predicted with guidance for ``x`` [B, C, h, w] at ``sigma`` (a number or [B]).
 
-        The noise mask, which needs the run's noise, is not applied here: for inversions.
+        Used for inversions. It does not apply the noise mask, for which the initial noise of a run would be needed.
         """
         levels = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(len(x))
-        found = []
+        predictions = []
         for row, level in zip(x.to(self.device).split(1), levels.clone().split(1), strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
             predict = partial(self._guider, timestep=level, **self._args)
-            found.append(self._recorder("denoiser", predict, row))
-        return torch.cat(found).to(x.device)
+            predictions.append(self._recorder("denoiser", predict, row))
+        return torch.cat(predictions).to(x.device)
 
     def unroll(self, noise: Tensor) -> list[Tensor]:
-        """The latents [B, C, h, w] of ``generate`` that ``score`` sees."""
+        """Latents [B, C, h, w] after each of the last steps of a run from ``noise`` [B, C, h, w], for ``score``."""
         return self.generate(noise, min(LATE_STEPS, len(self.sigmas) - 1))
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
-        """The score [B] of such latents against the references, differentiable."""
-        assert self._scorer is not None  # whose work asks for scores gives the session a scorer
+        """Differentiable score [B] of the latents that ``unroll`` returned, against the references."""
+        assert self._scorer is not None  # the caller has created the session with a ``scorer``
         return self._scorer.loss(self.embed, self.decode, self.to_latent)(latents)
 
     def generate(self, noise: Tensor, late: int = 1) -> list[Tensor]:
-        """The latents [B, C, h, w] after the last ``late`` steps, the finished one last, where ``noise`` is.
+        """Latents [B, C, h, w] after each of the last ``late`` steps, the final latent last, on the device of ``noise``.
 
-        Latents that are still noisy are in VP scale, x / sqrt(1 + sigma^2), for variance-exploding models; of flow
-        models they are the steps' estimates of x0.
+        For variance-exploding models the noisy latents before the final one are in VP scale, x / sqrt(1 + sigma^2). For
+        flow models the predictions of x0 replace the noisy latents.
         """
         steps = len(self.sigmas) - 1
         if not 1 <= late <= steps:
-            raise ValueError(f"late {late} is not in 1 to {steps}, the steps of this session; take more steps")
+            raise ValueError(
+                f"late {late} is not between 1 and {steps}, the number of steps of this session; use more steps"
+            )
         paths = [self._path(row, late) for row in noise.split(1)]
         return [torch.cat(rows).to(noise.device) for rows in zip(*paths, strict=True)]
 
     def _path(self, noise: Tensor, late: int) -> list[Tensor]:
         noise = noise.to(self.device, torch.float32)
-        steps, found = len(self.sigmas) - 1, []
+        steps, latents = len(self.sigmas) - 1, []
         stepper = STEPPERS[self._settings.sampler](self._denoiser(noise), self.start(noise), self.sigmas)
         for i, (x, denoised) in enumerate(stepper, start=1):
             if steps - late < i < steps:
-                found.append(denoised if self.flow else x / (1 + self.sigmas[i] ** 2) ** 0.5)
-        return [*found, self._guider.inner_model.model_sampling.inverse_noise_scaling(self.sigmas[-1], x)]
+                latents.append(denoised if self.flow else x / (1 + self.sigmas[i] ** 2) ** 0.5)
+        return [*latents, self._guider.inner_model.model_sampling.inverse_noise_scaling(self.sigmas[-1], x)]
 
     def _denoiser(self, noise: Tensor) -> Denoise:
-        """The model of a run from ``noise``, inpainting as the host's samplers do."""
+        """Denoiser of a run from ``noise``; applies the noise mask as ComfyUI's samplers do."""
         inpaint = cast(_Inpaint, comfy.samplers.KSamplerX0Inpaint(self._guider, self.sigmas))
         inpaint.latent_image = self._latent_image
         steps = len(self.sigmas) - 1
@@ -330,21 +349,21 @@ class OpenSession(comfy.samplers.Sampler):
 
             comfy.model_management.throw_exception_if_processing_interrupted()
             inputs: tuple[Tensor, ...] = (x,) if self._mask is None else (x, noise)
-            if i < first:  # what these steps say counts as constant: the gradient passes them by
+            if i < first:  # the gradient treats the predictions of these steps as constants
                 inputs = tuple(v.detach() for v in inputs)
             return self._recorder("denoiser", predict, *inputs)
 
         return denoise
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Pictures [B, H, W, 3] in 0..1 of latents [B, C, h, w] in the VAE's scale."""
+        """Images [B, H, W, 3] in 0..1 of latents [B, C, h, w] in the VAE's scale."""
         self._check_wired("vae")
         vae, module = self._models["vae"], self._modules["vae"]
         rows = [self._recorder("VAE", lambda z: images.decode(vae, module, z), z) for z in latent.split(1)]
         return torch.cat(rows)
 
     def embed(self, image: Tensor, crop: bool = True) -> Tensor:
-        """Embeddings [B, D] of pictures [B, H, W, 3], not normalised: the image_embeds of CLIP_VISION."""
+        """Embeddings [B, D] of images [B, H, W, 3]: the image_embeds of CLIP_VISION, which are not normalised."""
         self._check_wired("clip_vision")
         encoder, module = self._models["clip_vision"], self._modules["clip_vision"]
         rows = []
@@ -354,15 +373,15 @@ class OpenSession(comfy.samplers.Sampler):
 
     def _check_wired(self, name: str) -> None:
         if name not in self._modules:
-            raise ValueError(f"the pictures are asked for without a {name}; wire one")
+            raise ValueError(f"the session has no {name}; connect a {name}")
 
 
 def _loaded_with(
-    patchers: Sequence[ModelPatcher], whole: bool, keep: Callable[[Sequence[ModelPatcher]], None]
+    patchers: Sequence[ModelPatcher], whole: bool, on_loaded: Callable[[Sequence[ModelPatcher]], None]
 ) -> Callable[..., tuple[BaseModel, dict[str, list[dict]], list[ModelPatcher]]]:
-    """A PREPARE_SAMPLING wrapper that loads ``patchers`` in the model's own call and tells ``keep`` what is loaded.
+    """PREPARE_SAMPLING wrapper that loads ``patchers`` together with the model and passes all of them to ``on_loaded``.
 
-    ``whole``: no weight may stay behind.
+    ``whole``: load all weights to the device at once. MemoryError if the weights do not fit.
     """
 
     def prepare(
@@ -377,13 +396,13 @@ def _loaded_with(
             kwargs["force_full_load"] = True
         extra = [{"additional_models": [patcher]} for patcher in patchers]
         inner, _, loaded = executor(model, noise_shape, {**conds, KEY: extra}, *args, **kwargs)
-        keep([model, *loaded])
+        on_loaded([model, *loaded])
         for patcher in (model, *loaded):
-            # weights that are brought for a moment are not those that backward would find
+            # weights that are streamed to the device are no longer there in the backward pass
             if whole and getattr(patcher.model, "model_lowvram", False):
                 raise MemoryError(
-                    f"{type(patcher.model).__name__} does not fit on {patcher.load_device} as a whole, as a gradient"
-                    " needs it; use mode search, a smaller model, or start ComfyUI without --lowvram and --novram"
+                    f"a gradient needs all weights of {type(patcher.model).__name__} on {patcher.load_device}, and they do"
+                    " not fit; use mode search or a smaller model, or start ComfyUI without --lowvram and --novram"
                 )
         return inner, conds, loaded
 

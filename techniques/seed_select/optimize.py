@@ -1,8 +1,11 @@
-"""Optimise one noise by the gradient of its picture's score through the whole sampling.
+"""Optimises one noise by gradient descent: the gradient of the image's score flows through the sampling to the noise.
 
-SeedSelect (arXiv 2304.14530); optimiser, rates and counts are those of the authors' code (dvirsamuel/SeedSelect,
-8a1f3d4). Beyond it: the norm is held where noise is likely (NAO, arXiv 2306.08687; the authors' seeds drift freely),
-the best iterate is kept (they show the last picture whose score they know), and optimisation ends when nothing is gained.
+From SeedSelect (arXiv 2304.14530). Optimiser, learning rates and iteration counts are those of the authors' code
+(dvirsamuel/SeedSelect, 8a1f3d4). Three things differ from it:
+- the norm of the noise stays in a range that is likely for random noise (NAO, arXiv 2306.08687), while the authors do
+  not constrain it;
+- the best iterate is returned, while the authors return the last iterate that they score;
+- an optimisation that no longer improves stops early.
 
 A score is a loss: lower is better.
 """
@@ -20,20 +23,27 @@ from .sampler import GradientCost, SeedGradients
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeSettings:
-    """The defaults are the authors'; with NAO's starts they use 5 iterations and a learning rate of 0.05."""
+    """Settings of an optimisation; the first four defaults are the authors'.
+
+    For NAO's initial noises the authors use 5 iterations and the learning rate 0.05.
+    """
 
     iterations: int = 30
     learning_rate: float = 0.1
-    full_rate_iterations: int = 3  # afterwards the rate is divided by ten
-    weight_decay: float = 0.01  # AdamW's
-    shell_width: float = 3.0  # of the norm guard, in standard deviations; infinity is off, as the authors have it
-    patience: int = 10  # iterations without a new best that end the run; 0 is off, as the authors have it
+    full_rate_iterations: int = 3  # after these iterations the learning rate is divided by ten
+    weight_decay: float = 0.01  # of AdamW
+    shell_width: float = 3.0  # largest deviation of the norm, in standard deviations; infinity: as in the authors' code
+    patience: int = 10  # stop after this many iterations without a better score; 0: never, as in the authors' code
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
-            raise ValueError(f"iterations {self.iterations} is negative; use 0 to keep the noise, the authors use 30")
+            raise ValueError(
+                f"iterations {self.iterations} is negative; use 0 to leave the noise unchanged (the authors use 30)"
+            )
         if not 0.0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate {self.learning_rate:g} is not above 0; the authors use 0.1")
+            raise ValueError(
+                f"learning_rate {self.learning_rate:g} is not a finite number above 0; use 0.1 as the authors do"
+            )
         if self.patience < 0:
             raise ValueError(f"patience {self.patience} is negative; use 0 to run all iterations")
         check_width(self.shell_width)
@@ -42,14 +52,14 @@ class OptimizeSettings:
         return self.learning_rate if iteration < self.full_rate_iterations else self.learning_rate / 10
 
     def planned(self, cost: GradientCost) -> int:
-        """Evaluations of one optimisation if no patience ends it early: the last iterate needs no gradient."""
+        """Number of evaluations of one optimisation without an early stop; the last iterate needs no gradient."""
         return self.iterations * cost.with_gradient + cost.forward
 
 
 class SeedOptimization:
-    """One optimisation. What it knows is in its attributes at any time, so that an interrupted one has its best too.
+    """One optimisation. Its attributes are valid at any time, so an interrupted optimisation also has a best result.
 
-    ``start`` has the noise and its names; ``gradients`` gives its picture and the score of it.
+    ``start``: the initial noise with its label; ``gradients``: differentiable sampling and scores.
     """
 
     def __init__(
@@ -59,7 +69,8 @@ class SeedOptimization:
         check_noise(self.noise)
         self.settings, self.cost = settings, cost or GradientCost()
         self._gradients = gradients
-        self.scores: list[float] = []  # of the start and after each iteration
+        # for the initial noise and after each iteration: score, norm of the noise, evaluations so far
+        self.scores: list[float] = []
         self.norms: list[float] = []
         self.spent: list[int] = []
         self.best: SeedResult | None = None
@@ -69,16 +80,19 @@ class SeedOptimization:
     def evaluations(self) -> int:
         return self.spent[-1] if self.spent else 0
 
-    # nodes run in inference mode, whose tensors autograd cannot save
+    # nodes run in inference mode, and autograd cannot save inference tensors for backward
     @torch.inference_mode(False)
     @torch.enable_grad()
     def run(self, progress: Progress | None = None) -> SeedResult:
-        """The best iterate; the start itself, bit for bit, where no iteration is better.
+        """Optimise; returns the result of the best iterate, or of the unchanged initial noise if no iterate is better.
 
-        ``progress(done, total, score, picture)`` after each evaluation of a noise: evaluations, the best score so far,
-        and what gives its latent. What it raises ends the run, as does what unroll() and score() raise.
+        Calls ``progress(done, total, score, latent)`` after each iterate. ``done`` and ``total`` are evaluations, ``score`` is
+        the best score so far, and ``latent()`` returns the latent with that score. Exceptions raised by ``progress``,
+        unroll() and score() end the run.
         """
-        noise = self.noise.detach().clone().requires_grad_(True)
+        # not in float16, where the epsilon of the optimiser underflows and its first step divides by zero
+        wide = torch.promote_types(self.noise.dtype, torch.float32)
+        noise = self.noise.detach().to(wide, copy=True).requires_grad_(True)
         adam = torch.optim.AdamW([noise], lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay)
         for iteration in range(self.settings.iterations):
             loss = self._evaluate(noise, iteration, self.cost.with_gradient, progress)
@@ -91,10 +105,10 @@ class SeedOptimization:
             with torch.no_grad():
                 noise.copy_(onto_shell(noise, self.settings.shell_width))
         else:
-            # the authors never look at what their last step gave
+            # unlike the authors' code, also score the last iterate
             with torch.no_grad():
                 self._evaluate(noise, self.settings.iterations, self.cost.forward, progress)
-        assert self.best is not None  # the first evaluation made it
+        assert self.best is not None  # set by the first evaluation
         return self.best
 
     def _out_of_patience(self, iteration: int) -> bool:
@@ -104,22 +118,22 @@ class SeedOptimization:
         latents = self._gradients.unroll(noise)
         loss = self._gradients.score(latents)
         if loss.numel() != 1:
-            raise ValueError(f"score() gave {loss.numel()} numbers for one noise; it must give one")
+            raise ValueError(f"expected one number from score() for one noise, got {loss.numel()}; return one score")
         score = float(loss.detach())
         if not math.isfinite(score):
             smaller = f"use a smaller learning_rate than {self.settings.learning_rate:g}, or " if iteration else ""
             raise ValueError(
-                f"the score of {self.start.label} is {score} {_when(iteration)}; {smaller}run the model and the VAE in a wider"
-                " dtype"
+                f"the score of {self.start.label} is {score} {_when(iteration)}; {smaller}run the model and the VAE in a"
+                " wider dtype"
             )
         self.spent.append(self.evaluations + cost)
         self.scores.append(score)
         self.norms.append(float(noise.detach().cpu().double().norm()))
         if self.best is None or score < self.best.score:
             self.best_iteration = iteration
-            kept = self.noise if iteration == 0 else noise.detach().clone()
+            best_noise = self.noise if iteration == 0 else noise.detach().clone()
             latent = self._gradients.to_latent(latents[-1].detach().clone()).cpu()
-            self.best = self.start.result(kept, latent, score)
+            self.best = self.start.result(best_noise, latent, score)
         if progress is not None:
             best = self.best
             progress(self.evaluations, self.settings.planned(self.cost), best.score, lambda: best.latent)
@@ -130,17 +144,20 @@ class SeedOptimization:
             loss.backward()
         if noise.grad is None:
             raise ValueError(
-                "the score has no gradient to the noise; use a model, VAE and encoder that are open to gradients, or"
-                " mode search"
+                "the score has no gradient with respect to the noise; use a differentiable model, VAE and image encoder,"
+                " or mode search"
             )
         if not bool(torch.isfinite(noise.grad).all()):
             raise ValueError(
-                f"the gradient of {self.start.label} is not finite {_when(iteration)}; run the model, VAE and encoder in a"
-                " wider dtype, or use mode search"
+                f"the gradient of {self.start.label} is not finite (NaN or infinite) {_when(iteration)}; run the model, the VAE and the image"
+                " encoder in a wider dtype, or use mode search"
             )
 
     def series(self, before: int = 0) -> ScoreSeries:
-        """The score curve: a point for the start and for each iteration, after ``before`` evaluations of others."""
+        """Line of the score curve with a point for the initial noise and for each iteration.
+
+        ``before``: evaluations of the run before this optimisation.
+        """
         return ScoreSeries(f"{self.start.label}, optimised", tuple(before + n for n in self.spent), tuple(self.scores))
 
 

@@ -1,6 +1,6 @@
-"""What search and optimisation of seeds share: candidates, what was found, and scores over evaluations for the report.
+"""Data types of search and optimisation: candidates, results, progress, and score curves for the preview.
 
-A score is a loss: lower is better. An evaluation is one call of the denoiser with its guidance, per candidate.
+A score is a loss: lower is better. An evaluation is one guided call of the denoiser for one candidate.
 """
 
 import itertools
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A noise to be tried. ``noise()`` gives it, [1, C, *S]: by the host for a seed, from a path or an inversion."""
+    """A noise to try: the noise of a seed, a point on a path, or an inversion. ``noise()`` returns it, [1, C, *S]."""
 
-    label: str  # names it in errors and in the report
+    label: str  # name in errors and in the report
     noise: Callable[[], Tensor]
-    seed: int | None = None  # None where no integer seed gives this noise
-    sampler_seed: int = 0  # of what a stochastic sampler draws besides the noise
+    seed: int | None = None  # seed of the initial noise, before an optimisation; None if it is not the noise of a seed
+    sampler_seed: int = 0  # seed of the noise that a stochastic sampler adds
 
     def result(self, noise: Tensor, latent: Tensor, score: float) -> "SeedResult":
         return SeedResult(
@@ -32,35 +32,35 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SeedResult:
-    """A noise with its score and its finished latent."""
+    """A noise with its final latent and score."""
 
     label: str
     seed: int | None
-    noise: Tensor  # [1, C, *S], as it was given to generate()
+    noise: Tensor  # [1, C, *S], as passed to generate()
     latent: Tensor  # [1, C, *S]
     score: float
     sampler_seed: int
 
 
-# done and total evaluations, the best score so far, and what makes the picture of it; see each run()
+# arguments: done and total evaluations, the best score so far, and a function that returns the latent with this score
 Progress = Callable[[int, int, float, Callable[[], Tensor]], None]
 
 
 @dataclass(frozen=True)
 class ScoreSeries:
-    """One line of the score curve. Series of different step counts must not be compared: their pictures differ."""
+    """One line of the score curve. Scores of lines with different step counts are not comparable."""
 
     label: str
-    evaluations: tuple[int, ...]  # spent when the score was known, ascending
+    evaluations: tuple[int, ...]  # number of evaluations of the run up to each score, ascending
     scores: tuple[float, ...]
 
     @property
     def best(self) -> tuple[float, ...]:
-        """The lowest score so far at each point."""
+        """Lowest score up to each point."""
         return tuple(itertools.accumulate(self.scores, min))
 
 
 def seed_candidates(first: int, count: int, noise_of: Callable[[int], Tensor]) -> list[Candidate]:
-    """Candidates of the integer seeds ``first``, ``first + 1``, …, in 0 to 2⁶⁴ − 1."""
+    """Candidates of ``count`` integer seeds ``first``, ``first + 1``, …; after 2⁶⁴ − 1 follows 0."""
     seeds = [(first + k) % 2**64 for k in range(count)]
     return [Candidate(f"seed {s}", lambda s=s: noise_of(s), s, s) for s in seeds]

@@ -1,7 +1,7 @@
-"""What SeedSelect asks of a model: two protocols, which comfy_sampler.py and comfy_session.py answer with ComfyUI.
+"""Interfaces of SeedSelect to a model: two protocols, implemented for ComfyUI in comfy_sampler.py and comfy_session.py.
 
-Shapes: B noises, C channels, S spatial axes (H, W). A score is a loss: lower is better. An evaluation is one call of
-the denoiser with its guidance, per candidate.
+Shapes: B noises, C channels, S spatial axes (H, W). A score is a loss: lower is better. An evaluation is one guided call
+of the denoiser for one candidate.
 """
 
 from collections.abc import Sequence
@@ -13,51 +13,57 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class GradientCost:
-    """Evaluations of one run through the sampler, for the report: forward only, and with what backward repeats."""
+    """Number of evaluations of one sampling run."""
 
-    forward: int = 1
-    with_gradient: int = 1
+    forward: int = 1  # without a backward pass
+    with_gradient: int = 1  # with a backward pass, including the recomputed evaluations
 
 
 class SeedGradients(Protocol):
-    """A model that is open to gradients."""
+    """Differentiable sampling and scores."""
 
     def unroll(self, noise: Tensor) -> Sequence[Tensor]:
-        """The latents [1, C, *S] after the last one to three steps of the run of ``noise`` [1, C, *S], the finished one
-        last, as ``losses.ReferenceLoss`` takes them; ``noise`` stays as it is."""
+        """Latents [1, C, *S] after the last one to three steps of a run from ``noise`` [1, C, *S], the final latent last.
 
-    def score(self, latents: Sequence[Tensor]) -> Tensor:
-        """The score of what ``unroll`` gave: one number, differentiable."""
-
-    def to_latent(self, x: Tensor) -> Tensor:
-        """The last of ``unroll``'s latents [1, C, *S] as ``SeedSampler.generate`` gives it."""
-
-
-class SeedSampler(Protocol):
-    """A model with its prompts, its sampler and the references; called without gradients."""
-
-    @property
-    def calls_per_step(self) -> int:
-        """How often the denoiser is called in a step, at most."""
-
-    @property
-    def gradient_cost(self) -> GradientCost | None:
-        """Of one run; None: not open to gradients."""
-
-    def noise_of(self, seed: int) -> Tensor:
-        """The noise [1, C, *S] that a plain sampler draws for ``seed`` at batch 1."""
-
-    def batch_size(self, count: int) -> int:
-        """How many of ``count`` noises ``generate`` should get at once."""
-
-    def generate(self, noise: Tensor, steps: int, seeds: Sequence[int]) -> Tensor:
-        """The finished latents [B, C, *S] of a fresh plain run of ``noise`` [B, C, *S] in ``steps``.
-
-        ``seeds``: one for each noise, of what a stochastic sampler draws besides; the same noise and seed give the same.
+        They are the input of ``losses.ReferenceLoss``. ``noise`` is not changed.
         """
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
-        """The scores [B] of a list of one: latents [B, C, *S] as ``generate`` gives them."""
+        """Differentiable score (one number) of the latents that ``unroll`` returned."""
+
+    def to_latent(self, x: Tensor) -> Tensor:
+        """Last latent ``x`` [1, C, *S] of ``unroll``, converted to the scale of ``SeedSampler.generate``."""
+
+
+class SeedSampler(Protocol):
+    """Sampling and scoring with fixed model, prompts, sampler and references; called without gradients."""
+
+    @property
+    def calls_per_step(self) -> int:
+        """Largest number of calls of the denoiser per step."""
+
+    @property
+    def gradient_cost(self) -> GradientCost | None:
+        """Cost of one run with gradients; None if gradients are not available."""
+
+    def noise_of(self, seed: int) -> Tensor:
+        """Noise [1, C, *S] that a plain sampler draws for ``seed`` at batch 1."""
+
+    def batch_size(self, count: int) -> int:
+        """Number of noises, of ``count`` in total, to pass to ``generate`` at once."""
+
+    def generate(self, noise: Tensor, steps: int, seeds: Sequence[int]) -> Tensor:
+        """Final latents [B, C, *S] of a sampling run of ``steps`` steps from ``noise`` [B, C, *S].
+
+        ``seeds``: one seed for each noise, from which a stochastic sampler draws the noise that it adds during the run.
+        Each latent depends only on its initial noise and its seed.
+        """
+
+    def score(self, latents: Sequence[Tensor]) -> Tensor:
+        """Scores [B] of ``latents``, a list with one element: the latents [B, C, *S] that ``generate`` returned."""
 
     def inversions(self) -> Sequence[Tensor]:
-        """The noises [1, C, *S] of the references, in their order; asked once, by starts other than noise."""
+        """Inverted noises [1, C, *S], one for each reference, in the order of the references.
+
+        Called once if ``start`` is not "noise".
+        """

@@ -1,17 +1,19 @@
-"""SeedSelect: the right initial noise for a rare concept, from a few reference pictures, without fine-tuning.
+"""SeedSelect: selects initial noise for a rare concept from a few reference images, without fine-tuning.
 
-Generating images of rare concepts using pre-trained diffusion models (arXiv 2304.14530), with the starts of Norm-guided
-latent space exploration (NAO, arXiv 2306.08687). Everything but the noise stays as it is. The parts:
-- ``losses``: how far a picture is from the references;
-- ``search``: many seeds, little spent on bad ones;
-- ``optimize``: the gradient on one noise through the sampling;
-- ``inversion``: the noise from which a reference would come, for a start;
-- ``path``: the centroid of such noises, and the noises between two found ones, for more than one picture;
-- ``prior``: which norms a noise may have;
-- ``sampler``: what is asked of the model.
-This file joins them: candidates by ``start``, found noises by ``mode``, pictures by ``count``.
+The method is from "Generating images of rare concepts using pre-trained diffusion models" (arXiv 2304.14530). The initial
+noises (setting ``start``) are from "Norm-guided latent space exploration" (NAO, arXiv 2306.08687). Only the noise changes.
+The files:
+- ``losses``: distance of an image to the references;
+- ``search``: successive halving over many seeds;
+- ``optimize``: gradient descent on one noise through the sampling;
+- ``inversion``: inversion of a reference image to the noise from which the model generates it;
+- ``path``: centroid of inverted noises, and paths between two noises, along which more images are generated;
+- ``prior``: distribution of the norm of random noise;
+- ``sampler``: interface to the model.
+This file combines them. ``start`` sets the candidates, ``mode`` sets how noises are selected from them, and ``count`` is
+the number of images.
 
-A score is a loss: lower is better. An evaluation is one call of the denoiser with its guidance, per candidate.
+A score is a loss: lower is better. An evaluation is one guided call of the denoiser for one candidate.
 Shapes: B samples, C channels, S spatial axes (H, W).
 """
 
@@ -24,11 +26,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ...common.settings import check_choice
 from .optimize import OptimizeSettings, SeedOptimization
 from .path import norm_aware_centroid, norm_aware_path
 from .records import Candidate, Progress, ScoreSeries, SeedResult, seed_candidates
 from .sampler import SeedGradients, SeedSampler
-from .search import SearchPlan, SeedSearch, plan_search
+from .search import SearchPlan, SeedSearch, counted, plan_search
 
 MODES = ("search", "optimize", "search+optimize")
 STARTS = ("noise", "inversion", "centroid")
@@ -38,32 +41,34 @@ S = TypeVar("S", bound=SeedSampler)
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSelectSettings:
-    """What to find. ``start`` names the candidates: noises of seeds, the references' inversions, or their centroid and
-    points on the way from it to the inversions."""
+    """Settings of a selection.
+
+    ``start`` sets the candidates. "noise": random noises of consecutive seeds. "inversion": the references inverted to
+    noise. "centroid": the centroid of these inverted noises, and points on the paths from the centroid to each of them.
+    """
 
     mode: str = "search"
     start: str = "noise"
-    seed: int = 0  # of the first candidate
+    seed: int = 0  # seed of the first candidate
     candidates: int = 16
-    pick: int = 1  # which of the ranking; where nothing is searched, which of the candidates
-    count: int = 1  # pictures; more than one lie between the two best noises
+    pick: int = 1  # rank of the first selected candidate; without a search, the number of this candidate, from 1
+    count: int = 1  # number of images; their noises are on the path between the two best noises
     steps: int = 20
-    first_steps: int = 1  # of the first round of a search
-    survivors: float = 0.25  # share of the candidates that a round of a search keeps
-    optimized: int = 1  # how many noises are optimised; with more than one picture at least two
+    first_steps: int = 1  # steps in the first round of a search
+    survivors: float = 0.25  # share of the candidates that pass each round of a search
+    optimized: int = 1  # number of noises to optimise; at least two are optimised if count is above 1
     optimize: OptimizeSettings = field(default_factory=OptimizeSettings)
 
     def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("start", STARTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} '{getattr(self, name)}' is unknown; use one of {', '.join(known)}")
+            check_choice(name, getattr(self, name), known)
         for name in ("candidates", "pick", "count", "steps", "optimized"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is less than 1; use at least 1")
-        if self.searches and self.pick + self.needed - 1 > self.candidates:
+        if self.searches and self.pick + self.selected - 1 > self.candidates:
             raise ValueError(
-                f"pick {self.pick} and {self.needed} noises need {self.pick + self.needed - 1} candidates and there are"
-                f" {self.candidates}; raise candidates or lower pick, count or optimized"
+                f"expected at least {self.pick + self.selected - 1} candidates to select {counted(self.selected, 'noise')}"
+                f" starting at pick {self.pick}, got {self.candidates}; raise candidates, or lower pick, count or optimized"
             )
         if self.searches:
             self.plan(self.candidates)
@@ -86,55 +91,58 @@ class SeedSelectSettings:
         return "optimize" in self.mode
 
     @property
-    def needed(self) -> int:
-        """Noises to be found: two are the ends of the path on which more than one picture lie."""
+    def selected(self) -> int:
+        """Number of noises to select. For more than one image it is at least two, since a path needs two ends."""
         ends = min(self.count, 2)
         return max(ends, self.optimized) if self.optimizes else ends
 
 
 class SeedSelect(Generic[S]):
-    """One run: ``choose``, then ``optimize`` if the settings ask for it, then ``draw``.
+    """One run of SeedSelect: ``choose``, then ``optimize`` if the mode includes it, then ``generate``.
 
-    The parts are called one by one, since a gradient can be had only inside a session that the caller opens. What it
-    knows is in its attributes at any time, so that an interrupted one has its ``best`` too. ``progress(done, total,
-    score, picture)``: evaluations of the whole, the best score so far of what is running, and what gives its latent.
-    What it raises ends the part.
+    The parts are separate calls, since ``optimize`` needs a session, which the caller opens. The attributes are valid at
+    any time, so an interrupted run also has a ``best``.
+
+    Each part calls ``progress(done, total, score, latent)`` repeatedly. ``done`` and ``total`` are evaluations of the whole
+    run. ``score`` is the best score so far in the current part, and ``latent()`` returns the latent with that score. An
+    exception raised by ``progress`` ends the part.
     """
 
     def __init__(self, settings: SeedSelectSettings, sampler: S) -> None:
         if settings.optimizes and sampler.gradient_cost is None:
-            raise ValueError(f"mode {settings.mode} needs a sampler that is open to gradients; use mode search")
+            raise ValueError(f"mode {settings.mode} needs a differentiable sampler; use mode search")
         self.settings, self.sampler = settings, sampler
         self.search: SeedSearch | None = None
         self.chosen: Sequence[Candidate] = ()  # noises, the best first
         self.optimizations: list[SeedOptimization] = []
-        self.pictures: list[SeedResult] = []
-        self.planned = 0  # evaluations, without those of the inversions; known when the first candidate is run
+        self.results: list[SeedResult] = []  # one for each image
+        self.planned = 0  # planned evaluations, without the inversions; set before the first candidate is sampled
         self._batch = sampler.batch_size(settings.candidates)
-        self._spent_on_pictures = 0
+        self._spent_on_results = 0
 
     @property
     def evaluations(self) -> int:
-        """Spent so far, without those of the inversions."""
+        """Number of evaluations so far, without the inversions."""
         searched = self.search.evaluations if self.search else 0
-        return searched + sum(o.evaluations for o in self.optimizations) + self._spent_on_pictures
+        return searched + sum(o.evaluations for o in self.optimizations) + self._spent_on_results
 
     @property
     def best(self) -> SeedResult | None:
-        """The first picture when there is one, before that the best noise so far with its latent, else None."""
-        if self.pictures:
-            return self.pictures[0]
+        """Result of the first image if it is generated, otherwise the best result so far; None before any score."""
+        if self.results:
+            return self.results[0]
         if optimized := self._optimized:
-            return min(optimized, key=lambda found: found.score)
+            return min(optimized, key=lambda result: result.score)
         return self.search.best if self.search else None
 
     @property
     def _optimized(self) -> list[SeedResult]:
-        """The best of each optimisation so far; an interrupted one may have none."""
+        """Best result of each optimisation so far; an interrupted optimisation may have no result."""
         return [o.best for o in self.optimizations if o.best is not None]
 
     def choose(self, progress: Progress | None = None) -> None:
-        """Choose the noises to optimise or draw: candidates by ``start``, the best of them where they are searched."""
+        """Choose the noises to optimise or to generate from, starting at ``pick``: after a search in the order of their
+        rank, otherwise in the order of the candidates."""
         s = self.settings
         pool = self._pool()
         self._plan(pool)
@@ -142,10 +150,10 @@ class SeedSelect(Generic[S]):
         if self.search:
             self.search.run(self._within(progress))
             chosen = [pool[i] for i in self.search.ranking[s.pick - 1 :]]
-        self.chosen = chosen[: s.needed]
+        self.chosen = chosen[: s.selected]
 
     def optimize(self, gradients: SeedGradients, progress: Progress | None = None) -> None:
-        """Optimise the chosen noises one after the other, and put the best first."""
+        """Optimise the chosen noises one by one and sort them by score."""
         for start in self.chosen:
             optimization = SeedOptimization(start, gradients, self.settings.optimize, self.sampler.gradient_cost)
             self.optimizations.append(optimization)
@@ -154,47 +162,54 @@ class SeedSelect(Generic[S]):
         self.chosen = [Candidate(f"{r.label}, optimised", lambda r=r: r.noise, r.seed, r.sampler_seed) for r in results]
 
     @torch.no_grad()
-    def draw(self, progress: Progress | None = None) -> list[SeedResult]:
-        """Return ``count`` pictures, that of the best noise first, each from a run of all steps at batch 1."""
-        found = self.search.best if self.search and not self.settings.optimizes else None
-        if found is not None:
-            self.pictures = [found]
-        for candidate in self._stops(self.chosen)[len(self.pictures) :]:
-            result = self._picture(candidate)
+    def generate(self, progress: Progress | None = None) -> list[SeedResult]:
+        """Generate ``count`` images with all steps at batch 1; returns their results, the best noise first.
+
+        ``progress`` receives the score of the first image and the latent of the newest image.
+        """
+        best = self.search.best if self.search and not self.settings.optimizes else None
+        if best is not None:
+            self.results = [best]
+        for candidate in self._image_noises(self.chosen)[len(self.results) :]:
+            result = self._sample(candidate)
             if progress is not None:
-                progress(self.evaluations, self.planned, self.pictures[0].score, lambda x=result.latent: x)
-        return self.pictures
+                progress(self.evaluations, self.planned, self.results[0].score, lambda x=result.latent: x)
+        return self.results
 
     @torch.no_grad()
-    def settle(self) -> list[SeedResult]:
-        """After an interrupt: the pictures so far, or else that of the best noise so far, from a run of all steps.
+    def finish_interrupted(self) -> list[SeedResult]:
+        """Results of an interrupted run; if it has none yet, the image of the best noise so far is generated first.
 
-        Needs a ``best``.
+        Requires that ``best`` is not None.
         """
-        if not self.pictures:
+        if not self.results:
             best, optimized = self.best, bool(self._optimized)
-            assert best is not None  # the caller has seen one
+            assert best is not None  # the caller has checked it
             if not optimized and self.search and self.search.done:
-                self.pictures = [best]
+                self.results = [best]
             else:
                 label = f"{best.label}, optimised" if optimized else best.label
-                self._picture(Candidate(label, lambda: best.noise, best.seed, best.sampler_seed))
-        return self.pictures
+                self._sample(Candidate(label, lambda: best.noise, best.seed, best.sampler_seed))
+        return self.results
 
     def _pool(self) -> list[Candidate]:
-        """The candidates by ``start``: as many as are searched, else as many as are needed; fewer if there are fewer."""
+        """Candidates that ``start`` specifies: all of them for a search, otherwise only as many as are needed.
+
+        With start "inversion" there is one candidate for each reference, so there may be fewer than ``candidates``.
+        """
         s = self.settings
-        wanted = s.pick + s.needed - 1
-        size = s.candidates if s.searches else wanted
+        needed = s.pick + s.selected - 1
+        size = s.candidates if s.searches else needed
         if s.start == "noise":
             return seed_candidates(s.seed, size, self.sampler.noise_of)
         noises = list(self.sampler.inversions())
         if s.start == "centroid":
             return centroid_candidates(noises, size, s.seed)
-        if len(noises) < wanted:
+        if len(noises) < needed:
             raise ValueError(
-                f"start inversion gives {len(noises)} noises, one for each reference, and pick {s.pick} with {s.needed} to"
-                f" be found needs {wanted}; add references, lower pick or count, or use start noise"
+                f"expected at least {needed} references for start inversion to select {counted(s.selected, 'noise')}"
+                f" starting at pick {s.pick}, got {len(noises)}; add references, lower pick, count or optimized, or use"
+                " start noise"
             )
         return [
             Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed)
@@ -203,71 +218,73 @@ class SeedSelect(Generic[S]):
 
     def _plan(self, pool: Sequence[Candidate]) -> None:
         s = self.settings
-        pictures = s.count
+        runs = s.count
         if s.searches:
             plan = s.plan(len(pool), self.sampler.calls_per_step)
             self.search = SeedSearch(pool, self.sampler, plan, pick=s.pick, batch=self._batch)
             self.planned += plan.evaluations
             if not s.optimizes:
-                pictures -= 1  # the search ends with it
+                runs -= 1  # the last round of the search samples the first image
         if s.optimizes:
             cost = self.sampler.gradient_cost
-            assert cost is not None  # __init__ refuses a sampler without gradients
-            self.planned += s.needed * s.optimize.planned(cost)
-        self.planned += pictures * self._cost_of_picture
+            assert cost is not None  # checked in __init__
+            self.planned += s.selected * s.optimize.planned(cost)
+        self.planned += runs * self._full_run_cost
 
     @property
-    def _cost_of_picture(self) -> int:
+    def _full_run_cost(self) -> int:
         return self.settings.steps * self.sampler.calls_per_step
 
-    def _picture(self, c: Candidate) -> SeedResult:
+    def _sample(self, c: Candidate) -> SeedResult:
+        """Sample a candidate with all steps, score it and append it to ``results``."""
         noise = c.noise()
         latent = self.sampler.generate(noise, self.settings.steps, [c.sampler_seed]).cpu()
         score = float(self.sampler.score([latent]))
         if not math.isfinite(score):
             raise ValueError(f"the score of {c.label} is {score}; run the model and the VAE in a wider dtype")
-        self.pictures.append(c.result(noise, latent, score))
-        self._spent_on_pictures += self._cost_of_picture
-        return self.pictures[-1]
+        self.results.append(c.result(noise, latent, score))
+        self._spent_on_results += self._full_run_cost
+        return self.results[-1]
 
-    def _stops(self, chosen: Sequence[Candidate]) -> list[Candidate]:
-        """A noise for each picture: the best, those evenly on the way to the second, and the second itself."""
+    def _image_noises(self, chosen: Sequence[Candidate]) -> list[Candidate]:
+        """One noise per image: the best noise, evenly spaced points on the path to the second best, and the second best."""
         if self.settings.count == 1:
             return [chosen[0]]
         first, second = chosen[:2]
         path = norm_aware_path(first.noise(), second.noise())
         shares = [k / (self.settings.count - 1) for k in range(1, self.settings.count - 1)]
         labels = [f"{100 * t:.0f} % from {first.label} to {second.label}" for t in shares]
-        way = [
+        between = [
             Candidate(label, lambda t=t: path.at(t), sampler_seed=first.sampler_seed)
             for label, t in zip(labels, shares)
         ]
-        return [first, *way, second]
+        return [first, *between, second]
 
     def _within(self, progress: Progress | None) -> Progress | None:
-        """``progress`` of a part, told in evaluations of the whole."""
+        """Progress callback of one part; calls ``progress`` with the evaluations of the whole run instead of the part."""
         if progress is None:
             return None
-        return lambda done, total, score, picture: progress(self.evaluations, self.planned, score, picture)
+        return lambda done, total, score, latent: progress(self.evaluations, self.planned, score, latent)
 
     def series(self) -> list[ScoreSeries]:
-        """The score curve: a line for each round of the search and each optimised noise, over all evaluations."""
+        """Score curve over all evaluations, with one line for each round of the search and each optimised noise."""
         lines = self.search.series() if self.search else []
         before = self.search.evaluations if self.search else 0
         for optimization in self.optimizations:
-            if optimization.scores:  # an interrupted one may have none
+            if optimization.scores:  # an interrupted optimisation may have none
                 lines.append(optimization.series(before))
             before += optimization.evaluations
         return lines
 
     def report(self) -> str:
-        """What was found, what it cost, and whether a seed reproduces it."""
+        """Text with the results, their cost, and whether a seed reproduces the first image."""
         s = self.settings
         lines = [f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations"]
         if self.search:
             rounds = ", ".join(f"{len(r.scores)} with {r.steps}" for r in self.search.rounds)
             lines += [
-                f"searched (candidates with steps): {rounds}; all candidates in full: {self.search.plan.best_of_all}",
+                f"searched (candidates with steps): {rounds}; all candidates with all steps would take"
+                f" {self.search.plan.best_of_all} evaluations",
                 *self.search.lines(),
             ]
         for o in self.optimizations:
@@ -276,23 +293,23 @@ class SeedSelect(Generic[S]):
                     f"optimised {o.start.label}: score {o.scores[0]:.4f} to {o.best.score:.4f} in {len(o.scores) - 1} iterations,"
                     f" best after {o.best_iteration}; norm {o.norms[0]:.2f} to {o.norms[o.best_iteration]:.2f}"
                 )
-        lines += [f"picture {k}, {f.label}: score {f.score:.4f}" for k, f in enumerate(self.pictures, start=1)]
-        if self.pictures:
-            lines.append(self._reproduction(self.pictures[0]))
+        lines += [f"image {k}, {r.label}: score {r.score:.4f}" for k, r in enumerate(self.results, start=1)]
+        if self.results:
+            lines.append(self._reproduction(self.results[0]))
         return "\n".join(lines)
 
-    def _reproduction(self, found: SeedResult) -> str:
-        if found.seed is None:
-            return "no seed gives this noise and none reproduces the result; save the noise"
-        if torch.equal(found.noise.cpu(), self.sampler.noise_of(found.seed).cpu()):
-            return f"seed {found.seed} reproduces the result in a plain sampler at batch 1"
-        return f"seed {found.seed} is that of the start and does not reproduce the result; save the noise"
+    def _reproduction(self, result: SeedResult) -> str:
+        if result.seed is None:
+            return "no integer seed generates this noise, so none reproduces the result; save the noise"
+        if torch.equal(result.noise.cpu(), self.sampler.noise_of(result.seed).cpu()):
+            return f"seed {result.seed} reproduces the result in a plain sampler at batch 1"
+        return f"seed {result.seed} generates only the initial noise and does not reproduce the result; save the noise"
 
 
 def centroid_candidates(seeds: Sequence[Tensor], number: int, sampler_seed: int = 0) -> list[Candidate]:
-    """The norm-aware centroid of at least two seeds, then points of its paths to them, evenly, ``number`` in all.
+    """``number`` candidates: the centroid of at least two noises, then evenly spaced points on its paths to these noises.
 
-    As NAO's authors take every point of these paths for a start. The paths' ends are the seeds themselves.
+    NAO's authors also use the points on these paths as initial noises. The last point on each path is the noise itself.
     """
     centroid, paths = norm_aware_centroid(seeds)
     candidates = [Candidate("centroid", lambda: centroid, sampler_seed=sampler_seed)]

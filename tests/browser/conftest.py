@@ -1,4 +1,4 @@
-"""ComfyUI's own web page, in a Chromium without a window, on one real server; whoever has no Chromium skips these tests."""
+"""Fixtures for ComfyUI's web page in a headless Chromium, with one real server. Without Chromium, tests are skipped."""
 
 import re
 
@@ -9,26 +9,26 @@ from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.client import Comfy
 from chorus.tests.support.real_comfyui import server  # noqa: F401 (fixture)
 
-# what the page itself complains of on every fresh ComfyUI, by message and address, and why
+# patterns of the errors (message and address) that the page logs in every fresh ComfyUI, each with its cause
 HARMLESS = [
-    r"404 .*/user\.css$",  # a style sheet of the user's own
-    r"404 .*/userdata/(user\.css|comfy\.templates\.json)$",  # no templates of the user's own either
-    r"404 .*/userdata\?dir=(workflows|subgraphs)&",  # nothing was saved yet
-    r"404 .*/templates/",  # pictures of the host's own templates, a package that a ComfyUI may lack
-    r"404 .*/docs/\w+/\w+\.md$",  # the help is asked for in the page's language before the plain one
+    r"404 .*/user\.css$",  # no style sheet of the user
+    r"404 .*/userdata/(user\.css|comfy\.templates\.json)$",  # no templates of the user
+    r"404 .*/userdata\?dir=(workflows|subgraphs)&",  # no saved workflows yet
+    r"404 .*/templates/",  # pictures of ComfyUI's templates, an optional package
+    r"404 .*/docs/\w+/\w+\.md$",  # the page looks for help in its language first
     r"^ComfyApp graph accessed before initialization",
-    # the page asks how large the files are that a workflow (the host's default one too) offers to load, and may not
+    # the page requests the sizes of models that a workflow offers to download, but its security policy forbids this
     r"(^Connecting to|^Fetch API cannot load) '?https://huggingface\.co/.*Content Security Policy",
 ]
 
 
 def pytest_collection_modifyitems(items):
-    """Last of all: from here on Playwright's event loop is the one of this thread."""
+    """Run the browser tests last: Playwright keeps its event loop running in this thread."""
     items.sort(key=lambda item: "browser" in item.path.relative_to(item.config.rootpath).parts)
 
 
 class Reader(Comfy):
-    """A client that asks without following runs: it has no event loop of its own."""
+    """A client without an event loop, which can make requests but cannot follow runs."""
 
     def __init__(self, address: str):
         self.address = address
@@ -36,55 +36,56 @@ class Reader(Comfy):
 
 @pytest.fixture
 def comfy(server):  # noqa: F811
-    """get(path), get_json(path), to_api(workflow)."""
+    """Client with get(path), get_json(path), to_api(workflow)."""
     return Reader(server.address)
 
 
 @pytest.fixture(scope="session")
 def browser():
-    pytest.importorskip("playwright", reason="Playwright drives the page; `python run.py test` brings it")
+    pytest.importorskip("playwright", reason="needs Playwright; `python run.py test` installs it")
     path = page_tools.find_chromium()
     if not path:
-        pytest.skip(f"none of {', '.join(page_tools.CHROMIUM)} is on the path and CHORUS_CHROMIUM names none")
+        pytest.skip(f"needs Chromium: put one of {', '.join(page_tools.CHROMIUM)} on the path or set CHORUS_CHROMIUM")
     with page_tools.chromium(path) as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def complaints():
-    """Errors in the console of a page and exceptions in its scripts, since the last test."""
+def page_errors():
+    """Console errors and script exceptions of the page since the last test."""
     return []
 
 
 @pytest.fixture(scope="session")
-def open_page(server, browser, complaints):  # noqa: F811
-    """open_page(language): the page, ready for a workflow."""
+def open_page(server, browser, page_errors):  # noqa: F811
+    """Function open_page(language) that opens ComfyUI in that language, ready for a workflow."""
 
     def listen(page):
-        page.on("pageerror", lambda error: complaints.append(f"exception: {error}"))
-        page.on("console", lambda said: said.type == "error" and complaints.append(described(said)))
+        page.on("pageerror", lambda error: page_errors.append(f"exception: {error}"))
+        page.on("console", lambda message: message.type == "error" and page_errors.append(error_text(message)))
 
-    Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")  # as in the host's own input/
+    # ComfyUI's input folder has an image of this name
+    Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")
     return lambda language: page_tools.open_page(browser, server.address, language, on_new=listen)
 
 
 @pytest.fixture(scope="module")
 def page(open_page):
-    """One page in English for all tests of a file: people too open one workflow after the other."""
+    """One English page for all tests of a module, because users also open several workflows in one page."""
     opened = open_page("en")
     yield opened
     opened.context.close()
 
 
 @pytest.fixture(autouse=True)
-def no_complaints(complaints):
+def no_page_errors(page_errors):
     yield
-    found, complaints[:] = [said for said in complaints if not any(re.search(known, said) for known in HARMLESS)], []
-    assert not found, "the page says:\n" + "\n".join(found)
+    found, page_errors[:] = [text for text in page_errors if not any(re.search(known, text) for known in HARMLESS)], []
+    assert not found, "errors of the page:\n" + "\n".join(found)
 
 
-def described(said) -> str:
-    """A console message; one of a file that was not found names the file."""
-    if "status of 404" in said.text:
-        return f"404 {said.location['url']}"
-    return said.text
+def error_text(message) -> str:
+    """Text of a console message. For a 404, it is the address."""
+    if "status of 404" in message.text:
+        return f"404 {message.location['url']}"
+    return message.text

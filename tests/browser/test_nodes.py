@@ -1,4 +1,4 @@
-"""What the page says of the nodes: names, tooltips and help, in the languages that we have."""
+"""Names, tooltips and help of the nodes in ComfyUI's page, in every language of the pack."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from chorus.dev.tools.setup import ROOT
 
 HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
 
-# by node of ours, what the page shows of it
-SHOWN = """
+# texts that the page shows for each node of the pack
+NODE_TEXTS = """
 () => Object.fromEntries(Object.entries(LiteGraph.registered_node_types)
   .filter(([id, type]) => type.nodeData?.category?.split('/')[0] === 'chorus')
   .map(([id, type]) => {
@@ -28,8 +28,8 @@ SHOWN = """
   }))
 """
 
-# a graph of one node, selected, in the middle of the page; where on the page its widgets are
-ALONE = """
+# puts a single selected node into the middle of the page and returns the page positions of its widgets
+SHOW_NODE = """
 async id => {
   const { graph, canvas } = window.app;
   graph.clear();
@@ -48,7 +48,7 @@ async id => {
 }
 """
 
-PICTURES = """
+PICTURE_WIDTHS = """
 images => Promise.all(images.map(async image => {
   await image.decode();
   return image.naturalWidth;
@@ -61,8 +61,8 @@ def translations(language: str) -> dict:
 
 
 def tooltip_of(page, node: str, widget: str) -> str:
-    """What appears when the mouse rests over a widget."""
-    x, y = page.evaluate(ALONE, node)[widget]
+    """Tooltip that appears while the mouse rests over a widget."""
+    x, y = page.evaluate(SHOW_NODE, node)[widget]
     page.mouse.move(x - 5, y)
     page.mouse.move(x, y)
     shown = page.locator(".node-tooltip")
@@ -72,45 +72,47 @@ def tooltip_of(page, node: str, widget: str) -> str:
 
 @pytest.fixture(scope="module")
 def shown(page):
-    return page.evaluate(SHOWN)
+    return page.evaluate(NODE_TEXTS)
 
 
 def test_every_input_has_a_tooltip(shown):
     assert shown
-    lacking = [f"{node}.{name}" for node, says in shown.items() for name, text in says["tooltips"].items() if not text]
-    assert not lacking
+    missing = [
+        f"{node}.{name}" for node, texts in shown.items() for name, text in texts["tooltips"].items() if not text
+    ]
+    assert not missing
 
 
-def test_tooltip_appears_under_the_resting_mouse(page, shown):
+def test_tooltip_appears_on_hover(page, shown):
     assert tooltip_of(page, "SeedSelect", "mode") == shown["SeedSelect"]["tooltips"]["mode"]
 
 
 @pytest.mark.parametrize("language", ["ja", "zh"])
-def test_nodes_speak_the_language_of_the_page(open_page, language):
+def test_nodes_are_translated(open_page, language):
     page, texts = open_page(language), translations(language)
-    found = page.evaluate(SHOWN)
+    found = page.evaluate(NODE_TEXTS)
     assert set(found) == set(texts)
-    for node, says in found.items():
-        wanted = texts[node]
-        assert says["title"] == says["display_name"] == wanted["display_name"]
-        assert says["description"] == wanted["description"]
-        for name, text in wanted.get("inputs", {}).items():
-            assert says["inputs"][name] == text["name"]
-            assert says["labels"].get(name, text["name"]) == text["name"]
-        for place, text in wanted.get("outputs", {}).items():
-            assert says["outputs"][int(place)] == text.get("name", says["outputs"][int(place)])
+    for node, actual in found.items():
+        expected = texts[node]
+        assert actual["title"] == actual["display_name"] == expected["display_name"]
+        assert actual["description"] == expected["description"]
+        for name, text in expected.get("inputs", {}).items():
+            assert actual["inputs"][name] == text["name"]
+            assert actual["labels"].get(name, text["name"]) == text["name"]
+        for place, text in expected.get("outputs", {}).items():
+            assert actual["outputs"][int(place)] == text.get("name", actual["outputs"][int(place)])
     # the tooltip is translated when it is shown
-    wanted = texts["SeedSelect"]["inputs"]["mode"]["tooltip"]
+    expected = texts["SeedSelect"]["inputs"]["mode"]["tooltip"]
     assert (
         tooltip_of(page, "SeedSelect", "mode")
-        == wanted
+        == expected
         != translations("en")["SeedSelect"]["inputs"]["mode"]["tooltip"]
     )
     page.context.close()
 
 
-def test_seed_stays_and_index_counts_after_a_run(shown):
-    """As new nodes are; that the page does so, the runs of the workflows show."""
+def test_seed_is_fixed_and_index_increments_by_default(shown):
+    """These are the controls of new nodes. test_workflows.py checks the values after a run."""
     assert shown["SeedSelect"]["controls"]["seed"] == "fixed"
     assert shown["PromptCombinations"]["controls"]["index"] == "increment"
 
@@ -120,20 +122,20 @@ def test_every_node_has_a_help_page(shown):
 
 
 @pytest.mark.parametrize("file", HELP, ids=lambda file: file.stem)
-def test_help_is_our_page(page, file):
-    title, headings, first, pictures = outline(file.read_text(encoding="utf-8"))
-    page.evaluate(ALONE, file.stem)
+def test_help_panel_shows_the_help_page(page, file):
+    title, headings, first_sentence, pictures = outline(file.read_text(encoding="utf-8"))
+    page.evaluate(SHOW_NODE, file.stem)
     page.get_by_test_id("info-button").click()
     help_page = page.locator(".node-help-content")
     help_page.locator("h1", has_text=title).wait_for()
     assert help_page.locator("h1, h2, h3").all_inner_texts() == [title, *headings]
-    assert first in " ".join(help_page.inner_text().split())
-    widths = help_page.locator("img").evaluate_all(PICTURES)
+    assert first_sentence in " ".join(help_page.inner_text().split())
+    widths = help_page.locator("img").evaluate_all(PICTURE_WIDTHS)
     assert len(widths) == pictures and all(widths)
 
 
 def outline(text: str) -> tuple[str, list[str], str, int]:
-    """The title of a help page, its other headings, its first sentence, and how many pictures it has."""
+    """Title, other headings, first sentence and number of pictures of a help page."""
     title, *headings = [plain(line.lstrip("# ")) for line in text.splitlines() if re.match("#+ ", line)]
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
     prose = next(part for part in paragraphs if not re.match(r"#|!\[|<|\|", part))
@@ -142,5 +144,5 @@ def outline(text: str) -> tuple[str, list[str], str, int]:
 
 
 def plain(text: str) -> str:
-    """Markdown without its signs."""
+    """Plain text of Markdown."""
     return re.sub(r"[*`\\]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text))

@@ -1,4 +1,4 @@
-"""dev/tools/screenshot.py: the picture of a workflow, of some of its nodes, and what it refuses."""
+"""dev/tools/screenshot.py: screenshots of a workflow or of some of its nodes, and errors."""
 
 import json
 
@@ -8,12 +8,12 @@ import pytest
 from chorus.dev.tools.screenshot import screenshot
 from chorus.dev.tools.setup import ROOT
 
-WORKFLOW = ROOT / "example_workflows" / "Refine faces.json"  # not run: it needs a model
+WORKFLOW = ROOT / "example_workflows" / "Refine faces.json"  # cannot run, because its model is missing
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A workflow of two nodes, far from each other: one saves a red picture, the other is a note."""
+    """A workflow that previews a red image and has a note far away."""
     empty = {"inputs": [], "outputs": [], "mode": 0, "flags": {}, "properties": {}, "order": 0}
     image = [{"name": "IMAGE", "type": "IMAGE", "links": [1]}]
     nodes = [
@@ -43,30 +43,30 @@ def small(tmp_path):
     return file
 
 
-def red(picture) -> float:
-    """The share of pixels that are of the colour of the small workflow's picture."""
-    return np.all(abs(np.asarray(picture, dtype=int) - (255, 0, 0)) < 15, axis=-1).mean()
+def red_share(image) -> float:
+    """Fraction of pixels with the colour of the small workflow's image."""
+    return np.all(abs(np.asarray(image, dtype=int) - (255, 0, 0)) < 15, axis=-1).mean()
 
 
-def test_whole_graph_after_its_run(server, browser, small):
-    picture = screenshot(browser, server.address, small)
-    assert picture.height == 1600 and picture.width < 1000  # as far as the note
-    assert red(picture) > 0.002
+def test_screenshot_shows_the_whole_graph_after_a_run(server, browser, small):
+    image = screenshot(browser, server.address, small)
+    assert image.height == 1600 and image.width < 1000  # the screenshot extends to the note
+    assert red_share(image) > 0.002
 
 
-def test_some_nodes_fill_the_picture(server, browser, small):
-    picture = screenshot(browser, server.address, small, [2])
-    assert picture.width < 900 and picture.height == 1000
-    assert red(picture) > 0.1
+def test_selected_nodes_fill_the_screenshot(server, browser, small):
+    image = screenshot(browser, server.address, small, [2])
+    assert image.width < 900 and image.height == 1000
+    assert red_share(image) > 0.1
 
 
-def test_not_run_without_its_model(server, browser, capsys):
-    picture = screenshot(browser, server.address, WORKFLOW)
-    assert picture.width == 1600
+def test_workflow_without_its_model_is_not_run(server, browser, capsys):
+    image = screenshot(browser, server.address, WORKFLOW)
+    assert image.width == 1600
     assert "not run" in capsys.readouterr().out
 
 
-def test_unknown_node_and_failed_run(server, browser, small):
+def test_unknown_node_and_failed_run_raise(server, browser, small):
     with pytest.raises(ValueError, match=r"no node \[7\]; choose from \[1, 2, 3\]"):
         screenshot(browser, server.address, small, [1, 7])
     small.write_text(small.read_text().replace("[256, 256, 1, 16711680]", "[256, 256, 0, 16711680]"))

@@ -1,4 +1,4 @@
-"""Every example workflow in the real page: opened in the three ways that people open one, run, saved, opened again."""
+"""Every example workflow in ComfyUI's page: opened in three ways, run, saved and opened again."""
 
 import copy
 import io
@@ -12,15 +12,16 @@ from PIL.PngImagePlugin import PngInfo
 from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import RENAMED_INPUTS, RENAMED_VALUES, renamed
+from chorus.tests.support.old_workflows import saved_workflows
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
-SAVED = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))
+SAVED = saved_workflows()  # workflows saved at commit d6a205e
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 PROMPT = "async () => (await window.app.graphToPrompt()).output"
 GRAPH = "() => JSON.stringify(window.app.graph.serialize())"
 
-# what the page marks red or reports: nodes and inputs with errors, types it does not know, models and pictures it lacks
+# problems that the page marks or reports: nodes and inputs with errors, unknown node types, missing models and images
 PROBLEMS = f"""
 () => {{
   const stores = {page_tools.STORES}, nodes = window.app.graph._nodes;
@@ -36,17 +37,26 @@ PROBLEMS = f"""
 }}
 """
 
-# by node, its pictures in the page as [width, height, number of colours]
-PICTURES = """
+# images that the page shows, by node, as [width, height, number of colours]
+SHOWN_IMAGES = """
 () => Object.fromEntries(window.app.graph._nodes.filter(node => node.imgs?.length).map(node => [node.id, node.imgs.map(image => {
-  const paper = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
-  paper.drawImage(image, 0, 0);
-  const pixels = new Uint32Array(paper.getImageData(0, 0, image.naturalWidth, image.naturalHeight).data.buffer);
+  const copy = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext('2d');
+  copy.drawImage(image, 0, 0);
+  const pixels = new Uint32Array(copy.getImageData(0, 0, image.naturalWidth, image.naturalHeight).data.buffer);
   return [image.naturalWidth, image.naturalHeight, new Set(pixels).size];
 })]))
 """
 
-# by node, where it is on the page: left, top, right, bottom
+# bypasses SaliencyNoiseBlend and returns the id of the node SaliencyBlendView
+BYPASS_BLEND = """
+() => {
+  const node = type => window.app.graph._nodes.find(node => node.type === type);
+  node('SaliencyNoiseBlend').mode = 4;
+  return String(node('SaliencyBlendView').id);
+}
+"""
+
+# position of each node in the page: left, top, right, bottom
 PLACES = """
 () => {
   const { graph, canvas } = window.app, { scale, offset } = canvas.ds, page = canvas.canvas.getBoundingClientRect();
@@ -56,7 +66,7 @@ PLACES = """
 }
 """
 
-# by node of ours, its inputs that are widgets: name, value and what becomes of the value after a run
+# widgets by node of the pack: name, value and control after a run
 WIDGETS = """
 () => Object.fromEntries(window.app.graph._nodes
   .filter(node => node.constructor.nodeData?.category?.split('/')[0] === 'chorus')
@@ -78,18 +88,19 @@ def shown(page) -> dict:
 
 
 def colours(page) -> dict[str, int]:
-    """By node, how many colours are on its part of the page."""
+    """Number of colours in each node's part of the page."""
     page_tools.place(page)
-    seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    screenshot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     return {
-        node: len(seen.crop(place).getcolors(seen.width * seen.height)) for node, place in page.evaluate(PLACES).items()
+        node: len(screenshot.crop(place).getcolors(screenshot.width * screenshot.height))
+        for node, place in page.evaluate(PLACES).items()
     }
 
 
-def drawn(page, nodes, before: dict[str, int]) -> dict[str, int]:
-    """``colours`` as soon as all ``nodes`` have more than ``before``; as they are after a while, if that does not come.
+def wait_until_drawn(page, nodes, before: dict[str, int]) -> dict[str, int]:
+    """The result of ``colours`` as soon as all ``nodes`` have more colours than ``before``, or after 30 s.
 
-    What the page has loaded it draws when it comes to it.
+    The page draws loaded images with a delay, which adds colours.
     """
     for _ in range(60):
         after = colours(page)
@@ -100,22 +111,22 @@ def drawn(page, nodes, before: dict[str, int]) -> dict[str, int]:
 
 
 def essence(workflow: dict) -> dict:
-    """A workflow without what the page sets anew whenever it opens one."""
+    """A workflow without the values that the page changes whenever it opens a workflow."""
     workflow = copy.deepcopy(workflow)
-    del workflow["id"]  # ours is all zeros: every opened workflow gets its own
-    workflow["extra"].pop("ds", None)  # what part of the graph is in sight
-    workflow["extra"].pop("frontendVersion", None)  # noted when it is queued
+    del workflow["id"]  # all zeros in our files; the page assigns a new id
+    workflow["extra"].pop("ds", None)  # pan and zoom
+    workflow["extra"].pop("frontendVersion", None)  # set when the workflow is queued
     for node in workflow["nodes"]:
-        del node["order"]  # counted again: among nodes that could be next, in another order
-        del node["size"]  # its texts may need more room in the fonts of this machine: ``fits`` below
+        del node["order"]  # the page recomputes it; independent nodes may change places
+        del node["size"]  # depends on the installed fonts; checked by ``no_node_shrank``
         if node.get("widgets_values") == []:
-            del node["widgets_values"]  # written or not, by whether the node was run
+            del node["widgets_values"]  # present or not, depending on whether the node was run
     return workflow
 
 
-def fits(workflow: dict, plan: dict) -> bool:
-    """No node became smaller than in the file."""
-    sizes = [{node["id"]: pair(node["size"]) for node in source["nodes"]} for source in (workflow, plan)]
+def no_node_shrank(workflow: dict, saved: dict) -> bool:
+    """Whether every node is at least as large as in the file."""
+    sizes = [{node["id"]: pair(node["size"]) for node in source["nodes"]} for source in (workflow, saved)]
     return all(now >= then for id in sizes[1] for now, then in zip(sizes[0][id], sizes[1][id]))
 
 
@@ -124,24 +135,24 @@ def pair(size) -> tuple[float, float]:
 
 
 def check(page, file) -> None:
-    """The page shows the file's graph, and nothing is wrong with it but what the file says it needs."""
-    workflow, plan = shown(page), read(file)
-    assert essence(workflow) == essence(plan)
-    assert fits(workflow, plan)
-    if needs(file):  # the page looks for models after it has opened the graph
+    """Assert that the page shows the file's graph, and that the only problems are missing models in the file's list."""
+    workflow, saved = shown(page), read(file)
+    assert essence(workflow) == essence(saved)
+    assert no_node_shrank(workflow, saved)
+    if needs(file):  # the page looks for models after opening the graph
         page.wait_for_function(
             f"() => ({PROBLEMS})().models.length && ({PROBLEMS})().nodes.length", polling=page_tools.REST
         )
     problems = page.evaluate(PROBLEMS)
-    lacking = problems.pop("models"), problems.pop("nodes")
+    missing = problems.pop("models"), problems.pop("nodes")
     assert not any(problems.values()), problems
-    models = [model for node in plan["nodes"] if node["properties"].get("models") for model in [node["type"]]]
-    assert lacking == (needs(file), models)
+    models = [model for node in saved["nodes"] if node["properties"].get("models") for model in [node["type"]]]
+    assert missing == (needs(file), models)
 
 
-def counted(widgets: dict) -> dict:
-    """The same after a run."""
-    steps = {"fixed": 0, "increment": 1}  # nothing of ours is random from run to run in the examples
+def after_a_run(widgets: dict) -> dict:
+    """The expected values of the widgets after a run."""
+    steps = {"fixed": 0, "increment": 1}  # the examples use no random seeds
     return {
         node: [[name, value + 1 if steps[control] else value, control] for name, value, control in row]
         for node, row in widgets.items()
@@ -150,14 +161,17 @@ def counted(widgets: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(page, server):
-    """runs(file): the run of a workflow from the page, once, and what the page must show after it."""
+    """Function runs(file) that runs a workflow in the page, once per file.
+
+    Its result also has the colours before the run and the expected widgets after it.
+    """
     known = {}
 
     def run(file):
         if file not in known:
             page_tools.drop(page, file, file.read_bytes())
             before, widgets = colours(page), page.evaluate(WIDGETS)
-            known[file] = page_tools.run(page) | {"before": before, "counted": counted(widgets)}
+            known[file] = page_tools.run(page) | {"before": before, "widgets": after_a_run(widgets)}
         return known[file]
 
     return run
@@ -193,29 +207,45 @@ def test_opens_when_dropped(page, file):
 
 
 @every_file
-def test_runs_and_shows_its_pictures(page, runs, comfy, file):
+def test_run_shows_its_images(page, runs, comfy, file):
     if needs(file):
         pytest.skip(f"needs {', '.join(needs(file))}")
     run = runs(file)
     assert run["end"] == "execution_success", run
     outputs = comfy.get_json(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"]
     expected = {node: len(output["images"]) for node, output in outputs.items() if output.get("images")}
-    pictures = page.evaluate(PICTURES)
+    pictures = page.evaluate(SHOWN_IMAGES)
     assert expected
-    after = drawn(page, expected, run["before"])
-    for node, count in expected.items():  # others may show the last preview of their work
+    after = wait_until_drawn(page, expected, run["before"])
+    for node, count in expected.items():  # other nodes may show their last preview
         found = pictures.get(node, [])
-        assert len(found) == count, f"node {node} shows {len(found)} of {count} pictures"
+        assert len(found) == count, f"node {node} shows {len(found)} of {count} images"
         assert all(width and height and number > 1 for width, height, number in found), (node, found)
-        assert after[node] > run["before"][node], f"node {node} looks as before the run"
-    assert page.evaluate(WIDGETS) == run["counted"]
+        assert after[node] > run["before"][node], f"node {node} looks the same as before the run"
+    assert page.evaluate(WIDGETS) == run["widgets"]
     assert page.evaluate(page_tools.UNSEEN) == []
     assert not any(page.evaluate(PROBLEMS).values())
 
 
+def test_workflow_with_a_bypassed_blend_runs(page, comfy):
+    """SaliencyBlendView shows why there is no blend.
+
+    The page drops a link from a bypassed node if no input of that node has the type of the link.
+    """
+    file = ROOT / "example_workflows" / "Plain blend.json"
+    page_tools.drop(page, file, file.read_bytes())
+    view = page.evaluate(BYPASS_BLEND)
+    page_tools.place(page)
+    run = page_tools.run(page)
+    assert run["end"] == "execution_success", run
+    outputs = comfy.get_json(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"]
+    assert len(page.evaluate(SHOWN_IMAGES)[view]) == len(outputs[view]["images"])
+    assert not any(page.evaluate(PROBLEMS).values())
+
+
 @every_file
-def test_opens_from_a_picture(page, runs, comfy, file):
-    """One that a run of it saved; of a workflow that cannot be run, one with the text that Save Image writes."""
+def test_opens_from_a_saved_image(page, runs, comfy, file):
+    """The image is saved by a run. For a workflow that cannot run, it is made with the same metadata."""
     if needs(file):
         text, picture = PngInfo(), io.BytesIO()
         text.add_text("workflow", json.dumps(read(file)))
@@ -224,9 +254,9 @@ def test_opens_from_a_picture(page, runs, comfy, file):
     else:
         run = runs(file)["prompt_id"]
         entry = comfy.get_json(f"/history/{run}")[run]
-        # what another workflow had made before carries that one
-        kept = {n for kind, data in entry["status"]["messages"] if kind == "execution_cached" for n in data["nodes"]}
-        outputs = [output for node, output in entry["outputs"].items() if node not in kept]
+        # a cached image has the metadata of the workflow that generated it
+        cached = {n for kind, data in entry["status"]["messages"] if kind == "execution_cached" for n in data["nodes"]}
+        outputs = [output for node, output in entry["outputs"].items() if node not in cached]
         saved = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
         content = comfy.get("/view?" + urllib.parse.urlencode(saved[0]))
     page_tools.drop(page, "picture.png", content)
@@ -234,13 +264,13 @@ def test_opens_from_a_picture(page, runs, comfy, file):
 
 
 @every_file
-def test_is_the_same_when_saved_and_opened_again(page, server, file):
+def test_saved_workflow_opens_unchanged(page, server, file):
     page_tools.drop(page, file, file.read_bytes())
     page.keyboard.press("Control+s")
     name = page.get_by_role("dialog").get_by_role("textbox")
     name.fill(f"{file.stem} saved")
     name.press("Enter")
-    title = f"{file.stem} saved - ComfyUI"  # with a star before it until it is saved
+    title = f"{file.stem} saved - ComfyUI"  # the title starts with a star until the workflow is saved
     page.wait_for_function("title => document.title === title", arg=title, polling=page_tools.REST)
     saved = server.base / "user" / "default" / "workflows" / f"{file.stem} saved.json"
     check(page, saved)
@@ -252,15 +282,15 @@ def test_is_the_same_when_saved_and_opened_again(page, server, file):
 
 
 @every_file
-def test_page_and_converter_queue_the_same(page, comfy, file):
-    """What run_workflows queues of a file is what the page queues of it."""
+def test_client_converts_to_the_prompt_of_the_page(page, comfy, file):
+    """dev/tools/run_workflows.py queues the same prompt as the page."""
     page_tools.drop(page, file, file.read_bytes())
     assert page.evaluate(PROMPT) == comfy.to_api(read(file))
 
 
 @pytest.mark.parametrize("file", SAVED, ids=lambda file: file.stem)
-def test_workflows_of_d6a205e_load_with_their_meaning(page, comfy, file):
-    """Inputs renamed since have their new names, every link and value is as it was saved, and no socket is left over."""
+def test_old_workflows_keep_their_meaning(page, comfy, file):
+    """Renamed inputs have their new names, links and values are unchanged, and no socket has an old name."""
     page_tools.drop(page, file, file.read_bytes())
     prompt = page.evaluate(PROMPT)
     assert renamed(prompt) == renamed(comfy.to_api(read(file)))
@@ -268,7 +298,7 @@ def test_workflows_of_d6a205e_load_with_their_meaning(page, comfy, file):
     assert not [i["name"] for node in ours for i in node["inputs"] if i["name"] in RENAMED_INPUTS[node["type"]]]
 
 
-def test_the_page_renames_what_the_server_renames(page):
+def test_page_and_server_rename_the_same_inputs(page):
     tables = page.evaluate(
         "async () => { const m = await import('/extensions/ComfyUI-Chorus/renames.js'); return [m.INPUTS, m.VALUES]; }"
     )

@@ -1,4 +1,4 @@
-"""Cas-DM heads in a real server: the one that comes with the pack, and training from a folder with all that a user sees."""
+"""Tests of Cas-DM heads in a real server: the shipped head, and training with report, previews and files."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from chorus.nodes.cas_dm import CasDMHead
 from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.tests.support.tiny_models import defaults
 
-SHIPPED, FEW = "chorus-demo-general.safetensors", "few signs"
+SHIPPED, FEW = "chorus-demo-general.safetensors", "few concepts"
 SAMPLING = {"steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 7}
 QUICK = {
     "cfg": 4.0,
@@ -31,12 +31,12 @@ NEUTRAL = {"strength 0": {"strength": 0.0}, "empty window": {"start_percent": 0.
 
 
 def nodes(**named) -> dict:
-    """A prompt in the API format of (class, inputs) by name."""
+    """Nodes in the API format of a prompt. ``named``: (class, inputs) by node name."""
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in named.items()}
 
 
 def base() -> dict:
-    """The general checkpoint, its encoder, prompts, one empty latent."""
+    """Nodes that load the general checkpoint and the image encoder, two prompts, and an empty latent."""
     return nodes(
         load=("ChorusDemoCheckpoint", {"name": "general"}),
         vision=("ChorusDemoVision", {}),
@@ -46,8 +46,8 @@ def base() -> dict:
     )
 
 
-def painted(name: str, model) -> dict:
-    """A sampling of ``model``, (node, output), whose latents are saved under ``name``."""
+def sampled(name: str, model) -> dict:
+    """Nodes that sample ``model``, a link [node, output], and save the latents as ``name``."""
     wires = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0]}
     return {
         f"sample {name}": {"class_type": "KSampler", "inputs": {"model": model, **wires, **SAMPLING}},
@@ -58,18 +58,19 @@ def painted(name: str, model) -> dict:
     }
 
 
-def worn(name: str, head, **inputs) -> dict:
-    """The same with ``head``, (node, output), on the general checkpoint."""
+def with_head(name: str, head, **inputs) -> dict:
+    """Nodes that sample the general checkpoint with ``head``, a link, and save the latents as ``name``."""
     inputs = {**defaults(CasDMHead), "model": ["load", 0], "head": head, **inputs}
-    return {f"wear {name}": {"class_type": "CasDMHead", "inputs": inputs}, **painted(name, [f"wear {name}", 0])}
+    return {f"apply {name}": {"class_type": "CasDMHead", "inputs": inputs}, **sampled(name, [f"apply {name}", 0])}
 
 
 def loaded(file: str) -> dict:
+    """The node "head", which loads ``file``."""
     return nodes(head=("LoadCasDMHead", {"file": file}))
 
 
 def training(folder: str = FEW, **widgets) -> dict:
-    """Train Cas-DM Head on the pictures and captions of a folder of input/, with its report and graph."""
+    """Nodes that train a head on the images and captions of a folder in input/, with report and loss graph."""
     wires = {
         "model": ["load", 0],
         "samples": ["encode", 0],
@@ -91,13 +92,13 @@ def training(folder: str = FEW, **widgets) -> dict:
 
 @pytest.fixture
 def run(comfy):
-    """Queue a prompt as the page does, with previews."""
+    """Function that queues a prompt with previews, as the web page does."""
     return lambda prompt, on_event=None: comfy.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
 
 
 @pytest.fixture
 def newest(server):
-    """The latents that a prompt saved last under a name."""
+    """Function that reads the newest latents saved as ``name``."""
 
     def read(name: str) -> torch.Tensor:
         files = (server.base / "output" / "cas").glob(f"{name}_*.latent")
@@ -108,7 +109,7 @@ def newest(server):
 
 @pytest.fixture
 def heads(server):
-    """The heads in the output folder, as Load Cas-DM Head names them."""
+    """Function that lists the heads in the output folder by their names in Load Cas-DM Head."""
     folder = server.base / "output"
     return lambda: sorted(
         f"{file.relative_to(folder).as_posix()} [output]" for file in folder.rglob("*.cas_dm.safetensors")
@@ -116,19 +117,20 @@ def heads(server):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_signs(server):
-    """A folder of twelve of the pictures, each with its caption."""
+def few_concepts(server):
+    """A folder of twelve reference images with captions."""
     folder = server.base / "input" / FEW
     folder.mkdir()
-    for k, (picture, prompt) in enumerate(zip(*load_references("apple", "cat", "owl"), strict=True)):
-        Image.fromarray((picture * 255).round().byte().numpy()).save(folder / f"{k}.png")
+    for k, (image, prompt) in enumerate(zip(*load_references("apple", "cat", "owl"), strict=True)):
+        Image.fromarray((image * 255).round().byte().numpy()).save(folder / f"{k}.png")
         (folder / f"{k}.txt").write_text(prompt, encoding="utf-8")
 
 
-def test_the_shipped_head_acts_and_neutral_is_exact(run, newest):
-    prompt = {**base(), **loaded(SHIPPED), **painted("plain", ["load", 0]), **worn("full", ["head", 0])}
+@pytest.mark.slow
+def test_shipped_head_acts_and_neutral_settings_are_exact(run, newest):
+    prompt = {**base(), **loaded(SHIPPED), **sampled("plain", ["load", 0]), **with_head("full", ["head", 0])}
     for name, inputs in NEUTRAL.items():
-        prompt |= worn(name, ["head", 0], **inputs)
+        prompt |= with_head(name, ["head", 0], **inputs)
     run(prompt)
     plain, full = newest("plain"), newest("full")
     assert plain.abs().max() > 0 and full.isfinite().all()
@@ -137,38 +139,47 @@ def test_the_shipped_head_acts_and_neutral_is_exact(run, newest):
         assert torch.equal(newest(name), plain), name
 
 
-def test_a_head_is_trained_from_a_folder_used_at_once_and_used_again_from_its_file(run, comfy, newest, heads, server):
+@pytest.mark.slow
+def test_trained_head_works_before_and_after_saving(run, comfy, newest, heads, server):
     before = heads()
-    prompt = {**base(), **training(preview_every=2), **painted("plain", ["load", 0]), **worn("unsaved", ["train", 0])}
+    prompt = {
+        **base(),
+        **training(preview_every=2),
+        **sampled("plain", ["load", 0]),
+        **with_head("unsaved", ["train", 0]),
+    }
     result = run(prompt)
-    told = [data["value"] for kind, data in result.events if kind == "progress" and data["node"] == "train"]
-    # the host leaves out what follows within a tenth of a second, unless it has a preview
-    assert told == sorted(told) and {2, 4, 6} <= set(told) and told[-1] == 6
+    progress = [data["value"] for kind, data in result.events if kind == "progress" and data["node"] == "train"]
+    # ComfyUI drops progress messages within a tenth of a second of the previous one, unless they have a preview
+    assert progress == sorted(progress) and {2, 4, 6} <= set(progress) and progress[-1] == 6
     report = "".join(result.outputs["report"]["text"])
     assert "6 steps of 2 x 1" in report and "clip_vision: model" in report
     shown = {node: data for node, _, data in comfy.images(result, "temp")}
     assert {"train", "graph"} <= set(shown) and all(data[:4] == b"\x89PNG" for data in shown.values())
-    sampled = {name for name in prompt if name.startswith("sample")} - result.cached()
-    assert len(result.previews) == SAMPLING["steps"] * len(sampled) + 3  # of the samplers, and of the training
+    samplers = {name for name in prompt if name.startswith("sample")} - result.cached()
+    assert (
+        len(result.previews) == SAMPLING["steps"] * len(samplers) + 3
+    )  # previews of the samplers, and 3 of the training
     (name,) = sorted(set(heads()) - set(before))
     assert name.startswith("cas_dm/head_")
 
-    # in another prompt, from its file, which holds the weights in float16
-    again = {**base(), **loaded(name), **worn("from file", ["head", 0])}
+    # another prompt loads the head from its file, which holds the weights in float16
+    again = {**base(), **loaded(name), **with_head("from file", ["head", 0])}
     again |= nodes(keep=("SaveCasDMHead", {"head": ["head", 0], "filename_prefix": "cas_dm/copy"}))
     run(again)
     plain, unsaved, read = newest("plain"), newest("unsaved"), newest("from file")
-    does = (unsaved - plain).norm()
-    assert does > 1e-2 * plain.norm()
-    # float16 has 11 bits: what the rounding of the weights changes is far below what the head does
-    assert (read - unsaved).norm() <= 2**-7 * does
+    effect = (unsaved - plain).norm()
+    assert effect > 1e-2 * plain.norm()
+    # float16 has 11 bits of precision: rounding the weights changes the latents far less than the head does
+    assert (read - unsaved).norm() <= 2**-7 * effect
     (copy,) = (file for file in heads() if file.startswith("cas_dm/copy_"))
     first, second = (load_file(server.base / "output" / file.removesuffix(" [output]")) for file in (name, copy))
     assert all(w.dtype == torch.float16 and torch.equal(w, second[key]) for key, w in first.items())
 
 
-def test_cancel_keeps_a_file_and_leaves_the_server_as_it_was(run, comfy, newest, heads):
-    use = {**base(), **loaded(SHIPPED), **painted("plain", ["load", 0]), **worn("full", ["head", 0])}
+@pytest.mark.slow
+def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, comfy, newest, heads):
+    use = {**base(), **loaded(SHIPPED), **sampled("plain", ["load", 0]), **with_head("full", ["head", 0])}
     run(use)
     first, stopped = {name: newest(name) for name in ("plain", "full")}, []
 
@@ -183,8 +194,8 @@ def test_cancel_keeps_a_file_and_leaves_the_server_as_it_was(run, comfy, newest,
     (name,) = sorted(set(heads()) - set(before))
     assert name.startswith("cas_dm/cancelled_interrupted_step")
 
-    comfy.free()  # else the answers would come from the cache
-    result = run({**use, **worn("kept", ["kept", 0]), **nodes(kept=("LoadCasDMHead", {"file": name}))})
+    comfy.free()  # otherwise the results would come from the cache
+    result = run({**use, **with_head("kept", ["kept", 0]), **nodes(kept=("LoadCasDMHead", {"file": name}))})
     assert not {"sample plain", "sample full"} & result.cached()
     assert all(torch.equal(newest(name), latents) for name, latents in first.items())
     assert newest("kept").isfinite().all() and not torch.equal(newest("kept"), first["plain"])
@@ -207,7 +218,7 @@ def nan_head(folder: Path) -> dict:
     weights["last.bias"][0] = torch.nan
     (folder / "output" / "bad").mkdir(exist_ok=True)
     save_file(weights, folder / "output" / "bad" / "head_00001_.cas_dm.safetensors", metadata)
-    return {**base(), **loaded("bad/head_00001_.cas_dm.safetensors [output]"), **worn("bad", ["head", 0])}
+    return {**base(), **loaded("bad/head_00001_.cas_dm.safetensors [output]"), **with_head("bad", ["head", 0])}
 
 
 def without(wire: str):
@@ -219,32 +230,38 @@ def without(wire: str):
     return make
 
 
-REFUSED = {
-    "NaN in the latents": (nan_latents, r"node train \(TrainCasDMHead\): ValueError: .*NaN or infinite; encode"),
+INVALID = {
+    "NaN in the latents": (
+        nan_latents,
+        r"node train \(TrainCasDMHead\): ValueError: .*not finite \(NaN or infinite\); encode",
+    ),
     "NaN in the head": (nan_head, r"node head \(LoadCasDMHead\): ValueError: .*cannot be read as a Cas-DM head"),
     "no such file": (
-        lambda folder: {**base(), **loaded("none.safetensors"), **worn("none", ["head", 0])},
-        r"node head \(LoadCasDMHead\): .*there is no head 'none.safetensors'",
+        lambda folder: {**base(), **loaded("none.safetensors"), **with_head("none", ["head", 0])},
+        r"node head \(LoadCasDMHead\): .*there is no Cas-DM head file 'none.safetensors'",
     ),
     "strength out of range": (
-        lambda folder: {**base(), **loaded(SHIPPED), **worn("strong", ["head", 0], strength=2.5)},
-        r"node wear strong \(CasDMHead\): .*bigger than max of 2",
+        lambda folder: {**base(), **loaded(SHIPPED), **with_head("strong", ["head", 0], strength=2.5)},
+        r"node apply strong \(CasDMHead\): .*bigger than max of 2",
     ),
     "another guidance scale": (
         lambda folder: {**base(), **loaded(SHIPPED), **training(head=["head", 0], cfg=2.0)},
-        r"node train \(TrainCasDMHead\): ValueError: .*at cfg 4, and cfg is 2; set cfg to 4",
+        r"node train \(TrainCasDMHead\): ValueError: .*at cfg 4, but cfg is 2; set cfg to 4",
     ),
-    "no encoder": (without("clip_vision"), r"node train \(TrainCasDMHead\): ValueError: .*needs clip_vision; wire it"),
+    "no encoder": (
+        without("clip_vision"),
+        r"node train \(TrainCasDMHead\): ValueError: .*compares images; connect clip_vision",
+    ),
     "no negative": (
         without("negative"),
-        r"node train \(TrainCasDMHead\): ValueError: negative is not wired, and cfg 4",
+        r"node train \(TrainCasDMHead\): ValueError: cfg 4 needs a negative prompt",
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_refused_at_its_node(case, run, server, heads):
-    make, message = REFUSED[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_input_rejected_at_its_node(case, run, server, heads):
+    make, message = INVALID[case]
     prompt, before = make(server.base), heads()
     with pytest.raises(WorkflowError, match=message):
         run(prompt)
@@ -252,7 +269,7 @@ def test_what_cannot_be_is_refused_at_its_node(case, run, server, heads):
 
 
 def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
-    """An example workflow with some widgets of its training changed, and the ids of its nodes by class."""
+    """The prompt of an example workflow with ``changed`` widgets of its training, and the ids of its nodes by class."""
     prompt = comfy.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
     ids: dict[str, list[str]] = {}
     for node, entry in prompt.items():
@@ -262,21 +279,22 @@ def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
     return prompt, ids
 
 
-def test_the_example_shows_what_the_shipped_head_does(run, comfy):
+@pytest.mark.slow
+def test_example_shows_the_effect_of_the_shipped_head(run, comfy):
     prompt, ids = example(comfy, "Cas-DM head")
-    pictures = comfy.images(run(prompt))
-    assert {node for node, _, _ in pictures} == set(ids["SaveImage"]) and len(ids["CasDMHead"]) == 1
-    assert len({data for _, _, data in pictures}) == len(pictures) == 3
+    images = comfy.images(run(prompt))
+    assert {node for node, _, _ in images} == set(ids["SaveImage"]) and len(ids["CasDMHead"]) == 1
+    assert len({data for _, _, data in images}) == len(images) == 3
 
 
 @pytest.mark.slow
-def test_the_example_trains_from_its_folder_and_uses_what_it_learned(run, comfy, heads):
+def test_example_trains_from_its_folder_and_uses_the_result(run, comfy, heads):
     before = heads()
     prompt, ids = example(comfy, "Train a Cas-DM head", steps=4, batch_size=2, preview_every=2)
     result = run(prompt)
-    pictures = comfy.images(result)
-    assert {node for node, _, _ in pictures} == set(ids["SaveImage"]) and len(pictures) == 2
-    assert pictures[0][2] != pictures[1][2]
+    images = comfy.images(result)
+    assert {node for node, _, _ in images} == set(ids["SaveImage"]) and len(images) == 2
+    assert images[0][2] != images[1][2]
     shown = {node for node, _, _ in comfy.images(result, "temp")}
     assert {*ids["TrainCasDMHead"], *ids["LossGraphNode"]} <= shown
     (report,) = ids["PreviewAny"]

@@ -1,4 +1,4 @@
-"""The demo world's networks as the host's own classes: the plain torch networks that train compute the same."""
+"""The demo networks as ComfyUI classes, compared with the plain torch networks of the recipes."""
 
 import comfy.model_base
 import comfy.sample
@@ -18,7 +18,7 @@ from chorus.dev.recipes.networks import flux, unet
 
 
 def random_weights(module, seed=0):
-    """Weights of variance 1 / fan-in everywhere, so that no branch is silent."""
+    """Weights of variance 1 / fan-in everywhere, so that every branch affects the output."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.5
@@ -41,7 +41,7 @@ def autoencoder():
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_plain_network_equals_the_hosts(name, autoencoder):
+def test_plain_network_matches_comfyui(name, autoencoder):
     plain = network(name)
     patcher = make_model(name, plain.state_dict(), autoencoder)
     generator = torch.Generator().manual_seed(1)
@@ -49,16 +49,16 @@ def test_plain_network_equals_the_hosts(name, autoencoder):
     summary = torch.randn(2, 96, generator=generator)
     is_flow = "image_model" in NETWORKS[name]
     t = torch.tensor([0.3, 0.8]) if is_flow else torch.tensor([300.0, 800.0])
-    found = patcher.model.diffusion_model(x, t, context=context, y=summary)
+    output = patcher.model.diffusion_model(x, t, context=context, y=summary)
     expected = plain(x, t, context, summary)
     assert expected.abs().mean() > 0.1
-    assert (found - expected).abs().max() < 1e-4
+    assert (output - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_host_predicts_x0_as_the_recipe_defines_it(name, autoencoder):
-    """The host's denoised latent against x0 recomputed from the recipe's own schedule."""
+def test_comfyui_x0_matches_recipe_schedule(name, autoencoder):
+    """ComfyUI's denoised latent equals the x0 computed with the recipe's schedule."""
     plain = network(name)
     model = make_model(name, plain.state_dict(), autoencoder).model
     model.latent_format = ChorusEmojiLatent(autoencoder)
@@ -84,12 +84,12 @@ def test_host_predicts_x0_as_the_recipe_defines_it(name, autoencoder):
         expected = a * x - b * plain(x, t, context, summary)
         scaled = x0 + sigma.view(-1, 1, 1, 1) * noise
     assert torch.allclose(scaled, host_x, atol=1e-4)
-    found = model.apply_model(host_x, sigma, c_crossattn=context, y=summary)
-    assert (found - expected).abs().max() < 2e-4
+    denoised = model.apply_model(host_x, sigma, c_crossattn=context, y=summary)
+    assert (denoised - expected).abs().max() < 2e-4
 
 
 @torch.no_grad()
-def test_vae_encodes_and_decodes_as_the_autoencoder_does(autoencoder):
+def test_vae_matches_autoencoder(autoencoder):
     vae = make_vae(autoencoder)
     image = torch.rand(2, 128, 96, 3, generator=torch.Generator().manual_seed(3))
     latent = vae.encode(image)
@@ -102,7 +102,7 @@ def test_vae_encodes_and_decodes_as_the_autoencoder_does(autoencoder):
     assert vae.decode_tiled(latent, tile_x=8, tile_y=8, overlap=2).shape == (2, 128, 96, 3)
 
 
-def test_empty_latent_of_128_pixels_fits(autoencoder):
+def test_empty_latent_of_128_pixels_is_extended_to_8_channels(autoencoder):
     patcher = make_model("general", network("general").state_dict(), autoencoder)
     fixed = comfy.sample.fix_empty_latent_channels(patcher, torch.zeros(1, 4, 16, 16), 8)
     assert fixed.shape == (1, 8, 16, 16)
@@ -120,19 +120,19 @@ def test_preview_is_the_mean_colour_of_the_linear_decoder(autoencoder):
 
 
 @torch.no_grad()
-def test_clip_gives_the_states_that_the_recipes_read():
+def test_clip_states_match_recipe_text_encoder():
     text = random_weights(TextModel())
     clip = make_clip(text.state_dict())
     caption = "a dark baby left of a koala on blue fading to white"
-    (found, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+    (tokens, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
     states, summary = read(text, [caption])
-    assert torch.allclose(found, states, atol=1e-5)
+    assert torch.allclose(tokens, states, atol=1e-5)
     assert torch.allclose(options["pooled_output"], summary, atol=1e-5)
 
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch, autoencoder):
-    """A weights folder with random weights of every denoiser."""
+    """A weights folder with random weights of the text encoder, the autoencoder and every denoiser."""
     monkeypatch.setattr(weights, "FOLDER", tmp_path)
     snapshots.save("autoencoder", autoencoder.state_dict(), style="flat")
     snapshots.save("text", random_weights(TextModel()).state_dict(), style="glossy")
@@ -141,22 +141,22 @@ def shipped(tmp_path, monkeypatch, autoencoder):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_checkpoint_samples_through_the_host(name, shipped):
+def test_checkpoint_samples_in_comfyui(name, shipped):
     model, clip, vae = modules.load_checkpoint(name)
     expected = comfy.model_base.ModelType.FLUX if name == "expert-food" else comfy.model_base.ModelType.V_PREDICTION
     assert model.model.model_type == expected
     conditioning = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a burger", "")]
     latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, 16, 16), 8)
     noise = comfy.sample.prepare_noise(latent, 5)
-    given = (model, noise, 3, 3.0, "euler", "simple", *conditioning, latent)
-    samples = comfy.sample.sample(*given, seed=5, disable_pbar=True)
+    arguments = (model, noise, 3, 3.0, "euler", "simple", *conditioning, latent)
+    samples = comfy.sample.sample(*arguments, seed=5, disable_pbar=True)
     assert samples.shape == (1, 8, 16, 16) and torch.isfinite(samples).all()
     assert vae.decode(samples).shape == (1, 128, 128, 3)
     assert model.cached_patcher_init == (modules.load_model, (name,))
 
 
-def test_unknown_checkpoint_is_refused():
-    with pytest.raises(ValueError, match=r"expected one of general, expert-animals.*, got 'genral'"):
+def test_unknown_checkpoint_rejected():
+    with pytest.raises(ValueError, match=r"'genral' is unknown; use one of general, expert-animals"):
         modules.load_model("genral")
 
 

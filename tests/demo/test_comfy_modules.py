@@ -1,4 +1,4 @@
-"""The demo checkpoints as the host's own objects: its nodes take them like any other checkpoint."""
+"""The demo checkpoints as ComfyUI objects: ComfyUI's nodes accept them like other checkpoints."""
 
 import logging
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from chorus.demo import modules, text, weights
+from chorus.demo.emoji.concepts import UNKNOWN
 from chorus.demo.latent import PatchPCA
-from chorus.dev.first_recipes.pca import fit
+from chorus.dev.old_world.pca import fit
 from chorus.nodes.demo import ChorusDemoCheckpoint, ChorusDemoReferences, ChorusDemoVision
 
 
@@ -31,38 +32,38 @@ def encode(clip, words):
 
 
 @torch.inference_mode()
-def test_ksampler_paints_64_pixels_from_an_empty_latent_of_64(checkpoint):
+def test_ksampler_generates_64_pixels_from_empty_latent_of_64(checkpoint):
     model, clip, vae = checkpoint
     empty = host_nodes.EmptyLatentImage().generate(64, 64, 2)[0]
     positive, negative = encode(clip, "a cat left of a tree on blue"), encode(clip, "")
     samples = host_nodes.KSampler().sample(model, 1, 2, 4.0, "dpmpp_2m", "karras", positive, negative, empty)[0]
-    picture = host_nodes.VAEDecode().decode(vae, samples)[0]
+    image = host_nodes.VAEDecode().decode(vae, samples)[0]
     assert samples["samples"].shape == (2, 12, 16, 16)
-    assert picture.shape == (2, 64, 64, 3)
-    assert picture.isfinite().all()
-    assert 0 <= picture.min() < picture.max() <= 1
+    assert image.shape == (2, 64, 64, 3)
+    assert image.isfinite().all()
+    assert 0 <= image.min() < image.max() <= 1
 
 
 @torch.inference_mode()
-def test_the_vae_keeps_a_picture_and_serves_inpainting(parts):
+def test_vae_round_trip_and_inpainting(parts):
     vae = parts[2]
-    picture = torch.zeros(1, 64, 64, 3) + torch.tensor([0.33, 0.58, 0.88])
-    picture[:, 20:44, 12:48] = torch.tensor([0.98, 0.87, 0.35])
-    latent = host_nodes.VAEEncode().encode(vae, picture)[0]
+    image = torch.zeros(1, 64, 64, 3) + torch.tensor([0.33, 0.58, 0.88])
+    image[:, 20:44, 12:48] = torch.tensor([0.98, 0.87, 0.35])
+    latent = host_nodes.VAEEncode().encode(vae, image)[0]
     assert latent["samples"].shape == (1, 12, 16, 16)
-    assert (host_nodes.VAEDecode().decode(vae, latent)[0] - picture).abs().mean() < 0.02
-    inpaint = host_nodes.VAEEncodeForInpaint().encode(vae, picture, torch.ones(1, 64, 64))[0]
+    assert (host_nodes.VAEDecode().decode(vae, latent)[0] - image).abs().mean() < 0.02
+    inpaint = host_nodes.VAEEncodeForInpaint().encode(vae, image, torch.ones(1, 64, 64))[0]
     assert inpaint["samples"].shape == (1, 12, 16, 16)
     assert "noise_mask" in inpaint
 
 
 @torch.inference_mode()
-def test_the_vae_decodes_in_tiles(parts):
+def test_vae_decodes_in_tiles(parts):
     vae, latent = parts[2], torch.randn(1, 12, 32, 32)
     assert (vae.decode_tiled(latent, 16, 16, 4) - vae.decode(latent)).abs().mean() < 0.03
 
 
-def test_the_pca_keeps_the_variance():
+def test_pca_keeps_variance():
     pca = PatchPCA()
     images = torch.randn(4, 3, 16, 16).cumsum(2).cumsum(3) * 0.05
     fitted, kept = fit(images, channels=48)
@@ -75,7 +76,7 @@ def test_the_pca_keeps_the_variance():
     assert float(weights.metadata("pca")["variance_kept"]) > 0.98
 
 
-def test_previews_show_the_picture(parts):
+def test_previews_show_image_colors(parts):
     model, _, vae = parts
     latent_format = model.get_model_object("latent_format")
     assert torch.tensor(latent_format.latent_rgb_factors).shape == (12, 3)
@@ -84,9 +85,9 @@ def test_previews_show_the_picture(parts):
         latent_format.latent_rgb_factors_bias,
         latent_format.latent_rgb_factors_reshape,
     )
-    picture = torch.zeros(1, 64, 64, 3)
-    picture[..., 0] = 1
-    preview = previewer.decode_latent_to_preview(vae.encode(picture))
+    image = torch.zeros(1, 64, 64, 3)
+    image[..., 0] = 1
+    preview = previewer.decode_latent_to_preview(vae.encode(image))
     assert preview.size == (16, 16)
     red, green, blue = preview.getpixel((8, 8))
     assert red > 240
@@ -94,7 +95,7 @@ def test_previews_show_the_picture(parts):
 
 
 @torch.inference_mode()
-def test_weights_of_words_act_and_unknown_words_are_named(parts, caplog):
+def test_word_weights_applied_and_unknown_words_logged(parts, caplog):
     clip = parts[1]
     plain, heavy = encode(clip, "a cat on blue")[0], encode(clip, "a (cat:1.5) on blue")[0]
     changed = (plain[0] != heavy[0]).any(-1)[0]
@@ -103,22 +104,22 @@ def test_weights_of_words_act_and_unknown_words_are_named(parts, caplog):
     with caplog.at_level(logging.WARNING):
         encode(clip, "a zeppelin on blue")
     assert "zeppelin" in caplog.text
-    assert "blue" not in caplog.text.split("unknown here")[1]
+    assert "blue" not in caplog.text.split("unknown words")[1]
 
 
 @torch.inference_mode()
-def test_long_prompts_become_more_chunks(parts):
+def test_long_prompts_split_into_chunks(parts):
     assert encode(parts[1], "a cat on blue " * 12)[0][0].shape == (1, 3 * text.LENGTH, text.WIDTH)
 
 
-def test_tokens_of_training_and_host_are_the_same():
+def test_tokens_match_training_tokens():
     caption = "a dark baby left of an owl on red fading to white"
     chunks = text.Tokenizer().tokenize_with_weights(caption)["chorus"]
     assert [[t for t, _ in row] for row in chunks] == text.token_rows([caption]).tolist()
-    assert text.UNKNOWN not in text.encode_words(caption)
+    assert UNKNOWN not in text.token_rows([caption])
 
 
-def test_the_model_can_be_loaded_again_by_the_host(parts):
+def test_deep_copy_reloads_model(parts):
     model = parts[0]
     with torch.inference_mode(False):
         copy = model.clone(force_deepcopy=True)
@@ -137,7 +138,7 @@ def test_decoding_is_differentiable(parts):
 
 
 @torch.inference_mode()
-def test_clip_vision_encode_gives_what_its_consumers_read():
+def test_clip_vision_encode_output_shapes():
     vision = ChorusDemoVision.execute().args[0]
     output = host_nodes.CLIPVisionEncode().encode(vision, torch.rand(2, 80, 64, 3), "center")[0]
     assert output.image_embeds.shape == (2, 64)
@@ -146,7 +147,7 @@ def test_clip_vision_encode_gives_what_its_consumers_read():
 
 
 @pytest.mark.parametrize("name", modules.CHECKPOINTS)
-def test_weight_files_are_small_and_tell_their_story(name):
+def test_weight_files_are_small_and_have_metadata(name):
     facts = weights.metadata(name)
     assert int(facts["steps"]) > 0
     assert facts["license"] in ("Apache-2.0", "CC-BY-4.0")
@@ -154,18 +155,18 @@ def test_weight_files_are_small_and_tell_their_story(name):
     assert all(v.dtype == torch.float16 for v in comfy.utils.load_torch_file(str(weights.path(name))).values())
 
 
-def test_an_unknown_checkpoint_lists_the_known_ones():
-    with pytest.raises(ValueError, match="general"):
+def test_unknown_checkpoint_rejected_with_known_names():
+    with pytest.raises(ValueError, match=r"'nothing' is unknown; use one of general"):
         modules.load_model("nothing")
 
 
-def test_references_come_sign_by_sign_and_all_at_once_each_with_its_prompt():
-    *signs, everything = modules.reference_names()
-    pictures, prompts = ChorusDemoReferences.execute(everything).args
-    assert pictures.shape == (4 * len(signs), 64, 64, 3) and len(prompts) == len(pictures)
-    for k in (0, 37, len(signs) - 1):
-        alone, words = ChorusDemoReferences.execute(signs[k]).args
-        assert torch.equal(alone, pictures[4 * k : 4 * k + 4]) and words == prompts[4 * k : 4 * k + 4]
+def test_references_of_one_or_all_concepts_with_prompts():
+    *concepts, everything = modules.reference_names()
+    images, prompts = ChorusDemoReferences.execute(everything).args
+    assert images.shape == (4 * len(concepts), 64, 64, 3) and len(prompts) == len(images)
+    for k in (0, 37, len(concepts) - 1):
+        alone, words = ChorusDemoReferences.execute(concepts[k]).args
+        assert torch.equal(alone, images[4 * k : 4 * k + 4]) and words == prompts[4 * k : 4 * k + 4]
     owl, words = ChorusDemoReferences.execute("owl").args
     assert words == ["an owl"] * 4 and not torch.equal(owl, alone)
-    assert len({picture.numpy().tobytes() for picture in pictures}) > 0.99 * len(pictures)  # two signs look alike
+    assert len({image.numpy().tobytes() for image in images}) > 0.99 * len(images)  # two concepts look alike

@@ -1,4 +1,5 @@
-"""The recipe of the denoisers: schedules against their definition, batches by step, the phase of small canvases."""
+"""The recipe of the denoisers: schedules equal their definition, the number of a step determines its batch, and small
+images come first."""
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from chorus.dev.recipes.networks.attention import attend
 
 
 class Oracle(nn.Module):
-    """Predicts exactly, for latents of which it knows the clean ones; the empty prompt gets twice the error of the wanted."""
+    """A denoiser that predicts the exact target for given clean latents ``x0``, whatever the prompt is."""
 
     def __init__(self, noise, x0):
         super().__init__()
@@ -29,10 +30,10 @@ class Oracle(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [denoiser.Diffusion, denoiser.Flow])
-def test_sampling_with_exact_predictions_gives_the_clean_latents(kind):
+def test_sampling_with_exact_predictions_returns_clean_latents(kind):
     x0 = torch.randn(3, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    found, saliency = denoiser.sample(Oracle(kind(), x0), ["a cat", "a fox", ""], steps=7)
-    assert (found - x0).abs().max() < 1e-3
+    samples, saliency = denoiser.sample(Oracle(kind(), x0), ["a cat", "a fox", ""], steps=7)
+    assert (samples - x0).abs().max() < 1e-3
     assert saliency.shape == (3, 16, 16) and saliency.abs().max() < 1e-3  # both prompts predict the same
 
 
@@ -52,7 +53,7 @@ def test_noisy_latents_and_targets_are_consistent(kind):
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """The general checkpoint's task on banks of noise."""
+    """The task of the general checkpoint on random latents."""
     monkeypatch.setenv(state.VARIABLE, str(tmp_path / "state"))
     monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
     snapshots.save("autoencoder", Autoencoder().state_dict(), style="flat", step=1)
@@ -66,35 +67,36 @@ def task(tmp_path, monkeypatch):
     return denoiser.Task(denoiser.GENERAL.small(steps=40, small_until=0.2, batch=2, small_batch=3))
 
 
-def test_small_canvases_come_first_with_large_ones_among_them(task):
+def test_training_starts_with_small_images_and_some_large_ones(task):
     shapes = [task.chosen(step)[0]["latents"].shape[-1] for step in range(40)]
     assert shapes == [8, 8, 8, 16] * 2 + [16] * 32
     assert [task.batch_size(step) for step in range(4)] == [3, 3, 3, 2]
 
 
-def test_batch_depends_on_the_step_alone(task):
+def test_batch_depends_on_step_only(task):
     first = task.loss(5).item()
     assert task.loss(5).item() == first != task.loss(6).item()
 
 
-def test_gradient_reaches_the_network_and_the_text_encoder(task):
-    for p in task.network.net.parameters():  # layers that start at zero would hide what lies before them
+def test_gradient_reaches_network_and_text_encoder(task):
+    for p in task.network.net.parameters():  # layers initialized to zero would block the gradient of earlier ones
         p.data += 0.01
     task.loss(0).backward()
     unused = {name for name, p in task.network.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert unused <= {"text.position.weight"}
 
 
-def test_float32_is_used_where_bfloat16_is_emulated(task, monkeypatch):
-    seen = []
-    task.network.net.register_forward_hook(lambda module, given, found: seen.append(found.dtype))
+@pytest.mark.slow
+def test_float32_is_used_if_bfloat16_is_emulated(task, monkeypatch):
+    dtypes = []
+    task.network.net.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     for native, expected in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(device, "has_bfloat16", lambda native=native: native)
         task.loss(0)
-        assert seen.pop() == expected
+        assert dtypes.pop() == expected
 
 
-def test_expert_needs_the_text_encoder_and_keeps_it(task):
+def test_expert_requires_the_text_encoder_and_does_not_train_it(task):
     plan = denoiser.FOOD.small()
     with pytest.raises(RecipeError, match=r"run `python run.py train-demo general` first"):
         denoiser.Task(plan)
@@ -107,21 +109,21 @@ def test_expert_needs_the_text_encoder_and_keeps_it(task):
         assert torch.equal(expert.network.text.state_dict()[name], value.half().float())
 
 
-def test_snapshot_is_the_network_with_its_text_encoder(task):
+def test_snapshot_contains_network_and_text_encoder(task):
     task.export(task.network, {"step": 11, "steps": 40})
-    found, step = task.snapshot()
+    stored, step = task.snapshot()
     assert step == 11
-    task.network.load_state_dict(found)
+    task.network.load_state_dict(stored)
     assert snapshots.facts("general")["prediction"] == "v"
 
 
-def test_bank_is_made_once_and_again_for_another_autoencoder(tmp_path, monkeypatch):
+def test_bank_is_cached_for_each_autoencoder(tmp_path, monkeypatch):
     monkeypatch.setenv(state.VARIABLE, str(tmp_path))
-    made = []
+    created = []
 
     class Blank:
         def __init__(self, **options):
-            made.append(options)
+            created.append(options)
 
         def batch(self, start, count):
             return torch.zeros(count, 64, 64, 3, dtype=torch.uint8).numpy(), ["a cat"] * count, None
@@ -130,11 +132,11 @@ def test_bank_is_made_once_and_again_for_another_autoencoder(tmp_path, monkeypat
     model = Autoencoder().eval()
     first = banks.bank("x", model, 3, report=lambda line: None, style="flat")
     again = banks.bank("x", model, 3, report=lambda line: None, style="flat")
-    assert len(made) == 1 and torch.equal(first["latents"], again["latents"])
+    assert len(created) == 1 and torch.equal(first["latents"], again["latents"])
     assert first["latents"].shape == (3, 8, 8, 8) and first["latents"].dtype == torch.float16
     banks.bank("x", Autoencoder().eval(), 3, report=lambda line: None, style="flat")
     banks.bank("x", model, 4, report=lambda line: None, style="flat")
-    assert len(made) == 3
+    assert len(created) == 3
 
 
 @pytest.mark.parametrize("sizes", [(200, 300), (200, 20), (20, 20)])

@@ -1,4 +1,4 @@
-"""The benchmark of the kernel refuses wrong results, and counts as it says."""
+"""The benchmark of the kernel: it rejects wrong results, and counts bytes and operations correctly."""
 
 import pytest
 import torch
@@ -14,43 +14,43 @@ def case():
     return bench.Case((2, 4, 24, 20), 3, torch.float32, CPU, cache=1 << 20)
 
 
-def test_bytes_are_predictions_outputs_and_mask(case):
+def test_bytes_include_predictions_outputs_and_mask(case):
     assert case.bytes == (2 * 3 + 2) * 4 * (2 * 4 * 24 * 20) + 2 * 24 * 20
     assert not case.beyond_cache
     assert sum(t.numel() for t in case.copies[0]) == case.bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_right_results_pass(dtype):
+def test_correct_results_pass(dtype):
     case = bench.Case((2, 4, 24, 20), 3, dtype, CPU, cache=1 << 20)
-    for name, function in bench.contenders(CPU).items():
+    for name, function in bench.implementations(CPU).items():
         bench.check(case, name, function)
 
 
-def wrong_owner(out):
+def wrong_mask_entry(out):
     out[2][0, 3, 4] = (out[2][0, 3, 4] + 1) % 3
 
 
-def wrong_bit(out):
+def wrong_value(out):
     out[1][0, 1, 2, 3] *= 1.0001
 
 
-def not_a_number(out):
+def nan_value(out):
     out[0][0, 1, 2, 3] = float("nan")
 
 
-@pytest.mark.parametrize("spoil", [wrong_owner, wrong_bit, not_a_number])
-def test_a_wrong_result_is_not_timed(case, spoil):
-    def spoiled(*args, **kwargs):
+@pytest.mark.parametrize("corrupt", [wrong_mask_entry, wrong_value, nan_value])
+def test_wrong_result_is_not_timed(case, corrupt):
+    def corrupted(*args, **kwargs):
         out = fused_torch.saliency_blend(*args, **kwargs)
-        spoil(out)
+        corrupt(out)
         return out
 
     with pytest.raises(ValueError, match="not timed"):
-        bench.check(case, "spoiled", spoiled)
+        bench.check(case, "corrupted", corrupted)
 
 
-def test_constants_are_made_once():
+def test_constants_are_created_once():
     made = bench.Constants()
     with made:
         a, b, c = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([3.0])
@@ -58,12 +58,12 @@ def test_constants_are_made_once():
     assert c.tolist() == [3.0]
 
 
-def test_ops_are_counted_without_views():
+def test_launches_do_not_include_views():
     x = torch.zeros(3)
     assert bench.launches(lambda i: (x + i).view(3, 1) * 2, CPU) == 2
 
 
-def test_rows_make_a_table_and_a_verdict(case):
+def test_measurement_has_rows_table_and_verdicts(case):
     rows = bench.measure(case, CPU, 3)
     assert [r["implementation"] for r in rows] == ["definition", "fused torch", "copy"]
     assert rows[0]["speedup"]["eager"] == 1.0
@@ -72,5 +72,5 @@ def test_rows_make_a_table_and_a_verdict(case):
     assert len(bench.verdicts(rows, CPU)) == 2
 
 
-def test_the_definition_is_what_the_others_are_compared_with():
-    assert bench.contenders(CPU)[bench.DEFINITION] is reference.saliency_blend
+def test_baseline_is_the_reference_implementation():
+    assert bench.implementations(CPU)[bench.DEFINITION] is reference.saliency_blend

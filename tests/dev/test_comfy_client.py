@@ -1,4 +1,4 @@
-"""The client that demo and the host tests share, on workflows of the host's own nodes."""
+"""The client of a ComfyUI server, with workflows of ComfyUI's own nodes."""
 
 import pytest
 from PIL import Image
@@ -9,7 +9,7 @@ from chorus.dev.tools.run_workflows import main, run_file
 RED = 0xFF0000
 
 
-def picture(color: int = RED, blur: int = 1) -> dict:
+def blurred_image(color: int = RED, blur: int = 1) -> dict:
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 2, "color": color}},
         "2": {"class_type": "ImageBlur", "inputs": {"image": ["1", 0], "blur_radius": blur, "sigma": 1.0}},
@@ -17,7 +17,7 @@ def picture(color: int = RED, blur: int = 1) -> dict:
     }
 
 
-# the same workflow as the web page saves it, with a note, and a muted node that must not run
+# the same workflow in the UI format, with a note and a muted node that must not run
 WORKFLOW = """{
   "nodes": [
     {"id": 1, "type": "EmptyImage", "mode": 0, "inputs": [], "widgets_values": [8, 8, 1, COLOR],
@@ -35,14 +35,14 @@ WORKFLOW = """{
 }"""
 
 
-def workflow(folder, name: str, color: int = RED, blur: int = 1, extra: str = "{}"):
+def workflow_file(folder, name: str, color: int = RED, blur: int = 1, extra: str = "{}"):
     file = folder / f"{name}.json"
     file.write_text(WORKFLOW.replace("COLOR", str(color)).replace("BLUR", str(blur)).replace("EXTRA", extra))
     return file
 
 
-def test_run_gives_pictures_events_and_time(comfy):
-    result = comfy.run(picture())
+def test_run_returns_images_events_and_time(comfy):
+    result = comfy.run(blurred_image())
     images = comfy.images(result)
     assert result.status == "success" and result.seconds > 0
     assert [node for node, _, _ in images] == ["3", "3"]
@@ -50,23 +50,24 @@ def test_run_gives_pictures_events_and_time(comfy):
     assert {"execution_start", "executing", "executed", "execution_success"} <= {kind for kind, _ in result.events}
 
 
-def test_run_knows_what_was_cached(comfy):
-    comfy.run(picture(color=1))
-    assert {"1", "2"} <= comfy.run(picture(color=1)).cached()
+def test_run_reports_cached_nodes(comfy):
+    comfy.run(blurred_image(color=1))
+    assert {"1", "2"} <= comfy.run(blurred_image(color=1)).cached()
 
 
-def test_refused_workflow_names_node_value_and_limit(comfy):
+def test_error_of_rejected_workflow_names_node_value_and_limit(comfy):
     with pytest.raises(WorkflowError, match=r"node 2 \(ImageBlur\): .*1000.*31"):
-        comfy.run(picture(blur=1000))
+        comfy.run(blurred_image(blur=1000))
 
 
-def test_failed_node_is_named(comfy):
+def test_error_names_the_failed_node(comfy):
     with pytest.raises(WorkflowError, match=r"node 2 \(ImageBlur\): RuntimeError: .*[Pp]adding"):
-        comfy.run(picture(blur=31))  # valid, but more padding than the picture has pixels to reflect
+        comfy.run(blurred_image(blur=31))  # valid, but the padding exceeds the image
 
 
-def test_workflow_file_becomes_numbered_pictures(comfy, tmp_path, capsys):
-    file = workflow(tmp_path, "Two reds")
+@pytest.mark.slow
+def test_images_are_saved_under_numbered_names(comfy, tmp_path, capsys):
+    file = workflow_file(tmp_path, "Two reds")
     for _ in range(2):
         run_file(comfy, file, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["Two reds - red_00001.png", "Two reds - red_00002.png"]
@@ -74,14 +75,15 @@ def test_workflow_file_becomes_numbered_pictures(comfy, tmp_path, capsys):
     assert "Two reds - red_00002.png" in capsys.readouterr().out
 
 
-def test_one_failure_does_not_stop_the_others(server, tmp_path, capsys):
-    files = [workflow(tmp_path, "Bad", blur=1000), workflow(tmp_path, "Good")]
+@pytest.mark.slow
+def test_failed_workflow_does_not_stop_the_others(server, tmp_path, capsys):
+    files = [workflow_file(tmp_path, "Bad", blur=1000), workflow_file(tmp_path, "Good")]
     assert main(server.address, str(tmp_path / "out"), *map(str, files)) == 1
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["Good - red_00001.png"]
     assert "Bad failed: node 2 (ImageBlur)" in capsys.readouterr().err
 
 
 def test_workflow_that_needs_a_download_is_skipped(server, tmp_path, capsys):
-    file = workflow(tmp_path, "Big", extra='{"chorus": {"needs": ["big.safetensors"]}}')
+    file = workflow_file(tmp_path, "Big", extra='{"chorus": {"needs": ["big.safetensors"]}}')
     assert main(server.address, str(tmp_path / "out"), str(file)) == 0
     assert "Big: skipped, it needs big.safetensors" in capsys.readouterr().out

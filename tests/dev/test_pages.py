@@ -1,4 +1,4 @@
-"""README.md and BENCHMARKS.md: links lead somewhere, and every result file is named with its command and machine."""
+"""README.md and BENCHMARKS.md: links have targets, and every result file is listed with its command and machine."""
 
 import json
 import re
@@ -10,17 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def prose(page: Path) -> str:
+def text_without_code(page: Path) -> str:
     return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
     """GitHub's anchors of a page's headings."""
-    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text_without_code(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def broken(text: str, page: Path) -> list[str]:
+def broken_links(text: str, page: Path) -> list[str]:
     found = []
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
         file, _, heading = unquote(link).partition("#")
@@ -31,16 +31,16 @@ def broken(text: str, page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "BENCHMARKS.md"])
-def test_links_lead_somewhere(page):
-    assert not broken(prose(ROOT / page), ROOT / page)
+def test_links_have_targets(page):
+    assert not broken_links(text_without_code(ROOT / page), ROOT / page)
 
 
 def test_broken_links_are_found():
     text = "[a](README.md#no-such-heading) [b](no.md) [c](https://example.org/) [d](#what-was-measured) ![e](a%20b.jpg)"
-    assert broken(text, ROOT / "README.md") == ["README.md#no-such-heading", "no.md", "a%20b.jpg"]
+    assert broken_links(text, ROOT / "README.md") == ["README.md#no-such-heading", "no.md", "a%20b.jpg"]
 
 
-def test_every_result_is_told_with_its_command_and_machine():
+def test_every_result_file_is_listed_with_command_and_machine():
     text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
     results = [sorted(ROOT.glob(f"{folder}/results/*.json")) for folder in ("dev/benchmarks", "demo")]
     assert all(results)

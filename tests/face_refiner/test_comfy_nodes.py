@@ -1,22 +1,28 @@
-"""The nodes around face refiners inside ComfyUI: files, memory, boxes of its own nodes, reports."""
+"""The face refiner nodes in ComfyUI: files, memory, boxes from ComfyUI's nodes, reports."""
 
+import argparse
+import collections
 import dataclasses
 import inspect
 import json
 import math
+import pathlib
 import pickle
+import runpy
 from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.ops
 import folder_paths
 import nodes as host_nodes
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from chorus.nodes.face_refiner import NODES, FaceRefiner, LoadFaceRefiner, SaveFaceRefiner
-from chorus.techniques.face_refiner import comfy_model as held
+from chorus.techniques.face_refiner import comfy_model
+from chorus.techniques.face_refiner.comfy_files import SUFFIXES
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, load_generator
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
@@ -29,20 +35,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """The only model, input and output folders."""
+    """Empty model, input and output folders."""
     for name in ("input", "output"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda folder=tmp_path / name: str(folder))
     models = tmp_path / "models"
     models.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "face_refiner", ([str(models)], {".safetensors", ".pth"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "face_refiner", ([str(models)], SUFFIXES))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return SimpleNamespace(models=models, input=tmp_path / "input", output=tmp_path / "output")
 
 
-def load(file):
+def load(file, **inputs):
     with torch.inference_mode():
-        [model] = LoadFaceRefiner.execute(file=file).args
+        [model] = LoadFaceRefiner.execute(file=file, **inputs).args
     return model
 
 
@@ -52,8 +58,8 @@ def save(refiner, prefix="face_refiner/ComfyUI", hidden=None):
     return saved
 
 
-def exact(model):
-    """The same, computing in float32 on any device."""
+def in_float32(model):
+    """``model`` with layers that compute in float32 on any device."""
     return dataclasses.replace(model, dtype=torch.float32)
 
 
@@ -71,17 +77,17 @@ def image():
 # ---- files ----
 
 
-def test_the_host_knows_the_folder():
+def test_model_folder_is_registered():
     paths, extensions = folder_paths.folder_names_and_paths["face_refiner"]
     assert any(path.endswith("face_refiner") for path in paths)
-    assert extensions == {".safetensors", ".pth"}
+    assert extensions == {".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin"}
 
 
 @pytest.mark.parametrize(
     "config", [RESNET, UnetConfig(ngf=4, downs=5), OWN, ResnetConfig(ngf=4, blocks=2, norm="batch")], ids=str
 )
 @pytest.mark.parametrize("kind", ["pth", "old pth", "safetensors"])
-def test_files_are_loaded(folders, config, kind):
+def test_published_files_load(folders, config, kind):
     weights = weights_of(config)
     name = f"latest_net_G.{kind.split()[-1]}"
     if kind == "safetensors":
@@ -94,15 +100,15 @@ def test_files_are_loaded(folders, config, kind):
     assert model.patcher.model.config == config and model.name == "latest_net_G"
     assert model.size == NETWORKS[type(config)](config).size
     assert not next(model.patcher.model.parameters()).is_inference()
-    pictures = torch.rand(2, 3, 32, 32)
-    expected = load_generator(weights).refine(pictures)
-    found = held.Refining(exact(model))(pictures)
-    # a GPU multiplies in TF32
-    assert (found - expected).abs().max() < (1e-5 if model.patcher.load_device.type == "cpu" else 0.02)
-    assert (held.Refining(model)(pictures) - expected).abs().mean() < 0.02
+    images = torch.rand(2, 3, 32, 32)
+    expected = load_generator(weights).refine(images)
+    refined = comfy_model.RefinerRun(in_float32(model))(images)
+    # GPUs multiply in TF32, which is less exact
+    assert (refined - expected).abs().max() < (1e-5 if model.patcher.load_device.type == "cpu" else 0.02)
+    assert (comfy_model.RefinerRun(model)(images) - expected).abs().mean() < 0.02
 
 
-def test_what_was_saved_is_loaded(folders):
+def test_saved_refiner_loads(folders):
     saved = save(refiner(OWN, prompt="not the workflow"))
     assert saved == {"filename": "ComfyUI_00001_.refiner.safetensors", "subfolder": "face_refiner", "type": "output"}
     assert save(refiner(OWN))["filename"] == "ComfyUI_00002_.refiner.safetensors"
@@ -117,50 +123,165 @@ def test_what_was_saved_is_loaded(folders):
         assert file.metadata()["format"] == "chorus-face-refiner-1" and file.metadata()["size"] == "32"
 
 
-def test_a_file_holds_the_workflow_that_saved_it_not_that_of_the_file_it_was_loaded_from(folders):
-    def hidden(mark):
-        return SimpleNamespace(prompt={"1": mark}, extra_pnginfo={"workflow": {"mark": mark}})
+def test_saved_file_holds_the_workflow_that_saved_it(folders):
+    def hidden(name):
+        return SimpleNamespace(prompt={"1": name}, extra_pnginfo={"workflow": {"name": name}})
 
     save(refiner(OWN, pairing="paired"), hidden=hidden("first"))
     read = load("face_refiner/ComfyUI_00001_.refiner.safetensors [output]")
     assert json.loads(read.details["prompt"]) == {"1": "first"}
-    # nor does it say of the network what another file did
-    saved = save(held.wrap("x", read.patcher.model, {**read.details, "network": "another"}), hidden=hidden("second"))
+    # "network" describes the saved network, even if the metadata of the loaded file contain another description
+    saved = save(
+        comfy_model.wrap("x", read.patcher.model, {**read.details, "network": "another"}), hidden=hidden("second")
+    )
     with safetensors.safe_open(folders.output / "face_refiner" / saved["filename"], "pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["prompt"]) == {"1": "second"} and json.loads(metadata["workflow"]) == {"mark": "second"}
+    assert json.loads(metadata["prompt"]) == {"1": "second"} and json.loads(metadata["workflow"]) == {"name": "second"}
     assert metadata["pairing"] == "paired" and metadata["network"] == str(OWN)
 
 
-def test_weights_that_float16_cannot_hold_are_not_saved(folders):
+def test_weights_beyond_float16_are_not_saved(folders):
     model = refiner()
     with torch.no_grad():
         model.patcher.model.model[1].weight[0, 0, 0, 0] = 1e6
-    with pytest.raises(ValueError, match=r"model\.1\.weight are not finite in float16, so nothing is saved"):
+    with pytest.raises(
+        ValueError, match=r"not finite \(NaN or infinite\) in float16, so nothing is saved: model\.1\.weight"
+    ):
         save(model)
     assert not list(folders.output.rglob("*.*"))
 
 
-def test_pickles_that_run_code_are_refused_and_not_run(folders):
-    class Bomb:
+def test_pickles_with_code_rejected_and_not_run(folders):
+    class Payload:
         def __reduce__(self):
-            return (folders.models.joinpath("exploded").mkdir, ())
+            return (folders.models.joinpath("executed").mkdir, ())
 
-    torch.save({"model.1.weight": Bomb()}, folders.models / "a.pth")
-    (folders.models / "b.pth").write_bytes(pickle.dumps(Bomb()))
-    torch.save({"model.1.weight": Bomb()}, folders.models / "c.pth", _use_new_zipfile_serialization=False)
+    torch.save({"model.1.weight": Payload()}, folders.models / "a.pth")
+    (folders.models / "b.pth").write_bytes(pickle.dumps(Payload()))
+    torch.save({"model.1.weight": Payload()}, folders.models / "c.pth", _use_new_zipfile_serialization=False)
     torch.save(torch.nn.Conv2d(3, 3, 3), folders.models / "d.pth")
-    for name in ("a.pth", "c.pth", "d.pth"):
+    for name in ("a.pth", "c.pth"):
         with pytest.raises(
-            ValueError, match=rf"{name} cannot be read: it holds more than weights, and code from a file is"
+            ValueError, match=rf"{name} cannot be read: it contains more than weights, and code in a file is"
         ):
             load(name)
+    with pytest.raises(
+        ValueError,
+        match=r"d\.pth cannot be read: it is a pickled object of the class torch\.nn.*Conv2d.*run: python -c",
+    ):
+        load("d.pth")
     torch.save({"model.1.weight": torch.zeros(1)}, folders.models / "e.safetensors")
     with pytest.raises(ValueError, match=r"b\.pth cannot be read"):
         load("b.pth")
-    with pytest.raises(ValueError, match=r"e\.safetensors cannot be read: it is a pickle under another name"):
+    with pytest.raises(ValueError, match=r"e\.safetensors cannot be read: it is a pickle with the wrong extension"):
         load("e.safetensors")
-    assert not (folders.models / "exploded").exists()
+    assert not (folders.models / "executed").exists()
+
+
+def assert_loads(name, weights, title, **inputs):
+    """The file is listed, valid and loads with these weights."""
+    assert name in LoadFaceRefiner.define_schema().inputs[0].options
+    assert LoadFaceRefiner.validate_inputs(file=name) is True and LoadFaceRefiner.fingerprint_inputs(
+        file=name, **inputs
+    )
+    model = load(name, **inputs)
+    assert str(model) == f"{title} ({RESNET})"
+    loaded = model.patcher.model.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[key].cpu(), weight.float()) for key, weight in weights.items())
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.ckpt", "x.bin", "x.PTH", "x.Pt", "x.SAFETENSORS", "x.sft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_files_of_every_ending_and_dtype_load(folders, name, dtype):
+    weights = {key: weight.to(dtype) for key, weight in weights_of(RESNET).items()}
+    if name in ("x.SAFETENSORS", "x.sft"):
+        safetensors.torch.save_file(weights, folders.models / name)
+    else:
+        torch.save(weights, folders.models / name)
+    assert_loads(name, weights, "x")
+
+
+class Settings(dict):
+    """A dictionary with attributes, as Lightning saves hyper-parameters."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"best": np.float64(0.3), "curve": np.arange(3.0), "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}},
+        {"args": argparse.Namespace(lr=1.0, sizes=[1, 2])},
+        {"hyper_parameters": Settings(lr=1.0), "losses": collections.defaultdict(list, a=[1.0])},
+        {"folder": pathlib.PurePosixPath("/a/b")},
+        {"same": weights_of(RESNET)},
+    ],
+    ids=["numpy", "Namespace", "Lightning", "path", "twice"],
+)
+def test_objects_beside_the_weights_are_left_out(folders, beside):
+    torch.save({"state_dict": weights_of(RESNET), **beside}, folders.models / "x.ckpt")
+    assert_loads("x.ckpt", weights_of(RESNET), "x: state_dict")
+
+
+def test_unused_running_statistics_are_logged(folders, caplog):
+    caplog.set_level("INFO", "comfyui-chorus")
+    statistics = {"model.2.running_mean": torch.ones(8), "model.2.num_batches_tracked": torch.tensor(7)}
+    torch.save({**weights_of(RESNET), **statistics}, folders.models / "x.pth")
+    assert_loads("x.pth", weights_of(RESNET), "x")
+    assert "x.pth: 1 running statistics of instance norms are not used" in caplog.text
+
+
+def test_tensors_under_two_names_are_one(folders):
+    weights = weights_of(RESNET)
+    torch.save({"model": weights, "state_dict": dict(weights)}, folders.models / "x.pth")
+    assert_loads("x.pth", weights, "x: model")
+
+
+def test_generator_widget_selects_one_of_several(folders):
+    first = weights_of(RESNET)
+    second = {key: 2 * weight for key, weight in first.items()}
+    torch.save({"netG_A2B": first, "netG_B2A": second, "epoch": 4}, folders.models / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth: the file holds 2 generators; enter one.*: netG_A2B, netG_B2A$"):
+        load("x.pth")
+    assert_loads("x.pth", first, "x: netG_A2B", generator="netG_A2B")
+    assert_loads("x.pth", second, "x: netG_B2A", generator=" netG_B2A ")
+    # inputs of older workflows stay as they are
+    [file, generator] = LoadFaceRefiner.define_schema().inputs
+    assert file.id == "file" and generator.id == "generator" and generator.optional and generator.default == ""
+
+
+def test_programs_and_modules_rejected_with_the_command_that_converts_them(folders):
+    network = load_generator(weights_of(RESNET))
+    torch.jit.trace(network, torch.zeros(1, 3, 16, 16)).save(str(folders.models / "script.pt"))
+    torch.save(network, folders.models / "module.pth")
+    torch.save({"net": network, "epoch": 1}, folders.models / "dict.pth")
+    (folders.models / "graph.onnx").write_bytes(b"\x08\x07\x12\x07pytorch" + b"\0" * 200)
+    for name, reason in {
+        "script.pt": "it is a TorchScript program",
+        "module.pth": r"it is a pickled object of the class \S+ResnetGenerator",
+        "dict.pth": "it contains more than weights",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} cannot be read: {reason}") as error:
+            load(name)
+        command = str(error.value).split('python -c "')[1].split('"')[0]
+        (folders.models / "command.py").write_text(command)
+        runpy.run_path(str(folders.models / "command.py"))
+        converted = f"{name.split('.')[0]}_state_dict.pth"
+        assert_loads(converted, weights_of(RESNET), converted[:-4] + (": net" if name == "dict.pth" else ""))
+    assert "graph.onnx" not in LoadFaceRefiner.define_schema().inputs[0].options
+    assert "'graph.onnx' is not a face refiner: it is an ONNX graph" in LoadFaceRefiner.validate_inputs(
+        file="graph.onnx"
+    )
+
+
+def test_huge_tensor_deep_inside_rejected(folders):
+    huge = torch.zeros(1).expand(10**6, 10**6)
+    torch.save({"state_dict": weights_of(RESNET), "other": [{"a": (huge,)}]}, folders.models / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth cannot be read: .*its tensors take \d+ bytes, but the file has only"):
+        load("x.pth")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -168,11 +289,11 @@ def test_pickles_that_run_code_are_refused_and_not_run(folders):
     ("content", "message"),
     [
         (b"", "it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "only git's pointer.*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer.*git lfs pull"),
         (b"<html>not found</html>" * 9, "cannot be read"),
     ],
 )
-def test_files_that_are_none_are_refused(folders, suffix, content, message):
+def test_invalid_files_rejected(folders, suffix, content, message):
     (folders.models / f"x.{suffix}").write_bytes(content)
     with pytest.raises(
         ValueError, match=rf"x\.{suffix} cannot be read: .*{message}" if "cannot" not in message else message
@@ -181,45 +302,45 @@ def test_files_that_are_none_are_refused(folders, suffix, content, message):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize("keep", [9, 4000, -1])
-def test_truncated_files_are_refused(folders, suffix, keep):
+@pytest.mark.parametrize("size", [9, 4000, -1])
+def test_truncated_files_rejected(folders, suffix, size):
     path = folders.models / f"x.{suffix}"
     if suffix == "pth":
         torch.save(weights_of(RESNET), path)
     else:
         safetensors.torch.save_file(weights_of(RESNET), path)
-    path.write_bytes(path.read_bytes()[:keep])
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=rf"x\.{suffix} cannot be read: .*download it again"):
         load(path.name)
 
 
-def test_nan_and_unknown_weights_are_refused_by_name(folders):
+def test_nan_and_unknown_weights_rejected_by_name(folders):
     weights = weights_of(RESNET)
     weights["model.1.weight"][0] = math.nan
     torch.save(weights, folders.models / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth: .*model\.1\.weight: expected finite numbers, seen NaN"):
+    with pytest.raises(ValueError, match=r"x\.pth: .*model\.1\.weight: expected finite numbers, got NaN"):
         load("x.pth")
     torch.save({"conv.weight": torch.zeros(3, 3)}, folders.models / "y.pth")
     with pytest.raises(
-        ValueError, match=r"y\.pth: No known generator\. Seen: conv\.weight \(3, 3\)\. Supported: ResNet"
+        ValueError, match=r"y\.pth: expected the weights of .* got conv\.weight \(3, 3\); supported: ResNet"
     ):
         load("y.pth")
     torch.save([torch.zeros(3)], folders.models / "z.pth")
-    with pytest.raises(ValueError, match=r"z\.pth: No state dict but a list"):
+    with pytest.raises(ValueError, match=r"z\.pth: expected a state dict, got a list"):
         load("z.pth")
 
 
 @pytest.mark.parametrize(
     "name", ["../secret.pth", "none", "", "x.ckpt", "../x.refiner.safetensors [output]", "/etc/passwd"]
 )
-def test_names_that_are_no_file_of_ours(folders, name):
+def test_names_outside_of_the_model_folders_rejected(folders, name):
     torch.save(weights_of(RESNET), folders.models.parent / "secret.pth")
     assert "face refiner" in LoadFaceRefiner.validate_inputs(file=name)
     with pytest.raises(ValueError, match="face refiner"):
         load(name)
 
 
-def test_the_list_is_never_empty_and_the_fingerprint_follows(folders):
+def test_file_list_is_never_empty_and_fingerprint_changes_with_the_file(folders):
     assert LoadFaceRefiner.define_schema().inputs[0].options == ["none"]
     path = folders.models / "x.pth"
     torch.save(weights_of(RESNET), path)
@@ -232,34 +353,34 @@ def test_the_list_is_never_empty_and_the_fingerprint_follows(folders):
     )
 
 
-# ---- the network at work ----
+# ---- running the network ----
 
 
-def test_few_pictures_at_a_time_where_memory_is_short(monkeypatch):
-    model, pictures = exact(refiner()), torch.rand(5, 3, 32, 32)
-    expected = held.Refining(model)(pictures)
+def test_images_are_chunked_if_memory_is_short(monkeypatch):
+    model, images = in_float32(refiner()), torch.rand(5, 3, 32, 32)
+    expected = comfy_model.RefinerRun(model)(images)
     sizes = []
     network = model.patcher.model
     real = network.refine
     monkeypatch.setattr(network, "refine", lambda x, *a: (sizes.append(len(x)), real(x, *a))[1])
-    one = held.Refining(model)._memory(pictures)
+    one = comfy_model.RefinerRun(model)._memory(images, model.dtype, comfy_model.LAYERS)
     monkeypatch.setattr(model.patcher, "get_free_memory", lambda device: 2.5 * one)
-    found = held.Refining(model)(pictures)
+    refined = comfy_model.RefinerRun(model)(images)
     assert sizes == [2, 2, 1]
-    assert (found - expected).abs().max() < 1e-5
-    assert found.is_contiguous() and found.dtype is torch.float32
+    assert (refined - expected).abs().max() < 1e-5
+    assert refined.is_contiguous() and refined.dtype is torch.float32
 
 
-def test_train_mode_is_the_same_whatever_is_computed_together(monkeypatch):
-    model = exact(refiner(ResnetConfig(ngf=4, blocks=2, dropout=True)))
-    pictures = torch.rand(3, 3, 16, 16)
-    first = held.Refining(model, 5)(pictures)
-    assert torch.equal(held.Refining(model, 5)(pictures), first)
+def test_train_mode_does_not_depend_on_the_chunks(monkeypatch):
+    model = in_float32(refiner(ResnetConfig(ngf=4, blocks=2, dropout=True)))
+    images = torch.rand(3, 3, 16, 16)
+    first = comfy_model.RefinerRun(model, 5)(images)
+    assert torch.equal(comfy_model.RefinerRun(model, 5)(images), first)
     monkeypatch.setattr(model.patcher, "get_free_memory", lambda device: 1)
-    assert (held.Refining(model, 5)(pictures) - first).abs().max() < 1e-4
-    assert (held.Refining(model, 6)(pictures) - first).abs().max() > 0.01
-    assert (held.Refining(model)(pictures) - first).abs().max() > 0.01
-    held.Refining(model, 2**64 - 1)(pictures)
+    assert (comfy_model.RefinerRun(model, 5)(images) - first).abs().max() < 1e-4
+    assert (comfy_model.RefinerRun(model, 6)(images) - first).abs().max() > 0.01
+    assert (comfy_model.RefinerRun(model)(images) - first).abs().max() > 0.01
+    comfy_model.RefinerRun(model, 2**64 - 1)(images)
 
 
 @pytest.mark.parametrize(
@@ -274,37 +395,37 @@ def test_train_mode_is_the_same_whatever_is_computed_together(monkeypatch):
     ],
     ids=str,
 )
-def test_a_cpu_computes_in_bfloat16_only_where_it_multiplies_it(monkeypatch, capabilities, forced, dtype):
+def test_cpu_uses_bfloat16_only_with_bfloat16_products(monkeypatch, capabilities, forced, dtype):
     if capabilities is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(comfy.model_management, "FORCE_FP32", forced)
-    assert held.compute_dtype(torch.device("cpu")) is dtype
+    assert comfy_model.compute_dtype(torch.device("cpu")) is dtype
 
 
-def test_a_cpu_without_onednn_computes_in_float32(monkeypatch):
+def test_cpu_without_onednn_uses_float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert held.compute_dtype(torch.device("cpu")) is torch.float32
+    assert comfy_model.compute_dtype(torch.device("cpu")) is torch.float32
 
 
 @pytest.mark.parametrize("config", [RESNET, OWN], ids=str)
-def test_pictures_in_bfloat16_are_those_of_float32_to_a_few_levels(config):
-    model, pictures = refiner(config), torch.rand(2, 3, 32, 32)
-    expected = held.Refining(exact(model))(pictures)
-    found = held.Refining(dataclasses.replace(model, dtype=torch.bfloat16))(pictures)
-    levels = 255.0 * (found - expected).abs()
-    assert 0.0 < levels.mean() < 3.0 and levels.max() < 24.0 and found.dtype is torch.float32
-    # weights and statistics stay as they were, for whoever saves or goes on training
+def test_bfloat16_is_close_to_float32(config):
+    model, images = refiner(config), torch.rand(2, 3, 32, 32)
+    expected = comfy_model.RefinerRun(in_float32(model))(images)
+    refined = comfy_model.RefinerRun(dataclasses.replace(model, dtype=torch.bfloat16))(images)
+    levels = 255.0 * (refined - expected).abs()
+    assert 0.0 < levels.mean() < 3.0 and levels.max() < 24.0 and refined.dtype is torch.float32
+    # weights and statistics stay in float32, for saving and further training
     assert all(weight.dtype is torch.float32 for weight in model.patcher.model.state_dict().values())
 
 
-def test_an_interrupt_ends_it():
+def test_interrupt_stops_the_refiner():
     comfy.model_management.interrupt_current_processing(True)
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            held.Refining(refiner())(torch.rand(1, 3, 32, 32))
+            comfy_model.RefinerRun(refiner())(torch.rand(1, 3, 32, 32))
     finally:
         comfy.model_management.interrupt_current_processing(False)
 
@@ -312,7 +433,7 @@ def test_an_interrupt_ends_it():
 # ---- the node ----
 
 
-def test_schemas():
+def test_node_schemas():
     assert [node.define_schema().node_id for node in NODES] == ["LoadFaceRefiner", "SaveFaceRefiner", "FaceRefiner"]
     for node in NODES:
         schema = node.define_schema()
@@ -325,18 +446,18 @@ def test_schemas():
     assert [o.id for o in FaceRefiner.define_schema().outputs] == ["image", "mask", "crops", "report"]
 
 
-def test_boxes_of_the_hosts_own_nodes(image):
-    """PrimitiveBoundingBox, and lists for each image as Detect Face Landmarks gives them."""
+def test_boxes_of_comfyui_nodes_are_accepted(image):
+    """The box of PrimitiveBoundingBox, and a list per image as from Detect Face Landmarks."""
     from comfy_extras.nodes_images import BoundingBox
 
     [one] = BoundingBox.execute(x=8, y=8, width=20, height=20).args
     model = refiner()
-    found, mask, crops, report = refine(image, model, bboxes=one)
+    refined, mask, crops, report = refine(image, model, bboxes=one)
     assert crops.shape == (2, 32, 32, 3) and report.count("face at 8, 8, 20 x 20: strength 1") == 2
-    assert torch.equal(found[mask == 0], image[mask == 0]) and (found != image).any()
+    assert torch.equal(refined[mask == 0], image[mask == 0]) and (refined != image).any()
     faces = [[{"x": 8.5, "y": 8.25, "width": 20.0, "height": 19.5, "label": "face", "score": 0.9}], []]
-    found, mask, crops, report = refine(image, model, bboxes=faces)
-    assert torch.equal(found[1], image[1]) and not mask[1].any() and crops.shape[0] == 1
+    refined, mask, crops, report = refine(image, model, bboxes=faces)
+    assert torch.equal(refined[1], image[1]) and not mask[1].any() and crops.shape[0] == 1
     assert "tiny (ResNet 2 blocks, ngf 8, instance norm)" in report
 
 
@@ -354,33 +475,110 @@ def test_boxes_of_the_hosts_own_nodes(image):
     ],
     ids=str,
 )
-def test_neutral_is_exact(image, inputs):
+def test_neutral_settings_return_the_image_exactly(image, inputs):
     before = image.clone()
-    found, mask, crops, report = refine(image, refiner(), **inputs)
-    assert torch.equal(found, image) and torch.equal(image, before)
+    refined, mask, crops, report = refine(image, refiner(), **inputs)
+    assert torch.equal(refined, image) and torch.equal(image, before)
     assert not mask.any() and crops.ndim == 4 and report
 
 
-def test_an_untrained_refiner_is_exact(image):
+def test_box_outside_its_image_is_skipped_and_reported(image):
+    boxes = [[box(64, 0, 9, 9), box(8, 8, 20, 20)], [box(8, 8, 20, 20)]]
+    refined, _, crops, report = refine(image, refiner(), bboxes=boxes)
+    expected = refine(image, refiner(), bboxes=box(8, 8, 20, 20))[0]
+    assert torch.equal(refined, expected) and len(crops) == 2
+    assert report.count("strength 1") == 2
+    assert "image 0, face at 64, 0, 9 x 9: outside the image of 64 x 48, skipped" in report
+    alone, mask, _, report = refine(image[:1], refiner(), bboxes=box(-20, 0, 9, 9))
+    assert torch.equal(alone, image[:1]) and not mask.any() and "outside the image" in report
+
+
+def test_faces_outside_are_never_the_largest_and_count_for_the_index(image):
+    boxes = [box(70, 0, 40, 40), box(8, 8, 20, 20), box(30, 8, 10, 10)]
+    for choice, place in (
+        ({"faces": "largest"}, "8, 8, 20 x 20"),
+        ({"faces": "index", "face_index": 2}, "30, 8, 10 x 10"),
+    ):
+        report = refine(image[:1], refiner(), bboxes=boxes, **choice)[3]
+        assert f"face at {place}: strength 1" in report and report.count("strength 1") == 1
+        assert "face at 70, 0, 40 x 40: outside" in report
+    report = refine(image[:1], refiner(), bboxes=boxes, faces="index", face_index=0)[3]
+    assert "strength 1" not in report and "outside" in report
+
+
+@pytest.mark.parametrize("bboxes", [None, box(8, 8, 20, 20)], ids=["whole image", "box"])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_empty_mask_of_load_image_counts_as_not_connected(image, bboxes, masks):
+    expected = refine(image, refiner(), bboxes=bboxes)
+    found = refine(image, refiner(), bboxes=bboxes, mask=torch.zeros(masks, 64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3]))
+    assert (found[0] != image).any()
+    assert "empty 64x64 mask that Load Image returns" in found[3] and "64x64" not in expected[3]
+    square = torch.rand(1, 64, 64, 3)  # a mask of the image's own size is a mask of zeros
+    assert torch.equal(refine(square, refiner(), bboxes=bboxes, mask=torch.zeros(1, 64, 64))[0], square)
+    with pytest.raises(ValueError, match="resize it to the image"):
+        refine(image, refiner(), bboxes=bboxes, mask=torch.full((1, 64, 64), 0.1))
+
+
+@pytest.mark.parametrize(
+    "config", [RESNET, OWN, UnetConfig(ngf=4, downs=5, norm="instance"), UnetConfig(ngf=4, downs=5)], ids=str
+)
+def test_large_image_is_refined_as_a_whole(config):
+    """A side of more than 1024 pixels. Norms and gates use statistics of the whole image."""
+    image = torch.linspace(0, 1, 1120)[None, None, :, None] * torch.tensor([0.9, 0.5, 0.2]) * torch.rand(1, 32, 1, 1)
+    model = in_float32(refiner(config))
+    network = load_generator(weights_of(config))
+    with torch.inference_mode():
+        expected = network.refine(image.movedim(-1, 1)).movedim(1, -1).clamp(0, 1)
+    found = refine(image, model, color_lock=False)[0]
+    assert (found - expected).abs().max() < (1e-5 if model.patcher.load_device.type == "cpu" else 0.02)
+
+
+def test_image_too_large_for_the_gpu_is_refined_on_the_cpu(monkeypatch):
+    model, image = in_float32(refiner()), torch.rand(2, 8, 200, 3)
+    expected = refine(image, model)[0]
+    monkeypatch.setattr(comfy_model, "SMALL", 8 * 199)
+    monkeypatch.setattr(model.patcher, "get_free_memory", lambda device: 1000)
+    devices, real = [], model.patcher.model.refine
+    record = lambda x, *args: (devices.append(x.device.type), real(x, *args))[1]  # noqa: E731
+    monkeypatch.setattr(model.patcher.model, "refine", record)
+    with torch.inference_mode():
+        found = refine(image, model)[0]
+    assert devices == ["cpu", "cpu"]
+    limit = 1e-5 if model.patcher.load_device.type == "cpu" else 0.02
+    assert (found - expected).abs().max() < limit
+
+
+def test_image_too_large_for_the_memory_is_rejected(monkeypatch):
+    model, image = refiner(), torch.rand(1, 8, 200, 3)
+    monkeypatch.setattr(comfy_model, "SMALL", 8 * 199)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: 1000)
+    with pytest.raises(
+        ValueError, match=r"an image of 200 x 8 pixels needs about .* GiB .* resize the image, or connect"
+    ):
+        refine(image, model)
+
+
+def test_untrained_refiner_is_exact(image):
     network = NETWORKS[RefinerConfig](OWN)
-    model = held.wrap("untrained", load_generator(network.state_dict(), comfy.ops.manual_cast))
+    model = comfy_model.wrap("untrained", load_generator(network.state_dict(), comfy.ops.manual_cast))
     for inputs in ({}, {"bboxes": box(8, 8, 20, 20)}, {"mask": torch.ones(1, 48, 64)}):
         assert torch.equal(refine(image, model, size=32, **inputs)[0], image)
 
 
-def test_the_whole_image(image):
-    model = exact(refiner())
-    found, mask, crops, report = refine(image, model, color_lock=False)
+def test_whole_image_is_refined_without_boxes_and_mask(image):
+    model = in_float32(refiner())
+    refined, mask, crops, report = refine(image, model, color_lock=False)
     expected = load_generator(weights_of(RESNET)).refine(image.movedim(-1, 1)).movedim(1, -1)
     limit = 1e-6 if model.patcher.load_device.type == "cpu" else 0.02
-    assert (found - expected.clamp(0, 1)).abs().mean() < limit
-    assert torch.equal(mask, torch.ones(2, 48, 64)) and torch.equal(crops, found)
-    assert report.count("whole picture: strength 1") == 2
+    assert (refined - expected.clamp(0, 1)).abs().mean() < limit
+    assert torch.equal(mask, torch.ones(2, 48, 64)) and torch.equal(crops, refined)
+    assert report.count("whole image: strength 1") == 2
 
 
-def test_the_guard_by_structure_and_by_clip_vision(image):
+def test_identity_guard_limits_the_distance_of_structure_and_of_embeddings(image):
     class Vision:
-        """Embeds by the mean colours of quarters."""
+        """Embeds an image as the mean colours of its quarters."""
 
         def encode_image(self, x):
             return {"image_embeds": torch.nn.functional.adaptive_avg_pool2d(x.movedim(-1, 1), 2).flatten(1)}
@@ -388,13 +586,13 @@ def test_the_guard_by_structure_and_by_clip_vision(image):
     inputs = {"bboxes": box(8, 8, 30, 30), "color_lock": False}
     free = refine(image[:1], refiner(), **inputs)[0]
     for guard in ({}, {"clip_vision": Vision()}):
-        found, _, _, report = refine(image[:1], refiner(), **inputs, **guard, identity_guard=0.002)
+        refined, _, _, report = refine(image[:1], refiner(), **inputs, **guard, identity_guard=0.002)
         distance = float(report.split("distance ")[1].split(" ")[0])
         assert 0 < distance <= 0.002 and "at full strength" in report
-        assert (found - image[:1]).abs().mean() < (free - image[:1]).abs().mean()
+        assert (refined - image[:1]).abs().mean() < (free - image[:1]).abs().mean()
 
 
-def test_faithful_is_seeded(image):
+def test_faithful_result_depends_on_the_seed(image):
     model = refiner(ResnetConfig(ngf=4, blocks=2, dropout=True))
     inputs = {"bboxes": box(8, 8, 20, 20), "faithful": True}
     first = refine(image, model, **inputs, seed=3)[0]
@@ -403,34 +601,42 @@ def test_faithful_is_seeded(image):
 
 
 @pytest.mark.parametrize(
-    ("picture", "inputs", "message"),
+    ("image", "inputs", "message"),
     [
-        (torch.rand(1, 16, 16, 1), {}, "is grey; a face refiner reads"),
-        (torch.rand(1, 16, 16, 4), {}, "is RGBA; a face refiner reads .* drop the alpha"),
-        (torch.rand(1, 16, 16, 3), {"bboxes": box(40, 0, 5, 5)}, "outside the picture of 16 x 16"),
+        (
+            torch.rand(1, 16, 16, 1),
+            {},
+            r"expected RGB images \[batch, height, width, 3\] for image, got grey 1x16x16x1",
+        ),
+        (torch.rand(1, 16, 16, 4), {}, "expected RGB images .* for image, got RGBA .* remove the alpha channel"),
         (torch.rand(1, 16, 16, 3), {"mask": torch.ones(1, 8, 8)}, "resize it to the image"),
-        (torch.rand(2, 16, 16, 3), {"bboxes": [[], [], []]}, "boxes for 3 images, and 2 images"),
+        (
+            torch.rand(2, 16, 16, 3),
+            {"mask": torch.ones(3, 16, 16)},
+            r"expected 1 mask for all 2 images, or 2 masks \(one per image\), got 3 masks; connect the masks of this batch",
+        ),
+        (torch.rand(2, 16, 16, 3), {"bboxes": [[], [], []]}, "expected boxes for 2 images, got boxes for 3"),
     ],
-    ids=["grey", "RGBA", "box outside", "small mask", "lists of boxes"],
+    ids=["grey", "RGBA", "small mask", "masks", "lists of boxes"],
 )
-def test_what_a_user_can_get_wrong(picture, inputs, message):
+def test_invalid_inputs_rejected(image, inputs, message):
     with pytest.raises(ValueError, match=message):
-        refine(picture, refiner(), **inputs)
+        refine(image, refiner(), **inputs)
 
 
-def test_nan_is_refused_and_told(image, caplog):
+def test_nan_is_discarded_and_reported(image, caplog):
     model = refiner()
     with torch.no_grad():
         model.patcher.model.model[1].bias[0] = math.inf
-    found, mask, _, report = refine(image, model, bboxes=box(8, 8, 20, 20))
-    assert torch.equal(found, image) and not mask.any()
-    assert report.count("the refiner gave NaN or infinity, refused: left as it is") == 2
-    assert "NaN or infinity" in caplog.text
+    refined, mask, _, report = refine(image, model, bboxes=box(8, 8, 20, 20))
+    assert torch.equal(refined, image) and not mask.any()
+    assert report.count("the refiner's output is not finite (NaN or infinite), not refined") == 2
+    assert "not finite (NaN or infinite)" in caplog.text
 
 
-def test_the_weights_are_the_hosts_to_move():
+def test_comfyui_manages_the_weights():
     model = refiner()
-    held.Refining(model)(torch.rand(1, 3, 32, 32))
+    comfy_model.RefinerRun(model)(torch.rand(1, 3, 32, 32))
     loaded = comfy.model_management.loaded_models()
     assert any(patcher is model.patcher for patcher in loaded)
     assert hasattr(host_nodes, "NODE_CLASS_MAPPINGS")

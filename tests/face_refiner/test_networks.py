@@ -1,4 +1,4 @@
-"""Generators against what their state dicts say, computed anew: straight down the published layouts by torch.nn.functional."""
+"""Generators compared with reference implementations of the published layouts in torch.nn.functional."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ TINY = RefinerConfig(widths=(8, 16, 24), blocks=(1, 2, 1), reduction=4)
 
 
 def fill(network):
-    """The state dict of ``network`` with random weights with which every path matters."""
+    """The state dict of ``network`` with random weights, so that every layer changes the result."""
     weights = {}
     for name, weight in network.state_dict().items():
         if name.endswith("filt"):
@@ -36,11 +36,11 @@ def state_of(config):
     return fill(NETWORKS[type(config)](config))
 
 
-class Straight:
-    """The published layouts, layer by layer from a state dict."""
+class Reference:
+    """Reference implementation of the published layouts, computed layer by layer from a state dict."""
 
-    def __init__(self, weights, config, draws=None):
-        self.w, self.config, self.draws = weights, config, draws
+    def __init__(self, weights, config, generators=None):
+        self.w, self.config, self.generators = weights, config, generators
 
     def conv(self, x, name, transposed=False, **options):
         function = F.conv_transpose2d if transposed else F.conv2d
@@ -51,16 +51,16 @@ class Straight:
             assert f"{name}.weight" not in self.w
             return F.instance_norm(x)
         weight, bias, mean, var = (self.w[f"{name}.{k}"] for k in ("weight", "bias", "running_mean", "running_var"))
-        if self.draws is None:
+        if self.generators is None:
             return F.batch_norm(x, mean, var, weight, bias)
-        # pix2pix's test: batches of one, in train()
+        # as in pix2pix's test code: batches of one sample, in train()
         return torch.cat([F.batch_norm(one[None], None, None, weight, bias, training=True) for one in x])
 
     def dropout(self, x):
-        if self.draws is None:
+        if self.generators is None:
             return x
-        kept = [torch.rand(x.shape[1:], generator=generator) >= 0.5 for generator in self.draws]
-        return x * torch.stack(kept).to(x.dtype) / 0.5
+        masks = [torch.rand(x.shape[1:], generator=generator) >= 0.5 for generator in self.generators]
+        return x * torch.stack(masks).to(x.dtype) / 0.5
 
     def resnet(self, x):
         def reflect(x, n):
@@ -104,7 +104,7 @@ class Straight:
         return torch.tanh(self.conv(F.relu(x), "model.model.3", transposed=True, stride=2, padding=1))
 
     def skip(self, x, at, depth):
-        # published with inplace=True: what is put beside has been through it
+        # the published LeakyReLU has inplace=True, so the skip connection carries its result
         F.leaky_relu_(x, 0.2)
         y = self.conv(x, f"{at}1", stride=2, padding=1)
         innermost = depth == self.config.downs - 1
@@ -174,25 +174,25 @@ def relative(value, exact):
     return ((value - exact).abs().max() / exact.std()).item()
 
 
-def agree(network, weights, config, x, draws=lambda: None):
-    found = network(x, draws())
-    straight = Straight(weights, config, draws())(x)
-    exact = Straight({k: w.double() for k, w in weights.items()}, config, draws())(x.double())
+def assert_matches_reference(network, weights, config, x, generators=lambda: None):
+    actual = network(x, generators())
+    reference = Reference(weights, config, generators())(x)
+    exact = Reference({k: w.double() for k, w in weights.items()}, config, generators())(x.double())
     assert exact.std() > 0.01 and exact.abs().min() < 1.0
-    error, straight_error = relative(found, exact), relative(straight, exact)
-    assert error <= 3 * straight_error + 1e-6 < 1e-3
-    return found
+    error, reference_error = relative(actual, exact), relative(reference, exact)
+    assert error <= 3 * reference_error + 1e-6 < 1e-3
+    return actual
 
 
 @pytest.mark.parametrize(("config", "batch", "size"), LAYOUTS, ids=str)
-def test_numbers_are_those_of_the_layout(config, batch, size):
+def test_outputs_match_the_published_layout(config, batch, size):
     weights = state_of(config)
     network = load_generator(weights)
     assert network.config == config
     x = torch.rand(batch, 3, *size) * 2 - 1
-    found = agree(network, weights, config, x)
-    assert found.shape == x.shape and found.dtype is torch.float32
-    assert torch.equal(network(x), found)
+    actual = assert_matches_reference(network, weights, config, x)
+    assert actual.shape == x.shape and actual.dtype is torch.float32
+    assert torch.equal(network(x), actual)
 
 
 @pytest.mark.parametrize(
@@ -205,25 +205,25 @@ def test_numbers_are_those_of_the_layout(config, batch, size):
     ],
     ids=str,
 )
-def test_train_mode_is_drawn_from_the_generators(config, size):
+def test_train_mode_depends_on_the_generators(config, size):
     weights = state_of(config)
     network = load_generator(weights)
     x = torch.rand(2, 3, *size) * 2 - 1
-    found = agree(network, weights, config, x, lambda: seeds(2))
-    assert not torch.allclose(found, network(x), atol=0.01)
-    # a sample is the same alone, and another with another seed
-    assert relative(network(x[1:], seeds(2)[1:]), found[1:]) < 1e-4
-    assert not torch.allclose(network(x[1:], seeds(1)), found[1:], atol=0.01)
+    actual = assert_matches_reference(network, weights, config, x, lambda: seeds(2))
+    assert not torch.allclose(actual, network(x), atol=0.01)
+    # the result of a sample depends on its seed, and is independent of the other samples
+    assert relative(network(x[1:], seeds(2)[1:]), actual[1:]) < 1e-4
+    assert not torch.allclose(network(x[1:], seeds(1)), actual[1:], atol=0.01)
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
 
 
-def test_the_skips_carry_the_leaky_relu():
+def test_skip_connections_carry_the_leaky_relu():
     config = UnetConfig(ngf=4, downs=5)
     weights, x = state_of(config), torch.randn(2, 4, 16, 16)
     before = x.clone()
-    found = load_generator(weights).model.model[1](x)
-    assert torch.equal(found[:, :4], F.leaky_relu(x, 0.2)) and found.shape == (2, 8, 16, 16)
-    assert relative(found, Straight(weights, config).skip(x.clone(), "model.model.1.model.", 1)) < 1e-5
+    actual = load_generator(weights).model.model[1](x)
+    assert torch.equal(actual[:, :4], F.leaky_relu(x, 0.2)) and actual.shape == (2, 8, 16, 16)
+    assert relative(actual, Reference(weights, config).skip(x.clone(), "model.model.1.model.", 1)) < 1e-5
     assert torch.equal(x, before)
 
 
@@ -237,7 +237,7 @@ def test_the_skips_carry_the_leaky_relu():
     ],
     ids=str,
 )
-def test_published_sizes(config, parameters, tensors):
+def test_sizes_match_the_published_networks(config, parameters, tensors):
     with torch.device("meta"):
         network = NETWORKS[type(config)](config)
     assert sum(weight.numel() for weight in network.parameters()) == parameters
@@ -245,7 +245,7 @@ def test_published_sizes(config, parameters, tensors):
     assert detect(network.state_dict()) == config
 
 
-def test_published_names():
+def test_weight_names_match_the_published_files():
     def names(config):
         with torch.device("meta"):
             return {name: tuple(w.shape) for name, w in NETWORKS[type(config)](config).state_dict().items()}
@@ -257,9 +257,13 @@ def test_published_names():
     assert "model.12.conv_block.6.bias" in names(ResnetConfig(dropout=True))
     batch = names(ResnetConfig(norm="batch"))
     assert "model.1.bias" not in batch and "model.26.bias" in batch and "model.12.conv_block.6.running_var" in batch
-    cut = names(ResnetConfig(blur_down=True, blur_up=True))
-    assert {name for name in cut if name.endswith("filt")} == {f"model.{i}.filt" for i in (7, 11, 21, 25)}
-    assert cut["model.22.weight"] == (128, 256, 3, 3) and "model.26.weight" in cut and "model.30.weight" in cut
+    cut_names = names(ResnetConfig(blur_down=True, blur_up=True))
+    assert {name for name in cut_names if name.endswith("filt")} == {f"model.{i}.filt" for i in (7, 11, 21, 25)}
+    assert (
+        cut_names["model.22.weight"] == (128, 256, 3, 3)
+        and "model.26.weight" in cut_names
+        and "model.30.weight" in cut_names
+    )
     unet = names(UnetConfig())
     assert unet["model.model.0.weight"] == (64, 3, 4, 4) and "model.model.0.bias" not in unet
     assert unet["model.model.1.model.1.weight"] == (128, 64, 4, 4)
@@ -269,7 +273,7 @@ def test_published_names():
     assert unet[f"{innermost}3.weight"] == (512, 512, 4, 4) and f"{innermost}4.running_mean" in unet
 
 
-def test_the_blurs_are_cuts():
+def test_blurs_match_cut():
     weights = ResnetGenerator(ResnetConfig(ngf=4, blocks=1, blur_down=True, blur_up=True)).state_dict()
     down = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
     up = torch.tensor([[1, 3, 3, 1], [3, 9, 9, 3], [3, 9, 9, 3], [1, 3, 3, 1]]) / 16
@@ -277,7 +281,7 @@ def test_the_blurs_are_cuts():
     assert torch.equal(weights["model.13.filt"], up.expand(16, 1, 4, 4))
 
 
-def test_files_of_old_torch_and_of_data_parallel():
+def test_files_of_old_torch_and_of_data_parallel_load():
     config = ResnetConfig(ngf=4, blocks=2)
     weights, x = state_of(config), torch.rand(1, 3, 16, 16)
     expected = load_generator(weights)(x)
@@ -285,9 +289,9 @@ def test_files_of_old_torch_and_of_data_parallel():
     for name in ("model.2", "model.10.conv_block.2", "model.10.conv_block.6"):
         old[f"{name}.running_mean"], old[f"{name}.running_var"] = torch.full((16,), 9.0), torch.full((16,), 0.1)
         old[f"{name}.num_batches_tracked"] = torch.tensor(7)
-    for found in (old, {f"module.{name}": w for name, w in weights.items()}):
-        assert torch.equal(load_generator(found)(x), expected)
-    # batch norms keep theirs
+    for actual in (old, {f"module.{name}": w for name, w in weights.items()}):
+        assert torch.equal(load_generator(actual)(x), expected)
+    # batch norms need their statistics
     batch = state_of(ResnetConfig(ngf=4, blocks=2, norm="batch"))
     counted = {**batch, "model.2.num_batches_tracked": torch.tensor(7)}
     assert torch.equal(load_generator(counted)(x), load_generator(batch)(x))
@@ -299,46 +303,46 @@ def test_files_of_old_torch_and_of_data_parallel():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "Seen: nothing"),
+        ({}, "got an empty file; supported: ResNet"),
         (
             {"conv_first.weight": torch.zeros(64, 3, 3, 3)},
-            r"Seen: conv_first\.weight \(64, 3, 3, 3\)\. Supported: ResNet",
+            r"got conv_first\.weight \(64, 3, 3, 3\); supported: ResNet",
         ),
-        ({"state_dict": {}, "epoch": 3}, r"Seen: state_dict a dict, epoch a int"),
+        ({"state_dict": {}, "epoch": 3}, r"got state_dict a dict, epoch a int"),
         ({"model.0.weight": torch.zeros(64, 3, 4, 4), "model.0.bias": torch.zeros(64)}, "a discriminator.*net_G"),
-        ([torch.zeros(1)], "No state dict but a list"),
-        ({"model.model.0.weight": torch.zeros(8, 3, 4, 4)}, "halves the picture 1 times, not 5 to 12"),
+        ([torch.zeros(1)], "expected a state dict, got a list"),
+        ({"model.model.0.weight": torch.zeros(8, 3, 4, 4)}, "expected 5 to 12 halvings, got 1"),
         ({"model.10.conv_block.1.weight": torch.zeros(8, 8, 3, 3)}, "it has no 'model.1.weight'"),
-        ({"model.1.weight": 3, "model.10.conv_block.1.weight": torch.zeros(8, 8, 3, 3)}, "4 dimensions, seen a int"),
+        ({"model.1.weight": 3, "model.10.conv_block.1.weight": torch.zeros(8, 8, 3, 3)}, "4 dimensions, got a int"),
     ],
     ids=str,
 )
-def test_what_is_no_known_generator_is_refused(weights, message):
+def test_unknown_generator_rejected(weights, message):
     with pytest.raises(ValueError, match=message):
         load_generator(weights)
 
 
-def test_what_differs_is_listed():
+def test_wrong_weights_are_listed():
     weights = state_of(ResnetConfig(ngf=4, blocks=2))
     grey = {**weights, "model.1.weight": torch.zeros(4, 1, 7, 7)}
-    with pytest.raises(ValueError, match=r"model\.1\.weight: expected \(4, 3, 7, 7\), seen \(4, 1, 7, 7\)"):
+    with pytest.raises(ValueError, match=r"model\.1\.weight: expected \(4, 3, 7, 7\), got \(4, 1, 7, 7\)"):
         load_generator(grey)
     weights["model.10.conv_block.5.weight"][0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"model\.10\.conv_block\.5\.weight: expected finite numbers, seen NaN"):
+    with pytest.raises(ValueError, match=r"model\.10\.conv_block\.5\.weight: expected finite numbers, got NaN"):
         load_generator(weights)
 
 
-def test_an_untrained_refiner_changes_nothing():
-    network, pictures = FaceRefinerNet(TINY), torch.rand(2, 3, 16, 24)
-    x = 2 * pictures - 1
+def test_untrained_refiner_changes_nothing():
+    network, images = FaceRefinerNet(TINY), torch.rand(2, 3, 16, 24)
+    x = 2 * images - 1
     assert torch.equal(network(x), x)
-    assert torch.equal(network.refine(pictures), pictures)
-    assert torch.equal(network.refine(pictures, dtype=torch.float32), pictures)
+    assert torch.equal(network.refine(images), images)
+    assert torch.equal(network.refine(images, dtype=torch.float32), images)
     other = load_generator(state_of(TINY))
-    assert not torch.allclose(other.refine(pictures), pictures, atol=0.01)
+    assert not torch.allclose(other.refine(images), images, atol=0.01)
 
 
-def test_the_refiner_is_small_enough_to_ship():
+def test_refiner_is_small_enough_to_ship():
     with torch.device("meta"):
         network = FaceRefinerNet()
     assert 2 * sum(w.numel() for w in network.parameters()) < 7e6
@@ -346,54 +350,55 @@ def test_the_refiner_is_small_enough_to_ship():
 
 
 @pytest.mark.parametrize("config", [ResnetConfig(ngf=8, blocks=2), UnetConfig(ngf=4, downs=5), TINY], ids=str)
-def test_pictures_are_scaled_for_the_network_and_back(config):
-    network, pictures = load_generator(state_of(config)), torch.rand(1, 3, 32, 32)
-    expected = (network(2 * pictures - 1) + 1) / 2
-    assert (network.refine(pictures) - expected).abs().max() < 1e-6
+def test_images_are_scaled_for_the_network_and_back(config):
+    network, images = load_generator(state_of(config)), torch.rand(1, 3, 32, 32)
+    expected = (network(2 * images - 1) + 1) / 2
+    assert (network.refine(images) - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("config", [ResnetConfig(ngf=8), UnetConfig(ngf=4, downs=6, norm="instance"), TINY], ids=str)
-def test_weights_are_cast_to_what_the_layers_compute_in(config):
+def test_weights_are_cast_to_the_compute_dtype(config):
     weights = state_of(config)
     halves = {name: w.half() if w.ndim == 4 else w for name, w in weights.items()}
     network = load_generator(halves, CASTING)
     x = torch.rand(1, 3, 64, 64)
-    same = load_generator({name: w.float() for name, w in halves.items()})
-    # computed in float32 as it comes in, in bfloat16 where that is asked for
-    assert torch.equal(network(x), same(x))
-    found = network(x, dtype=torch.bfloat16)
-    assert found.dtype is torch.float32
-    assert 1e-5 < relative(found, same(x)) < 0.2
+    float32_network = load_generator({name: w.float() for name, w in halves.items()})
+    # float32 by default, bfloat16 on request
+    assert torch.equal(network(x), float32_network(x))
+    actual = network(x, dtype=torch.bfloat16)
+    assert actual.dtype is torch.float32
+    assert 1e-5 < relative(actual, float32_network(x)) < 0.2
 
 
 def photo(size):
-    """Shading, edges and grain."""
+    """An image with shading, edges and grain."""
     shade = F.interpolate(torch.rand(1, 3, 4, 4), (size, size), mode="bicubic").clamp(0, 1)
     shade[..., size // 3 : size // 2, size // 4 :] *= 0.3
     return rounded(shade + 0.03 * torch.randn(shade.shape))
 
 
 def flat(size):
-    """Nearly one colour: what a norm enlarges."""
+    """A nearly uniform image, in which norms amplify differences."""
     return rounded(0.85 + 0.02 * torch.randn(1, 3, size, size))
 
 
-def rounded(pictures):
-    return (255 * pictures.clamp(0, 1)).round() / 255
+def rounded(images):
+    return (255 * images.clamp(0, 1)).round() / 255
 
 
-@pytest.mark.parametrize("picture", [photo, flat])
+@pytest.mark.slow
+@pytest.mark.parametrize("image", [photo, flat])
 @pytest.mark.parametrize(
     "config", [ResnetConfig(), UnetConfig(ngf=32, downs=7), RefinerConfig()], ids=["resnet", "unet", "own"]
 )
-def test_bfloat16_moves_a_picture_by_a_few_levels(config, picture):
-    """Random weights, which change every picture wholly: what is trained changes it less, and moves less."""
+def test_bfloat16_changes_an_image_by_a_few_levels(config, image):
+    """Random weights are the worst case: trained weights change an image less."""
     weights = state_of(config)
     network = load_generator(weights, CASTING)
-    pictures = picture(128)
-    expected = network.refine(pictures)
-    assert 255 * (expected - pictures).abs().mean() > 20
-    levels = 255 * (network.refine(pictures, dtype=torch.bfloat16) - expected).abs().flatten()
+    images = image(128)
+    expected = network.refine(images)
+    assert 255 * (expected - images).abs().mean() > 20
+    levels = 255 * (network.refine(images, dtype=torch.bfloat16) - expected).abs().flatten()
     assert 0 < levels.mean() < 2.5 and levels.quantile(0.999) < 16
 
 
@@ -403,15 +408,20 @@ def test_bfloat16_moves_a_picture_by_a_few_levels(config, picture):
 def test_every_weight_gets_a_gradient(config):
     network = load_generator(state_of(config)).requires_grad_(True)
     network(torch.rand(2, 3, 32, 32)).square().mean().backward()
-    idle = [name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()]
-    # what is added before a norm that takes the mean away again
-    assert not [name for name in idle if not name.endswith("bias")]
+    without_gradient = [
+        name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()
+    ]
+    # biases before a norm have no effect
+    assert not [name for name in without_gradient if not name.endswith("bias")]
 
 
-def test_sides_that_the_networks_ask_for():
+def test_min_side_and_multiple_are_sufficient():
     for config in (ResnetConfig(ngf=4, blocks=1, blur_down=True, blur_up=True), UnetConfig(ngf=4, downs=5), TINY):
         network = load_generator(state_of(config))
-        for height, width in ((network.least, network.least), (network.least + network.multiple, 2 * network.least)):
+        for height, width in (
+            (network.min_side, network.min_side),
+            (network.min_side + network.multiple, 2 * network.min_side),
+        ):
             x = torch.rand(1, 3, height, width)
             if isinstance(network, UnetGenerator):
                 assert network.multiple == 32

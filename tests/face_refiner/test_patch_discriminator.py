@@ -1,4 +1,4 @@
-"""The patch GAN against its published layout, computed anew by torch.nn.functional."""
+"""The patch discriminator compared with a reference implementation of the published layout in torch.nn.functional."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from chorus.techniques.face_refiner.training.generators import initialise
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def straight(x, w, norm):
-    """model.0, 2, 5, 8, 11 are convolutions, 3, 6, 9 norms."""
+def reference(x, w, norm):
+    """The published layout: layers 0, 2, 5, 8 and 11 of ``model`` are convolutions, layers 3, 6 and 9 are norms."""
     x = F.leaky_relu(F.conv2d(x, w["model.0.weight"], w["model.0.bias"], 2, 1), 0.2)
     for conv, stride in ((2, 2), (5, 2), (8, 1)):
         x = F.conv2d(x, w[f"model.{conv}.weight"], w.get(f"model.{conv}.bias"), stride, 1)
@@ -30,7 +30,7 @@ def straight(x, w, norm):
 
 
 @pytest.mark.parametrize(("channels", "norm"), [(3, "instance"), (6, "batch")])
-def test_the_published_layout(channels, norm):
+def test_outputs_match_the_published_layout(channels, norm):
     network = initialise(
         PatchDiscriminator(PatchDiscriminatorConfig(channels=channels, ndf=8, norm=norm)),
         torch.Generator().manual_seed(1),
@@ -45,19 +45,19 @@ def test_the_published_layout(channels, norm):
     x = torch.randn(2, channels, 40, 56, dtype=torch.float64)
     # batch norms read their statistics in float32
     tolerance = {} if norm == "instance" else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(network(x), straight(x, network.state_dict(), norm), **tolerance)
+    torch.testing.assert_close(network(x), reference(x, network.state_dict(), norm), **tolerance)
     assert is_patch_discriminator(weights)
 
 
 @pytest.mark.parametrize(("channels", "norm", "count"), [(3, "instance", 2_764_737), (6, "batch", 2_768_705)])
-def test_sizes(channels, norm, count):
+def test_sizes_match_the_published_networks(channels, norm, count):
     with torch.device("meta"):
         network = PatchDiscriminator(PatchDiscriminatorConfig(channels=channels, norm=norm))
     assert sum(p.numel() for p in network.parameters()) == count
 
 
-def test_a_number_sees_seventy_pixels():
-    """Without norms, which see everything."""
+def test_receptive_field_is_seventy_pixels():
+    """With batch norms in eval(), since the receptive field of an instance norm is the whole image."""
     network = initialise(
         PatchDiscriminator(PatchDiscriminatorConfig(ndf=4, norm="batch")), torch.Generator().manual_seed(1)
     ).eval()
@@ -68,8 +68,8 @@ def test_a_number_sees_seventy_pixels():
     assert ((seen.max(0).values - seen.min(0).values) + 1).tolist() == [PATCH, PATCH]
 
 
-def test_the_least_picture():
+def test_min_side_is_the_smallest_input():
     network = PatchDiscriminator(PatchDiscriminatorConfig(ndf=4))
-    assert network(torch.randn(1, 3, PatchDiscriminator.least, PatchDiscriminator.least)).numel() == 1
+    assert network(torch.randn(1, 3, PatchDiscriminator.min_side, PatchDiscriminator.min_side)).numel() == 1
     with pytest.raises((RuntimeError, ValueError)):
-        network(torch.randn(1, 3, PatchDiscriminator.least - 8, PatchDiscriminator.least - 8))
+        network(torch.randn(1, 3, PatchDiscriminator.min_side - 8, PatchDiscriminator.min_side - 8))

@@ -1,7 +1,6 @@
-"""MaskedTokenSampler against diffusers 0.33.1's three pipelines, from prompt to pictures, with the same weights.
+"""MaskedTokenSampler against the three pipelines of diffusers 0.33.1, from prompt to images, with the same weights.
 
-diffusers is given our uniforms in place of its random numbers; all else is its own. Sizes are small, so that rounding
-moves no token over the edge between two codes.
+The random numbers of diffusers are replaced by our uniforms. Sizes are small, so that rounding changes no sampled token.
 """
 
 import contextlib
@@ -14,13 +13,13 @@ from chorus.host.operations import casting_operations
 from chorus.kernels.linear import linear
 from chorus.nodes.masked_tokens import MaskedTokenSampler
 from chorus.techniques.masked_tokens.comfy_model import wrap
-from chorus.techniques.masked_tokens.decode import draw
+from chorus.techniques.masked_tokens.decode import draw_uniforms
 from chorus.techniques.masked_tokens.networks.uvit import load_uvit
 from chorus.techniques.masked_tokens.networks.vq import load_vq
 from chorus.tests.support.tiny_masked_tokens import VQ as VQ_SIZES
-from chorus.tests.support.tiny_masked_tokens import WIDTH, counted, fill, prompt, run
+from chorus.tests.support.tiny_masked_tokens import WIDTH, fill, prompt, recorded_ids, run
 
-scheduling = pytest.importorskip("diffusers.schedulers.scheduling_amused", reason="it tells what the tokens should be")
+scheduling = pytest.importorskip("diffusers.schedulers.scheduling_amused", reason="diffusers is the reference")
 diffusers = diffusers_pipelines()
 
 CODES, MASK, CFG, SEED = 60, 60, 3.0, 11
@@ -47,8 +46,8 @@ UVIT = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class OurDraws(scheduling.AmusedScheduler):
-    """Its steps, with ``draws`` for random numbers; keeps the ids after the last one."""
+class SchedulerWithUniforms(scheduling.AmusedScheduler):
+    """AmusedScheduler with ``uniforms`` as its random numbers; ``ids`` are the ids after the last step."""
 
     def step(self, model_output, timestep, sample, **options):
         number = len(self.timesteps) - 1 - int(timestep)
@@ -62,20 +61,20 @@ class OurDraws(scheduling.AmusedScheduler):
     def sample(self, probs, number):
         cdf = probs.double().cumsum(-1)
         cdf = cdf / cdf[:, -1:]
-        return (cdf <= self.draws.ids[number].reshape(-1, 1).double()).sum(-1, keepdim=True)
+        return (cdf <= self.uniforms.ids[number].reshape(-1, 1).double()).sum(-1, keepdim=True)
 
     def gumbel(self, shape, number):
-        return -torch.log((-torch.log(self.draws.order[number].reshape(shape).clamp(1e-20))).clamp(1e-20))
+        return -torch.log((-torch.log(self.uniforms.order[number].reshape(shape).clamp(1e-20))).clamp(1e-20))
 
     def add_noise(self, *args, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *args, **options: self.draws.start)
+            patch.setattr(torch, "rand", lambda *args, **options: self.uniforms.start)
             return super().add_noise(*args, **options)
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """diffusers' networks with random weights, and the same in the host's hands."""
+    """diffusers' networks with random weights, and a MaskedTokenModel with the same weights."""
     from diffusers.models.autoencoders.vq_model import VQModel
 
     blocks = len(VQ_SIZES["block_out_channels"])
@@ -95,19 +94,19 @@ def networks():
 
 
 @contextlib.contextmanager
-def pipeline(kind, networks, draws, schedule):
+def pipeline(kind, networks, uniforms, schedule):
     transformer, vq, _ = networks
-    scheduler = OurDraws(mask_token_id=MASK, masking_schedule=schedule)
-    scheduler.draws = draws
+    scheduler = SchedulerWithUniforms(mask_token_id=MASK, masking_schedule=schedule)
+    scheduler.uniforms = uniforms
     pipe = getattr(diffusers, kind)(vq, None, None, transformer, scheduler)
     pipe.set_progress_bar_config(disable=True)
     positive, negative = prompt(1)[0], prompt(2)[0]
     yield lambda **options: (
         pipe(
-            encoder_hidden_states=positive[0].repeat(len(draws.start), 1, 1),
-            prompt_embeds=positive[1]["pooled_output"].repeat(len(draws.start), 1),
-            negative_encoder_hidden_states=negative[0].repeat(len(draws.start), 1, 1),
-            negative_prompt_embeds=negative[1]["pooled_output"].repeat(len(draws.start), 1),
+            encoder_hidden_states=positive[0].repeat(len(uniforms.start), 1, 1),
+            prompt_embeds=positive[1]["pooled_output"].repeat(len(uniforms.start), 1),
+            negative_encoder_hidden_states=negative[0].repeat(len(uniforms.start), 1, 1),
+            negative_prompt_embeds=negative[1]["pooled_output"].repeat(len(uniforms.start), 1),
             guidance_scale=CFG,
             output_type="pt",
             **options,
@@ -117,48 +116,49 @@ def pipeline(kind, networks, draws, schedule):
 
 
 def ours(networks, **inputs):
-    pictures, tokens = run(
+    images, tokens, _ = run(
         MaskedTokenSampler, model=networks[2], positive=prompt(1), negative=prompt(2), seed=SEED, **inputs
     )
-    return pictures, tokens.ids
+    return images, tokens.ids
 
 
-def pictures_of(batch, side=32):
+def random_images(batch, side=32):
     return torch.rand(batch, side, side, 3, generator=torch.Generator().manual_seed(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "batch"), [(12, 2), (5, 1)])
-def test_text_to_image(steps, batch, networks):
-    with pipeline("AmusedPipeline", networks, draw(SEED, batch, 8, 8, steps), "cosine") as theirs:
-        expected, ids = theirs(num_inference_steps=steps, height=32, width=32)
-    pictures, found = ours(networks, steps=steps, width=32, height=32, batch_size=batch)
-    assert torch.equal(found, ids)
-    assert len(found.unique()) > 20
-    torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-5)
+def test_text_to_image_matches_diffusers(steps, batch, networks):
+    with pipeline("AmusedPipeline", networks, draw_uniforms(SEED, batch, 8, 8, steps), "cosine") as theirs:
+        expected, expected_ids = theirs(num_inference_steps=steps, height=32, width=32)
+    images, ids = ours(networks, steps=steps, width=32, height=32, batch_size=batch)
+    assert torch.equal(ids, expected_ids)
+    assert len(ids.unique()) > 20
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("denoise", [0.3, 0.5, 0.9])
-def test_image_to_image(denoise, networks):
-    picture = pictures_of(2)
-    with pipeline("AmusedImg2ImgPipeline", networks, draw(SEED, 2, 8, 8, 12), "cosine") as theirs:
-        expected, ids = theirs(image=picture.movedim(-1, 1), strength=denoise, num_inference_steps=12)
-    pictures, found = ours(networks, image=picture, denoise=denoise)
-    assert torch.equal(found, ids)
-    torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-5)
+def test_image_to_image_matches_diffusers(denoise, networks):
+    image = random_images(2)
+    with pipeline("AmusedImg2ImgPipeline", networks, draw_uniforms(SEED, 2, 8, 8, 12), "cosine") as theirs:
+        expected, expected_ids = theirs(image=image.movedim(-1, 1), strength=denoise, num_inference_steps=12)
+    images, ids = ours(networks, image=image, denoise=denoise)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [4, 12])
-def test_inpainting(steps, networks):
-    picture, mask = pictures_of(1), torch.zeros(1, 32, 32)
-    mask[:, 8:28, 16:] = 1.0  # whole tokens: both sides agree which are touched
-    with pipeline("AmusedInpaintPipeline", networks, draw(SEED, 1, 8, 8, steps), "linear") as theirs:
-        image = picture.movedim(-1, 1)
-        expected, ids = theirs(image=image, mask_image=mask[:, None], num_inference_steps=steps, strength=1.0)
-    with counted(networks[2]) as calls:
-        pictures, found = ours(networks, steps=steps, image=picture, mask=mask, schedule="linear", feather=0)
+def test_inpainting_matches_diffusers(steps, networks):
+    original, mask = random_images(1), torch.zeros(1, 32, 32)
+    mask[:, 8:28, 16:] = 1.0  # whole tokens, so that both implementations mask the same tokens
+    with pipeline("AmusedInpaintPipeline", networks, draw_uniforms(SEED, 1, 8, 8, steps), "linear") as theirs:
+        image = original.movedim(-1, 1)
+        expected, expected_ids = theirs(image=image, mask_image=mask[:, None], num_inference_steps=steps, strength=1.0)
+    with recorded_ids(networks[2]) as calls:
+        images, ids = ours(networks, steps=steps, image=original, mask=mask, schedule="linear", feather=0)
     assert len(calls) <= steps
-    assert torch.equal(found, ids)
+    assert torch.equal(ids, expected_ids)
     inside = mask.bool()
-    torch.testing.assert_close(pictures[inside], expected[inside], rtol=1e-4, atol=1e-5)
-    assert torch.equal(pictures[~inside], picture[~inside])
-    assert not torch.equal(expected[~inside], picture[~inside])  # diffusers decodes the whole picture anew
+    torch.testing.assert_close(images[inside], expected[inside], rtol=1e-4, atol=1e-5)
+    assert torch.equal(images[~inside], original[~inside])
+    assert not torch.equal(expected[~inside], original[~inside])  # diffusers decodes all pixels, also outside the mask

@@ -1,4 +1,4 @@
-"""The demo's masked token model in a real server: previews as it is asked for them, interrupts, the same bits again."""
+"""The demo's masked token model on a real server: preview methods, interrupts, caching."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def queue(seed=1, steps=6, prefix="server/a") -> dict:
 
 @pytest.fixture
 def run(server, comfy):
-    """The ids that a queue ends in, and its result."""
+    """A function that runs the workflow and returns its ids and its result."""
 
     def run(method="none", **options):
         result = comfy.run(queue(**options), extra_data={"preview_method": method})
@@ -55,7 +55,8 @@ def run(server, comfy):
     return run
 
 
-def test_previews_come_as_the_host_is_asked_for_them(run, comfy):
+@pytest.mark.slow
+def test_previews_follow_requested_method(run, comfy):
     ids = {}
     for method, previews in {"none": 0, "latent2rgb": 6, "taesd": 6, "auto": 6}.items():
         comfy.free()
@@ -66,23 +67,24 @@ def test_previews_come_as_the_host_is_asked_for_them(run, comfy):
     assert all(torch.equal(ids["none"], other) for other in ids.values())
 
 
-def test_an_interrupted_queue_leaves_the_next_one_as_it_was(run, comfy):
+@pytest.mark.slow
+def test_interrupt_does_not_affect_next_run(run, comfy):
     first, _ = run(seed=7)
 
     def interrupt(kind, data):
         if kind == "progress" and data["node"] == "sample" and data["value"] == 2:
             comfy.interrupt()
 
-    # previews, so that every step is told
+    # with previews, every step is reported
     stopped = comfy.run(queue(seed=8, steps=500), interrupt, extra_data={"preview_method": "latent2rgb"})
     assert stopped.status == "interrupted" and "save" not in stopped.outputs
     comfy.free()
     assert torch.equal(run(seed=7, prefix="server/b")[0], first)
 
 
-def test_another_seed_runs_only_the_sampler_again(run):
+def test_new_seed_runs_only_sampler(run):
     first, _ = run(seed=3)
     other, result = run(seed=4)
     assert {"load", "positive", "negative"} <= result.cached() and "sample" not in result.cached()
-    # sample i is the one of seed + i
+    # sample i has seed + i
     assert torch.equal(other[0], first[1])

@@ -1,4 +1,4 @@
-"""Prompts for masked token models: CLIP-L against transformers, the mark, and what is refused."""
+"""Prompts for masked token models: CLIP-L compared with transformers, the mark in conditionings, and errors."""
 
 import comfy.model_management
 import nodes as host_nodes
@@ -41,7 +41,7 @@ def by_transformers(model, ids):
 
 
 def ids_of(prompt):
-    """As diffusers' pipeline tokenizes: cut at 77, padded with the end token."""
+    """Token ids as in diffusers' pipeline: truncated to 77, padded with the end token."""
     tokenizer = CLIPTokenizer.from_pretrained(SD1Tokenizer().clip_l.tokenizer.name_or_path)
     ids = tokenizer(prompt, truncation=True, max_length=77)["input_ids"]
     return [ids + [49407] * (77 - len(ids))]
@@ -53,7 +53,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_conditioning_is_what_transformers_gives(clip, model, prompt):
+def test_conditioning_matches_transformers(clip, model, prompt):
     ((states, extras),) = encode(clip, prompt)
     expected, pooled = by_transformers(model, ids_of(prompt))
     assert states.shape == (1, 77, folder.WIDTH)
@@ -61,15 +61,15 @@ def test_the_conditioning_is_what_transformers_gives(clip, model, prompt):
     close(extras["pooled_output"], pooled)
 
 
-def test_the_states_are_not_those_of_the_hosts_own_clip(clip, model):
-    # its SD1 takes the last layer, through the final norm; SDXL's second last is this one
+def test_states_differ_from_comfyui_clip(clip, model):
+    # ComfyUI's CLIP for SD1 outputs the last layer with the final norm
     ((states, _),) = encode(clip, "a cat")
     with torch.inference_mode():
         last = model(input_ids=torch.tensor(ids_of("a cat"))).last_hidden_state
     assert (states - last).abs().max() > 0.5
 
 
-def test_other_activations_are_taken_from_the_config(model):
+def test_activation_read_from_config(model):
     config = folder.TEXT | {"hidden_act": "gelu"}
     other = folder.text_encoder(config)
     other.load_state_dict(model.state_dict())
@@ -77,7 +77,7 @@ def test_other_activations_are_taken_from_the_config(model):
     close(states, by_transformers(other, ids_of("a cat"))[0])
 
 
-def test_a_long_prompt_becomes_chunks(clip, model):
+def test_long_prompt_split_into_chunks(clip, model):
     ((states, extras),) = encode(clip, LONG)
     (tokens,) = clip.tokenize(LONG).values()
     assert len(tokens) > 2
@@ -86,14 +86,14 @@ def test_a_long_prompt_becomes_chunks(clip, model):
     close(extras["pooled_output"], pooled[:1])
 
 
-def test_weights_of_words_move_their_states_from_the_empty_prompt(clip):
+def test_word_weights_scale_from_empty_prompt(clip):
     (plain,), (weighted,), (empty,) = (encode(clip, p)[0][:1] for p in ("a red fox", "a (red:1.5) fox", ""))
     expected = plain.clone()
     expected[:, 2] = empty[:, 2] + 1.5 * (plain[:, 2] - empty[:, 2])
     close(weighted, expected)
 
 
-def test_an_embedding_takes_the_place_of_its_tokens(model, tmp_path):
+def test_textual_inversion_embedding_used(model, tmp_path):
     clip = load_clip(dict(model.state_dict()), folder.TEXT)
     fox = model.get_input_embeddings().weight[clip.tokenize("fox")["l"][0][1][0]].detach().clone()
     torch.save({"fox": fox[None]}, tmp_path / "style.pt")
@@ -102,7 +102,7 @@ def test_an_embedding_takes_the_place_of_its_tokens(model, tmp_path):
     assert torch.equal(written, plain)
 
 
-def test_the_host_reads_a_clip_l_without_config_the_same_way():
+def test_openai_clip_l_config_from_comfyui():
     config = openai_clip_l()
     assert {key: config[key] for key in ("hidden_size", "num_hidden_layers", "hidden_act")} == {
         "hidden_size": 768,
@@ -111,12 +111,12 @@ def test_the_host_reads_a_clip_l_without_config_the_same_way():
     }
 
 
-def test_weights_of_no_use_are_left_out(model):
+def test_unused_weights_ignored(model):
     weights = {**model.state_dict(), "text_model.embeddings.position_ids": torch.arange(77)[None]}
     load_clip(weights | {"logit_scale": torch.tensor(4.6)}, folder.TEXT)
 
 
-def test_unloading_and_using_it_again_gives_the_same_bits(clip):
+def test_reload_gives_same_bits(clip):
     ((before, _),) = encode(clip, "a cat")
     comfy.model_management.unload_all_models()
     ((after, _),) = encode(clip, "a cat")
@@ -137,28 +137,28 @@ def without(*keys):
         (folder.TEXT | {"max_position_embeddings": 64}, "max_position_embeddings is 64, not 77"),
         (folder.TEXT | {"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06, not 1e-05"),
         (folder.TEXT | {"num_hidden_layers": 2}, "num_hidden_layers is 2, not 3 or more"),
-        (folder.TEXT | {"intermediate_size": 65}, r"expected \(65, 32\), seen \(64, 32\)"),
+        (folder.TEXT | {"intermediate_size": 65}, r"expected \(65, 32\), got \(64, 32\)"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(model, config, complaint):
+def test_unsupported_config_rejected(model, config, complaint):
     with pytest.raises(ValueError, match=complaint):
         load_clip(dict(model.state_dict()), config)
 
 
-def test_every_conditioning_carries_the_mark(clip):
+def test_conditioning_carries_mark(clip):
     ((_, extras),) = encode(clip, "a (red:1.2) cat")
     assert extras[MARK] == "clip-l"
     assert set(extras) == {MARK, "pooled_output"}
 
 
-def test_what_a_text_model_adds_itself_stays():
-    class Masking(SDClipModel):
+def test_extra_outputs_of_text_model_kept():
+    class WithAttentionMasks(SDClipModel):
         def __init__(self, **_):
             super().__init__(textmodel_json_config=dict(folder.TEXT), return_attention_masks=True)
 
     class Marked(ClipL):
         def __init__(self):
-            SD1ClipModel.__init__(self, clip_model=Masking)
+            SD1ClipModel.__init__(self, clip_model=WithAttentionMasks)
 
     with torch.inference_mode():
         extras = Marked().encode_token_weights({"l": [[(49406, 1.0), (49407, 1.0), *[(49407, 1.0)] * 75]]})[2]
@@ -167,7 +167,7 @@ def test_what_a_text_model_adds_itself_stays():
 
 
 @torch.inference_mode()
-def test_the_demo_clip_carries_its_own_mark_and_ordinary_samplers_do_not_care():
+def test_demo_mark_does_not_change_ksampler():
     model, clip, _ = modules.load_checkpoint("general")
     marked, negative = encode(clip, "a cat"), encode(clip, "")
     assert marked[0][1][MARK] == "chorus-demo"
@@ -181,7 +181,7 @@ def test_the_demo_clip_carries_its_own_mark_and_ordinary_samplers_do_not_care():
 
 
 @torch.inference_mode()
-def test_a_model_of_the_host_ignores_the_mark():
+def test_mark_does_not_change_comfyui_models():
     model, plain = unet(), conditioning(1)
     marked = [[states, {**extras, MARK: "clip-l"}] for states, extras in plain]
     assert torch.equal(ksample(model, plain, conditioning(2)), ksample(model, marked, conditioning(2)))
@@ -190,7 +190,7 @@ def test_a_model_of_the_host_ignores_the_mark():
 # ---- reading ----
 
 
-def test_every_prompt_is_one_row(clip):
+def test_one_row_per_prompt(clip):
     first, second = encode(clip, "a cat"), encode(clip, "a dog")
     batch = [[torch.cat([first[0][0], second[0][0]]), {**first[0][1]}]]
     both = torch.cat([first[0][1]["pooled_output"], second[0][1]["pooled_output"]])
@@ -202,13 +202,13 @@ def test_every_prompt_is_one_row(clip):
         assert torch.equal(pooled, extras["pooled_output"])
 
 
-def test_one_pooled_output_serves_a_batch(clip):
+def test_single_pooled_output_used_for_batch(clip):
     ((states, extras),) = encode(clip, "a cat")
     rows = read_text([[states.expand(3, -1, -1), extras]], "clip-l", "positive")
     assert [pooled.shape for _, pooled in rows] == [(1, folder.WIDTH)] * 3
 
 
-def test_what_the_hosts_nodes_make_of_a_conditioning_is_read(clip):
+def test_output_of_comfyui_conditioning_nodes_accepted(clip):
     cat, dog = encode(clip, "a cat"), encode(clip, "a dog")
     with torch.inference_mode():
         zero = host_nodes.ConditioningZeroOut().zero_out(cat)[0]
@@ -221,17 +221,17 @@ def test_what_the_hosts_nodes_make_of_a_conditioning_is_read(clip):
     assert len(read_text(two, "clip-l", "positive")) == 2
 
 
-def test_another_text_encoder_is_refused(clip):
+def test_other_text_encoder_rejected(clip):
     with pytest.raises(ValueError, match="negative: this conditioning comes from another text encoder; encode"):
         read_text(conditioning(0), "clip-l", "negative")
     with pytest.raises(
-        ValueError, match=r"another text encoder \('clip-l', the model knows 'chorus-demo'\); encode the"
+        ValueError, match=r"another text encoder \('clip-l', the model expects 'chorus-demo'\); encode the"
     ):
         read_text(encode(clip, ""), "chorus-demo", "positive")
 
 
 @torch.inference_mode()
-def test_what_cannot_be_obeyed_is_refused_by_name(clip):
+def test_unsupported_conditioning_options_rejected(clip):
     cat = encode(clip, "a cat")
     area = host_nodes.ConditioningSetArea().append(cat, 64, 64, 0, 0, 1.0)[0]
     mask = host_nodes.ConditioningSetMask().append(cat, torch.ones(1, 8, 8), "default", 1.0)[0]
@@ -242,20 +242,20 @@ def test_what_cannot_be_obeyed_is_refused_by_name(clip):
         (times, "end_percent, start_percent"),
         ([[cat[0][0], {**cat[0][1], "control": object(), "hooks": None}]], "control"),
     ):
-        with pytest.raises(ValueError, match=f"positive: a masked token model cannot obey {keys}; take out the nodes"):
+        with pytest.raises(ValueError, match=f"positive: masked token models do not support {keys}; remove the nodes"):
             read_text(made, "clip-l", "positive")
 
 
-def test_a_prompt_without_a_pooled_output_is_refused(clip):
+def test_missing_pooled_output_rejected(clip):
     ((states, extras),) = encode(clip, "a cat")
     for pooled, complaint in (
         (None, "no pooled output"),
-        (extras["pooled_output"].expand(2, -1), "holds 3 prompts and 2 pooled outputs"),
+        (extras["pooled_output"].expand(2, -1), "has 3 prompts but 2 pooled outputs"),
     ):
         with pytest.raises(ValueError, match=complaint):
             read_text([[states.expand(3, -1, -1), {**extras, "pooled_output": pooled}]], "clip-l", "positive")
 
 
-def test_an_empty_conditioning_is_refused():
-    with pytest.raises(ValueError, match="positive: this conditioning holds no prompt"):
+def test_empty_conditioning_rejected():
+    with pytest.raises(ValueError, match="positive: this conditioning has no prompt"):
         read_text([], "clip-l", "positive")

@@ -1,4 +1,4 @@
-"""aMUSEd's U-ViT against diffusers' UVit2DModel, and what our own split into conditioning and steps promises."""
+"""aMUSEd's U-ViT against diffusers' UVit2DModel, and its split into conditioning and forward pass."""
 
 import copy
 
@@ -7,45 +7,32 @@ import torch
 
 from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig, load_uvit
 from chorus.tests.support.casting import CASTING
+from chorus.tests.support.tiny_uvit import SIZES as TINY
+from chorus.tests.support.tiny_uvit import make_uvit
 
-# config.json of amused-256 and amused-512, where they say more than diffusers' defaults
+# entries of amused-256's and amused-512's config.json that differ from diffusers' defaults
 PUBLISHED = {
     "256": {"downsample": False, "upsample": False, "sample_size": 16},
     "512": {"downsample": True, "upsample": True, "sample_size": 32},
 }
-TINY = {
-    "hidden_size": 48,
-    "num_attention_heads": 3,
-    "encoder_hidden_size": 20,
-    "cond_embed_dim": 12,
-    "micro_cond_encode_dim": 6,
-    "micro_cond_embed_dim": 30,
-    "vocab_size": 40,
-    "codebook_size": 37,
-    "in_channels": 24,
-    "block_out_channels": 32,
-    "block_num_heads": 2,
-    "num_res_blocks": 2,
-    "num_hidden_layers": 3,
-    "intermediate_size": 56,
-}
 HALVING = {"downsample": True, "upsample": True}
-WIDE = {"block_out_channels": 48, "block_num_heads": 4}  # blocks as wide as the layers have no kv_mapper
+# convolutional blocks as wide as the transformer layers; such blocks have no kv_mapper
+WIDE = {"block_out_channels": 48, "block_num_heads": 4}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def diffusers_uvit(**sizes):
-    module = pytest.importorskip("diffusers.models.unets.uvit_2d", reason="diffusers tells what the logits should be")
+    module = pytest.importorskip("diffusers.models.unets.uvit_2d", reason="diffusers is the reference")
     with torch.device("meta"):
         return module.UVit2DModel(**sizes)
 
 
 def fill(network):
-    """Random weights with which every path matters: no zeros where training starts from zeros."""
+    """Load random weights into ``network``, none of them 0, so that every path through it affects the output."""
     largest = max(weight.numel() for weight in network.state_dict().values())
-    # weights are slices of one draw: 600 million numbers would take longer than the forward pass, and 2.4 GB
+    # slices of one random tensor: 600 million random numbers would take 2.4 GB and longer than the forward pass
     noise = network.config.hidden_size**-0.5 * torch.randn(2 * largest)
     weights = {}
     for name, weight in network.state_dict().items():
@@ -61,7 +48,7 @@ def fill(network):
 
 
 def some_inputs(config, batch, grid, length=7):
-    """(tokens, (text, pooled, micro)), each row of its own."""
+    """Random (tokens, (text, pooled, micro))."""
     tokens = torch.randint(config.vocab_size, (batch, *grid))
     text = torch.randn(batch, length, config.encoder_hidden_size)
     pooled = torch.randn(batch, config.cond_embed_dim)
@@ -70,19 +57,17 @@ def some_inputs(config, batch, grid, length=7):
 
 
 def ours(sizes=None):
-    """A network of ours on its own, with living weights."""
-    sizes = TINY | (sizes or {})
-    plain = {key: value for key, value in sizes.items() if key != "micro_cond_embed_dim"}
+    """Our network with random weights."""
     with torch.device("meta"):
-        network = UViT(UViTConfig(**{"downsample": False, "upsample": False} | plain))
+        network = make_uvit(TINY | (sizes or {}))
     fill(network)
-    # of its own memory, where a test writes into one weight
+    # separate memory, because some tests write into one weight
     network.load_state_dict({name: w.clone() for name, w in network.state_dict().items()}, assign=True)
     return network.requires_grad_(False)
 
 
 def errors(network, reference, batch, grid):
-    """The largest errors of our logits and of diffusers', both in float32, relative to diffusers' in float64."""
+    """The largest errors of our float32 logits and of diffusers', relative to diffusers' float64 logits."""
     tokens, (text, pooled, micro) = some_inputs(network.config, batch, grid)
     with torch.no_grad():
         logits = network(tokens, network.condition(text, pooled, micro))
@@ -102,20 +87,21 @@ def errors(network, reference, batch, grid):
         ({"num_res_blocks": 3, "layer_norm_eps": 0.1}, 5, (2, 7)),
         (HALVING, 1, (6, 4)),
         (HALVING | {"num_hidden_layers": 4}, 3, (2, 8)),
-        (HALVING, 2, (5, 3)),  # diffusers' logits are larger than an odd grid
+        (HALVING, 2, (5, 3)),  # diffusers returns logits for a larger grid if a side is odd
         (WIDE, 2, (3, 4)),
         (WIDE | HALVING, 3, (4, 6)),
     ],
     ids=str,
 )
-def test_logits_are_diffusers(sizes, batch, grid):
+def test_logits_match_diffusers(sizes, batch, grid):
     reference = fill(diffusers_uvit(**TINY | sizes))
     network = load_uvit(reference.state_dict(), reference.config)
     error, their_error = errors(network, reference, batch, grid)
     assert error <= 3 * their_error + 1e-6 < 1e-4
 
 
-def test_logits_are_diffusers_at_full_size():
+@pytest.mark.slow
+def test_full_size_logits_match_diffusers():
     reference = fill(diffusers_uvit(**PUBLISHED["256"]))
     network = load_uvit(reference.state_dict())
     tokens, (text, pooled, micro) = some_inputs(network.config, 1, (4, 3))
@@ -126,12 +112,12 @@ def test_logits_are_diffusers_at_full_size():
 
 
 def epsilons(network):
-    """What keeps each norm from dividing by zero: too small for the logits to show."""
+    """The eps of every norm; comparing logits would not detect a wrong eps, because it is too small."""
     return {name: layer.eps for name, layer in network.named_modules() if hasattr(layer, "eps")}
 
 
 @pytest.mark.parametrize(("size", "weights"), [("256", 603_537_664), ("512", 608_257_792)])
-def test_the_published_files_fit(size, weights):
+def test_published_state_dicts_fit(size, weights):
     reference = diffusers_uvit(**PUBLISHED[size])
     published = reference.state_dict()
     config = UViTConfig.from_state_dict(published)
@@ -145,7 +131,7 @@ def test_the_published_files_fit(size, weights):
     assert config.sample_size == PUBLISHED[size]["sample_size"]
 
 
-def test_a_step_computes_nothing_of_the_text():
+def test_forward_does_not_recompute_conditioning():
     network = ours(HALVING)
     used = set()
     for name, layer in network.named_modules():
@@ -156,11 +142,13 @@ def test_a_step_computes_nothing_of_the_text():
     network(tokens, conditioning)
     leaves = {name for name, layer in network.named_modules() if not [*layer.children()]}
     assert not shared & used
-    assert leaves - shared - used == {f"transformer_layers.{i}.ff.net.1" for i in range(3)}  # the files' dropout
+    # ff.net.1 is never called: it is an identity with the index of diffusers' dropout layer, so that the other indices
+    # match the published files
+    assert leaves - shared - used == {f"transformer_layers.{i}.ff.net.1" for i in range(3)}
     assert {"encoder_proj", "cond_embed.linear_1", "transformer_layers.2.attn2.to_k"} <= shared
 
 
-def test_the_conditioning_serves_every_step():
+def test_conditioning_reused_across_steps():
     network = ours()
     tokens, inputs = some_inputs(network.config, 2, (4, 4))
     conditioning = network.condition(*inputs)
@@ -170,7 +158,7 @@ def test_the_conditioning_serves_every_step():
     assert torch.equal(network(tokens, network.condition(*inputs)), first)
 
 
-def test_rows_of_a_batch_do_not_mix():
+def test_batch_rows_are_independent():
     network = ours(HALVING)
     tokens, inputs = some_inputs(network.config, 3, (4, 2))
     together = network(tokens, network.condition(*inputs))
@@ -178,7 +166,7 @@ def test_rows_of_a_batch_do_not_mix():
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_every_weight_gets_a_gradient():
+def test_every_weight_gets_gradient():
     network = ours(HALVING).requires_grad_(True)
     tokens, inputs = some_inputs(network.config, 2, (4, 4))
     network(tokens, network.condition(*inputs)).square().mean().backward()
@@ -186,7 +174,7 @@ def test_every_weight_gets_a_gradient():
     assert not idle
 
 
-def test_all_weights_are_cast_by_the_operations():
+def test_operations_cast_all_weights():
     stored = {name: w.bfloat16() for name, w in ours(HALVING).state_dict().items()}
     network = load_uvit(stored, TINY, CASTING)
     assert {w.dtype for w in network.parameters()} == {torch.bfloat16}
@@ -198,7 +186,7 @@ def test_all_weights_are_cast_by_the_operations():
     assert torch.equal(logits, plain(tokens, plain.condition(*inputs)))
 
 
-def test_the_text_decides_the_dtype():
+def test_text_dtype_sets_compute_dtype():
     network = load_uvit(ours().state_dict(), TINY, CASTING)
     tokens, (text, pooled, micro) = some_inputs(network.config, 2, (4, 4))
     exact = network(tokens, network.condition(text, pooled, micro))
@@ -207,7 +195,7 @@ def test_the_text_decides_the_dtype():
     assert (logits - exact).abs().mean() < 0.05 * exact.std()
 
 
-def test_loading_copies_nothing():
+def test_loading_does_not_copy_weights():
     stored = ours().half().state_dict()
     network = load_uvit(stored, TINY)
     assert all(w.data_ptr() == stored[name].data_ptr() for name, w in network.state_dict().items())
@@ -215,7 +203,7 @@ def test_loading_copies_nothing():
     assert not any(w.requires_grad for w in network.parameters())
 
 
-def test_heads_without_a_config():
+def test_default_heads_without_config():
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "block_out_channels": 64, "block_num_heads": 1}
     stored = ours(sizes | {"cond_embed_dim": 20}).state_dict()
     config = UViTConfig.from_state_dict(stored)
@@ -226,9 +214,9 @@ def test_heads_without_a_config():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "give cond_embed_dim in the config"),  # the pooled text is not as wide as the text
-        ({"cond_embed_dim": 12}, "32 channels cannot be split into 0 heads; give block_num_heads in the config"),
-        (TINY | {"num_attention_heads": 5}, "48 channels cannot be split into 5 heads; give num_attention_heads"),
+        (None, "set cond_embed_dim in the config"),  # the pooled text is not as wide as the text
+        ({"cond_embed_dim": 12}, "32 channels cannot be split into 0 heads; set block_num_heads in the config"),
+        (TINY | {"num_attention_heads": 5}, "48 channels cannot be split into 5 heads; set num_attention_heads"),
         (
             TINY | {"hidden_size": 64, "num_hidden_layers": 2},
             "hidden_size is 64, not 48, num_hidden_layers is 2, not 3",
@@ -239,12 +227,12 @@ def test_heads_without_a_config():
     ],
     ids=str,
 )
-def test_a_config_that_does_not_fit_is_refused(config, message):
+def test_mismatched_config_rejected(config, message):
     with pytest.raises(ValueError, match=message):
         load_uvit(ours().state_dict(), config)
 
 
-def test_what_differs_is_listed():
+def test_differing_weights_listed():
     stored = ours().state_dict()
     del stored["up_block.res_blocks.1.norm.weight"]
     stored["encoder_proj.bias"] = torch.zeros(48)
@@ -258,16 +246,16 @@ def test_what_differs_is_listed():
     for text in (
         "1 missing: up_block.res_blocks.1.norm.weight (32,)",
         "1 unexpected: encoder_proj.bias (48,)",
-        "project_to_hidden.weight: expected (48, 32), seen (48, 31)",
-        "project_from_hidden.weight: expected floating point numbers, seen torch.int8",
-        "mlm_layer.conv1.weight: expected finite numbers, seen NaN or infinity",
+        "project_to_hidden.weight: expected (48, 32), got (48, 31)",
+        "project_from_hidden.weight: expected floating point numbers, got torch.int8",
+        "mlm_layer.conv1.weight: expected finite numbers, got NaN or infinity",
         "mlm_layer.layer_norm.weight: expected finite numbers",
-        "project_to_hidden_norm.weight: expected (32,), seen a list",
+        "project_to_hidden_norm.weight: expected (32,), got a list",
     ):
         assert text in str(error.value)
 
 
-def test_a_long_list_is_cut():
+def test_long_list_shortened():
     stored = ours().state_dict()
     stored |= {f"ema.{name}": weight for name, weight in stored.items()}
     with pytest.raises(ValueError, match=f"{len(stored) // 2} unexpected: .* and {len(stored) // 2 - 8} more"):
@@ -277,12 +265,12 @@ def test_a_long_list_is_cut():
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({}, "not the state dict of aMUSEd's U-ViT: it has no 'encoder_proj.weight', nor any other"),
-        ({"encoder.conv_in.weight": torch.zeros(1)}, "its first of 1 is 'encoder.conv_in.weight'"),
-        ({"encoder_proj.weight": torch.zeros(4)}, "should have 2 dimensions, seen \\(4,\\)"),
+        ({}, "not the state dict of aMUSEd's U-ViT: it has no 'encoder_proj.weight', it is empty"),
+        ({"encoder.conv_in.weight": torch.zeros(1)}, "the first of its 1 keys is 'encoder.conv_in.weight'"),
+        ({"encoder_proj.weight": torch.zeros(4)}, "should have 2 dimensions, got \\(4,\\)"),
     ],
     ids=["empty", "another network", "another layer"],
 )
-def test_another_file_is_told(stored, message):
+def test_other_state_dict_rejected(stored, message):
     with pytest.raises(ValueError, match=message):
         load_uvit(stored)

@@ -1,7 +1,8 @@
-"""Every node has a help page, and each says what its node's schema says, in the same order, beside a picture."""
+"""Help pages: every node has one, with a picture and with the inputs and outputs of the schema in the same order."""
 
 import ast
 import functools
+import math
 import re
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ DOCS = ROOT / "web" / "docs"
 SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in nodes.NODES)}
 HEADINGS = ["Inputs", "Outputs", "Cost", "Try first", "Good to know", "Paper"]
 OPTIONAL = {"Good to know", "Paper"}
-LEAST, WIDEST, HIGHEST, BYTES = 200, 900, 1000, 120_000
+MIN_SIDE, MAX_WIDTH, MAX_HEIGHT, MAX_BYTES = 200, 900, 1000, 120_000
 IMAGE = re.compile(r"!\[(.*?)\]\((.*?)\)", re.S)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((.*?)\)", re.S)
 ARXIV = re.compile(r"https://arxiv\.org/abs/(\d{4}\.\d{5})")
@@ -24,7 +25,7 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 class Page(NamedTuple):
     title: str
-    opening: list[str]  # its paragraphs
+    opening: list[str]  # paragraphs before the first section
     sections: dict[str, str]
 
 
@@ -35,11 +36,11 @@ def read(id: str) -> Page:
 
 
 def rows(section: str) -> list[list[str]]:
-    """The cells of its tables, without their heads."""
+    """Cells of the section's tables, without their header rows."""
     lines = [line for line in section.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    heads = {n for n, line in enumerate(lines) if set(line) <= set("|- ")}
-    return [row for n, row in enumerate(cells) if n not in heads and n + 1 not in heads]
+    rulers = {n for n, line in enumerate(lines) if set(line) <= set("|- ")}
+    return [row for n, row in enumerate(cells) if n not in rulers and n + 1 not in rulers]
 
 
 def sentences(paragraph: str) -> int:
@@ -56,42 +57,42 @@ def page(id):
     return read(id)
 
 
-def test_each_node_has_a_page_and_a_picture_and_no_other_is_left():
+def test_pages_and_pictures_match_the_nodes():
     assert {path.stem for path in DOCS.glob("*.md")} == set(SCHEMAS)
     assert {path.name for path in (DOCS / "pictures").iterdir()} == {f"{id}.jpg" for id in SCHEMAS}
 
 
-def test_it_has_the_same_parts_in_the_same_order(id, page):
+def test_sections_are_in_the_common_order(id, page):
     assert page.title == f"# {SCHEMAS[id].display_name}"
     found = list(page.sections)
     assert found == [heading for heading in HEADINGS if heading in found or heading not in OPTIONAL]
     assert all(text.strip() for text in page.sections.values())
 
 
-def test_it_begins_with_two_sentences_and_a_picture(page):
-    what, picture = page.opening[:2]
-    assert sentences(what) == 2, what
-    assert what.endswith(".")
+def test_page_begins_with_two_sentences_and_a_picture(page):
+    summary, picture = page.opening[:2]
+    assert sentences(summary) == 2, summary
+    assert summary.endswith(".")
     assert IMAGE.fullmatch(picture)
 
 
-def test_every_input_has_its_row_and_no_other(id, page):
-    everyday, _, advanced = page.sections["Inputs"].partition("\nAdvanced:\n")
+def test_input_rows_match_the_schema(id, page):
+    basic, _, advanced = page.sections["Inputs"].partition("\nAdvanced:\n")
     known = [(i.id, bool(getattr(i, "advanced", False))) for i in SCHEMAS[id].inputs]
-    assert [row[0] for row in rows(everyday)] == [name for name, is_advanced in known if not is_advanced]
+    assert [row[0] for row in rows(basic)] == [name for name, is_advanced in known if not is_advanced]
     assert [row[0] for row in rows(advanced)] == [name for name, is_advanced in known if is_advanced]
     assert all(len(row) == 3 and row[1] for row in rows(page.sections["Inputs"]))
     assert known or page.sections["Inputs"].strip() == "None."
 
 
-def test_every_output_has_its_row_and_no_other(id, page):
+def test_output_rows_match_the_schema(id, page):
     outputs = SCHEMAS[id].outputs
     assert [row[0] for row in rows(page.sections["Outputs"])] == [o.display_name or o.io_type for o in outputs]
     assert all(len(row) == 2 and row[1] for row in rows(page.sections["Outputs"]))
     assert outputs or page.sections["Outputs"].strip().startswith("None: ")
 
 
-def test_what_it_calls_useful_can_be_set(id, page):
+def test_useful_values_are_within_the_limits(id, page):
     limits = {i.id: (i.min, i.max) for i in SCHEMAS[id].inputs if hasattr(i, "min")}
     for name, _, useful in rows(page.sections["Inputs"]):
         if name in limits:
@@ -99,40 +100,50 @@ def test_what_it_calls_useful_can_be_set(id, page):
             assert all(low <= float(number) <= high for number in NUMBER.findall(useful)), (name, useful, limits[name])
 
 
-def test_the_options_of_a_short_list_are_all_explained(id, page):
+def test_useful_values_are_not_rounded(id, page):
+    """ComfyUI rounds the value of a FLOAT widget to as many decimals as its step has."""
+    widgets = {i.id: i for i in SCHEMAS[id].inputs if i.get_io_type() == "FLOAT" and getattr(i, "step", None)}
+    useful = {name: [float(n) for n in NUMBER.findall(text)] for name, _, text in rows(page.sections["Inputs"])}
+    for name, widget in widgets.items():
+        decimals = max(0, -math.floor(math.log10(widget.step)))
+        for value in (widget.default, *useful.get(name, ())):
+            assert round(value, decimals) == pytest.approx(value), (name, value, widget.step)
+
+
+def test_options_of_short_lists_are_explained(id, page):
     choices = {i.id: i.options for i in SCHEMAS[id].inputs if 1 < len(getattr(i, "options", None) or []) < 8}
-    said = {row[0]: row[1] for row in rows(page.sections["Inputs"])}
+    descriptions = {row[0]: row[1] for row in rows(page.sections["Inputs"])}
     missing = {
         (name, option)
         for name in choices
         for option in choices[name]
-        if f"*{option}*" not in said[name] and id[:4] != "Load"
+        if f"*{option}*" not in descriptions[name] and id[:4] != "Load"
     }
     assert not missing
 
 
-def test_the_picture_is_there_and_shows_something(id):
-    ((said, target),) = IMAGE.findall((DOCS / f"{id}.md").read_text(encoding="utf-8"))
-    # relative to the page: so both the page's help, which puts its own folder before it, and GitHub find it
+def test_picture_exists_and_is_not_uniform(id):
+    ((alt, target),) = IMAGE.findall((DOCS / f"{id}.md").read_text(encoding="utf-8"))
+    # a relative path works on GitHub and in ComfyUI's help panel, which prepends the docs folder
     assert target == f"pictures/{id}.jpg"
-    assert 40 < len(said) < 250
-    assert not set('"<>') & set(said)  # the page writes it into an attribute as it is
+    assert 40 < len(alt) < 250
+    assert not set('"<>') & set(alt)  # ComfyUI writes this text into an HTML attribute without escaping
     file = DOCS / target
-    assert file.stat().st_size < BYTES
+    assert file.stat().st_size < MAX_BYTES
     with Image.open(file) as picture:
         assert picture.format == "JPEG"
-        assert LEAST <= picture.width <= WIDEST
-        assert LEAST <= picture.height <= HIGHEST
-        seen = picture.convert("RGB").resize((64, 64))
-    share = max(count for count, _ in seen.getcolors(64 * 64)) / 64**2
-    assert share < 0.8  # the sheet itself is dark; what lies on it is not
+        assert MIN_SIDE <= picture.width <= MAX_WIDTH
+        assert MIN_SIDE <= picture.height <= MAX_HEIGHT
+        pixels = picture.convert("RGB").resize((64, 64))
+    most_common = max(count for count, _ in pixels.getcolors(64 * 64)) / 64**2
+    assert most_common < 0.8  # an empty picture would have only the colour of the background
 
 
-def test_links_lead_somewhere(id):
+def test_links_are_https_and_papers_are_known(id):
     text = (DOCS / f"{id}.md").read_text(encoding="utf-8")
     assert not re.findall(r"http://\S+|<a |<img ", text)
     for words, target in LINK.findall(re.sub(r"`[^`]*`", "", text)):
-        assert target.startswith("https://"), f"the page cannot follow {target!r} from here"
+        assert target.startswith("https://"), f"ComfyUI's help panel cannot follow {target!r}; use an https:// link"
         if "arxiv" in target:
             assert ARXIV.fullmatch(target) and words == f"arXiv {target[-10:]}"
     assert set(re.findall(r"\d{4}\.\d{5}", text)) <= known_papers()
@@ -140,32 +151,32 @@ def test_links_lead_somewhere(id):
 
 @functools.cache
 def known_papers() -> set[str]:
-    """The numbers that stand in the README's table of nodes or open a module of the pack."""
+    """arXiv numbers in the README's table of nodes or in the module docstrings of the pack."""
     table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     files = [path for folder in ("nodes", "techniques", "training") for path in (ROOT / folder).rglob("*.py")]
-    openings = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in files]
-    return set(re.findall(r"\d{4}\.\d{5}", "\n".join([*table, *openings])))
+    docstrings = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in files]
+    return set(re.findall(r"\d{4}\.\d{5}", "\n".join([*table, *docstrings])))
 
 
-def test_a_node_with_a_paper_in_the_readme_names_it():
+def test_papers_of_the_readme_are_named_on_help_pages():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    of = {id: row[-1] for row in cells if len(row) == 4 for id in row[0].split(", ") if id in SCHEMAS}
-    assert set(of) == set(SCHEMAS)
-    # a row is of several nodes: those that only save have nothing of the paper
-    silent = {
+    papers = {id: row[-1] for row in cells if len(row) == 4 for id in row[0].split(", ") if id in SCHEMAS}
+    assert set(papers) == set(SCHEMAS)
+    # a row of the table covers several nodes; the nodes that only save files do not implement the paper
+    missing = {
         id
-        for id, paper in of.items()
+        for id, paper in papers.items()
         if re.search(r"\d{4}\.\d{5}", paper) and not id.startswith("Save") and "Paper" not in read(id).sections
     }
-    assert not silent
+    assert not missing
 
 
-def test_the_server_gives_the_picture(comfy):
+def test_server_serves_the_picture(comfy):
     file = DOCS / "pictures" / "SaliencyNoiseBlend.jpg"
     assert comfy.get("/extensions/ComfyUI-Chorus/docs/pictures/SaliencyNoiseBlend.jpg") == file.read_bytes()
 
 
-def test_sentences_are_counted():
+def test_only_punctuation_before_a_space_ends_a_sentence():
     assert sentences("A file of `a.b` and 1.5. Two?") == 2
     assert sentences("One, by 0.5 and x0. ") == 1

@@ -1,4 +1,4 @@
-"""Files that were saved at d6a205e, before the first release: each is offered by its loader and read, number by number."""
+"""Files saved at commit d6a205e, before the first release, are offered by their loaders and read exactly."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from chorus.demo.modules import found_seeds, load_face_pairs
+from chorus.demo.modules import load_face_pairs, shipped_seeds
 from chorus.dev.tools.setup import ROOT
 from chorus.techniques.cas_dm.network import to_file as head_to_file
 from chorus.techniques.masked_tokens.lora import to_file as lora_to_file
@@ -22,7 +22,7 @@ SAVED = ROOT / "tests" / "fixtures" / "files_d6a205e"
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    """The files in an output folder, the LoRA where its loader finds it."""
+    """An output folder with the old files. Its folder loras/ is also registered as a LoRA folder of ComfyUI."""
     shutil.copytree(SAVED, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     paths = {**folder_paths.folder_names_and_paths, "loras": ([str(tmp_path / "loras")], {".safetensors"})}
@@ -42,7 +42,7 @@ CONTENT = {
 
 
 @pytest.mark.parametrize("node", CONTENT)
-def test_saved_tensors_are_read(output, node):
+def test_old_tensor_files_are_read(output, node):
     saver = savers(large=False)[node]
     (name,) = (name for name in saver.offered() if node in name)
     (file,) = output.rglob(f"{node}_*")
@@ -51,7 +51,7 @@ def test_saved_tensors_are_read(output, node):
     assert all(torch.equal(found[k].cpu(), v) for k, v in expected.items())
 
 
-def test_saved_pairs_are_read(output):
+def test_old_training_pairs_are_read(output):
     saver = savers(large=False)["SaveTrainingPairs"]
     (name,) = (name for name in saver.offered() if "SaveTrainingPairs" in name)
     source, target, prompts, *_ = saver.load(name)
@@ -63,7 +63,7 @@ def test_saved_pairs_are_read(output):
 
 
 def test_shipped_files_are_read():
-    assert found_seeds()
-    for name, file in found_seeds().items():
+    assert shipped_seeds()
+    for name, file in shipped_seeds().items():
         assert torch.isfinite(read_seed(file, name).noise).all()
     assert len(load_face_pairs()[2]) == 128

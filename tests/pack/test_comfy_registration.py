@@ -1,4 +1,4 @@
-"""The real server offers every node as its class describes it. A failing entry point is only a warning in its log."""
+"""The nodes that a real server offers. If the entry point of the pack fails, the server only logs a warning."""
 
 import inspect
 
@@ -16,10 +16,11 @@ def object_info(server):
 
 
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
-def test_schema_inputs_are_execute_parameters(node):
+def test_schema_inputs_match_execute_parameters(node):
     ids, parameters = {i.id for i in node.define_schema().inputs}, inspect.signature(node.execute).parameters
     named = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    assert named <= ids and (named == ids or len(parameters) > len(named))  # **inputs takes the rest
+    # execute may take some of the inputs as **inputs
+    assert named <= ids and (named == ids or len(parameters) > len(named))
 
 
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
@@ -46,12 +47,12 @@ def test_every_node_checks_its_inputs():
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
 def test_help_is_served(node, comfy):
     file = ROOT / "web" / "docs" / f"{node.define_schema().node_id}.md"
-    assert file.is_file(), f"no help page: write {file}"
+    assert file.is_file(), f"no help page; write {file}"
     page = comfy.get(f"/extensions/ComfyUI-Chorus/docs/{node.define_schema().node_id}.md").decode()
     assert page == file.read_text(encoding="utf-8")
 
 
-def test_the_pack_is_loaded_without_complaint(server, object_info):
+def test_pack_loads_without_errors(server, object_info):
     log = server.log.read_text(errors="replace")
     assert "IMPORT FAILED" not in log
     assert "Error while calling comfy_entrypoint" not in log

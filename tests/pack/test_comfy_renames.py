@@ -1,19 +1,19 @@
-"""Inputs that were renamed before the first release: prompts with the old names are read, and run as those with the new."""
+"""Inputs renamed before the first release: prompts with the old names run like those with the new names."""
 
 import copy
 import json
 
 from chorus import nodes
 from chorus.dev.tools.client import Comfy
-from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import RENAMED_INPUTS, RENAMED_VALUES, renamed
+from chorus.tests.support.old_workflows import saved_workflows
 
-FIXTURES = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))
+FIXTURES = saved_workflows()
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in nodes.NODES}
 
 
-def old(prompt: dict) -> dict:
-    """``prompt`` with the old names."""
+def with_old_names(prompt: dict) -> dict:
+    """A copy of ``prompt`` with the old names of inputs and values."""
     out = copy.deepcopy(prompt)
     for node in out.values():
         back = {new: name for name, new in RENAMED_INPUTS.get(node["class_type"], {}).items()}
@@ -37,11 +37,11 @@ def test_renamed_inputs_exist_and_old_ones_do_not():
             assert set(values.values()) <= set(options[name]) and not set(values) & set(options[name])
 
 
-def test_every_old_workflow_gives_a_prompt_of_known_inputs(comfy):
+def test_old_workflows_use_known_inputs_after_renaming(comfy):
     workflows = [json.loads(file.read_text(encoding="utf-8")) for file in FIXTURES]
     for file, prompt in zip(FIXTURES, comfy.all_to_api(workflows), strict=True):
         now = renamed(prompt)
-        assert renamed(old(prompt)) == now != {}
+        assert renamed(with_old_names(prompt)) == now != {}
         for node in now.values():
             if node["class_type"] in SCHEMAS:
                 assert set(node["inputs"]) <= {i.id for i in SCHEMAS[node["class_type"]].inputs}, file.stem
@@ -49,7 +49,7 @@ def test_every_old_workflow_gives_a_prompt_of_known_inputs(comfy):
 
 def test_server_runs_a_prompt_with_old_names(server):
     prompt = {
-        "1": {"class_type": "ChorusDemoReferences", "inputs": {"sign": "all signs"}},
+        "1": {"class_type": "ChorusDemoReferences", "inputs": {"sign": "all signs"}},  # saved names; plain: ok
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     }
     with Comfy(server.address) as comfy:
@@ -57,12 +57,12 @@ def test_server_runs_a_prompt_with_old_names(server):
         assert len(result.outputs["2"]["images"]) == 392
 
 
-def test_new_name_holds_where_both_are_given():
+def test_value_under_the_new_name_wins_over_the_old_name():
     prompt = {"1": {"class_type": "SaliencyNoiseBlend", "inputs": {"crop_margin": 4, "crop": 8, "blur": 2}}}
     assert renamed(prompt)["1"]["inputs"] == {"crop_margin": 4, "blur": 2}
 
 
-def test_what_is_no_node_stays():
+def test_malformed_nodes_are_left_unchanged():
     prompt = {
         "1": None,
         "2": {"class_type": ["x"], "inputs": {"crop": 1}},

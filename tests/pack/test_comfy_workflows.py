@@ -1,4 +1,4 @@
-"""The example workflows, and those that users saved from an older version, name nodes, inputs and values that the server has."""
+"""Example workflows and workflows saved with an older version use nodes, inputs and values that the server has."""
 
 import json
 
@@ -8,12 +8,14 @@ from PIL import Image
 from chorus.dev.tools.client import Comfy
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import renamed
+from chorus.tests.support.old_workflows import saved_workflows
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
-SAVED = sorted((ROOT / "tests" / "fixtures" / "workflows_d6a205e").glob("*.json"))  # as they were in commit d6a205e
+SAVED = saved_workflows()  # workflows saved at commit d6a205e
 NOTES = ("Note", "MarkdownNote")
-CONTROLS = ("fixed", "increment", "decrement", "randomize")  # what the page does with a seed after a run
-PICTURE_SIDE, PICTURE_BYTES = 1600, 400_000  # the largest today: 1600 pixels, 323 kB
+OPTIONAL_SHAPE = 7  # LiteGraph's number for the outline of an optional input
+CONTROLS = ("fixed", "increment", "decrement", "randomize")  # ComfyUI's control_after_generate values
+MAX_SIDE, MAX_BYTES = 1600, 400_000  # of a picture; at present the largest has 1600 pixels and 323 kB
 
 
 def read(file) -> dict:
@@ -21,12 +23,12 @@ def read(file) -> dict:
 
 
 def needs(workflow: dict) -> list[str]:
-    """Files that a workflow needs and that do not come with the pack, from ComfyUI's folder."""
+    """Files that a workflow needs but the pack does not contain, relative to ComfyUI's folder."""
     return workflow.get("extra", {}).get("chorus", {}).get("needs", [])
 
 
 def saved_widgets(node: dict) -> dict:
-    """The widgets of a node in UI format by name, without the page's own: buttons, and the controls between the values."""
+    """Widget values of a node in UI format by name, without upload buttons and control_after_generate values."""
     widgets = [entry for entry in node["inputs"] if "widget" in entry]
     values = node.get("widgets_values", [])
     after_number = [k > 0 and isinstance(values[k - 1], (int, float)) for k in range(len(values))]
@@ -36,7 +38,7 @@ def saved_widgets(node: dict) -> dict:
 
 
 def check_prompt(prompt: dict, info: dict, needed: list[str]) -> None:
-    """Every required input is there, and every widget's value is one that the server accepts."""
+    """Assert that every required input is present and that the server accepts every widget value."""
     files = {path.rsplit("/", 1)[1] for path in needed}
     for node in prompt.values():
         known = info[node["class_type"]]["input"]
@@ -46,35 +48,35 @@ def check_prompt(prompt: dict, info: dict, needed: list[str]) -> None:
         for name, value in node["inputs"].items():
             kind, *rest = specs.get(name, ("",))
             settings, where = rest[0] if rest else {}, f"{node['class_type']}.{name}: {value!r}"
-            if isinstance(value, list):  # a wire
+            if isinstance(value, list):  # a link
                 continue
             if kind in ("INT", "FLOAT"):
                 assert settings.get("min", value) <= value <= settings.get("max", value), where
             elif kind == "BOOLEAN":
                 assert isinstance(value, bool), where
-            # the picture that a person chooses is not here where other files are missing too
+            # workflows that need files may also name an input image that is not present
             elif not (value in files or (files and node["class_type"] == "LoadImage")):
                 offered = kind if isinstance(kind, list) else settings["options"] if kind == "COMBO" else None
                 assert offered is None or value in offered, where
 
 
 def check_conversion(workflow: dict, prompt: dict) -> None:
-    """All nodes of a workflow but the notes are in the prompt, with their links and with their widgets under their names.
+    """Assert that the prompt has all nodes of a workflow except notes, with their links and widget values.
 
-    Renamed inputs are under their new ones.
+    Renamed inputs have their new names.
     """
     nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] not in NOTES}
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     assert {id: node["type"] for id, node in nodes.items()} == {id: node["class_type"] for id, node in prompt.items()}
     for id, node in nodes.items():
-        wires = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
-        expected = renamed({id: {"class_type": node["type"], "inputs": saved_widgets(node) | wires}})[id]["inputs"]
+        linked = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
+        expected = renamed({id: {"class_type": node["type"], "inputs": saved_widgets(node) | linked}})[id]["inputs"]
         assert {name: prompt[id]["inputs"][name] for name in expected} == expected, (id, node["type"])
 
 
 @pytest.fixture(scope="module")
 def info(server) -> dict:
-    """What the server says of its nodes."""
+    """The server's /object_info."""
     with Comfy(server.address) as client:
         return client.get_json("/object_info")
 
@@ -87,14 +89,34 @@ def prompts(server) -> dict:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_workflow_fits_the_nodes(file, info, prompts):
+def test_example_workflow_matches_the_nodes(file, info, prompts):
     workflow, prompt = read(file), prompts[file]
     check_conversion(workflow, prompt)
     check_prompt(prompt, info, needs(workflow))
     assert any(info[node["class_type"]]["category"].split("/")[0] == "chorus" for node in prompt.values())
 
 
-def test_workflows_of_users_keep_their_meaning(info, prompts):
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_example_workflow_has_the_sockets_that_the_page_saves(file, info):
+    """The browser tests compare whole files; this quick test names the input or the node."""
+    wrong = []
+    for node in read(file)["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        known = info[node["type"]]
+        optional = known["input"].get("optional", {})
+        for entry in node["inputs"]:
+            shape = OPTIONAL_SHAPE if entry["name"] in optional else None
+            if entry.get("shape") != shape:
+                wrong.append(f"{node['type']}.{entry['name']}: shape {entry.get('shape')}, expected {shape}")
+        found = [(entry["name"], entry["type"]) for entry in node["outputs"]]
+        expected = list(zip(known["output_name"], known["output"], strict=True))
+        if found != expected:
+            wrong.append(f"{node['type']}: outputs {found}, expected {expected}")
+    assert not wrong
+
+
+def test_old_workflows_keep_their_meaning(info, prompts):
     assert len(SAVED) == 20
     for file in SAVED:
         workflow = read(file)
@@ -110,13 +132,13 @@ def test_workflows_have_notes_and_pictures():
     for file in FILES:
         assert any(node["type"] in NOTES for node in read(file)["nodes"]), file.stem
         picture = file.with_suffix(".jpg")
-        assert picture.stat().st_size < PICTURE_BYTES, file.stem
+        assert picture.stat().st_size < MAX_BYTES, file.stem
         with Image.open(picture) as opened:
-            assert opened.format == "JPEG" and max(opened.size) <= PICTURE_SIDE, file.stem
+            assert opened.format == "JPEG" and max(opened.size) <= MAX_SIDE, file.stem
 
 
-def test_workflows_say_what_they_need():
-    """The runner skips a workflow by this, and the page offers to load the files."""
+def test_workflows_list_their_models():
+    """The test runner skips workflows with missing models, and ComfyUI offers to download these models."""
     for file in FILES:
         workflow = read(file)
         models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
@@ -124,8 +146,8 @@ def test_workflows_say_what_they_need():
         assert all(model["url"].startswith("https://") for model in models), file.stem
 
 
-def test_results_of_workflows_are_repeatable():
-    """No seed changes by itself: a run gives what the picture shows."""
+def test_seeds_do_not_change_between_runs():
+    """A run must generate the image that the workflow's picture shows."""
     for file in FILES:
         values = [value for node in read(file)["nodes"] for value in node.get("widgets_values", [])]
         assert not {"randomize", "decrement"} & {value for value in values if isinstance(value, str)}, file.stem

@@ -1,13 +1,14 @@
-"""The pairs that come with the pack."""
+"""The training pairs that ship with the pack."""
 
 import json
 
 import numpy as np
 import pytest
 
-from chorus.demo import face_pairs, signs
-from chorus.dev.first_recipes import canvas, lists
-from chorus.dev.first_recipes import face_pairs as recipe
+from chorus.demo import concepts, face_pairs
+from chorus.dev.old_world import canvas
+from chorus.dev.old_world import face_pairs as recipe
+from chorus.dev.recipes import lists
 
 
 @pytest.fixture(scope="module")
@@ -15,24 +16,24 @@ def pairs():
     return face_pairs.load_face_pairs()
 
 
-def test_there_are_as_many_as_told_each_with_a_prompt_of_the_grammar(pairs):
+def test_pairs_have_the_stated_count_and_valid_prompts(pairs):
     source, target, prompts = pairs
     assert source.shape == target.shape == (face_pairs.COUNT, 64, 64, 3)
     assert source.dtype == target.dtype == np.uint8
     assert len(prompts) == face_pairs.COUNT
-    words = set(json.loads((signs.DATA / "vocabulary.json").read_text()))
+    words = set(json.loads((concepts.DATA / "vocabulary.json").read_text()))
     assert all(set(prompt.split()) <= words for prompt in prompts)
     assert all(any(name in prompt for name in lists.FACES) for prompt in prompts)
 
 
-def test_what_belongs_together_is_more_alike_than_what_does_not(pairs):
+def test_paired_images_are_more_similar_than_unpaired_ones(pairs):
     source, target = (side.astype(np.float32) for side in pairs[:2])
-    together = np.abs(source - target).mean()
-    apart = np.abs(source - np.roll(target, 1, axis=0)).mean()
-    assert 0 < together < 0.7 * apart
+    paired = np.abs(source - target).mean()
+    unpaired = np.abs(source - np.roll(target, 1, axis=0)).mean()
+    assert 0 < paired < 0.7 * unpaired
 
 
-def test_written_pairs_are_read_again(tmp_path, monkeypatch):
+def test_pairs_round_trip_through_their_files(tmp_path, monkeypatch):
     monkeypatch.setattr(face_pairs, "FILE", tmp_path / "pairs.webp")
     monkeypatch.setattr(face_pairs, "PROMPTS", tmp_path / "pairs.json")
     rng = np.random.default_rng(0)
@@ -43,12 +44,12 @@ def test_written_pairs_are_read_again(tmp_path, monkeypatch):
     assert np.array_equal(again[0], source) and np.array_equal(again[1], target) and again[2] == prompts
 
 
-def test_faces_are_signs_of_persons():
-    found = {sign.name: sign for sign in signs.load_signs()}
+def test_faces_are_concepts_of_the_domain_person():
+    found = {concept.name: concept for concept in concepts.load_concepts()}
     assert all(found[name].domain == "person" for name in lists.FACES)
 
 
-def test_canvases_of_some_names_hold_only_these():
+def test_canvases_contain_only_the_given_names():
     plan = canvas.Canvases("noto", names=lists.FACES, balanced=True, draw=False)
     drawn = {plan.signs[item.sign].name for k in range(300) for item in plan.scene(k).items}
     assert drawn == set(lists.FACES)

@@ -1,4 +1,4 @@
-"""``python run.py train-demo --smoke``: the whole chain from nothing, the download of the emoji included."""
+"""``python run.py train-demo --smoke``: all stages from scratch, including the download of the emoji."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.conftest import HOST, ROOT
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_whole_chain_from_nothing(tmp_path):
+def test_all_stages_run_from_scratch(tmp_path):
     environment = {**os.environ, "COMFYUI_PATH": str(HOST), "CHORUS_EMOJI_CACHE": str(tmp_path)}
     environment["PYTHONPATH"] = str(HOST)
     code = (
@@ -25,5 +25,5 @@ def test_whole_chain_from_nothing(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"smoke test of {len(chain.STAGES)} stages" in result.stdout
-    assert len(list(tmp_path.glob("*.tgz"))) == 2  # both packages were fetched
+    assert len(list(tmp_path.glob("*.tgz"))) == 2  # both packages were downloaded
     assert {p for p in set((ROOT / "demo").rglob("*")) - before if "__pycache__" not in p.parts} == set()

@@ -1,4 +1,4 @@
-"""The stages of the demo world's training that follow the denoisers: students, head, face pairs, references, seeds."""
+"""The stages after the training of the denoisers: students, Cas-DM head, face pairs, references, seeds."""
 
 import importlib
 import math
@@ -17,6 +17,7 @@ from chorus.demo.emoji.concepts import load_concepts
 from chorus.demo.emoji.text import TextModel, token_rows
 from chorus.dev.recipes import (
     cas_dm,
+    chain,
     chunks,
     denoiser,
     face_refiner,
@@ -48,7 +49,7 @@ CAPTIONS = ["a fox on blue", "a cat left of a tree"]
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch, one_thread):
-    """State and weights in a folder of the test."""
+    """Temporary folders for the state and the weights."""
     monkeypatch.setenv(state.VARIABLE, str(tmp_path / "state"))
     monkeypatch.delenv(snapshots.PLAIN, raising=False)
     monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
@@ -57,7 +58,7 @@ def folders(tmp_path, monkeypatch, one_thread):
 
 @torch.no_grad()
 def randomise(module, seed=0):
-    """Random weights also where training starts at zero."""
+    """Random weights for all matrices, including those that are initialised to zero."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         if p.ndim > 1:
@@ -76,27 +77,27 @@ def inputs(count=2):
     return x, torch.full((count,), 700), torch.randn(count, 20, 96, generator=generator), torch.randn(count, 96)
 
 
-def test_lora_changes_the_prediction_as_the_parametrised_student(model):
+def test_lora_has_the_same_prediction_as_the_parametrised_student(model):
     base = {k: v.clone() for k, v in model.net.state_dict().items()}
     factors = randomise(student.Factors(model.net, 3, torch.Generator().manual_seed(0)), seed=2)
     lora = factors.to_lora()
     fresh, plain = UNet(SMALL), UNet(SMALL)
     fresh.load_state_dict(weights.with_lora(base, lora))
     plain.load_state_dict(base)
-    given = inputs()
-    expected = model.net(*given)
-    torch.testing.assert_close(fresh(*given), expected, atol=2e-4, rtol=1e-4)
-    assert (plain(*given) - expected).abs().max() > 0.1
+    arguments = inputs()
+    expected = model.net(*arguments)
+    torch.testing.assert_close(fresh(*arguments), expected, atol=2e-4, rtol=1e-4)
+    assert (plain(*arguments) - expected).abs().max() > 0.1
 
 
 def test_untrained_factors_change_nothing(model):
-    given = inputs()
-    before = model.net(*given)
+    arguments = inputs()
+    before = model.net(*arguments)
     student.Factors(model.net, 3, torch.Generator().manual_seed(0))
-    assert torch.equal(model.net(*given), before)
+    assert torch.equal(model.net(*arguments), before)
 
 
-def test_lora_covers_all_linear_layers_and_convolutions_in_the_shapes_of_the_host(model):
+def test_lora_covers_all_layers_in_the_shapes_of_comfyui(model):
     shapes = {k.removesuffix(".weight"): v.shape for k, v in model.net.state_dict().items() if v.ndim > 1}
     lora = student.Factors(model.net, 3, torch.Generator().manual_seed(0)).to_lora()
     assert {k.split(".lora_")[0].removeprefix("diffusion_model.") for k in lora} == set(shapes)
@@ -106,7 +107,7 @@ def test_lora_covers_all_linear_layers_and_convolutions_in_the_shapes_of_the_hos
         assert up.ndim == down.ndim == len(shape)
 
 
-def test_factors_survive_a_file(model):
+def test_factors_round_trip_through_a_file(model):
     factors = randomise(student.Factors(model.net, 3, torch.Generator().manual_seed(0)), seed=2)
     snapshots.save("student/trial", factors.to_lora(), style="glossy", step=7)
     lora, step = snapshots.load("student/trial")
@@ -116,7 +117,7 @@ def test_factors_survive_a_file(model):
         torch.testing.assert_close(found[name], value, atol=1e-3, rtol=1e-3)
 
 
-def test_simple_levels_are_those_of_the_host():
+def test_simple_levels_equal_comfyui():
     assert guided.simple(4).times.tolist() == [999, 749, 499, 249]
     sigmas = guided.simple(1).sigmas
     assert sigmas[0].item() == pytest.approx(14.6146, abs=1e-3) and sigmas[1] == 0
@@ -134,9 +135,9 @@ def test_guidance_extrapolates_from_the_empty_prompt(model):
     x, t, *_ = inputs()
     sigma = guided.SIGMAS[t]
     one, four = guided.Guided(model, 1.0, exact=True), guided.Guided(model, 4.0, exact=True)
-    conditional = one.v(x, sigma, t, one.read(token_rows(CAPTIONS)))
-    empty = one.v(x, sigma, t, one.read(token_rows(["", ""])))
-    found = four.v(x, sigma, t, four.read(token_rows(CAPTIONS)))
+    conditional = one.v(x, sigma, t, one.encode(token_rows(CAPTIONS)))
+    empty = one.v(x, sigma, t, one.encode(token_rows(["", ""])))
+    found = four.v(x, sigma, t, four.encode(token_rows(CAPTIONS)))
     torch.testing.assert_close(found, empty + 4 * (conditional - empty), atol=1e-4, rtol=1e-4)
 
 
@@ -146,11 +147,11 @@ def test_v_and_x0_are_inverse():
 
 
 class Gaussian:
-    """The exact denoiser of latents of mean 0.3 and deviation 0.5, in place of the teacher."""
+    """A teacher that is the exact denoiser of normally distributed latents with mean 0.3 and standard deviation 0.5."""
 
     MEAN, DEVIATION = 0.3, 0.5
 
-    def read(self, tokens):
+    def encode(self, tokens):
         return None
 
     def x0(self, x, sigma, t, text):
@@ -159,14 +160,15 @@ class Gaussian:
         return (variance * x + sigma**2 * self.MEAN) / (variance + sigma**2)
 
 
-def test_trajectory_is_that_of_the_solver_recomputed():
-    """DPM-Solver++(2M) as algorithm 2 of arXiv 2211.01095 has it, in terms of alpha, sigma and lambda."""
+def test_trajectory_equals_the_solver_of_the_paper():
+    """The solver is DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, here with the paper's alpha, sigma and
+    lambda."""
     noise, teacher = torch.randn(1, 8, 2, 2), Gaussian()
     found = student.trajectory(teacher, noise, None).double().numpy()
     bars, count = guided.BARS.double().numpy()[list(student.SOLVED)], len(student.SOLVED)
     alphas, sigmas = np.sqrt(bars), np.sqrt(1 - bars)
     lambdas = np.log(alphas / sigmas)
-    # the host begins with sqrt(1 + s²) noise where x = x0 + s noise; in the paper's x that is noise of variance 1
+    # In ComfyUI, x = x0 + s noise, and sampling starts with sqrt(1 + s²) noise. In the paper's x, this is unit noise.
     x, before, expected = noise.double().numpy(), None, []
     for k in range(count):
         if k in (0, 3, 6, 9):
@@ -191,7 +193,8 @@ def test_trajectory_ends_near_the_exact_solution():
     assert (end - exact).square().mean().sqrt() < 0.1 * teacher.DEVIATION
 
 
-def test_chunks_of_trajectories_depend_on_their_number_alone(model):
+@pytest.mark.slow
+def test_trajectory_chunks_depend_only_on_their_number(model):
     plan = student.TRAJECTORIES.small()
     made = student.Trajectories(plan, model)
     for number in (3, 4):
@@ -207,25 +210,25 @@ def test_chunks_of_trajectories_depend_on_their_number_alone(model):
     assert not torch.equal(found["x"], other["x"])
 
 
-def test_trajectories_of_another_teacher_are_kept_apart(model):
+def test_each_teacher_has_its_own_folder_of_trajectories(model):
     plan = student.TRAJECTORIES.small()
     before = student.Trajectories(plan, model).folder
     assert student.Trajectories(plan, model).folder == before
     assert student.Trajectories(plan, randomise(model, seed=5)).folder != before
 
 
-def test_damaged_chunk_is_moved_away_and_made_anew():
-    kept = chunks.Chunks("trial", "key")
-    kept.make(1, lambda number: {"value": torch.tensor(number)})
-    kept.path(1).write_bytes(b"damaged")
+def test_damaged_chunk_is_renamed_and_recomputed():
+    store = chunks.Chunks("trial", "key")
+    store.make(1, lambda number: {"value": torch.tensor(number)})
+    store.path(1).write_bytes(b"damaged")
     with pytest.raises(RecipeError, match="run the stage again"):
-        kept.load(1)
-    kept.make(1, lambda number: {"value": torch.tensor(number)})
-    assert kept.load(1)["value"] == 1
+        store.load(1)
+    store.make(1, lambda number: {"value": torch.tensor(number)})
+    assert store.load(1)["value"] == 1
 
 
 def test_stopped_chunks_resume():
-    kept, made = chunks.Chunks("trial", "key"), []
+    store, made = chunks.Chunks("trial", "key"), []
 
     def compute(number):
         made.append(number)
@@ -233,7 +236,7 @@ def test_stopped_chunks_resume():
             signal.raise_signal(signal.SIGTERM)
         return {"value": torch.tensor(number)}
 
-    jobs = [(kept.path(n).exists, lambda n=n: kept.make(n, compute)) for n in range(4)]
+    jobs = [(store.path(n).exists, lambda n=n: store.make(n, compute)) for n in range(4)]
     plan = loop.Plan(name="trial", steps=4, batch=1)
     with pytest.raises(loop.Interrupted):
         chunks.make_all(plan, jobs, report=lambda line: None)
@@ -242,12 +245,12 @@ def test_stopped_chunks_resume():
     assert made == [0, 1, 2, 3] and state.read_json("trial.json")["step"] == 4
 
 
-def test_missing_checkpoint_names_the_stage_to_run():
+def test_missing_checkpoint_error_names_the_stage_to_run():
     with pytest.raises(RecipeError, match="train-demo general"):
         guided.load()
 
 
-def test_face_pairs_survive_their_file(folders):
+def test_face_pairs_round_trip_through_their_file(folders):
     source, target = np.random.default_rng(0).integers(0, 256, (2, 16, 128, 128, 3), dtype=np.uint8)
     references_recipe.save_below(face_pairs_recipe.arrange(source, target), folders / face_pairs.FILE, 10**8)
     (folders / face_pairs.PROMPTS).write_text('["a baby"]', encoding="utf-8")
@@ -255,75 +258,77 @@ def test_face_pairs_survive_their_file(folders):
     assert np.array_equal(found[0], source) and np.array_equal(found[1], target) and found[2] == ["a baby"]
 
 
-def test_face_captions_depend_on_the_number_and_shipped_ones_have_one_face():
+def test_face_captions_depend_on_the_chunk_and_shipped_captions_name_one_face():
     plan = face_pairs_recipe.PLAN
     first = face_pairs_recipe.captions(plan, 0)
     assert first == face_pairs_recipe.captions(plan, 0) != face_pairs_recipe.captions(plan, 1)
     relations = re.compile("left of|right of|above|below")
     assert any(map(relations.search, first))
-    assert not any(map(relations.search, face_pairs_recipe.captions(plan, plan.kept[0])))
-    assert len(plan.kept) * plan.batch == face_pairs.COUNT
+    assert not any(map(relations.search, face_pairs_recipe.captions(plan, plan.shipped_chunks[0])))
+    assert len(plan.shipped_chunks) * plan.batch == face_pairs.COUNT
 
 
-def test_references_survive_their_file(folders, monkeypatch):
+def test_references_round_trip_through_their_file(folders, monkeypatch):
     names = [c.name for c in load_concepts()]
-    pictures = np.arange(len(names) * references.EACH, dtype=np.uint16).astype(np.uint8)
-    pictures = np.broadcast_to(pictures.reshape(-1, 4, 1, 1, 1), (len(names), 4, 128, 128, 3))
+    images = np.arange(len(names) * references.EACH, dtype=np.uint16).astype(np.uint8)
+    images = np.broadcast_to(images.reshape(-1, 4, 1, 1, 1), (len(names), 4, 128, 128, 3))
     monkeypatch.setattr(references, "FILE", folders / "references.webp")
-    references_recipe.save_below(references_recipe.arrange(pictures), references.FILE, 10**7)
+    references_recipe.save_below(references_recipe.arrange(images), references.FILE, 10**7)
     found, prompts = references.load_references(names[7], names[2])
     assert found.shape == (8, 128, 128, 3) and prompts[0] != prompts[4]
-    expected = np.concatenate([pictures[7], pictures[2]]).astype(np.float32) / 255
+    expected = np.concatenate([images[7], images[2]]).astype(np.float32) / 255
     torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-6, rtol=0)
 
 
-def test_large_picture_is_compressed_with_loss(folders):
+@pytest.mark.slow
+def test_large_image_is_compressed_with_loss(folders):
     noise = np.random.default_rng(0).integers(0, 256, (16, 128, 128, 3), dtype=np.uint8)
     image = face_pairs_recipe.arrange(noise, noise)
     references_recipe.save_below(image, folders / "small.webp", 1_000_000)
     assert (folders / "small.webp").stat().st_size <= 1_000_000
-    with pytest.raises(RecipeError, match="more than 1,000"):
+    with pytest.raises(RecipeError, match="expected at most 1,000 bytes"):
         references_recipe.save_below(image, folders / "small.webp", 1_000)
 
 
-def test_seed_files_are_of_the_concepts_that_gain_most():
+def test_seed_files_are_for_the_concepts_recognised_least_often():
     chunk = lambda scores, right: {"probabilities": torch.tensor(scores), "right": torch.tensor(right)}  # noqa: E731
     found = {
         1: chunk([0.1, 0.2, 0.1], [False, True, True]),
         2: chunk([0.0, 0.9, 0.0], [False, True, False]),
         3: chunk([0.8, 0.9, 0.9], [True, True, True]),
-        4: chunk([0.0, 0.9, 0.0], [False, False, False]),  # wrong from the best noise, too
+        4: chunk([0.0, 0.9, 0.0], [False, False, False]),  # not recognised in the image of the best noise
     }
     assert seeds.choose(found, 3) == [2, 1, 3]
 
 
-def test_noise_of_a_seed_is_that_of_the_host():
+def test_noise_of_a_seed_equals_comfyui():
     generator = torch.manual_seed(1003)
     assert torch.equal(seeds.noise(1003), torch.randn(1, 8, 16, 16, generator=generator))
 
 
-def test_formats_are_those_of_the_adapters():
-    """As text: the adapters need ComfyUI."""
+def test_file_formats_match_those_of_the_adapters():
+    """The names are searched in the adapters' source, because importing the adapters requires ComfyUI."""
     refiner = importlib.import_module("chorus.dev.recipes.face_refiner")
     for name, folder in ((seeds.FORMAT, "seed_select"), (refiner.FORMAT, "face_refiner")):
         assert f'FORMAT = "{name}"' in (TECHNIQUES / folder / "comfy_files.py").read_text(encoding="utf-8")
 
 
-def test_crops_of_pixels_are_made_when_asked_for():
+def test_images_are_converted_on_access():
     refiner = importlib.import_module("chorus.dev.recipes.face_refiner")
     pixels = torch.randint(0, 256, (3, 8, 6, 3), dtype=torch.uint8)
-    pictures = refiner.Pictures(pixels)
-    assert len(pictures) == 3 and pictures[1].shape == (3, 8, 6)
-    assert torch.equal((pictures[2] * 255).round().byte(), pixels[2].movedim(-1, 0))
+    images = refiner.Images(pixels)
+    assert len(images) == 3 and images[1].shape == (3, 8, 6)
+    assert torch.equal((images[2] * 255).round().byte(), pixels[2].movedim(-1, 0))
 
 
-@pytest.mark.parametrize("stage", ["student", "cas_dm", "face_pairs", "face_refiner", "references", "seeds"])
-def test_stage_has_what_the_chain_asks_for(stage):
-    module = importlib.import_module(f"chorus.dev.recipes.{stage}")
-    names = [plan.name for plan in module.PLANS]
-    assert module.HOURS > 0 and len(set(names)) == len(names) and callable(module.run)
-    assert module.done() in (True, False)
-    assert all(plan.small().steps <= 4 for plan in module.PLANS)
+@pytest.mark.parametrize("stage", chain.STAGES, ids=[stage.name for stage in chain.STAGES])
+def test_stage_has_the_interface_of_the_chain(stage):
+    names = [plan.name for plan in stage.plans]
+    assert len(set(names)) == len(names) and sum(plan.hours for plan in stage.plans) > 0
+    assert stage.done() in (True, False)
+    assert all(plan.small().steps <= 5 for plan in stage.plans)
+    module = stage.load()
+    assert callable(module.run if not stage.plan else module.Task)
 
 
 def test_all_weights_fit_into_35_megabytes():
@@ -337,5 +342,5 @@ def test_all_weights_fit_into_35_megabytes():
     ]
     loras = [student.Factors(general, plan.rank, generator) for plan in student.STUDENTS if plan.snapshot][:1] * 2
     values = sum(p.numel() for network in networks + loras for p in network.parameters())
-    values -= sum(p.numel() for p in loras[0].parameters())  # general carries the factors, too
+    values -= sum(p.numel() for p in loras[0].parameters())  # the network of general also has the factors as parameters
     assert 30e6 < 2 * values <= 35e6, values

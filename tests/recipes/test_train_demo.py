@@ -1,4 +1,5 @@
-"""The recipes' loop: it resumes exactly, survives kills, damaged files and full disks, and goes on from a snapshot alone."""
+"""The recipes' training loop: exact resumption, killed processes, damaged files, full disks, and resumption from a
+snapshot."""
 
 import contextlib
 import errno
@@ -26,14 +27,14 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A state folder and a weights folder of the test's own."""
+    """Temporary folders for the state and the weights."""
     monkeypatch.setenv(state.VARIABLE, str(tmp_path / "state"))
     monkeypatch.setattr(weights, "FOLDER", tmp_path / "weights")
     return tmp_path / "state"
 
 
-class Line:
-    """A task that fits a line; batch k is the same for the same k."""
+class LinearTask:
+    """A task that fits a linear function; a batch depends only on its number."""
 
     def __init__(self, name="line", at=None):
         self.network = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
@@ -60,33 +61,33 @@ class Line:
 PLAN = loop.Plan(name="line", steps=12, batch=4, warmup=2, muon=0.5)
 
 
-def trained(plan=PLAN, **options):
+def train(plan=PLAN, **options):
     torch.manual_seed(0)
-    task = Line(**options)
+    task = LinearTask(**options)
     run = loop.train(plan, task, report=lambda line: None)
     return task, run
 
 
-def test_interrupted_training_ends_where_uninterrupted_training_does(folder, tmp_path, monkeypatch):
-    _, whole = trained()
+def test_resumed_training_equals_uninterrupted_training(folder, tmp_path, monkeypatch):
+    _, whole = train()
     monkeypatch.setenv(state.VARIABLE, str(tmp_path / "other"))
     monkeypatch.setattr(weights, "FOLDER", tmp_path / "other_weights")
     with pytest.raises(loop.Interrupted):
-        trained(at=5)
-    task, resumed = trained()
-    assert task.seen[0] == 6  # the step in which the signal came was finished
+        train(at=5)
+    task, resumed = train()
+    assert task.seen[0] == 6  # the step in which the signal arrived was completed
     assert resumed.step == whole.step == 12
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name])
     assert resumed.samples == 48
 
 
-def test_training_goes_on_from_the_snapshot_alone(folder):
-    trained()
+def test_training_resumes_from_the_snapshot_alone(folder):
+    train()
     for path in folder.glob("line*"):
         path.unlink()
     longer = loop.Plan(name="line", steps=16, batch=4, warmup=2)
-    task, run = trained(longer)
+    task, run = train(longer)
     assert task.seen == [12, 13, 14, 15]
     assert run.restarted_at == 12
     start = snapshots.load("line")
@@ -95,33 +96,33 @@ def test_training_goes_on_from_the_snapshot_alone(folder):
     assert loop.rate(longer, 12, 12) == pytest.approx(loop.rate(longer, 12) / loop.RESTART_WARMUP)
 
 
-def test_snapshot_at_half(folder):
-    task = Line()
+def test_halfway_snapshot_is_written(folder):
+    task = LinearTask()
     loop.train(PLAN, task, halfway=True, report=lambda line: None)
     assert task.exported == [6, 12]
 
 
 def test_finished_stage_is_not_trained_again(folder):
-    trained()
-    task, run = trained()
+    train()
+    task, run = train()
     assert task.seen == [] and run.step == 12
 
 
 def test_stage_killed_before_its_export_is_exported_by_the_next_run(folder):
-    trained()
+    train()
     weights.path("emoji/line").unlink()
-    task, _ = trained()
+    task, _ = train()
     assert task.seen == [] and task.exported == [12]
 
 
 def test_signal_in_the_last_step_completes_the_stage_and_stops_the_chain(folder):
     with pytest.raises(loop.Interrupted):
-        trained(at=11)
+        train(at=11)
     assert snapshots.load("line")[1] == 12
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])
-def test_damaged_state_falls_back_to_the_state_before(folder, keep):
+def test_damaged_state_falls_back_to_the_previous_state(folder, keep):
     for step in (1, 2):
         state.save("x", {"step": step, "value": torch.arange(1000)})
     path = folder / "x.pt"
@@ -129,12 +130,12 @@ def test_damaged_state_falls_back_to_the_state_before(folder, keep):
     path.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
     lines = []
     assert state.load("x", lines.append)["step"] == 1
-    assert len(lines) == 1 and "x.pt is damaged" in lines[0] and "state before it" in lines[0]
+    assert len(lines) == 1 and "x.pt is damaged" in lines[0] and "previous state" in lines[0]
     assert (folder / "x.pt.damaged").exists()
 
 
-def test_state_is_whole_whenever_the_process_dies(folder, monkeypatch):
-    """A kill between any two renames leaves a readable state of the last or of the second-last save."""
+def test_state_is_readable_whenever_the_process_dies(folder, monkeypatch):
+    """If the process dies between any two renames, the state of the last or the previous save is readable."""
     state.save("x", {"step": 0})
     for save, calls in itertools.product((1, 2), range(3)):
         real, left = os.replace, [calls]
@@ -148,13 +149,13 @@ def test_state_is_whole_whenever_the_process_dies(folder, monkeypatch):
         before = state.load("x")["step"]
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", dying)
-            with contextlib.suppress(KeyboardInterrupt):  # a save without a state before it has one rename less
+            with contextlib.suppress(KeyboardInterrupt):  # the first save has one rename fewer
                 state.save("x", {"step": before + save})
         assert state.load("x")["step"] in (before, before + save)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
-def test_full_disk_is_one_clear_line_and_loses_nothing(folder, monkeypatch, error):
+def test_full_disk_is_reported_and_the_state_is_kept(folder, monkeypatch, error):
     state.save("x", {"step": 1})
 
     def fails(content, part):
@@ -162,64 +163,66 @@ def test_full_disk_is_one_clear_line_and_loses_nothing(folder, monkeypatch, erro
         raise error
 
     monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(RecipeError, match=r"disk of .* is full: free some space") as caught:
+    with pytest.raises(RecipeError, match=r"disk of .* is full; free some space") as caught:
         state.save("x", {"step": 2})
     assert "\n" not in str(caught.value)
     assert [path.name for path in folder.iterdir()] == ["x.pt"]
     assert state.load("x")["step"] == 1
 
 
-def test_state_of_another_network_is_refused(folder):
-    trained()
-    task = Line()
+def test_state_of_another_network_is_rejected(folder):
+    train()
+    task = LinearTask()
     task.network = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Linear(9, 1))
     with pytest.raises(RecipeError, match="belongs to another network"):
         loop.train(loop.Plan(name="line", steps=20, batch=4), task, report=lambda line: None)
 
 
-def test_not_finite_loss_stops_the_training(folder):
-    task = Line()
+def test_non_finite_loss_stops_the_training(folder):
+    task = LinearTask()
     task.loss = lambda step: (task.network(torch.ones(1, 3)) * float("nan")).sum()
-    with pytest.raises(RecipeError, match="the loss is nan at step 1"):
+    with pytest.raises(RecipeError, match="expected a finite loss, got nan at step 1"):
         loop.train(PLAN, task, report=lambda line: None)
 
 
-def test_missing_network_is_one_clear_line(tmp_path, monkeypatch):
+def test_failed_download_is_reported_with_remedy(tmp_path, monkeypatch):
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(sprites, "CACHE", tmp_path / "emoji")
-    with pytest.raises(RecipeError, match=r"npm could not fetch @twemoji/svg@15.0.0 .*ENOTFOUND.*npm pack") as caught:
+    with pytest.raises(
+        RecipeError, match=r"npm could not download @twemoji/svg@15.0.0 .*ENOTFOUND.*npm pack"
+    ) as caught:
         sprites.tarball(sprites.PACKAGES["flat"])
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "emoji").glob("*.tgz"))
 
 
-def test_altered_download_is_refused(tmp_path, monkeypatch):
+def test_download_with_wrong_hash_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(sprites, "CACHE", tmp_path)
     package = sprites.PACKAGES["flat"]
     package.tarball.write_bytes(b"something else")
-    with pytest.raises(RecipeError, match=r"sha256 .* expected 1d2907"):
+    with pytest.raises(RecipeError, match=r"expected sha256 1d2907"):
         sprites.tarball(package)
     assert not package.tarball.exists()
 
 
-def test_second_training_in_one_folder_is_refused(folder):
+def test_second_training_in_one_folder_is_rejected(folder):
     with state.locked(), pytest.raises(RecipeError, match="another train-demo uses"), state.locked():
         pass
     with state.locked():
         pass
 
 
-def test_unknown_stage_is_refused():
-    with pytest.raises(RecipeError, match="unknown stage generl; expected any of autoencoder"):
+def test_unknown_stage_is_rejected():
+    with pytest.raises(RecipeError, match=r"expected any of the stages autoencoder, .*; got generl"):
         chain.find(["generl"])
 
 
 @pytest.fixture
 def discs(tmp_path, monkeypatch):
-    """An archive of sprites without any download: a disc of another colour for each concept."""
+    """An archive of sprites that needs no download: a disc of a different colour for each concept."""
     rng, found = np.random.default_rng(0), {}
     for style, size in itertools.product(("glossy", "flat"), (56, 60, 64, 88, 96, 104)):
         y, x = np.mgrid[:size, :size] - (size - 1) / 2
@@ -247,7 +250,7 @@ torch.set_num_threads(1)
 weights.FOLDER = Path({weights!r})
 loop.SAVE_SECONDS = 0.5
 plan = autoencoder.Plan(steps=10**6, batch=2, canvases=8)
-print("begun", flush=True)
+print("started", flush=True)
 try:
     loop.train(plan, autoencoder.Task(plan), report=lambda line: print(line, flush=True))
 except loop.Interrupted:
@@ -256,8 +259,8 @@ except loop.Interrupted:
 
 
 @pytest.mark.slow
-def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
-    """The autoencoder's stage in a process of its own: SIGKILL, then SIGTERM, then a third start."""
+def test_killed_stage_resumes_from_the_last_save(folder, discs, tmp_path):
+    """The autoencoder's stage in a subprocess: SIGKILL, a second start, then SIGTERM."""
     code = CHILD.format(root=str(ROOT), weights=str(tmp_path / "weights"))
 
     def start():
@@ -266,7 +269,7 @@ def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
         return subprocess.Popen([sys.executable, "-c", code], env=environment, **pipe)
 
     def first_step(process):
-        """The step with which the process begins."""
+        """The step at which the process starts."""
         for line in process.stdout:
             if line.startswith("autoencoder: step"):
                 return int(line.split()[2])
@@ -299,8 +302,9 @@ def test_killed_stage_loses_only_what_was_not_saved(folder, discs, tmp_path):
     assert json.loads((folder / "autoencoder.json").read_text())["step"] == stopped
 
 
-def test_autoencoder_goes_on_from_its_snapshot_alone(folder, discs):
-    """With the weights of the file, a new optimizer and a short warm-up."""
+@pytest.mark.slow
+def test_autoencoder_resumes_from_its_snapshot_alone(folder, discs):
+    """The resumed training starts with the saved weights, a new optimizer and a short warm-up."""
     plan = autoencoder.PLAN.small(canvases=4, batch=2, steps=3)
     loop.train(plan, autoencoder.Task(plan), report=lambda line: None)
     assert snapshots.load("autoencoder")[1] == 3
@@ -308,7 +312,7 @@ def test_autoencoder_goes_on_from_its_snapshot_alone(folder, discs):
         path.unlink()
     lines, longer = [], autoencoder.PLAN.small(canvases=4, batch=2, steps=5)
     run = loop.Run(longer, autoencoder.Task(longer), report=lines.append)
-    assert lines == ["autoencoder: no state found, going on from the snapshot of step 3"]
+    assert lines == ["autoencoder: no state found, resuming from the snapshot of step 3"]
     assert run.step == run.restarted_at == 3
     for name, value in snapshots.load("autoencoder")[0].items():
         assert torch.equal(run.network.state_dict()[name], value)
@@ -333,7 +337,7 @@ runpy.run_path(SCRIPT, run_name="__main__")
 
 
 @pytest.mark.slow
-def test_bundle_trains_with_torch_alone_and_is_collected(folder, discs, tmp_path):
+def test_bundle_trains_with_torch_alone_and_is_imported(folder, discs, tmp_path):
     stage, place = chain.find(["autoencoder"])[0], tmp_path / "bundle"
     assert bundle.write(stage, place) < bundle.LIMIT
     with pytest.raises(RecipeError, match="is not empty"):
@@ -351,31 +355,34 @@ def test_bundle_trains_with_torch_alone_and_is_collected(folder, discs, tmp_path
     assert process.wait() == 143, "".join(lines)
     lines = []
     bundle.collect(place, lines.append)
-    assert lines == ["autoencoder.json: state taken over", "autoencoder.pt: state taken over"]
+    assert lines == ["autoencoder.json: state imported", "autoencoder.pt: state imported"]
     assert state.load("autoencoder")["step"] >= 1
-    with pytest.raises(RecipeError, match="expert-food needs the weights of autoencoder and text: train"):
+    with pytest.raises(
+        RecipeError,
+        match="expert-food needs the weights of autoencoder and text; train the stages that make them first",
+    ):
         bundle.write(chain.find(["expert-food"])[0], tmp_path / "other")
     with pytest.raises(RecipeError, match=r"no train.py"):
         bundle.collect(tmp_path)
 
 
-def test_bundle_takes_snapshots_along_and_gives_newer_ones_back(folder, discs, tmp_path):
+def test_bundle_contains_snapshots_and_newer_ones_are_imported(folder, discs, tmp_path):
     model = autoencoder.Autoencoder()
     snapshots.save("autoencoder", model.state_dict(), style="flat", step=5)
     place = tmp_path / "bundle"
     bundle.write(chain.find(["autoencoder"])[0], place)
     path = place / "snapshots" / "autoencoder.pt"
-    bundle.collect(place, pytest.fail)  # nothing there is newer
+    bundle.collect(place, pytest.fail)  # no newer snapshot
     changed = {k: v + 1 for k, v in model.state_dict().items()}
     snapshots.write_plain(path, changed, {"step": 9, "style": "flat"})
     lines = []
     bundle.collect(place, lines.append)
-    assert lines == ["autoencoder: weights of step 9 taken over"]
+    assert lines == ["autoencoder: weights of step 9 imported"]
     found, step = snapshots.load("autoencoder")
     assert step == 9 and torch.allclose(found["decoder.mean"], changed["decoder.mean"].half().float())
 
 
-def test_scenes_are_the_same_for_everyone_and_keep_to_their_rules(discs):
+def test_scenes_are_deterministic_and_respect_the_excluded_values(discs):
     scenes, again = Scenes("glossy", seed=3), Scenes("glossy", seed=3)
     pixels, captions, found = scenes.batch(100, 200)
     same, texts, _ = again.batch(150, 10)
@@ -407,7 +414,7 @@ def test_bystanders_are_named_and_not_drawn(discs):
         assert not plain or (side == side[0, 0]).all()
 
 
-def test_relations_place_the_first_concept_as_the_caption_says(discs):
+def test_positions_match_the_relation_of_the_caption(discs):
     scenes = Scenes("glossy", alone=0.0, seed=8)
     for index in range(60):
         scene = scenes.scene(index)
@@ -419,8 +426,8 @@ def test_relations_place_the_first_concept_as_the_caption_says(discs):
         assert expected[scene.relation], scene
 
 
-def test_autoencoder_starts_as_the_exact_pca():
-    """Against numpy's singular value decomposition of the patches."""
+def test_initial_autoencoder_is_the_exact_pca():
+    """The reconstruction equals that of numpy's singular value decomposition of the patches."""
     from chorus.demo.emoji.autoencoder import Autoencoder
     from chorus.dev.recipes.pca import start_as_pca
 
@@ -440,7 +447,7 @@ def test_autoencoder_starts_as_the_exact_pca():
     assert np.abs(found.numpy() - expected).max() < 1e-4
 
 
-def test_muon_orthogonalises():
+def test_muon_update_is_orthogonal():
     matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(1))
     for x in (matrix, matrix.T):
         values = torch.linalg.svdvals(orthogonalise(x, 6))
@@ -454,5 +461,6 @@ def test_plain_areas_weigh_twice_in_the_gradient_loss():
     x = torch.zeros(1, 1, 4, 4)
     y = x.clone()
     y[..., 1, 1] = 0.1
-    # 16 pixels; 12 differences each way, two of them of 0.1, doubled on the plain picture
+    # The image has 16 pixels and 12 differences in each direction. Two differences are 0.1 and count twice in plain
+    # areas.
     assert autoencoder.reconstruction(y, x).item() == pytest.approx(0.1 / 16 + 2 * 2 * (2 * 0.1 / 12), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What all loaders of the fuzzing share: the host's folders, a case, a node asked as the host asks it, what must hold."""
+"""Base class of the fuzzed loaders, and helpers that set ComfyUI's folders and call loading nodes as ComfyUI does."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ NODES = {node.__name__: node for node in nodes.NODES}
 
 
 def prepare(home: Path) -> None:
-    """The host's folders below ``home``, and no others."""
+    """Make ComfyUI use only folders below ``home``."""
     for name in ("input", "output", "temp"):
         (home / name).mkdir(parents=True, exist_ok=True)
         getattr(folder_paths, f"set_{name}_directory")(str(home / name))
@@ -28,7 +28,7 @@ def prepare(home: Path) -> None:
 
 
 class Loader:
-    """``names``: one of these is in every error."""
+    """A loader under test. Every error message must contain one of ``names``."""
 
     names: tuple[str, ...]
 
@@ -36,7 +36,7 @@ class Loader:
         self.home, self.marker = home, home / MARKER
 
     def cases(self) -> SearchStrategy[Mapping[str, bytes]]:
-        """Files by their path below ``home``."""
+        """File contents by their path below ``home``."""
         raise NotImplementedError
 
     def write(self, files: Mapping[str, bytes]) -> None:
@@ -48,12 +48,12 @@ class Loader:
         raise NotImplementedError
 
     def content(self, tensors, metadata) -> SearchStrategy[bytes]:
-        """Of a safetensors file; one in 40 is something that would run."""
+        """Contents of a safetensors file. One in 40 is a pickle that would run code."""
         return mixed((39, safetensors_files(tensors, metadata)), (1, dangerous(tensors, self.marker)))
 
 
 def at(path: str, content: SearchStrategy[bytes]) -> SearchStrategy[dict[str, bytes]]:
-    """One file."""
+    """Cases of one file at ``path``."""
     return content.map(lambda data: {path: data})
 
 
@@ -62,12 +62,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def node(name: str, **inputs):
-    """What a loading node gives, asked as the host asks it."""
+    """Outputs of a loading node, called as ComfyUI calls it."""
     cls = NODES[name]
-    told = {key: value for key, value in inputs.items() if key in ("file", "folder")}
+    validated = {key: value for key, value in inputs.items() if key in ("file", "folder")}
     with torch.inference_mode():
-        if hasattr(cls, "validate_inputs") and told:
-            assert cls.validate_inputs(**told) is True
+        if hasattr(cls, "validate_inputs") and validated:
+            assert cls.validate_inputs(**validated) is True
         if cls.fingerprint_inputs.__func__ is not _NO_FINGERPRINT:
             assert cls.fingerprint_inputs(**inputs)
         return cls.execute(**inputs).args
@@ -76,5 +76,5 @@ def node(name: str, **inputs):
 _NO_FINGERPRINT = nodes.demo.ChorusDemoVision.fingerprint_inputs.__func__
 
 
-def finite(weights) -> None:
+def check_finite(weights) -> None:
     assert all(torch.as_tensor(w).float().isfinite().all() for w in weights), "a weight is not finite"

@@ -1,7 +1,7 @@
-"""Every loader of a file that the pack has: what a case can be, how it is loaded as a user loads it, what must hold then.
+"""All file loaders of the pack, with damaged files for each and checks of the loaded result.
 
-A Loader's ``cases()`` are files, ``write`` puts those of one case into ``home``; ``load()`` loads them, and fails where what
-came is of no use.
+``cases()`` of a Loader generates files, and ``write`` writes the files of one case into ``home``. ``load()`` loads them
+as a user does and fails if the result is unusable.
 """
 
 import io
@@ -21,7 +21,7 @@ from PIL import Image
 
 from chorus.demo import modules
 from chorus.demo import weights as demo_weights
-from chorus.dev.first_recipes.sign_network import load_sign_classifier
+from chorus.dev.old_world.concept_network import load_concept_classifier
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
 from chorus.techniques.face_refiner import comfy_pairs
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS
@@ -31,7 +31,7 @@ from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.masked_tokens.tokens import Tokens
 from chorus.techniques.seed_select import comfy_files
 
-from .loader import Loader, at, finite, generator, node
+from .loader import Loader, at, check_finite, generator, node
 from .masked_token_loaders import VQ, Lora, TextEncoder, Transformer
 from .mutations import damaged, mixed, other_json
 from .pickled import dangerous, pth_files
@@ -53,16 +53,16 @@ class CasDM(Loader):
 
     def load(self):
         [head] = node("LoadCasDMHead", file="case.safetensors")
-        finite(head.weights.values())
-        finite([head.facts.cfg, *(number for pair in head.facts.gate for number in pair)])
+        check_finite(head.weights.values())
+        check_finite([head.facts.cfg, *(number for pair in head.facts.gate for number in pair)])
         assert head.facts.steps >= 0
         x = torch.zeros(1, head.config.channels, 4, 4)
-        found, _ = head.network()(x, torch.zeros(1), x)
-        assert found.shape == x.shape
+        output, _ = head.network()(x, torch.zeros(1), x)
+        assert output.shape == x.shape
 
 
 class Refiner(Loader):
-    """safetensors of every layout that is read."""
+    """Face refiners in safetensors files, one of every supported layout."""
 
     suffix = ".safetensors"
     configs = (
@@ -92,16 +92,16 @@ class Refiner(Loader):
     def load(self):
         [refiner] = node("LoadFaceRefiner", file=self.names[0])
         network = refiner.patcher.model
-        finite(network.state_dict().values())
-        assert 1 <= refiner.size <= 16384 and refiner.multiple <= refiner.least <= 4096
-        if refiner.least <= 64:
+        check_finite(network.state_dict().values())
+        assert 1 <= refiner.size <= 16384 and refiner.multiple <= refiner.min_side <= 4096
+        if refiner.min_side <= 64:
             with torch.inference_mode():
-                x = torch.zeros(1, 3, refiner.least, refiner.least)
+                x = torch.zeros(1, 3, refiner.min_side, refiner.min_side)
                 assert network.refine(x).shape == x.shape
 
 
 class RefinerPth(Refiner):
-    """.pth, which pickle would read."""
+    """.pth files, which may hold pickled code."""
 
     suffix = ".pth"
 
@@ -123,8 +123,8 @@ class Seed(Loader):
     def load(self):
         [noise] = node("LoadSeed", file="case.seed.safetensors")
         assert 0 <= noise.seed < 2**64
-        made = noise.generate_noise({"samples": torch.zeros(noise.noise.shape)})
-        finite([made])
+        latent = noise.generate_noise({"samples": torch.zeros(noise.noise.shape)})
+        check_finite([latent])
 
 
 class TokenFile(Loader):
@@ -146,7 +146,7 @@ class TokenFile(Loader):
 
 
 class Pairs(Loader):
-    """A folder of pairs: its list, and its pictures."""
+    """A folder of training pairs: its list of prompts and its images."""
 
     names = ("pairs",)
 
@@ -154,7 +154,7 @@ class Pairs(Loader):
         super().__init__(home)
         self.lines = [json.dumps({"number": n, "prompt": f"p{n}"}) for n in (1, 2)]
         self.list = f"input/pairs/{comfy_pairs.LIST}"
-        self.whole = {f"input/pairs/{side}/{n:05}.png": png(6 + n, 5, n) for side in comfy_pairs.SIDES for n in (1, 2)}
+        self.images = {f"input/pairs/{side}/{n:05}.png": png(6 + n, 5, n) for side in comfy_pairs.SIDES for n in (1, 2)}
 
     def cases(self):
         whole = "".join(f"{line}\n" for line in self.lines).encode()
@@ -167,17 +167,17 @@ class Pairs(Loader):
                 .map(str.encode),
             ),
         )
-        pictures = [mixed((1, damaged(data)), (1, other_pictures(self.marker))) for data in self.whole.values()]
-        changed = [at(path, content) for path, content in zip(self.whole, pictures)]
-        found = mixed((len(changed), at(self.list, lists)), *((1, one) for one in changed))
-        return found.map(lambda files: {self.list: whole, **self.whole, **files})
+        images = [mixed((1, damaged(data)), (1, other_images(self.marker))) for data in self.images.values()]
+        changed = [at(path, content) for path, content in zip(self.images, images)]
+        files = mixed((len(changed), at(self.list, lists)), *((1, one) for one in changed))
+        return files.map(lambda changed: {self.list: whole, **self.images, **changed})
 
     def load(self):
         source, target, prompts = node("LoadTrainingPairs", folder="pairs", first=0, count=0)
         assert len(source) == len(target) == len(prompts) >= 1
         for a, b in zip(source, target):
             assert a.shape == b.shape and a.shape[-1] == 3
-            finite([a, b])
+            check_finite([a, b])
         assert all(isinstance(prompt, str) for prompt in prompts)
 
 
@@ -188,15 +188,15 @@ def png(height: int, width: int, seed: int, mode: str = "RGB", kind: str = "PNG"
     return data.getvalue()
 
 
-def other_pictures(marker) -> SearchStrategy[bytes]:
-    """A picture of another size, kind or depth, or one whose first chunk lies, with a true checksum."""
-    kinds = [("GIF", "P"), ("BMP", "RGB"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "1"), ("TIFF", "I")]
-    others = st.sampled_from(kinds).map(lambda kind: png(7, 5, 3, kind[1], kind[0]))
-    return mixed((1, dangerous({}, marker)), (4, others), (5, lying_pictures(png(7, 5, 3))))
+def other_images(marker) -> SearchStrategy[bytes]:
+    """An image of another size, format or depth, or a PNG with a wrong IHDR chunk and a valid checksum."""
+    formats = [("GIF", "P"), ("BMP", "RGB"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "1"), ("TIFF", "I")]
+    others = st.sampled_from(formats).map(lambda kind: png(7, 5, 3, kind[1], kind[0]))
+    return mixed((1, dangerous({}, marker)), (4, others), (5, wrong_png_headers(png(7, 5, 3))))
 
 
 @st.composite
-def lying_pictures(draw, data: bytes) -> bytes:
+def wrong_png_headers(draw, data: bytes) -> bytes:
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
     sides = st.sampled_from([0, 1, 2, 100, 9000, 13000, 30000, 60000, 2**31 - 1, 2**32 - 1]) | st.integers(0, 2**32 - 1)
     side = draw(sides)
@@ -207,13 +207,13 @@ def lying_pictures(draw, data: bytes) -> bytes:
 
 
 class Demo(Loader):
-    """The weights that come with the pack, as a download that went wrong leaves them."""
+    """The weights that come with the pack, damaged as if their download had failed."""
 
-    # as the nodes load them, with the time that takes in mind
+    # functions with which the nodes load weights, for the files that load quickly
     loads: dict[str, Callable] = {
         "pca": modules.load_pca,
         "decoder": modules.load_vae_module,
-        "sign_classifier": load_sign_classifier,
+        "concept_classifier": load_concept_classifier,
         "text": modules.load_text,
         "vision": modules.load_vision,
     }
@@ -239,9 +239,9 @@ class Demo(Loader):
         self.last = Path(path).stem
 
     def load(self):
-        found = self.loads[self.last]()
-        network = getattr(found, "cond_stage_model", getattr(found, "model", found))
-        finite(network.state_dict().values())
+        loaded = self.loads[self.last]()
+        network = getattr(loaded, "cond_stage_model", getattr(loaded, "model", loaded))
+        check_finite(network.state_dict().values())
 
 
 LOADERS: dict[str, type[Loader]] = {

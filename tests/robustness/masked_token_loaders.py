@@ -1,4 +1,4 @@
-"""The loaders of masked token models, part by part, and of their LoRAs."""
+"""Fuzzed loaders of the parts of masked token models, and of their LoRAs."""
 
 import json
 
@@ -9,16 +9,16 @@ from chorus.techniques.masked_tokens import lora as loras
 from chorus.techniques.masked_tokens.comfy_files import read_clip, read_networks
 from chorus.tests.support import masked_token_folder, tiny_masked_tokens
 
-from .loader import Loader, at, finite, node
+from .loader import Loader, at, check_finite, node
 from .mutations import damaged, mixed, other_json, save
 from .pickled import dangerous
 
 
 class Transformer(Loader):
-    """The folder of a masked token model; cases are its transformer and the config of that."""
+    """A masked token model folder with a damaged transformer or transformer config."""
 
     names = ("transformer", "vqvae")
-    part, kept = "transformer", ("vqvae",)
+    part = "transformer"
 
     def __init__(self, home):
         super().__init__(home)
@@ -38,7 +38,7 @@ class Transformer(Loader):
     def load(self):
         model = read_networks(self.folder, "clip-l")
         uvit, vq = model.transformer.model, model.vq.model
-        finite([*uvit.state_dict().values(), *vq.state_dict().values()])
+        check_finite([*uvit.state_dict().values(), *vq.state_dict().values()])
         c = uvit.config
         assert 0 < model.codebook <= model.mask_id and 1 <= c.sample_size <= 4096
         with torch.inference_mode():
@@ -52,13 +52,13 @@ class Transformer(Loader):
 
 
 class VQ(Transformer):
-    """As Transformer; cases are its VQ-GAN and the config of that."""
+    """A masked token model folder with a damaged VQ-GAN or VQ-GAN config."""
 
-    part, kept = "vqvae", ("transformer",)
+    part = "vqvae"
 
 
 class TextEncoder(Loader):
-    """The text encoder of a masked token folder."""
+    """A masked token model folder with a damaged text encoder."""
 
     names = ("text_encoder",)
     part = "text_encoder"
@@ -78,11 +78,11 @@ class TextEncoder(Loader):
         clip, width = read_clip(self.folder, self.folder / self.part / "model.safetensors")
         states, pooled = clip.encode_from_tokens(clip.tokenize("a"), return_pooled=True)
         assert states.shape[-1] == pooled.shape[-1] == width
-        finite(clip.cond_stage_model.state_dict().values())
+        check_finite(clip.cond_stage_model.state_dict().values())
 
 
 def cases_of_part(loader, file: str, configs: int = 1) -> SearchStrategy[dict[str, bytes]]:
-    """Weights as they should be and another config, ``configs`` times as often as the other way round."""
+    """Cases with a changed config or changed weights. Changed configs are ``configs`` times as frequent."""
     folder = (loader.folder / loader.part).relative_to(loader.home)
     config, weights = f"{folder}/config.json", f"{folder}/{file}"
     whole = {config: loader.config.encode(), weights: save({k: w.contiguous() for k, w in loader.weights.items()}, {})}
@@ -96,7 +96,11 @@ def cases_of_part(loader, file: str, configs: int = 1) -> SearchStrategy[dict[st
 
 
 class Lora(Loader):
-    # the node's own check is about the model too, and names no file
+    """LoRA files with PEFT's settings beside them, of which one is damaged."""
+
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_rslora": False, "alpha_pattern": {"to_q": 4}}
+
+    # the error about a LoRA of another model does not name the file
     names = ("case.safetensors", "the LoRA does not fit this model")
 
     def __init__(self, home):
@@ -110,15 +114,24 @@ class Lora(Loader):
             for name, alpha in zip(modules_, [*alphas, *alphas]):
                 out, width = self.shapes[f"{name}.weight"]
                 weights[name] = loras.LoraWeights(torch.randn(2, width), torch.randn(out, 2), alpha)
-            self.samples.append(loras.to_file(loras.Lora(weights, {"steps": "5", "base": "x"})))
+            self.lora = loras.Lora(weights, {"steps": "5", "base": "x"})
+            self.samples.append(loras.to_file(self.lora))
 
     def cases(self):
-        return at("models/loras/case.safetensors", mixed(*((1, self.content(*sample)) for sample in self.samples)))
+        weights, settings = "models/loras/case.safetensors", "models/loras/adapter_config.json"
+        config = json.dumps(self.config)
+        plain = {key: value for key, value in loras.to_file(self.lora)[0].items() if not key.endswith("alpha")}
+        whole = {settings: config.encode(), weights: save(plain, {})}
+        changed = mixed(
+            (5, at(weights, mixed(*((1, self.content(*sample)) for sample in self.samples)))),
+            (1, at(settings, mixed((3, other_json(config).map(str.encode)), (1, damaged(config.encode()))))),
+        )
+        return changed.map(lambda files: {**whole, **files})
 
     def load(self):
         inputs = dict(model=self.model, lora_name="case.safetensors", strength=1.0, alpha=0.0)
         _, lora = node("LoadMaskedTokenLora", **inputs)
         loras.check_fits(lora, self.shapes)
         for pair in lora.weights.values():
-            finite([pair.up, pair.down, pair.scale])
+            check_finite([pair.up, pair.down, pair.scale])
         assert lora.steps >= 0

@@ -1,6 +1,6 @@
-"""A custom node for the server of test_many_runs.py: the bytes that the process has allocated and not freed.
+"""A custom node for the server of test_many_runs.py that measures the bytes allocated and not freed by the process.
 
-The size of a process is no such measure: it swings by percents with what the allocator keeps for later.
+The size of the process would be less exact, because it includes the memory that the allocator caches.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ class Mallinfo2(ctypes.Structure):
 
 
 class BytesInUse:
-    """Runs where the other nodes run, so that nothing is being freed meanwhile."""
+    """A node that returns the bytes in use. Other nodes run in the same thread, so they free nothing meanwhile."""
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "testing", "measure", (), True
 
@@ -33,8 +33,8 @@ class BytesInUse:
         gc.collect()
         libc = ctypes.CDLL(None)
         libc.mallinfo2.restype = Mallinfo2
-        found = libc.mallinfo2()
-        return {"ui": {"bytes": [found.uordblks + found.hblkhd]}}
+        info = libc.mallinfo2()
+        return {"ui": {"bytes": [info.uordblks + info.hblkhd]}}
 
 
 NODE_CLASS_MAPPINGS = {"BytesInUse": BytesInUse}

@@ -1,4 +1,4 @@
-"""Damaged, lying and foreign files, as hypothesis strategies."""
+"""Hypothesis strategies for damaged, inconsistent and unrelated files."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 132\n"
-DEEP = 100_000  # brackets, more than any parser that calls itself can close
+DEEP = 100_000  # nesting beyond any recursive parser
 DTYPES = ("F64 F32 F16 BF16 F8_E5M2 F8_E4M3 F8_E8M0 F6_E2M3 F6_E3M2 F4 C64 I64 U64 I32 U32 I16 U16 I8 U8 BOOL").split()
 DTYPE_NAMES = (
     "float64 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu float4_e2m1fn_x2 int64 int32 int16 int8 uint8 uint16"
@@ -69,56 +69,56 @@ ANYTHING = (
 )
 
 
-def mixed(*shares: tuple[int, SearchStrategy]) -> SearchStrategy:
-    """One of the strategies, each as often as its number says."""
-    each = [strategy for number, strategy in shares for _ in range(number)]
+def mixed(*weighted: tuple[int, SearchStrategy]) -> SearchStrategy:
+    """One of the strategies, with the given weights."""
+    each = [strategy for weight, strategy in weighted for _ in range(weight)]
     return st.integers(0, len(each) - 1).flatmap(lambda k: each[k])
 
 
 def damaged(data: bytes) -> SearchStrategy[bytes]:
-    """``data`` with bytes changed, cut out or put in, mostly at its start, which a reader obeys; or another file."""
+    """``data`` with changed, removed or inserted bytes, mostly in the header at the start, or an unrelated file."""
     places = st.one_of(*(st.integers(0, min(n, len(data))) for n in (16, 400, 4000, len(data))))
     cuts = st.sampled_from([0, 1, 1, 2, 7, 8, 64, 1000, len(data)])
     edits = st.tuples(places, cuts, st.binary(max_size=64) | st.sampled_from([8, 1000]).map(bytes))
 
     def edited(edits: list[tuple[int, int, bytes]]) -> bytes:
-        found = data
+        result = data
         for place, cut, new in edits:
-            found = found[:place] + new + found[place + cut :]
-        return found
+            result = result[:place] + new + result[place + cut :]
+        return result
 
     others = st.sampled_from([b"", POINTER, b"\0" * 64, pickle.dumps({"a": [1.0]}), b"<html>404</html>", b"PK\x03\x04"])
-    changed = st.lists(edits, min_size=1, max_size=8).map(edited).filter(lambda found: found != data)
+    changed = st.lists(edits, min_size=1, max_size=8).map(edited).filter(lambda result: result != data)
     return mixed((9, changed), (1, st.just(data * 2)), (1, st.binary(max_size=100)), (1, others))
 
 
 def header_of(data: bytes) -> tuple[str, bytes]:
-    """The header of a safetensors file, and what follows it."""
+    """Header of a safetensors file, and the bytes after it."""
     end = 8 + struct.unpack("<Q", data[:8])[0]
     return data[8:end].decode(), data[end:]
 
 
 def with_header(header: bytes, rest: bytes) -> bytes:
-    """A safetensors file with any header, whose length is true."""
+    """A safetensors file with the given header and its correct length."""
     return struct.pack("<Q", len(header)) + header + rest
 
 
-def lying_length(data: bytes) -> SearchStrategy[bytes]:
-    """A safetensors file whose first number, the length of its header, is not true."""
-    true = struct.unpack("<Q", data[:8])[0]
-    lies = [0, 1, true - 1, true + 1, true + 8, len(data), len(data) - 8, len(data) - 7, 10**8, 10**8 + 1]
-    lies += [2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1]
-    numbers = st.sampled_from(lies) | st.integers(0, 2**64 - 1)
-    return numbers.filter(lambda number: number != true).map(lambda number: struct.pack("<Q", number) + data[8:])
+def wrong_length(data: bytes) -> SearchStrategy[bytes]:
+    """A safetensors file with a wrong header length."""
+    actual = struct.unpack("<Q", data[:8])[0]
+    wrong = [0, 1, actual - 1, actual + 1, actual + 8, len(data), len(data) - 8, len(data) - 7, 10**8, 10**8 + 1]
+    wrong += [2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1]
+    numbers = st.sampled_from(wrong) | st.integers(0, 2**64 - 1)
+    return numbers.filter(lambda number: number != actual).map(lambda number: struct.pack("<Q", number) + data[8:])
 
 
-def lying_header(data: bytes) -> SearchStrategy[bytes]:
-    """A safetensors file whose header says something else of the bytes behind it, or nothing that can be read."""
+def wrong_header(data: bytes) -> SearchStrategy[bytes]:
+    """A safetensors file whose header does not match its data or cannot be parsed."""
     text, rest = header_of(data)
     odd = ["[" * DEEP, '{"a":' * DEEP, "[]", "null", "3", '"a"', "{", "", '{"": {}}', "{}", text * 2, "\ufeff" + text]
     encoded = st.sampled_from(["utf-16", "utf-32", "utf-7"]).map(lambda kind: text.encode(kind))
     headers = mixed(
-        (6, lying_entry(json.loads(text))),
+        (6, wrong_entry(json.loads(text))),
         (3, other_json(text).map(str.encode)),
         (1, st.sampled_from(odd).map(str.encode)),
         (1, encoded),
@@ -128,8 +128,8 @@ def lying_header(data: bytes) -> SearchStrategy[bytes]:
 
 
 @st.composite
-def lying_entry(draw, header: Mapping[str, Any]) -> bytes:
-    """A header in which one tensor has another dtype, shape or place, or is there twice."""
+def wrong_entry(draw, header: Mapping[str, Any]) -> bytes:
+    """A header in which one tensor has another dtype, shape or data offsets, or occurs twice."""
     names = sorted(set(header) - {"__metadata__"})
     name = draw(st.sampled_from(names))
     entry = dict(header[name])
@@ -143,10 +143,10 @@ def lying_entry(draw, header: Mapping[str, Any]) -> bytes:
         entry["shape"] = draw(st.sampled_from([[10**9, 0], [2**32, 2**32], [2**33, 2**31], [1] * 500, {}, [[1]]]))
     elif kind == "data_offsets":
         start, end = entry["data_offsets"]
-        lies = [[start, end + 4], [start - 4, end], [end, start], [0, 0], [0, 2**62], [2**64 - 8, 2**64 - 4], [0]]
-        lies += [[-4, end], [float(start), float(end)], [str(start), str(end)], [start, end, end], {"0": 1}]
+        wrong = [[start, end + 4], [start - 4, end], [end, start], [0, 0], [0, 2**62], [2**64 - 8, 2**64 - 4], [0]]
+        wrong += [[-4, end], [float(start), float(end)], [str(start), str(end)], [start, end, end], {"0": 1}]
         others = st.sampled_from(names).map(lambda other: header[other]["data_offsets"])
-        entry["data_offsets"] = draw(st.sampled_from(lies) | others)
+        entry["data_offsets"] = draw(st.sampled_from(wrong) | others)
     else:
         twice = f", {json.dumps(name)}: {json.dumps(header[draw(st.sampled_from(names))])}}}"
         return (json.dumps(header)[:-1] + twice).encode()
@@ -154,7 +154,7 @@ def lying_entry(draw, header: Mapping[str, Any]) -> bytes:
 
 
 def places_of(node: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of everything in a tree of JSON."""
+    """(container, key) of every value in a JSON tree."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield node, key
         if isinstance(value, (dict, list)):
@@ -163,7 +163,7 @@ def places_of(node: Any) -> Iterator[tuple[Any, Any]]:
 
 @st.composite
 def other_tree(draw, text: str) -> str:
-    """JSON with another value, key or type somewhere in it."""
+    """JSON with one or two values, keys or types changed."""
     root = [json.loads(text)]
     for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
         node, key = draw(st.sampled_from(list(places_of(root))))
@@ -173,18 +173,18 @@ def other_tree(draw, text: str) -> str:
         elif kind == "name" and isinstance(node, dict):
             node[draw(st.text(max_size=3) | st.just("x" * 300))] = node.pop(key)
         else:
-            node[key] = copy.deepcopy(draw(ANYTHING))  # the next change may fall into it
+            node[key] = copy.deepcopy(draw(ANYTHING))  # a copy, since the next change may modify it
     return json.dumps(root[0])
 
 
 def other_json(text: str) -> SearchStrategy[str]:
-    """As ``other_tree``; now and then no JSON at all."""
+    """JSON changed by ``other_tree``, or sometimes invalid JSON."""
     cut = st.integers(0, len(text)).map(lambda end: text[:end])
     return mixed((8, other_tree(text)), (1, st.sampled_from([*TEXTS, text * 2, f"[{text}]"]) | cut))
 
 
 def other_metadata(metadata: Mapping[str, str]) -> SearchStrategy[dict[str, str]]:
-    """One entry removed, or with another text."""
+    """Metadata with one entry removed or changed."""
     keys = st.sampled_from([*metadata, "other"])
     texts = st.sampled_from(TEXTS) | st.text(max_size=9)
     trees = [key for key, value in metadata.items() if value.startswith(("{", "["))]
@@ -195,7 +195,7 @@ def other_metadata(metadata: Mapping[str, str]) -> SearchStrategy[dict[str, str]
 
 @st.composite
 def other_weight(draw, weight: Tensor) -> Tensor:
-    """A tensor of another shape or dtype, or with a value that is not finite."""
+    """A tensor of another shape or dtype, or with an extreme or non-finite value."""
     kind = draw(st.sampled_from(["shape", "dtype", "value", "empty"]))
     if kind == "value" and weight.numel() and weight.is_floating_point():
         weight = weight.clone()
@@ -204,7 +204,7 @@ def other_weight(draw, weight: Tensor) -> Tensor:
         return weight
     if kind == "dtype":
         return cast(weight, draw(st.sampled_from(DTYPE_NAMES)))
-    if kind == "empty" and weight.ndim:  # no bytes at all, and sizes that would need gigabytes
+    if kind == "empty" and weight.ndim:  # a huge shape without elements
         shape, axes = list(weight.shape), st.integers(0, weight.ndim - 1)
         shape[draw(axes)] = draw(st.sampled_from([10**5, 10**9, 2**31, 2**40]))
         shape[draw(axes)] = 0
@@ -217,53 +217,53 @@ def other_weight(draw, weight: Tensor) -> Tensor:
 
 @st.composite
 def other_tensors(draw, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that a whole file can hold, and that are not those of a network."""
-    found, held = dict(tensors), st.sampled_from(sorted(tensors))
-    name, names = draw(held), st.sampled_from(NAMES) | st.text(max_size=9)
-    weight = found[name]
-    kind = draw(st.sampled_from([*["weight"] * 5, "gone", "name", "more", "exchanged", "many", "few"]))
+    """Tensors that a file can hold but that do not fit the network."""
+    result, known = dict(tensors), st.sampled_from(sorted(tensors))
+    name, names = draw(known), st.sampled_from(NAMES) | st.text(max_size=9)
+    weight = result[name]
+    kind = draw(st.sampled_from([*["weight"] * 5, "gone", "name", "more", "swapped", "many", "few"]))
     if kind == "weight":
-        found[name] = draw(other_weight(weight))
+        result[name] = draw(other_weight(weight))
     elif kind == "gone":
-        del found[name]
+        del result[name]
     elif kind == "name":
-        found[draw(names)] = found.pop(name)
+        result[draw(names)] = result.pop(name)
     elif kind == "more":
-        found[draw(names)] = torch.zeros(draw(st.lists(st.integers(0, 7), max_size=5)))
-    elif kind == "exchanged":
-        other = draw(held)
-        found[name], found[other] = found[other], weight
+        result[draw(names)] = torch.zeros(draw(st.lists(st.integers(0, 7), max_size=5)))
+    elif kind == "swapped":
+        other = draw(known)
+        result[name], result[other] = result[other], weight
     elif kind == "many":
         pattern = draw(st.sampled_from([f"{name}.{{}}", "down.{}.0.x", "transformer_layers.{}.x"]))
-        found |= {pattern.format(number): weight for number in range(draw(st.integers(1, 600)))}
+        result |= {pattern.format(number): weight for number in range(draw(st.integers(1, 600)))}
     else:
-        found = draw(st.sampled_from([{}, {name: weight}]))
-    # one file holds no memory twice
-    return {key: value.contiguous().clone() for key, value in found.items()}
+        result = draw(st.sampled_from([{}, {name: weight}]))
+    # safetensors does not save tensors that share memory
+    return {key: value.contiguous().clone() for key, value in result.items()}
 
 
 def cast(weight: Tensor, name: str) -> Tensor:
-    """To a dtype; to those without arithmetic by taking whole numbers for their bits."""
-    dtype = getattr(torch, name, torch.float16)  # an older torch knows fewer
+    """``weight`` in the named dtype. For dtypes without conversion, the bits of uint8 values are reinterpreted."""
+    dtype = getattr(torch, name, torch.float16)  # old versions of torch lack some dtypes
     small = name.startswith(("float4", "float8_e8"))
-    # one axis at least: half a byte cannot be saved alone
+    # a tensor without axes may have half a byte, which cannot be saved
     return torch.atleast_1d(weight).to(torch.uint8).view(dtype) if small else weight.to(dtype)
 
 
 def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file, whose header is in the same order in every run."""
+    """A safetensors file with a sorted header, the same in every run."""
     text, rest = header_of(safetensors.torch.save(dict(tensors), dict(metadata) or None))
     header = json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return with_header(header.encode().ljust(len(text.encode())), rest)
 
 
 def safetensors_files(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> SearchStrategy[bytes]:
-    """A damaged, lying or merely other file."""
+    """A damaged, inconsistent or different safetensors file."""
     data = save(tensors, metadata)
     return mixed(
-        (5, other_tensors(tensors).map(lambda found: save(found, metadata))),
-        (3, other_metadata(metadata).map(lambda found: save(tensors, found))),
+        (5, other_tensors(tensors).map(lambda changed: save(changed, metadata))),
+        (3, other_metadata(metadata).map(lambda changed: save(tensors, changed))),
         (3, damaged(data)),
-        (6, lying_header(data)),
-        (3, lying_length(data)),
+        (6, wrong_header(data)),
+        (3, wrong_length(data)),
     )

@@ -1,4 +1,4 @@
-"""Files of torch and of pickle that hold more than weights, less, or something that would run when it is read."""
+"""Hypothesis strategies for torch and pickle files that hold no weights, such as code that unpickling runs."""
 
 import functools
 import io
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .mutations import NAMES, damaged, mixed, other_tensors
 
 
-class Runs:
-    """Unpickled, it calls ``function``."""
+class Payload:
+    """Calls ``function`` when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments):
         self.call = function, arguments
@@ -30,23 +30,23 @@ class Runs:
         return self.call
 
 
-def payloads(marker: Path) -> list[Runs]:
-    """Each would make the file ``marker``, by another road."""
+def payloads(marker: Path) -> list[Payload]:
+    """Objects that create the file ``marker`` when they are unpickled, each in a different way."""
     touch = f"open({str(marker)!r}, 'w').close()"
     return [
-        Runs(os.system, f"touch {marker}"),
-        Runs(exec, touch),
-        Runs(eval, touch),
-        Runs(open, str(marker), "w"),
-        Runs(subprocess.call, ["touch", str(marker)]),
-        Runs(Path.touch, marker),
-        Runs(os.mkdir, str(marker)),
+        Payload(os.system, f"touch {marker}"),
+        Payload(exec, touch),
+        Payload(eval, touch),
+        Payload(open, str(marker), "w"),
+        Payload(subprocess.call, ["touch", str(marker)]),
+        Payload(Path.touch, marker),
+        Payload(os.mkdir, str(marker)),
     ]
 
 
 @st.composite
 def dangerous(draw, weights: Mapping[str, Tensor], marker: Path) -> bytes:
-    """A file that runs code where pickle's own loading reads it: bare, in torch's two formats, in a tar."""
+    """A file that runs code when unpickled: a plain pickle, or a pickle in a torch zip, an old torch file or a tar."""
     payload = draw(st.sampled_from(payloads(marker)))
     kind = draw(st.sampled_from(["pickle", "zip", "old", "tar"]))
     if kind == "pickle":
@@ -58,7 +58,7 @@ def dangerous(draw, weights: Mapping[str, Tensor], marker: Path) -> bytes:
 
 
 def tarred(inner: bytes) -> bytes:
-    """In the oldest of torch's formats."""
+    """``inner`` in the tar format of the oldest torch versions."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for name in ("storages", "tensors", "pickle"):
@@ -75,16 +75,16 @@ def saved(content, zipped: bool = True) -> bytes:
 
 
 def rezipped(data: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """The same records with other bytes in them, each with a true checksum."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w", compression) as new:
+    """The zip file ``data`` with each record replaced by ``change(name, bytes)``, with valid checksums."""
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w", compression) as new:
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
-    return made.getvalue()
+    return result.getvalue()
 
 
 def with_record(data: bytes, end: str, new: bytes) -> bytes:
-    """``new`` in place of the record whose name ends so."""
+    """The zip file ``data`` with ``new`` in place of the record whose name ends in ``end``."""
     return rezipped(data, lambda name, old: new if name.endswith(end) else old)
 
 
@@ -95,15 +95,15 @@ def record(data: bytes, end: str) -> bytes:
 
 
 def pth_files(weights: Mapping[str, Tensor], marker: Path) -> SearchStrategy[bytes]:
-    """A .pth that is damaged, lies, holds something else, or would run code."""
+    """A .pth file that is damaged or inconsistent, holds content other than weights, or would run code."""
     weights = dict(weights)
     whole, old = saved(weights), saved(weights, zipped=False)
-    strange_weights = st.tuples(st.sampled_from(sorted(weights)), strange()).map(
+    unusual_weights = st.tuples(st.sampled_from(sorted(weights)), unusual_tensors()).map(
         lambda pair: {**weights, pair[0]: pair[1]}
     )
-    contents = mixed((2, other_tensors(weights)), (1, other_content(weights)), (2, strange_weights))
+    contents = mixed((2, other_tensors(weights)), (1, other_content(weights)), (2, unusual_weights))
     storages = [f"/data/{number}" for number in range(min(9, len(weights)))]
-    # a storage of another length than the pickle says
+    # cases with a storage whose length differs from the size in the pickle
     cuts = st.sampled_from([lambda d: d[:-4], lambda d: d[:0], lambda d: d * 3, lambda d: d[:4]])
     cut = st.tuples(st.sampled_from(storages), cuts).map(
         lambda pair: with_record(whole, pair[0], pair[1](record(whole, pair[0])))
@@ -115,15 +115,15 @@ def pth_files(weights: Mapping[str, Tensor], marker: Path) -> SearchStrategy[byt
         (5, st.tuples(contents, st.sampled_from([True, True, False])).map(lambda pair: saved(*pair))),
         (1, cut),
         (1, levels.map(lambda level: rezipped(whole, lambda name, data: data, level))),
-        (1, st.builds(bomb)),
-        # inside the pickle, which zip's checksum would protect
+        (1, st.builds(zip_bomb)),
+        # damage in the pickle with a valid zip checksum
         (2, damaged(record(whole, "data.pkl")).map(lambda data: with_record(whole, "data.pkl", data))),
     )
 
 
 @functools.cache
-def bomb(size: int = 2**29) -> bytes:
-    """A zip as torch writes it that unpacks to half a gigabyte of zeros."""
+def zip_bomb(size: int = 2**29) -> bytes:
+    """A torch zip that unpacks to half a gigabyte of zeros."""
     zeros = saved({"model.1.weight": torch.zeros(1)})
     level = zipfile.ZIP_DEFLATED
     return rezipped(zeros, lambda name, data: bytes(size) if name.endswith("/data/0") else data, level)
@@ -147,8 +147,8 @@ def other_content(weights: dict[str, Tensor]) -> SearchStrategy:
     return mixed((20, others), (1, st.sampled_from(NAMES).map(lambda name: {**weights, name: None})))
 
 
-def strange() -> SearchStrategy[Tensor | None]:
-    """A tensor of a kind that no weight is, some of them larger than any file."""
+def unusual_tensors() -> SearchStrategy[Tensor | None]:
+    """Tensors of kinds that no network has as weights, some with huge shapes."""
     one = torch.zeros(1)
     return st.sampled_from(
         [

@@ -1,4 +1,4 @@
-"""Clients of a server that queue many runs at once, vanish, or send anything."""
+"""A client that queues many runs at once, disconnects abruptly, or sends arbitrary data."""
 
 from __future__ import annotations
 
@@ -9,61 +9,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chorus.dev.tools.client import Comfy, WorkflowError, refusal
-from chorus.dev.tools.server import open_local
+from chorus.dev.tools.server import urlopen_no_proxy
 
 
 @dataclass
-class Answer:
-    """What became of a prompt."""
+class PromptResult:
+    """How a prompt ended: it was rejected, its run failed, or its run succeeded."""
 
-    status: int  # of HTTP
-    message: str = ""  # of its refusal or of the node that failed
-    error: dict | None = None  # what execution_error said
+    status: int  # HTTP status
+    message: str = ""  # error message of the rejection or of the failed node
+    error: dict | None = None  # data of ComfyUI's event execution_error
 
     @property
-    def what(self) -> str:
+    def outcome(self) -> str:
         return "refused" if self.status != 200 else "failed" if self.error else "done"
 
 
 class Client(Comfy):
     def send(self, body: bytes, path: str = "/prompt") -> tuple[int, str]:
-        """Status and answer of whatever is posted."""
+        """Post ``body``. Returns the status and the text of the response."""
         request = urllib.request.Request(f"http://{self.address}{path}", body, {"Content-Type": "application/json"})
         try:
-            with open_local(request, timeout=120) as response:
+            with urlopen_no_proxy(request, timeout=120) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
 
-    def attempt(self, prompt, timeout: float = 300) -> Answer:
-        """Queue ``prompt``, whatever it is, and wait for its end."""
+    def attempt(self, prompt, timeout: float = 300) -> PromptResult:
+        """Queue ``prompt``, valid or not, and wait for its end."""
         status, text = self.send(json.dumps({"prompt": prompt, "client_id": self.id}).encode())
         if status != 200:
-            return Answer(status, refusal(text))
+            return PromptResult(status, refusal(text))
         failed = []
 
-        def remember(kind, data):
+        def record(kind, data):
             if kind == "execution_error":
                 failed.append(data)
 
         try:
-            self.follow(json.loads(text)["prompt_id"], remember, timeout)
+            self.follow(json.loads(text)["prompt_id"], record, timeout)
         except WorkflowError as error:
             if not failed:
                 raise
-            return Answer(status, str(error), failed[0])
-        return Answer(status)
+            return PromptResult(status, str(error), failed[0])
+        return PromptResult(status)
 
     def queue(self, prompt: dict) -> str:
-        """Its id, at once."""
+        """Queue ``prompt`` and return its id without waiting."""
         return self._queue(prompt, {"extra_data": {"preview_method": "latent2rgb"}})
 
     def follow(self, prompt_id: str, on_event=None, timeout: float = 600):
-        """Wait for the end of what was queued."""
+        """Wait for the end of a queued prompt."""
         return self._loop.run_until_complete(self._follow(prompt_id, on_event, timeout))
 
-    def vanish(self) -> None:
-        """The connection is cut as by a closed laptop: nobody says goodbye."""
+    def disconnect(self) -> None:
+        """Abort the connection without a closing handshake, as a closed laptop does."""
         self._socket._response.connection.transport.abort()
         self._loop.run_until_complete(self._session.close())
         self._loop.close()

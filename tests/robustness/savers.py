@@ -1,4 +1,4 @@
-"""Everything that the pack saves, in sizes that take time to write, and a process that is killed while it saves."""
+"""All kinds of files that the pack saves, optionally large ones, and processes that are killed while they save."""
 
 import os
 import random
@@ -13,9 +13,11 @@ import comfy.ops
 import folder_paths
 import torch
 
-from chorus.techniques.cas_dm.comfy_files import SUFFIX, head_files, read_head, save_head
+from chorus.techniques.cas_dm.comfy_files import FILES as HEADS
+from chorus.techniques.cas_dm.comfy_files import SUFFIX, read_head, save_head
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
-from chorus.techniques.face_refiner.comfy_files import load_refiner, refiner_files, save_refiner
+from chorus.techniques.face_refiner.comfy_files import FILES as REFINERS
+from chorus.techniques.face_refiner.comfy_files import load_refiner, save_refiner
 from chorus.techniques.face_refiner.comfy_model import wrap
 from chorus.techniques.face_refiner.comfy_pairs import MARK, load_pairs, pair_folders, save_pairs
 from chorus.techniques.face_refiner.networks.residual import FaceRefinerNet, RefinerConfig
@@ -31,12 +33,16 @@ from chorus.techniques.seed_select.comfy_files import SeedNoise, load_seed, save
 
 @dataclass
 class Saver:
-    """``save(prefix)`` writes one more; ``offered()`` are the names that its loader's node shows; ``load(name)`` reads one."""
+    """The functions for one kind of file.
+
+    ``save(prefix)`` writes a new file. ``offered()`` lists the file names that the loading node offers. ``load(name)``
+    reads one of these files.
+    """
 
     save: Callable[[str], object]
     offered: Callable[[], list[str]]
     load: Callable[[str], object]
-    folder: bool = False  # takes a folder for a prefix
+    folder: bool = False  # ``save`` takes a folder instead of a prefix
 
 
 def small_head():
@@ -47,7 +53,7 @@ def small_head():
 
 
 def savers(large: bool) -> dict[str, Saver]:
-    """By node. ``large``: some megabytes each, else as little as there can be."""
+    """Savers by node id. Their files have a few megabytes if ``large``, else the minimal size."""
     side = 768 if large else 4
     head = to_file(small_head())
     network = FaceRefinerNet(
@@ -57,15 +63,15 @@ def savers(large: bool) -> dict[str, Saver]:
         weight.data.normal_(std=0.02)
     refiner = wrap("tiny", network.eval().requires_grad_(False), {"size": "32"})
     pair = LoraWeights(torch.randn(4, side * side // 4), torch.randn(8, 4), 2.0)
-    picture = torch.rand(1, side // 2, side // 2, 3)
+    image = torch.rand(1, side // 2, side // 2, 3)
     seed = SeedNoise(torch.randn(1, 4, side, side), 7)
     ids = torch.randint(37, (1, side, side))
     return {
         "SaveSeed": Saver(lambda prefix: save_seed(seed, prefix), SEEDS.names, load_seed),
-        "SaveCasDMHead": Saver(lambda prefix: save_head(*head, prefix), head_files, read_head),
+        "SaveCasDMHead": Saver(lambda prefix: save_head(*head, prefix), HEADS.names, read_head),
         "SaveFaceRefiner": Saver(
             lambda prefix: save_refiner(refiner, prefix, {}),
-            refiner_files,
+            REFINERS.names,
             load_refiner,
         ),
         "SaveMaskedTokenLora": Saver(
@@ -79,27 +85,27 @@ def savers(large: bool) -> dict[str, Saver]:
             load_tokens,
         ),
         "SaveTrainingPairs": Saver(
-            lambda folder: save_pairs(folder, [picture], [picture], ["a"], {}), pair_folders, load_pairs, folder=True
+            lambda folder: save_pairs(folder, [image], [image], ["a"], {}), pair_folders, load_pairs, folder=True
         ),
     }
 
 
 def kill_while_saving(home: Path, kills: int, seed: int) -> dict:
-    """Of each saver ``kills`` processes are killed while they save one file after the other.
+    """For each saver, kill ``kills`` processes that save one file after the other, and load every finished file.
 
-    Then all that has a final name is loaded. Returns the counts, and what was wrong.
+    Returns the counts for each saver, and the errors.
     """
-    # where LoadMaskedTokenLora finds what SaveMaskedTokenLora wrote, as in a real host
+    # as in a real ComfyUI, LoadMaskedTokenLora reads the folder to which SaveMaskedTokenLora writes
     folder_paths.folder_names_and_paths["loras"] = ([str(home / "output/loras")], {SUFFIX})
-    rng, found, wrong = random.Random(seed), {}, []
+    rng, results, errors = random.Random(seed), {}, []
     for name, saver in savers(large=True).items():
-        counts = found[name] = {"kills": 0, "loaded": 0, "left": 0}
+        counts = results[name] = {"kills": 0, "loaded": 0, "left": 0}
         for number in range(kills):
             prefix = f"loras/{name}{number}" if not saver.folder else f"pairs/{number}"
             folder = home / "output" / (Path(prefix) if saver.folder else Path(prefix).parent)
             code = killed(saver, prefix, folder, rng)
             if code != -signal.SIGKILL:
-                wrong.append(f"{name}: the process ended by itself, with {code}")
+                errors.append(f"{name}: the process ended by itself with code {code}")
                 continue
             counts["kills"] += 1
             left = list(folder.rglob("*.part"))
@@ -107,23 +113,25 @@ def kill_while_saving(home: Path, kills: int, seed: int) -> dict:
             folder_paths.filename_list_cache.clear()
             for offered in saver.offered():
                 if ".part" in offered:
-                    wrong.append(f"{name} offers {offered}")
-            for offered in own(saver.offered(), prefix):
+                    errors.append(f"{name} offers {offered}")
+            for offered in with_prefix(saver.offered(), prefix):
                 try:
                     saver.load(offered)
                     counts["loaded"] += 1
                 except Exception as error:
-                    if not saver.folder or "0 whole pairs" not in str(error):
-                        wrong.append(f"{name} does not load {offered}: {error!r}"[:400])
+                    if not saver.folder or "0 complete pairs" not in str(error):
+                        errors.append(f"{name} does not load {offered}: {error!r}"[:400])
             finals = [path for path in folder.rglob("*") if path.is_file() and path not in left]
-            if not saver.folder and len(finals) != len(own(saver.offered(), prefix)):
-                wrong.append(f"{name} left {[path.name for path in finals]}")
+            if not saver.folder and len(finals) != len(with_prefix(saver.offered(), prefix)):
+                errors.append(
+                    f"{name} left files that its loading node does not offer: {[path.name for path in finals]}"
+                )
             for path in [*left, *finals]:
                 path.unlink(missing_ok=True)
-    return {"savers": found, "wrong": wrong}
+    return {"savers": results, "errors": errors}
 
 
-def own(offered: list[str], prefix: str) -> list[str]:
+def with_prefix(offered: list[str], prefix: str) -> list[str]:
     last = prefix.rsplit("/", 1)[-1]
     return [
         name for name in offered if name in (prefix, prefix + MARK) or name.rsplit("/", 1)[-1].startswith(f"{last}_")
@@ -131,7 +139,10 @@ def own(offered: list[str], prefix: str) -> list[str]:
 
 
 def killed(saver: Saver, prefix: str, folder: Path, rng: random.Random) -> int:
-    """How a process ended that saved until it was killed: when its n-th file had been begun, some time later."""
+    """Exit code of a process that saves files until it is killed.
+
+    It is killed a few milliseconds (at most 8) after it has started or finished one of its first three files.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -141,16 +152,16 @@ def killed(saver: Saver, prefix: str, folder: Path, rng: random.Random) -> int:
             traceback.print_exc()
         finally:
             os._exit(1)
-    begun, part = rng.randrange(1, 4), rng.random() < 0.8
+    number, part = rng.randrange(1, 4), rng.random() < 0.8
     wait = 0.0 if rng.random() < 0.3 else rng.random() * 0.008
-    patience = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         names = [path.name for path in folder.rglob("*")] if folder.is_dir() else []
         parts, whole = (
             sum(n.endswith(".part") == is_part and n.endswith((".part", SUFFIX, ".png")) for n in names)
             for is_part in (True, False)
         )
-        if (whole >= begun - 1 and (parts if part else whole >= begun)) or time.monotonic() > patience:
+        if (whole >= number - 1 and (parts if part else whole >= number)) or time.monotonic() > deadline:
             time.sleep(wait)
             os.kill(child, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""Every node of the pack in one small graph, and prompts cut out of it."""
+"""A small graph with every node of the pack, and prompts made of parts of it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,36 @@ from chorus.demo.modules import FACE_PAIRS
 
 SAMPLING = {"seed": 3, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 QUICK = {"steps": 2, "batch_size": 1, "learning_rate": 1e-3}
-ANY = "PreviewAny"  # the host's output node that takes every kind of wire
+ANY = "PreviewAny"  # ComfyUI's output node for values of any type
 
 
 class Graph:
-    """Nodes of the API format by name; those of the pack are named as their class, with the host's defaults of the
-    widgets that ``SETTINGS`` leaves out."""
+    """Nodes in API format by name.
+
+    Nodes of the pack are named after their class. Widgets that are not set in ``HOST`` or ``PACK`` have their defaults.
+    """
 
     def __init__(self, object_info: dict):
         self.info = object_info
-        self.nodes = {name: self._node(kind, inputs) for name, (kind, inputs) in {**HOST, **own(PACK)}.items()}
+        self.nodes = {
+            name: self._node(kind, inputs) for name, (kind, inputs) in {**HOST, **named_by_class(PACK)}.items()
+        }
 
     def _node(self, kind: str, inputs: dict) -> dict:
         return {"class_type": kind, "inputs": {**self.widgets(kind), **inputs}}
 
     def widgets(self, kind: str) -> dict:
-        """The defaults of the widgets of a class; of a list without one its first entry."""
-        found = {}
+        """Default widget values of a class. A combo without a default has its first option."""
+        values = {}
         for name, (_, options) in self.inputs(kind):
             if "default" in options:
-                found[name] = options["default"]
+                values[name] = options["default"]
             elif options.get("options"):
-                found[name] = options["options"][0]
-        return found
+                values[name] = options["options"][0]
+        return values
 
     def inputs(self, kind: str) -> Iterable[tuple[str, tuple[str, dict]]]:
-        """(name, (type, options)) of the inputs of a class."""
+        """(name, (type, options)) of each input of a class."""
         for category in ("required", "optional"):
             for name, spec in self.info[kind]["input"].get(category, {}).items():
                 yield name, (spec[0], spec[1] if len(spec) > 1 else {})
@@ -49,54 +53,59 @@ class Graph:
         return field in self.info[kind]["input"].get("optional", {})
 
     def pack(self) -> list[str]:
-        """The nodes of the pack that are offered."""
+        """Ids of the pack's nodes that the server offers."""
         return [kind for kind, info in self.info.items() if info["python_module"].endswith("ComfyUI-Chorus")]
 
     def prompt(self, *outputs: str) -> dict:
-        """The output nodes of those names with all that they need, to be changed at will."""
-        needed, open_ = {}, list(outputs)
-        while open_:
-            name = open_.pop()
+        """A new prompt with these output nodes and all nodes that they need."""
+        needed, pending = {}, list(outputs)
+        while pending:
+            name = pending.pop()
             if name not in needed:
                 needed[name] = copy.deepcopy(self.nodes[name])
-                open_ += [v[0] for v in needed[name]["inputs"].values() if isinstance(v, list)]
+                pending += [v[0] for v in needed[name]["inputs"].values() if isinstance(v, list)]
         return needed
 
     def around(self, name: str) -> dict:
-        """A prompt in which the node of that name works."""
+        """A prompt that runs the node ``name``."""
         if name in ENDS or self.info[name]["output_node"]:
             return self.prompt(ENDS.get(name, name))
         return {**self.prompt(name), "show": {"class_type": ANY, "inputs": {"source": [name, 0]}}}
 
     def work(self, technique: str, prefix: str, seed: int, **widgets) -> dict:
-        """A prompt of one of the ``TECHNIQUES`` that saves what comes out under ``prefix``; ``widgets`` of all its nodes that
-        have such ones are set."""
-        node, wires, own_widgets = TECHNIQUES[technique]
-        self.nodes["out"] = {"class_type": node, "inputs": {**wires, "filename_prefix": prefix}}
+        """A prompt of one of the ``TECHNIQUES`` that saves its result under ``prefix``.
+
+        ``widgets`` are set on every node that has them.
+        """
+        node, links, default_widgets = TECHNIQUES[technique]
+        self.nodes["out"] = {"class_type": node, "inputs": {**links, "filename_prefix": prefix}}
         prompt = self.prompt("out")
         for entry in prompt.values():
             known = dict(self.inputs(entry["class_type"]))
-            for name, value in {"seed": seed, **own_widgets, **widgets}.items():
+            for name, value in {"seed": seed, **default_widgets, **widgets}.items():
                 if name in known:
                     entry["inputs"][name] = value
         return prompt
 
 
 def digest(folder: Path, prefix: str) -> str:
-    """Of the numbers in all files of the output ``folder`` that begin with ``prefix``, without what stands beside them."""
+    """Digest of all files in the output ``folder`` whose names begin with ``prefix``.
+
+    It covers tensors and pixels, but not metadata.
+    """
     files = sorted(folder.glob(f"{prefix}_*"))
     assert files, f"nothing was saved as {prefix}"
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for file in files:
         if file.suffix == ".png":
-            found.update(np.asarray(Image.open(file)).tobytes())
+            result.update(np.asarray(Image.open(file)).tobytes())
         else:
             for name, tensor in sorted(load_file(file).items()):
-                found.update(name.encode() + tensor.contiguous().flatten().view(-1).numpy().tobytes())
-    return found.hexdigest()
+                result.update(name.encode() + tensor.contiguous().flatten().view(-1).numpy().tobytes())
+    return result.hexdigest()
 
 
-def own(nodes: dict) -> dict:
+def named_by_class(nodes: dict) -> dict:
     return {kind: (kind, inputs) for kind, inputs in nodes.items()}
 
 
@@ -213,7 +222,7 @@ PACK = {
         "refined": ["LoadTrainingPairs", 0],
         "target": ["LoadTrainingPairs", 1],
         "clip_vision": ["ChorusDemoVision", 0],
-        "blocks": 3,
+        "blocks": 10,
     },
 }
 TECHNIQUES = {
@@ -227,5 +236,5 @@ TECHNIQUES = {
     "train a refiner": ("SaveFaceRefiner", {"refiner": ["TrainFaceRefiner", 0]}, {}),
     "train a LoRA": ("SaveMaskedTokenLora", {"lora": ["TrainMaskedTokenLora", 0]}, {}),
 }
-# where what a node gives shows only later
+# nodes that take effect only in later nodes, each with the output node to run for it
 ENDS = {"SaliencyNoiseBlend": "SaliencyBlendView", "CasDMHead": "save head"}

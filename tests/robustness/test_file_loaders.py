@@ -1,8 +1,8 @@
-"""No file can crash the pack, run code or eat the memory: thousands of damaged, lying and foreign ones, for every loader.
+"""Damaged, inconsistent and unrelated files for every loader, which must not crash, run code or fill memory.
 
-Each is loaded, and then of use and finite, or refused by a ValueError that names it and says what to do. Hypothesis
-draws the same files in every run, and of those that fail shows the simplest; worker.py runs one loader alone. A quarter of
-the cases are tried, and all before a release.
+Each file either loads with usable, finite content or raises a ValueError that names the file and a remedy. Hypothesis
+generates the same files in every run and simplifies a failing file. worker.py can run single loaders. By default a
+quarter of the thousands of cases runs; before a release, all of them run.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch
 from chorus.techniques.masked_tokens.comfy_files import model_folders, text_files, weight_files
 from chorus.tests.robustness.loader import NODES
 from chorus.tests.robustness.loaders import LOADERS
-from chorus.tests.robustness.worker import working
+from chorus.tests.robustness.worker import worker_process
 
 CASES = {
     "Cas-DM heads": 500,
@@ -32,28 +32,28 @@ CASES = {
     "training pairs": 500,
     "demo weights": 160,
 }
-MEMORY = 300  # MB that reading the worst file may take; the largest sample has 3
-SECONDS = 10.0  # for a case, on a machine that does much else
+MEMORY = 300  # MB that loading any file may use; the largest valid file has 3 MB
+SECONDS = 10.0  # for one case on a busy machine
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    yield from both_halves(tmp_path_factory, 4)
+    yield from in_two_processes(tmp_path_factory, 4)
 
 
 @pytest.fixture(scope="module")
 def all_results(tmp_path_factory):
-    yield from both_halves(tmp_path_factory, 1)
+    yield from in_two_processes(tmp_path_factory, 1)
 
 
-def both_halves(tmp_path_factory, share: int):
-    """Two processes, one per core, are at work while the tests wait for one result after the other."""
+def in_two_processes(tmp_path_factory, share: int):
+    """Run one ``share``-th of the cases in two processes. Yields a function that waits for the result of a loader."""
     with ExitStack() as stack:
-        halves = []
+        workers = []
         for k in range(2):
             tasks = {name: CASES[name] // share for name in list(CASES)[k::2]}
-            halves.append(stack.enter_context(working(tmp_path_factory.mktemp("files"), tasks)))
-        yield lambda name: halves[list(CASES).index(name) % 2](name)
+            workers.append(stack.enter_context(worker_process(tmp_path_factory.mktemp("files"), tasks)))
+        yield lambda name: workers[list(CASES).index(name) % 2](name)
 
 
 def test_every_loader_has_cases():
@@ -62,35 +62,35 @@ def test_every_loader_has_cases():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_some_damaged_files_are_refused_or_of_use(results, name, record_property):
+def test_some_damaged_files_rejected_or_usable(results, name, record_property):
     check(results(name), CASES[name] // 4, record_property)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
-def test_damaged_files_are_refused_or_of_use(all_results, name, record_property):
+def test_damaged_files_rejected_or_usable(all_results, name, record_property):
     check(all_results(name), CASES[name], record_property)
 
 
-def check(found, expected, record_property):
-    cases = found["loaded"] + found["refused"]
+def check(counts, expected, record_property):
+    cases = counts["loaded"] + counts["refused"]
     for figure in ("loaded", "refused", "seconds", "slowest", "peak_growth_mb"):
-        record_property(figure, found[figure])
+        record_property(figure, counts[figure])
     record_property("cases", cases)
-    assert not found["broken"], found["broken"]
-    # both kinds of files were there
+    assert not counts["broken"], counts["broken"]
+    # the cases must have both outcomes
     assert cases >= expected
-    assert found["loaded"] and found["refused"] >= cases // 5
-    assert found["peak_growth_mb"] < MEMORY and found["slowest"] < SECONDS
+    assert counts["loaded"] and counts["refused"] >= cases // 5
+    assert counts["peak_growth_mb"] < MEMORY and counts["slowest"] < SECONDS
 
 
-# ---- what is no file ----
+# ---- paths that are not regular files ----
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The host's folders, and no others."""
+    """ComfyUI's folders below a temporary folder."""
     for name in ("input", "output"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda folder=tmp_path / name: str(folder))
@@ -107,13 +107,13 @@ def a_folder(path: Path):
 
 
 def a_pipe(path: Path):
-    os.mkfifo(path)  # who opens it waits for a writer for ever
+    os.mkfifo(path)  # opening it would wait forever for a writer
 
 
 def a_socket(path: Path):
-    short = os.path.relpath(path)  # the system takes 107 characters
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(short if len(short) < len(str(path)) else str(path))
+    short = os.path.relpath(path)  # paths of sockets are limited to 107 characters
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind(short if len(short) < len(str(path)) else str(path))
 
 
 def a_dead_link(path: Path):
@@ -125,7 +125,7 @@ def a_link_to_itself(path: Path):
 
 
 def a_link_to_a_device(path: Path):
-    path.symlink_to("/dev/zero")  # it never ends
+    path.symlink_to("/dev/zero")  # endless
 
 
 PLACES = {
@@ -143,7 +143,7 @@ PLACES = {
     [a_folder, a_pipe, a_socket, a_dead_link, a_link_to_itself, a_link_to_a_device],
     ids=lambda make: make.__name__,
 )
-def test_what_is_no_file_is_refused_and_never_waited_for(home, make, monkeypatch):
+def test_special_file_rejected_without_blocking(home, make, monkeypatch):
     monkeypatch.chdir(home)
     inputs = {"LoadMaskedTokenLora": dict(model=object(), strength=1.0, alpha=0.0)}
     for node, (folder, name, id) in PLACES.items():
@@ -151,7 +151,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(home, make, monkeypatch
         monkeypatch.chdir(path.parent)
         make(path)
         cls = NODES[node]
-        assert cls.define_schema()  # what it offers is asked without an error
+        assert cls.define_schema()  # listing the options works
         if node != "LoadMaskedTokenLora":
             assert name in cls.validate_inputs(**{id: name})
         with pytest.raises(ValueError, match=name), torch.inference_mode():
@@ -159,8 +159,8 @@ def test_what_is_no_file_is_refused_and_never_waited_for(home, make, monkeypatch
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
-def test_odd_things_among_masked_token_models_hide_none(home, monkeypatch):
-    """A dead link was an error of the whole node, which the host then did not offer."""
+def test_special_files_do_not_hide_masked_token_models(home, monkeypatch):
+    """A dead link once raised an error in the schema, so that ComfyUI did not offer the node."""
     for number, make in enumerate((a_folder, a_pipe, a_dead_link, a_link_to_itself)):
         for folder in ("models/masked_token", "models/text_encoders"):
             make(home / folder / f"odd{number}.safetensors")
@@ -171,12 +171,12 @@ def test_odd_things_among_masked_token_models_hide_none(home, monkeypatch):
     assert list(weight_files()) == list(text_files()) == ["tiny/transformer/diffusion_pytorch_model.safetensors"]
     assert list(model_folders()) == ["tiny"]
     assert NODES["LoadMaskedTokenModel"].define_schema()
-    with pytest.raises(ValueError, match=r"the model folder .*tiny is not complete"):
+    with pytest.raises(ValueError, match=r"the model folder .*tiny lacks "):
         NODES["LoadMaskedTokenModel"].execute("tiny", *["from the folder"] * 3)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
-def test_a_pipe_in_place_of_the_list_is_no_data_set(home):
+def test_folder_with_a_pipe_for_its_list_rejected(home):
     (home / "input/pairs").mkdir()
     os.mkfifo(home / "input/pairs/prompts.jsonl")
     cls = NODES["LoadTrainingPairs"]

@@ -1,7 +1,7 @@
-"""No name leads out of a folder: what is saved stays below the output folder, what is loaded in the folders for it.
+"""Paths stay inside their folders: nodes save only below the output folder and load only from their own folders.
 
-Names are tried on every saving and every loading node. Around the output folder lies what an attacker would like to reach;
-after each name it must be as it was, and inside nothing may be replaced.
+Every saving and loading node is tried with names that point outside or are unusual. After each attempt, files around
+the output folder must be unchanged, and no file inside may be overwritten.
 """
 
 import os
@@ -21,8 +21,8 @@ OUTSIDE = [
 ]
 NAMELESS = ["", " ", ".", "..", "a/..", "a/../..", "/", "//", "./", "...", " . ", "a/ . "]
 IMPOSSIBLE = ["x\0y", "\0", "a\0/../../x", "x" * 5000, "a/" * 3000 + "x", "ü" * 120, "x\ud800y", "\udcff/x"]
-# strange, and of file systems' own meaning elsewhere, but names of files below the output folder here
-STRANGE = [
+# names that are unusual or special on other systems, but valid below the output folder on Linux and macOS
+UNUSUAL = [
     *(
         "C:\\x",
         "..\\x",
@@ -77,7 +77,7 @@ WINDOWS = os.name == "nt"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An output folder with a link that leads out, and neighbours."""
+    """A folder with ComfyUI's folders and others. The output folder contains a link to a folder outside it."""
     for name in ("input", "output", "output2", "outside/deeper", "temp"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "outside/x").write_text("secret")
@@ -96,19 +96,19 @@ def small():
 
 
 def tree(root: Path) -> dict[str, tuple]:
-    """All that is there, links not followed: what it is, and its content."""
-    found = {}
+    """Inode, mode and content of everything below ``root``, without following links."""
+    entries = {}
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = os.path.join(folder, name)
             state = os.lstat(path)
             content = Path(path).read_bytes() if name in files and not os.path.islink(path) else b""
-            found[os.path.relpath(path, root)] = state.st_ino, state.st_mode, content
-    return found
+            entries[os.path.relpath(path, root)] = state.st_ino, state.st_mode, content
+    return entries
 
 
-def kinds(saver: str) -> list[str]:
-    """What a node makes of its name: training nodes put something behind it."""
+def name_patterns(saver: str) -> list[str]:
+    """Patterns of the prefixes under which nodes save. Training nodes append a suffix to the given name."""
     trained = saver in ("SaveCasDMHead", "SaveFaceRefiner", "SaveMaskedTokenLora")
     return ["{}", "{}_interrupted_step5"] if trained else ["{}"]
 
@@ -125,13 +125,13 @@ SAVERS = [
 
 @pytest.mark.skipif(WINDOWS, reason="these are paths of Linux and macOS")
 @pytest.mark.parametrize("name", SAVERS)
-def test_nothing_is_written_outside_and_nothing_replaced(place, small, name, record_property):
+def test_nothing_is_written_outside_or_overwritten(place, small, name, record_property):
     saver, refused, written = small[name], 0, 0
     assert set(small) == set(SAVERS)
-    for raw in (*OUTSIDE, *NAMELESS, *IMPOSSIBLE, *STRANGE):
-        wanted = raw.replace("{outside}", str(place / "outside")).replace("{output}", str(place / "output"))
-        for kind in kinds(name):
-            prefix = kind.format(wanted)
+    for raw in (*OUTSIDE, *NAMELESS, *IMPOSSIBLE, *UNUSUAL):
+        value = raw.replace("{outside}", str(place / "outside")).replace("{output}", str(place / "output"))
+        for pattern in name_patterns(name):
+            prefix = pattern.format(value)
             before = tree(place)
             try:
                 saver.save(prefix)
@@ -143,7 +143,7 @@ def test_nothing_is_written_outside_and_nothing_replaced(place, small, name, rec
             after = tree(place)
             outside = {key for key in before | after if not key.startswith("output" + os.sep) and key != "output"}
             assert {key: before.get(key) for key in outside} == {key: after.get(key) for key in outside}, prefix
-            # nor is anything inside another than before, but the list of a data set, which grows
+            # nothing inside has changed except the list of a data set, which grows
             for key, was in before.items():
                 grown = key.endswith("prompts.jsonl") and after[key][2].startswith(was[2])
                 assert after.get(key) == was or grown, (prefix, key)
@@ -155,14 +155,14 @@ def test_nothing_is_written_outside_and_nothing_replaced(place, small, name, rec
                 written += 1
                 files = [place / key for key in new if (place / key).is_file()]
                 assert files and not any(file.name.endswith(".part") for file in files), prefix
-                if written > 3:  # these stay, to be left as they are
+                if written > 3:  # the first files stay, to check that they are not overwritten
                     for file in files:
                         file.unlink()
                     for folder in sorted((place / key for key in new if (place / key).is_dir()), reverse=True):
                         folder.rmdir()
             if raw in (*OUTSIDE, *IMPOSSIBLE):
                 assert refused_here, prefix
-            if raw in NAMELESS and kind == "{}":
+            if raw in NAMELESS and pattern == "{}":
                 assert refused_here or (raw in ("...", " . ", "a/ . ") and saver.folder), prefix
     record_property("refused", refused)
     record_property("written", written)
@@ -170,7 +170,7 @@ def test_nothing_is_written_outside_and_nothing_replaced(place, small, name, rec
 
 @pytest.mark.parametrize("name", [name for name in SAVERS if name != "SaveTrainingPairs"])
 @pytest.mark.parametrize("prefix", ["x", "a/x", "a/x/", "./x", "a//x", "%year%", "x_00001_", "x.y"])
-def test_the_same_name_again_gets_another_number(place, small, name, prefix):
+def test_repeated_name_gets_the_next_number(place, small, name, prefix):
     for number in (1, 2, 3):
         before = tree(place / "output")
         small[name].save(prefix)
@@ -178,28 +178,28 @@ def test_the_same_name_again_gets_another_number(place, small, name, prefix):
         assert f"_{number:05}_" in new
 
 
-@pytest.mark.skipif(WINDOWS, reason="links need rights there")
+@pytest.mark.skipif(WINDOWS, reason="links need special rights on Windows")
 @pytest.mark.parametrize("part", ["prompts.jsonl", "source", "target"])
-def test_links_inside_a_data_set_are_not_followed_out(place, small, part):
+def test_links_in_a_data_set_to_the_outside_rejected(place, small, part):
     (place / "output/pairs").mkdir()
     (place / "output/pairs" / part).symlink_to(place / "outside" / ("x" if "." in part else "deeper"))
     before = tree(place)
-    with pytest.raises(ValueError, match="is no folder below the output folder"):
+    with pytest.raises(ValueError, match="is behind a link that leads out of the output folder"):
         small["SaveTrainingPairs"].save("pairs")
     assert tree(place) == before
 
 
-@pytest.mark.skipif(WINDOWS, reason="links need rights there")
+@pytest.mark.skipif(WINDOWS, reason="links need special rights on Windows")
 @pytest.mark.parametrize("target", ["x", "gone"])
-def test_a_link_where_the_file_shall_be_is_not_followed(place, small, target):
-    for ending in ("", f".{os.getpid()}.part"):
+def test_link_at_the_target_path_is_not_followed(place, small, target):
+    for ending in ("", ".part"):
         (place / f"output/y_00001_.seed.safetensors{ending}").symlink_to(place / "outside" / target)
     small["SaveSeed"].save("y")
     assert (place / "outside/x").read_text() == "secret" and not (place / "outside/gone").exists()
     assert (place / "output/y_00002_.seed.safetensors").is_file()
 
 
-# ---- what is read ----
+# ---- loading ----
 
 LOADING = {
     "LoadCasDMHead": ("file", ".safetensors"),
@@ -229,9 +229,9 @@ NAMES += [
     "..",
     "/",
     "link/x{}",
+    "link/../outside/x{} [output]",
 ]
 NAMES += [
-    "link/x{} [output]",
     "~/x{}",
     "file://{{outside}}/x{}",
     "../outside/x{} [temp]",
@@ -255,12 +255,12 @@ def test_nothing_outside_is_read(place, monkeypatch, name):
     cls, opened = NODES[name], []
     hook = opened.append
     files = [place / "outside", place / f"x{ending}", Path("/etc"), Path("/proc")]
-    with listening(hook):
+    with recording_opened_files(hook):
         for raw in NAMES:
             value = raw.format(ending).replace("{outside}", str(place / "outside"))
-            told = {} if name == "LoadMaskedTokenLora" else {id: value}
-            if told and "validate_inputs" in vars(cls):
-                assert isinstance(cls.validate_inputs(**told), str), value
+            validated = {} if name == "LoadMaskedTokenLora" else {id: value}
+            if validated and "validate_inputs" in vars(cls):
+                assert isinstance(cls.validate_inputs(**validated), str), value
             others = {
                 "LoadMaskedTokenLora": dict(model=None, strength=1.0, alpha=0.0),
                 "LoadTrainingPairs": dict(first=0, count=0),
@@ -275,38 +275,41 @@ def test_nothing_outside_is_read(place, monkeypatch, name):
     assert not read
 
 
-class listening:
-    """``told(path)`` of every file that Python opens meanwhile. An audit hook cannot be taken off, so that one is kept."""
+class recording_opened_files:
+    """Context that calls ``callback(path)`` for every file that Python opens by an absolute path.
 
-    told = None
+    Audit hooks cannot be removed, so all contexts use one hook.
+    """
 
-    def __init__(self, told):
-        self.mine = told
+    callback = None
+
+    def __init__(self, callback):
+        self.own_callback = callback
 
     def __enter__(self):
         import sys
 
-        if not hasattr(listening, "hung"):
-            listening.hung = True
-            sys.addaudithook(listening.hear)
-        listening.told = self.mine
+        if not hasattr(recording_opened_files, "installed"):
+            recording_opened_files.installed = True
+            sys.addaudithook(recording_opened_files.audit)
+        recording_opened_files.callback = self.own_callback
 
     def __exit__(self, *_):
-        listening.told = None
+        recording_opened_files.callback = None
 
     @staticmethod
-    def hear(event, arguments):
+    def audit(event, arguments):
         if (
-            listening.told is not None
+            recording_opened_files.callback is not None
             and event == "open"
             and isinstance(arguments[0], str)
             and os.path.isabs(arguments[0])
         ):
-            listening.told(arguments[0])
+            recording_opened_files.callback(arguments[0])
 
 
 @pytest.mark.parametrize("name", LOADING)
-def test_the_server_refuses_what_it_did_not_offer(comfy, name):
+def test_server_rejects_names_that_it_does_not_offer(comfy, name):
     id, ending = LOADING[name]
     needs = {"LoadTrainingPairs": dict(first=0, count=0), "LoadMaskedTokenModel": {}}
     prompt = {
@@ -325,7 +328,7 @@ def test_the_server_refuses_what_it_did_not_offer(comfy, name):
 
 
 @pytest.mark.parametrize("prefix", ["../x", "/etc/x", "x\0y", "x" * 5000, ".."])
-def test_a_refusal_reaches_the_user_from_its_node(server, comfy, prefix):
+def test_error_about_the_prefix_reaches_the_user(server, comfy, prefix):
     before = tree(Path(server.base))
     prompt = {
         "1": {

@@ -1,4 +1,4 @@
-"""Mixed workflows of two clients on one server, and of two servers at once: each gives the bits that it gives alone."""
+"""Mixed workflows of two clients on one server, or of two servers at once, return the same bits as when run alone."""
 
 import random
 import time
@@ -11,8 +11,8 @@ from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import Graph, digest
 from chorus.tests.support.real_comfyui import fresh_server
 
-# most of them twice; trainings, which take seconds, once
-WORK = {
+# most techniques run twice; trainings run once, because they take seconds
+RUNS = {
     f"{technique} {seed}": (technique, seed, widgets)
     for technique, seeds, widgets in (
         ("blend", (1, 2), {"sampler_name": "euler_ancestral"}),
@@ -33,7 +33,7 @@ WORK = {
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
-    """Another server, which starts while the first is at work."""
+    """A second server, started while the first runs workflows."""
     opened = fresh_server(tmp_path_factory.mktemp("second"))
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(opened.__enter__)
@@ -55,35 +55,35 @@ def queued(client: Client, graph, prefix: str, names: list[str]) -> list[str]:
 
 
 def _queue(client: Client, graph, prefix: str, name: str) -> str:
-    technique, seed, widgets = WORK[name]
+    technique, seed, widgets = RUNS[name]
     return client.queue(graph.work(technique, f"{prefix}/{name}", seed=seed, **widgets))
 
 
-def bits(base: Path, prefix: str) -> dict[str, str]:
-    return {name: digest(base / "output", f"{prefix}/{name}") for name in WORK}
+def digests(base: Path, prefix: str) -> dict[str, str]:
+    return {name: digest(base / "output", f"{prefix}/{name}") for name in RUNS}
 
 
 @pytest.fixture(scope="module")
 def alone(server, graph):
-    """What a single queue gives, in order."""
+    """Digests of all runs from a single queue, in order."""
     with Client(server.address) as client:
         client.free()
-        for prompt_id in queued(client, graph, "alone", [*WORK]):
+        for prompt_id in queued(client, graph, "alone", [*RUNS]):
             assert client.follow(prompt_id).status == "success"
-    return bits(server.base, "alone")
+    return digests(server.base, "alone")
 
 
 def shuffled(seed: int) -> list[str]:
-    names = [*WORK]
+    names = [*RUNS]
     random.Random(seed).shuffle(names)
     return names
 
 
-def test_every_work_is_another(alone):
-    assert len(set(alone.values())) == len(WORK)
+def test_all_runs_have_different_results(alone):
+    assert len(set(alone.values())) == len(RUNS)
 
 
-def test_two_clients_of_one_server_with_a_cancelled_run_between(server, graph, alone, record_property):
+def test_two_clients_of_one_server_with_a_cancelled_run(server, graph, alone, record_property):
     names, start = shuffled(1), time.monotonic()
     with Client(server.address) as one, Client(server.address) as other:
         one.free()
@@ -92,7 +92,7 @@ def test_two_clients_of_one_server_with_a_cancelled_run_between(server, graph, a
         for k, name in enumerate(names):
             client = one if k % 2 else other
             prompt_ids[_queue(client, graph, "two", name)] = client
-            if k % 5 == 4:  # between runs the host forgets all models and results
+            if k % 5 == 4:  # makes ComfyUI unload all models and cached results
                 client.post("/free", {"unload_models": True, "free_memory": True})
 
         def cancel(kind, data):
@@ -100,11 +100,11 @@ def test_two_clients_of_one_server_with_a_cancelled_run_between(server, graph, a
                 one.interrupt()
 
         assert one.follow(cancelled, cancel).status == "interrupted"
-        for client in (other, one):  # each hears of its own runs only
+        for client in (other, one):  # each client receives only the messages of its own runs
             for prompt_id in [p for p, owner in prompt_ids.items() if owner is client]:
                 assert client.follow(prompt_id).status == "success"
-    assert bits(server.base, "two") == alone
-    record_property("workflows", len(WORK))
+    assert digests(server.base, "two") == alone
+    record_property("workflows", len(RUNS))
     record_property("seconds", round(time.monotonic() - start, 1))
 
 
@@ -114,17 +114,17 @@ def test_two_servers_at_once(server, second, graph, alone, record_property):
     clients = [Client(one.address) for one in servers]
     clients[0].free()
     try:
-        waiting = [
+        pending = [
             (client, prompt_id)
             for client, seed in zip(clients, (2, 3))
             for prompt_id in queued(client, graph, "both", shuffled(seed))
         ]
-        for client, prompt_id in waiting:
+        for client, prompt_id in pending:
             assert client.follow(prompt_id).status == "success"
     finally:
         for client in clients:
             client.close()
     for one in servers:
-        assert bits(one.base, "both") == alone
-    record_property("workflows", 2 * len(WORK))
+        assert digests(one.base, "both") == alone
+    record_property("workflows", 2 * len(RUNS))
     record_property("seconds", round(time.monotonic() - start, 1))

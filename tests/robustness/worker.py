@@ -1,9 +1,11 @@
-"""A process of its own that loads damaged files, so that a crash is seen as one and memory is its alone.
+"""Worker process that loads damaged files, so that crashes and memory use can be observed separately.
 
-python tests/robustness/worker.py FOLDER NAME=COUNT...  tries so many different files with each of these loaders, drawn alike
-in every run. What came of it is in FOLDER/NAME.json; below FOLDER/NAME lie the files of the last case: the one that ended the
-process, or the simplest that fails. NAME "kills" is savers.py's. It runs in the environment of the tests: with ComfyUI at
-$COMFYUI_PATH and torch.
+    python tests/robustness/worker.py FOLDER NAME=COUNT...
+
+This command tries COUNT different files with each loader NAME. The files are the same in every run. Results are written
+to FOLDER/NAME.json. FOLDER/NAME holds the files of the last case: the case that ended the process, or the simplest
+failing case. The NAME "kills" runs savers.py. The worker needs the environment of the tests: torch, and ComfyUI at
+$COMFYUI_PATH.
 """
 
 import importlib.util
@@ -23,28 +25,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-LIMIT = 6  # GiB of addresses; what asks for more gets a MemoryError
-PATIENCE = 20  # seconds a case may take before the process is ended by the system's alarm
-OVERALL = 300  # seconds for anything else
+LIMIT = 6  # GiB of address space; larger allocations raise MemoryError
+PATIENCE = 20  # seconds for one case before SIGALRM ends the process
+OVERALL = 300  # seconds for startup, and for the time between two cases
 
 
 @contextmanager
-def working(folder: Path, tasks: Mapping[str, int]) -> Iterator[Callable[[str], dict]]:
-    """A process that does the ``tasks`` in their order; gives a function that waits for the result of one.
+def worker_process(folder: Path, tasks: Mapping[str, int]) -> Iterator[Callable[[str], dict]]:
+    """A process that runs the ``tasks`` in order. Yields a function that waits for the result of one task.
 
-    That raises an AssertionError where the process has ended before.
+    The function raises AssertionError if the process ends before the task is done.
     """
-    quiet = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    single_threaded = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder), *(f"{name}={count}" for name, count in tasks.items())]
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **quiet}, cwd=folder)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **single_threaded}, cwd=folder)
 
     def result(name: str) -> dict:
         file = folder / f"{name}.json"
         while not file.exists() and process.poll() is None:
             time.sleep(0.05)
-        # a signal is a negative number: -11 a crash, -14 the alarm for a case that does not end
-        ended = f"the process ended with {process.returncode} before {name} was done; the last case is below {folder}"
+        # a negative code is a signal: -11 for a crash, -14 for the alarm that ends an endless case
+        ended = (
+            f"the process ended with code {process.returncode} before {name} was done; see the last case below {folder}"
+        )
         assert file.exists(), f"{ended}\n{(folder / 'log').read_text(errors='replace')[-2000:]}"
         return json.loads(file.read_text())
 
@@ -56,26 +60,26 @@ def working(folder: Path, tasks: Mapping[str, int]) -> Iterator[Callable[[str], 
 
 
 def start() -> None:
-    """Make the pack and the host importable, quiet and single-threaded."""
+    """Make the pack and ComfyUI importable, without log output and single-threaded."""
     root = Path(__file__).resolve().parents[2]
     spec = importlib.util.spec_from_file_location("chorus_run", root / "run.py")
     sys.modules["chorus_run"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["chorus_run"])
     from chorus.dev import headless
 
-    sys.argv = sys.argv[:1]  # the host reads it
+    sys.argv = sys.argv[:1]  # ComfyUI parses the arguments
     headless.start()
     import torch
 
     torch.set_num_threads(1)
     for layer in (torch.nn.Linear, torch.nn.modules.conv._ConvNd):
-        layer.reset_parameters = lambda self: None  # every weight is read from a file; drawing them takes half the time
+        layer.reset_parameters = lambda self: None  # weights are read from files; initialising them takes half the time
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
 
 def memory(key: str) -> int:
-    """MB of this process: VmRSS, or VmHWM, the most since ``forget_peak``."""
+    """Memory of this process in MB. ``key``: VmRSS for the memory in use, VmHWM for the peak since ``forget_peak``."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
     return int(line.split()[1]) // 1024
 
@@ -86,13 +90,13 @@ def forget_peak() -> None:
 
 def check_refusal(error: ValueError, names: tuple[str, ...]) -> None:
     text = str(error)
-    assert type(error) is ValueError, f"an error of the kind {type(error).__name__}"
+    assert type(error) is ValueError, f"expected ValueError, got {type(error).__name__}"
     assert any(name in text for name in names), f"the error does not name the file: {text[:300]}"
     assert len(text) <= 3000, f"the error has {len(text)} characters: {text[:300]}"
 
 
 def outcome(loader) -> str:
-    """Whether the case is "loaded" or "refused"; an error where the loader does anything else."""
+    """Load the case; return "loaded" or "refused", and raise for any other behaviour."""
     try:
         loader.load()
         return "loaded"
@@ -103,17 +107,19 @@ def outcome(loader) -> str:
         ran = loader.marker.exists()
         if ran:
             shutil.rmtree(loader.marker) if loader.marker.is_dir() else loader.marker.unlink()
-        assert not ran, "code of the file has run"
+        assert not ran, "code of the file was run"
 
 
 def fuzz(loader, count: int) -> dict:
-    """Try so many different cases of the loader, and count what comes of them."""
+    """Try ``count`` different cases of the loader and count the outcomes."""
     from hypothesis import HealthCheck, Verbosity, given, settings
     from hypothesis.internal.conjecture import providers
 
+    # with derandomize, hypothesis derives its seed from the source of try_all, so any edit of it changes the files
     found, passed = {"loaded": 0, "refused": 0, "slowest": 0.0, "peak_growth_mb": 0}, set()
 
-    # other choices often make the same files; quiet: a file that fails is kept, printed it would hide why
+    # max_examples is five times as large, because many examples have equal files; quiet, because printed files would
+    # hide the error
     @settings(
         max_examples=5 * count,
         derandomize=True,
@@ -139,7 +145,7 @@ def fuzz(loader, count: int) -> dict:
 
     began, broken = time.monotonic(), ""
     try:
-        # else constants in any module that is loaded, the host's too, would change what is drawn
+        # without this patch, constants in loaded modules, including ComfyUI's, would change the generated cases
         with patch.object(providers, "_get_local_constants", providers.Constants):
             try_all()
     except BaseException:

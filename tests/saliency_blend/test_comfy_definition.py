@@ -1,4 +1,7 @@
-"""The node through the real KSampler against the definition: every step's mask and prediction on the node's own x."""
+"""The mask and the prediction of every step in ComfyUI's KSampler, compared with the definition at the same x.
+
+The definition is the float64 computation in tests/support/blend_definition.py.
+"""
 
 from dataclasses import replace
 
@@ -22,13 +25,13 @@ def models():
 
 
 SIZES = {"64x64": (64, 64), "17x23": (17, 23)}
-STEPS = {"64x64": 1, "17x23": 3}  # a step at 64x64 costs as much as ten at the odd size
+STEPS = {"64x64": 1, "17x23": 3}  # a step at 64x64 takes as long as ten steps at 17x23
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("saliency", ["own", "shared"])
-def test_mask_and_prediction_are_the_definition(models, saliency, count, size):
+def test_mask_and_prediction_match_the_definition(models, saliency, count, size):
     strengths = [1.3, 0.8, 1.7][:count]
     inputs = dict(general_strength=strengths[0], saliency=saliency)
     record, calls, pairs = run(
@@ -41,12 +44,12 @@ def test_mask_and_prediction_are_the_definition(models, saliency, count, size):
     for i, call in enumerate(calls):
         expected = definition(call, pairs[i], strengths=strengths, guidance=[CFG] * count, saliency=saliency)
         check_step(record, i, call, expected)
-        assert all(0.02 < share < 0.98 for share in expected.weights.mean((1, 2, 3))), "one model has everything"
+        assert all(0.02 < share < 0.98 for share in expected.weights.mean((1, 2, 3))), "one model owns everything"
 
 
 @pytest.mark.parametrize("saliency", ["own", "shared"])
 @pytest.mark.parametrize("softness", [1.0, 0.1])
-def test_soft_mask_is_the_definition_everywhere(models, softness, saliency):
+def test_soft_mask_matches_the_definition_at_every_position(models, softness, saliency):
     nodes = [
         dict(expert_strength=40.0, general_strength=30.0, mask_mode="soft", softness=softness, saliency=saliency)
     ] * 2
@@ -60,13 +63,13 @@ def test_soft_mask_is_the_definition_everywhere(models, softness, saliency):
 
 
 @pytest.mark.parametrize("blur", [1, 2, 3, 8])
-def test_blur_is_the_definition(models, blur):
+def test_blur_matches_the_definition(models, blur):
     record, calls, pairs = run(models[:2], prompts(2), latent(1, 12, 10), [dict(blur=blur)])
     for i, call in enumerate(calls):
         check_step(record, i, call, definition(call, pairs[i], strengths=[1, 1], guidance=[CFG] * 2, blur=blur))
 
 
-def test_last_node_of_the_chain_sets_what_all_share(models):
+def test_last_node_of_the_chain_sets_the_joint_settings(models):
     first = dict(general_strength=9.0, saliency="shared", blur=9, mask_mode="soft", softness=3.0)
     last = dict(general_strength=1.5, saliency="own", blur=3, mask_mode="hard")
     record, calls, pairs = run(models, prompts(3), latent(1, 12, 10), [first, last])
@@ -74,13 +77,13 @@ def test_last_node_of_the_chain_sets_what_all_share(models):
         check_step(record, i, call, definition(call, pairs[i], strengths=[1.5, 1, 1], guidance=[CFG] * 3, blur=3))
 
 
-def test_expert_cfg_guides_the_expert_alone(models):
+def test_expert_cfg_guides_only_its_expert(models):
     record, calls, pairs = run(models, prompts(3), latent(2, 17, 23), [dict(expert_cfg=2.0), dict(expert_cfg=9.0)])
     for i, call in enumerate(calls):
         check_step(record, i, call, definition(call, pairs[i], strengths=[1, 1, 1], guidance=[CFG, 2.0, 9.0]))
 
 
-def test_expert_cfg_never_scales_the_shared_saliency(models):
+def test_expert_cfg_does_not_scale_the_shared_saliency(models):
     record, calls, pairs = run(models[:2], prompts(2), latent(1, 12, 10), [dict(expert_cfg=2.0, saliency="shared")])
     for i, call in enumerate(calls):
         expected = definition(call, pairs[i], strengths=[1, 1], guidance=[CFG, 2.0], saliency="shared")
@@ -88,7 +91,7 @@ def test_expert_cfg_never_scales_the_shared_saliency(models):
 
 
 def percent(model, sigma):
-    """Sampling percent of a noise level, by the host's own table of sigmas: 0 is pure noise."""
+    """Sampling percent of ``sigma`` by ComfyUI's table of sigmas. Percent 0 is pure noise."""
     table = model.get_model_object("model_sampling").sigmas.double().numpy()
     return 1 - np.interp(np.log(sigma), np.log(table), np.arange(len(table))) / (len(table) - 1)
 
@@ -98,23 +101,23 @@ def test_bias_is_added_to_the_log_score(models, ramp):
     start, end, bias = 0.1, 0.9, 0.2
     node = dict(bias=bias, ramp=ramp, start_percent=start, end_percent=end)
     record, calls, pairs = run(models[:2], prompts(2), latent(1, 12, 10), [node], steps=5)
-    seen = []
+    inside = []
     for i, call in enumerate(calls):
         done = (percent(models[0], call.sigma[0].double().numpy()) - start) / (end - start)
         if not 0 <= done < 1:
             continue
-        seen.append(done)
-        now = bias * {"constant": 1, "rising": done, "falling": 1 - done}[ramp]
-        extra = np.array([0, now]).reshape(2, 1, 1, 1)
+        inside.append(done)
+        ramped = bias * {"constant": 1, "rising": done, "falling": 1 - done}[ramp]
+        extra = np.array([0, ramped]).reshape(2, 1, 1, 1)
         expected = definition(call, pairs[i], strengths=[1, 1], guidance=[CFG] * 2, extra=extra)
         check_step(record, i, call, expected)
-    assert len(seen) >= 3
+    assert len(inside) >= 3
 
 
-def test_outside_its_window_the_expert_is_not_there(models):
+def test_expert_takes_part_only_inside_its_window(models):
     node = dict(start_percent=0.3, end_percent=0.7)
-    words = prompts(3)
-    record, calls, pairs = run(models, words, latent(1, 12, 10), [node, dict(end_percent=0.5)], steps=8)
+    sides = prompts(3)
+    record, calls, pairs = run(models, sides, latent(1, 12, 10), [node, dict(end_percent=0.5)], steps=8)
     taking_part = []
     for i, call in enumerate(calls):
         now = percent(models[0], call.sigma[0].double().numpy())
@@ -135,7 +138,10 @@ def test_outside_its_window_the_expert_is_not_there(models):
 
 
 def resize(mask, height, width):
-    """Antialiased bilinear: a triangle as wide as the ratio of sizes, pixel centres at halves."""
+    """Antialiased bilinear resize: a triangle filter whose width is the ratio of the sizes, and at least 1.
+
+    Pixel centres are at 0.5, 1.5 and so on.
+    """
 
     def weights(source, target):
         ratio = source / target
@@ -149,32 +155,32 @@ def resize(mask, height, width):
 
 @pytest.mark.parametrize("mode", ["compete", "force"])
 @pytest.mark.parametrize("mask_size", [(2, 12, 10), (1, 96, 80), (1, 25, 33), (1, 6, 7)], ids=str)
-def test_region(models, mode, mask_size):
+def test_region_matches_the_definition(models, mode, mask_size):
     region = torch.rand(mask_size, generator=torch.Generator().manual_seed(0))
     region[:, : mask_size[1] // 3] = 0.0
     region[:, -mask_size[1] // 3 :] = 1.0
     record, calls, pairs = run(
         models[:2], prompts(2), latent(2, 12, 10), [dict(region=region, region_mode=mode)], steps=2
     )
-    small = np.broadcast_to(resize(region.double().numpy(), 12, 10), (2, 12, 10))
-    # the mask arrives in float32: leave out what lies on the threshold
-    clear = np.abs(small - 0.5) > 1e-6
+    resized = np.broadcast_to(resize(region.double().numpy(), 12, 10), (2, 12, 10))
+    # positions at the threshold 0.5 are not compared, because rounding decides them: the node resizes in float32
+    off_threshold = np.abs(resized - 0.5) > 1e-6
     for i, call in enumerate(calls):
         if mode == "compete":
             with np.errstate(divide="ignore"):
-                extra = np.stack([np.zeros_like(small), np.log(small)])
+                extra = np.stack([np.zeros_like(resized), np.log(resized)])
         else:
-            extra = np.where(np.stack([small < 0.5, small >= 0.5]), 1e9, -1e9)
+            extra = np.where(np.stack([resized < 0.5, resized >= 0.5]), 1e9, -1e9)
         expected = definition(call, pairs[i], strengths=[1, 1], guidance=[CFG] * 2, extra=extra)
         if mode == "force":
-            expected.certain &= clear
+            expected.certain &= off_threshold
         check_step(record, i, call, expected)
         assert 0.02 < expected.weights[1].mean() < 0.98
         if mode == "compete":
-            assert not expected.weights[1][small == 0].any()
+            assert not expected.weights[1][resized == 0].any()
 
 
-def test_noise_mask_and_start_from_a_picture(models):
+def test_noise_mask_and_denoise_match_the_definition(models):
     generator = torch.Generator().manual_seed(3)
     samples = {
         "samples": torch.randn(2, 4, 12, 10, generator=generator),
@@ -186,7 +192,7 @@ def test_noise_mask_and_start_from_a_picture(models):
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "uni_pc"])
-def test_other_samplers(models, sampler):
+def test_other_samplers_match_the_definition(models, sampler):
     record, calls, pairs = run(models[:2], prompts(2), latent(2, 17, 23), [{}], sampler=sampler, scheduler="karras")
     for i, call in enumerate(calls):
         check_step(record, i, call, definition(call, pairs[i], strengths=[1, 1], guidance=[CFG] * 2))

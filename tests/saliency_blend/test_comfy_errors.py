@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the value and the remedy, or the documented behaviour."""
+"""Invalid inputs raise errors with the value and a remedy, or have the documented effect."""
 
 import comfy.latent_formats
 import comfy.samplers
@@ -10,7 +10,7 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from chorus.dev.tools.client import WorkflowError
 from chorus.tests.support.tiny_models import blend, conditioning, in_inference_mode, ksample, latent, unet, view
 
-WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
+PROMPTS, EXPERT_PROMPTS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,11 @@ def models():
 
 
 def sample(model, samples=None, **sampling):
-    return ksample(model, *WORDS, samples or latent(2, 12, 10), **{"steps": 2, **sampling})
+    return ksample(model, *PROMPTS, samples or latent(2, 12, 10), **{"steps": 2, **sampling})
 
 
 @pytest.mark.parametrize("latent_format", [comfy.latent_formats.SD3, comfy.latent_formats.SDXL])
-def test_expert_of_another_latent_space_names_both_formats(models, latent_format):
+def test_latent_space_mismatch_error_names_both_formats(models, latent_format):
     theirs = latent_format()
     described = rf"'odd'.*{latent_format.__name__} \({theirs.latent_channels} channels.*SD15 \(4 channels"
     with pytest.raises(ValueError, match=described):
@@ -33,13 +33,13 @@ def test_expert_of_another_latent_space_names_both_formats(models, latent_format
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("saliency", ["own", "shared"])
 @pytest.mark.parametrize("side", ["base", "expert"])
-def test_a_prediction_that_is_not_finite_names_the_model(models, side, saliency, value):
+def test_non_finite_prediction_error_names_the_model(models, side, saliency, value):
     broken = unet(5)
     with torch.inference_mode():
         broken.model.diffusion_model.out[-1].bias[1] = value
     base, expert = (broken, models[1]) if side == "base" else (models[0], broken)
-    model, trace = blend(base, expert, *EXPERT_WORDS, label="painter", saliency=saliency)
-    name = "base" if side == "base" else "painter"
+    model, trace = blend(base, expert, *EXPERT_PROMPTS, label="expert", saliency=saliency)
+    name = "base" if side == "base" else "expert"
     with pytest.raises(ValueError, match=rf"'{name}' is not finite .* at sigma 14\.61"):
         sample(model)
     assert trace.record is None
@@ -47,41 +47,37 @@ def test_a_prediction_that_is_not_finite_names_the_model(models, side, saliency,
 
 @pytest.mark.parametrize("saliency", ["own", "shared"])
 @pytest.mark.parametrize("which", ["positive", "negative"])
-def test_a_conditioning_that_is_not_finite_names_the_model(models, which, saliency):
-    poisoned = [[torch.full_like(EXPERT_WORDS[0][0][0], float("nan")), EXPERT_WORDS[0][0][1]]]
-    words = {"positive": EXPERT_WORDS[0], "negative": EXPERT_WORDS[1], which: poisoned}
-    with pytest.raises(ValueError, match="'painter' is not finite"):
-        sample(blend(*models, **words, label="painter", saliency=saliency)[0])
+def test_non_finite_conditioning_error_names_the_model(models, which, saliency):
+    non_finite = [[torch.full_like(EXPERT_PROMPTS[0][0][0], float("nan")), EXPERT_PROMPTS[0][0][1]]]
+    prompts = {"positive": EXPERT_PROMPTS[0], "negative": EXPERT_PROMPTS[1], which: non_finite}
+    with pytest.raises(ValueError, match="'expert' is not finite"):
+        sample(blend(*models, **prompts, label="expert", saliency=saliency)[0])
 
 
 @pytest.mark.parametrize("mode", ["compete", "force"])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_region_of_another_batch_count_repeats_as_the_host_repeats_masks(models, mode, count):
-    """Too few masks start over, too many are not looked at."""
-    region = torch.rand(count, 12, 10, generator=torch.Generator().manual_seed(0))
-    fitting = torch.cat([region] * 3)[:3]
-    got, wanted = (
-        sample(blend(*models, *EXPERT_WORDS, region=r, region_mode=mode)[0], latent(3, 12, 10))
-        for r in (region, fitting)
-    )
-    assert torch.equal(got, wanted)
+def test_region_of_another_number_of_masks_rejected(models, mode):
+    region = torch.rand(4, 12, 10, generator=torch.Generator().manual_seed(0))
+    for count in (2, 4):
+        blended = blend(*models, *EXPERT_PROMPTS, region=region[:count], region_mode=mode, label="cats")[0]
+        with pytest.raises(ValueError, match=rf"expected 1 mask .* 3 masks .* the region of 'cats', got {count} masks"):
+            sample(blended, latent(3, 12, 10))
 
 
-def test_region_without_a_batch_axis(models):
+def test_region_without_a_batch_axis_accepted(models):
     region = torch.rand(12, 10, generator=torch.Generator().manual_seed(0))
-    got, wanted = (sample(blend(*models, *EXPERT_WORDS, region=r)[0]) for r in (region, region[None]))
-    assert torch.equal(got, wanted)
+    got, expected = (sample(blend(*models, *EXPERT_PROMPTS, region=r)[0]) for r in (region, region[None]))
+    assert torch.equal(got, expected)
 
 
-def test_region_beyond_0_to_1_is_clipped(models):
+def test_region_beyond_0_to_1_clipped(models):
     region = torch.rand(1, 12, 10, generator=torch.Generator().manual_seed(0)) * 3 - 1
-    got, wanted = (sample(blend(*models, *EXPERT_WORDS, region=r)[0]) for r in (region, region.clamp(0, 1)))
-    assert torch.equal(got, wanted)
+    got, expected = (sample(blend(*models, *EXPERT_PROMPTS, region=r)[0]) for r in (region, region.clamp(0, 1)))
+    assert torch.equal(got, expected)
 
 
-def test_region_that_is_not_finite_is_refused(models):
-    with pytest.raises(ValueError, match=r"region of 'painter'.*not finite"):
-        sample(blend(*models, *EXPERT_WORDS, region=torch.full((1, 12, 10), float("nan")), label="painter")[0])
+def test_non_finite_region_rejected(models):
+    with pytest.raises(ValueError, match=r"region of 'expert'.*not finite"):
+        sample(blend(*models, *EXPERT_PROMPTS, region=torch.full((1, 12, 10), float("nan")), label="expert")[0])
 
 
 @in_inference_mode
@@ -90,45 +86,60 @@ def sample_guider(guider, sigmas):
     return custom.SamplerCustomAdvanced.execute(noise, guider, euler, sigmas, latent(1, 12, 10)).args[0]["samples"]
 
 
-@pytest.mark.parametrize("sigmas", [[], [5.0]], ids=["none", "one"])
-def test_no_steps_is_what_the_host_makes_of_it(models, sigmas):
-    model, trace = blend(*models, *EXPERT_WORDS)
+@pytest.mark.parametrize("sigmas", [[], [5.0]], ids=["no sigma", "one sigma"])
+def test_schedule_without_steps_gives_the_same_bits_as_without_the_blend(models, sigmas):
+    model, trace = blend(*models, *EXPERT_PROMPTS)
     sigmas = torch.tensor(sigmas)
-    got, wanted = (sample_guider(custom.CFGGuider.execute(m, *WORDS, 5.0).args[0], sigmas) for m in (model, models[0]))
-    assert torch.equal(got, wanted)
+    got, expected = (
+        sample_guider(custom.CFGGuider.execute(m, *PROMPTS, 5.0).args[0], sigmas) for m in (model, models[0])
+    )
+    assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="no finished run"):
         view(trace, {"samples": got})
 
 
-def test_no_steps_after_a_run_shows_no_stale_run_as_this_one(models):
-    model, trace = blend(*models, *EXPERT_WORDS)
+def test_view_marks_an_older_run_after_a_schedule_without_steps(models):
+    model, trace = blend(*models, *EXPERT_PROMPTS)
     sample(model)
-    got = sample_guider(custom.CFGGuider.execute(model, *WORDS, 5.0).args[0], torch.tensor([]))
+    got = sample_guider(custom.CFGGuider.execute(model, *PROMPTS, 5.0).args[0], torch.tensor([]))
     assert "not from the run shown here" in view(trace, {"samples": got})[2]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 12, 10), (2, 4, 3, 12, 10)], ids=["images", "video"])
+def test_view_without_a_trace_shows_why(shape):
+    image, mask, report = view(None, {"samples": torch.zeros(shape)})
+    assert image.shape[0] == 2 and len(image.unique()) > 10
+    assert torch.equal(mask, torch.zeros(2 * (3 if len(shape) == 5 else 1), 12, 10))
+    assert "bypassed" in report
+
+
+def test_view_without_samples_is_refused():
+    with pytest.raises(ValueError, match="expected LATENT for samples, got null; connect a latent"):
+        view(None, None)
 
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (dict(expert_cfg=3.0), "expert_cfg 3 of 'painter'.*single cfg.*CFGGuider"),
-        (dict(saliency="shared"), "saliency 'shared'.*no single.*'own'"),
+        (dict(expert_cfg=3.0), "expert_cfg 3 of 'expert'.*single cfg.*CFGGuider"),
+        (dict(saliency="shared"), "saliency 'shared'.*single cfg.*'own'"),
     ],
     ids=["expert_cfg", "shared"],
 )
-def test_a_guider_of_several_scales(models, inputs, message):
-    model = blend(*models, *EXPERT_WORDS, label="painter", **inputs)[0]
-    guider = custom.DualCFGGuider.execute(model, WORDS[0], conditioning(50), WORDS[1], 3.0, 2.0, "regular").args[0]
+def test_guider_with_several_cfg_scales_rejected(models, inputs, message):
+    model = blend(*models, *EXPERT_PROMPTS, label="expert", **inputs)[0]
+    guider = custom.DualCFGGuider.execute(model, PROMPTS[0], conditioning(50), PROMPTS[1], 3.0, 2.0, "regular").args[0]
     with pytest.raises(ValueError, match=message):
         sample_guider(guider, torch.tensor([5.0, 1.0, 0.0]))
 
 
-def test_expert_cfg_beside_cfg_0(models):
-    with pytest.raises(ValueError, match=r"expert_cfg 3 of 'painter'.*cfg 0"):
-        sample(blend(*models, *EXPERT_WORDS, expert_cfg=3.0, label="painter")[0], cfg=0.0)
+def test_expert_cfg_with_cfg_0_rejected(models):
+    with pytest.raises(ValueError, match=r"expert_cfg 3 of 'expert'.*cfg 0"):
+        sample(blend(*models, *EXPERT_PROMPTS, expert_cfg=3.0, label="expert")[0], cfg=0.0)
 
 
-def test_context_windows_are_refused(models):
-    model = blend(*models, *EXPERT_WORDS)[0]
+def test_context_windows_rejected(models):
+    model = blend(*models, *EXPERT_PROMPTS)[0]
     with torch.inference_mode():
         model = ContextWindowsManualNode.execute(
             model, 6, 2, "standard_static", 1, False, "pyramid", 2, False, "", False, "", False
@@ -137,22 +148,22 @@ def test_context_windows_are_refused(models):
         sample(model)
 
 
-def test_a_latent_that_is_no_picture_is_refused(models):
-    model = blend(*models, *EXPERT_WORDS)[0]
-    with pytest.raises(ValueError, match="3 axes"):
+def test_latent_with_3_axes_rejected(models):
+    model = blend(*models, *EXPERT_PROMPTS)[0]
+    with pytest.raises(ValueError, match=r"expected a latent of images \[B, C, H, W\] or video"):
         sample(model, {"samples": torch.zeros(1, 4, 120)})
 
 
-def test_a_failed_run_leaves_the_models_as_they_were(models):
+def test_failed_run_leaves_the_models_unchanged(models):
     before = [sample(m) for m in models]
     narrow = [[torch.zeros(1, 5, 7), {}]]
-    with pytest.raises(ValueError, match="cannot read what it was given"):
+    with pytest.raises(ValueError, match="inputs do not fit the layers"):
         sample(blend(*models, narrow, narrow)[0])
     assert all(m.model.current_patcher is None for m in models)
     assert all(torch.equal(sample(m), b) for m, b in zip(models, before, strict=True))
 
 
-def test_a_missing_expert_is_refused_by_the_host(comfy):
+def test_missing_expert_rejected_by_comfyui(comfy):
     prompt = {
         "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "none.safetensors", "weight_dtype": "default"}},
         "2": {"class_type": "SaliencyNoiseBlend", "inputs": {"model": ["1", 0]}},
@@ -160,3 +171,39 @@ def test_a_missing_expert_is_refused_by_the_host(comfy):
     }
     with pytest.raises(WorkflowError, match=r"SaliencyNoiseBlend.*expert|expert.*SaliencyNoiseBlend"):
         comfy.run(prompt)
+
+
+@pytest.mark.parametrize("mode", ["compete", "force"])
+def test_empty_region_is_reported_by_sample(models, mode):
+    region = torch.ones(3, 12, 10)
+    region[0] = region[2] = 0.0
+    region[1, 0, 0] = 0.9
+    blended, trace = blend(*models, *EXPERT_PROMPTS, region=region, region_mode=mode, label="cats")
+    sample(blended, latent(3, 12, 10))
+    report = trace.record.report()
+    limit = "below 0.5" if mode == "force" else "0"
+    assert (
+        f"the region of 'cats' is {limit} everywhere in samples 1 and 3, so that it generates nothing there" in report
+    )
+    assert "Load Image" not in report
+    shares = next(line for line in report.splitlines() if line.startswith("cats, over the whole run in each sample"))
+    numbers = shares.split(": ")[1].split(", ")
+    assert len(numbers) == 3 and numbers[0] == numbers[2] == "0.0 %" and numbers[1] != "0.0 %"
+
+
+def test_empty_mask_of_load_image_as_region_is_reported(models):
+    blended, trace = blend(*models, *EXPERT_PROMPTS, region=torch.zeros(1, 64, 64), label="cats")
+    assert torch.equal(sample(blended), sample(models[0]))
+    report = trace.record.report()
+    assert (
+        "the region of 'cats' is 0 everywhere, so that it generates nothing there; this is the empty 64x64 mask"
+        in report
+    )
+
+
+def test_non_finite_prediction_error_names_the_sample(models):
+    rows = torch.cat([EXPERT_PROMPTS[0][0][0]] * 3)
+    rows[1] = float("nan")
+    positive = [[rows, EXPERT_PROMPTS[0][0][1]]]
+    with pytest.raises(ValueError, match=r"'cats' is not finite .* at sigma [0-9.]+ in sample 2;"):
+        sample(blend(*models, positive, EXPERT_PROMPTS[1], label="cats")[0], latent(3))

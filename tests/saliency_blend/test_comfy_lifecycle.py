@@ -1,7 +1,6 @@
-"""What a blend leaves behind: nothing. After an interrupt, too, every model samples as in a fresh process."""
+"""Cleanup after a blend, an interrupt or an error: the models sample as in a new process, and they are freed."""
 
 import gc
-import hashlib
 import json
 import os
 import subprocess
@@ -14,62 +13,41 @@ import comfy.model_management
 import pytest
 import torch
 
-from chorus.tests.support.lifecycle import check_untouched, stop_at
+from chorus.tests.support.lifecycle import check_unchanged, interrupt_at, make_models, plain_digests, sample
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
     in_inference_mode,
-    ksample,
-    latent,
-    lora,
     lora_weights,
     unet,
     view,
 )
 
 ROOT = Path(__file__).parents[2]
-WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
-
-
-def sample(model, words=WORDS):
-    return ksample(model, *words, latent(2, 12, 10))
-
-
-def digest(samples) -> str:
-    return hashlib.sha256(samples.numpy().tobytes()).hexdigest()
-
-
-def family():
-    """A base, a LoRA stack on it, and another checkpoint."""
-    base = unet(0)
-    return {"base": lora(base, 1), "stack": lora(base, 2), "other": unet(1)}
-
-
-def plain(models) -> dict[str, str]:
-    return {name: digest(sample(model)) for name, model in models.items()}
+EXPERT_PROMPTS = conditioning(30), conditioning(31)
 
 
 @in_inference_mode
-def hooked(words, model):
+def hooked(prompts, model):
     hooks = comfy.hooks.create_hook_lora(lora_weights(model, 8), 1.0, 0.0)
-    return tuple(comfy.hooks.set_hooks_for_conditioning(w, hooks) for w in words)
+    return tuple(comfy.hooks.set_hooks_for_conditioning(w, hooks) for w in prompts)
 
 
 def blend_of(models):
-    """The base, its other LoRA stack, and the other checkpoint under LoRA hooks, in one chain."""
-    chained, _ = blend(models["base"], models["stack"], *EXPERT_WORDS)
-    return blend(chained, models["other"], *hooked(EXPERT_WORDS, models["other"]))
+    """A chain of two experts on ``base``: ``stack``, and ``other`` with LoRA hooks on its prompts."""
+    chained, _ = blend(models["base"], models["stack"], *EXPERT_PROMPTS)
+    return blend(chained, models["other"], *hooked(EXPERT_PROMPTS, models["other"]))
 
 
 @pytest.fixture(scope="module")
-def fresh() -> dict[str, str]:
-    """Plain samples of every model, from a process that has never seen a blend."""
+def fresh_digests() -> dict[str, str]:
+    """The digests of ``make_models()``, computed in a new process that has run no blend."""
     script = (
         f"import sys, json; sys.path.insert(0, {str(ROOT)!r}); import run, torch\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         "from chorus.dev import headless; headless.start()\n"
-        "from chorus.tests.saliency_blend.test_comfy_lifecycle import family, plain\n"
-        "print(json.dumps(plain(family())))"
+        "from chorus.tests.support.lifecycle import make_models, plain_digests\n"
+        "print(json.dumps(plain_digests(make_models())))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -78,27 +56,27 @@ def fresh() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
-def test_after_an_interrupt_every_model_samples_as_in_a_fresh_process(fresh, call):
-    models = family()
+def test_after_an_interrupt_every_model_samples_as_in_a_new_process(fresh_digests, call):
+    models = make_models()
     blended, trace = blend_of(models)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        sample(stop_at(blended, call))
-    check_untouched(models)
+        sample(interrupt_at(blended, call))
+    check_unchanged(models)
     assert trace.record is None
-    assert plain(models) == fresh
-    assert torch.equal(sample(blended), sample(blend_of(family())[0]))
+    assert plain_digests(models) == fresh_digests
+    assert torch.equal(sample(blended), sample(blend_of(make_models())[0]))
 
 
 @pytest.mark.slow
-def test_after_a_run_every_model_samples_as_in_a_fresh_process(fresh):
-    models = family()
+def test_after_a_run_every_model_samples_as_in_a_new_process(fresh_digests):
+    models = make_models()
     sample(blend_of(models)[0])
-    check_untouched(models)
-    assert plain(models) == fresh
+    check_unchanged(models)
+    assert plain_digests(models) == fresh_digests
 
 
-def test_the_same_queue_after_freeing_all_models_gives_the_same_bits():
-    models = family()
+def test_rerun_after_freeing_all_models_gives_the_same_bits():
+    models = make_models()
     blended, trace = blend_of(models)
     first = sample(blended)
     comfy.model_management.unload_all_models()
@@ -106,25 +84,25 @@ def test_the_same_queue_after_freeing_all_models_gives_the_same_bits():
     assert trace.record.belongs_to(first)
 
 
-def test_a_failure_while_an_expert_is_prepared_undoes_the_ones_before():
-    models = family()
-    before = plain(models)
+def test_failed_preparation_of_an_expert_cleans_up_the_earlier_ones():
+    models = make_models()
+    before = plain_digests(models)
     unusable = [[torch.zeros(1, 5, 32), {"area": ("percentage", "no number", 1, 0, 0)}]]
     blended, _ = blend(blend_of(models)[0], unet(2), unusable, unusable)
     with pytest.raises((TypeError, ValueError)):
         sample(blended)
-    check_untouched(models)
-    assert plain(models) == before
+    check_unchanged(models)
+    assert plain_digests(models) == before
 
 
-def test_nothing_keeps_the_models_alive():
-    """Neither the host's caches nor the trace, which outlives them in the node cache."""
-    models = family()
+def test_models_are_freed_after_a_run():
+    """Neither ComfyUI's caches nor the trace, which stays in the node cache, keep references to the models."""
+    models = make_models()
     modules = [weakref.ref(m.model) for m in models.values()]
     blended, trace = blend_of(models)
     sample(blended)
     copies = [weakref.ref(m.model) for m in loaded()]
-    assert len(set(copies)) >= 3  # one of them the copy for the second LoRA stack
+    assert len(set(copies)) >= 3  # one is the copy of the checkpoint for the second LoRA
     del models, blended
     gc.collect()
     comfy.model_management.cleanup_models_gc()
@@ -136,8 +114,8 @@ def loaded():
     return [m.model for m in comfy.model_management.current_loaded_models if m.model is not None]
 
 
-def test_a_repeated_run_takes_no_further_copy():
-    models = family()
+def test_repeated_run_makes_no_further_copy_of_a_model():
+    models = make_models()
     comfy.model_management.unload_all_models()
     blended, _ = blend_of(models)
     sample(blended)
@@ -147,7 +125,7 @@ def test_a_repeated_run_takes_no_further_copy():
 
 
 def test_trace_holds_the_last_finished_run():
-    models = family()
+    models = make_models()
     blended, trace = blend_of(models)
     assert trace.record is None
     samples = sample(blended)
@@ -157,6 +135,6 @@ def test_trace_holds_the_last_finished_run():
     assert "not from the run shown here" not in report
     assert "not from the run shown here" in view(trace, {"samples": samples + 1})[2]
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        sample(stop_at(blended, 2))
+        sample(interrupt_at(blended, 2))
     with pytest.raises(ValueError, match="no finished run"):
         view(trace, {"samples": samples})

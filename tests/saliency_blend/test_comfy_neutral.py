@@ -1,4 +1,4 @@
-"""What switches the blend off, or everything over to one model, gives the bits of plain sampling."""
+"""Settings that switch the expert off or let one model own everything reproduce the bits of plain sampling."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import torch
 
 from chorus.tests.support.tiny_models import blend, conditioning, forwards, ksample, latent, lora, unet
 
-WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
+PROMPTS, EXPERT_PROMPTS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 ZEROS, ONES = torch.zeros(1, 12, 10), torch.ones(1, 12, 10)
 
 
@@ -16,8 +16,8 @@ def models():
     return unet(0), unet(1)
 
 
-def sample(model, words=WORDS, **sampling):
-    return ksample(model, *words, latent(2, 12, 10), **sampling)
+def sample(model, prompts=PROMPTS, **sampling):
+    return ksample(model, *prompts, latent(2, 12, 10), **sampling)
 
 
 OFF = {
@@ -32,9 +32,9 @@ OFF = {
 
 @pytest.mark.parametrize("off", OFF)
 @pytest.mark.parametrize("cfg", [5.0, 1.0])
-def test_switched_off_is_the_base_and_costs_nothing(models, off, cfg):
+def test_expert_switched_off_reproduces_the_bits_of_the_base_at_no_cost(models, off, cfg):
     base, expert = models
-    blended, trace = blend(base, expert, *EXPERT_WORDS, mask_mode="soft", **OFF[off])
+    blended, trace = blend(base, expert, *EXPERT_PROMPTS, mask_mode="soft", **OFF[off])
     with forwards(expert) as rows:
         got = sample(blended, cfg=cfg)
     assert torch.equal(got, sample(base, cfg=cfg))
@@ -43,65 +43,66 @@ def test_switched_off_is_the_base_and_costs_nothing(models, off, cfg):
 
 
 @pytest.mark.parametrize("mask_mode", ["hard", "soft"])
-def test_forced_everywhere_is_the_expert(models, mask_mode):
+def test_region_forced_everywhere_reproduces_the_bits_of_the_expert(models, mask_mode):
     base, expert = models
-    blended, _ = blend(base, expert, *EXPERT_WORDS, region=ONES, region_mode="force", mask_mode=mask_mode)
-    assert torch.equal(sample(blended), sample(expert, EXPERT_WORDS))
-    # at cfg 1 the expert's negative, which the host leaves out, rides in one batch and moves the rounding
-    torch.testing.assert_close(sample(blended, cfg=1.0), sample(expert, EXPERT_WORDS, cfg=1.0), rtol=1e-4, atol=1e-3)
+    blended, _ = blend(base, expert, *EXPERT_PROMPTS, region=ONES, region_mode="force", mask_mode=mask_mode)
+    assert torch.equal(sample(blended), sample(expert, EXPERT_PROMPTS))
+    # at cfg 1 only the blend evaluates the expert's negative prompt; the larger batch changes the rounding
+    torch.testing.assert_close(sample(blended, cfg=1.0), sample(expert, EXPERT_PROMPTS, cfg=1.0), rtol=1e-4, atol=1e-3)
 
 
-def test_expert_without_conditioning_takes_the_samplers(models):
+def test_expert_without_conditioning_uses_that_of_the_sampler(models):
     base, expert = models
     everywhere = dict(region=ONES, region_mode="force")
     assert torch.equal(sample(blend(base, expert, **everywhere)[0]), sample(expert))
-    only_positive = blend(base, expert, EXPERT_WORDS[0], **everywhere)[0]
-    assert torch.equal(sample(only_positive), sample(expert, (EXPERT_WORDS[0], WORDS[1])))
+    only_positive = blend(base, expert, EXPERT_PROMPTS[0], **everywhere)[0]
+    assert torch.equal(sample(only_positive), sample(expert, (EXPERT_PROMPTS[0], PROMPTS[1])))
 
 
 @pytest.mark.parametrize("cfg", [5.0, 1.0])
-def test_expert_that_wins_nowhere_leaves_the_bases_bits(models, cfg):
+def test_expert_that_wins_nowhere_reproduces_the_bits_of_the_base(models, cfg):
     base, expert = models
-    blended, trace = blend(base, expert, *EXPERT_WORDS, bias=-100.0)
+    blended, trace = blend(base, expert, *EXPERT_PROMPTS, bias=-100.0)
     assert torch.equal(sample(blended, cfg=cfg), sample(base, cfg=cfg))
     assert trace.record.spent == [3, 3]
 
 
 @pytest.mark.parametrize("mask_mode", ["hard", "soft"])
 @pytest.mark.parametrize("size", [(12, 10), (77, 50), (5, 3)], ids=str)
-def test_region_of_ones_is_no_region(models, mask_mode, size):
+def test_region_of_ones_equals_no_region(models, mask_mode, size):
     inputs = dict(mask_mode=mask_mode, bias=0.1)
-    with_region = blend(*models, *EXPERT_WORDS, region=torch.ones(1, *size), **inputs)[0]
-    assert torch.equal(sample(with_region), sample(blend(*models, *EXPERT_WORDS, **inputs)[0]))
+    with_region = blend(*models, *EXPERT_PROMPTS, region=torch.ones(1, *size), **inputs)[0]
+    assert torch.equal(sample(with_region), sample(blend(*models, *EXPERT_PROMPTS, **inputs)[0]))
 
 
-def test_another_ones_settings_do_not_reach_a_silent_expert(models):
-    """An expert that is off leaves the others as if it were not in the chain."""
+def test_expert_switched_off_does_not_affect_other_experts(models):
     base, expert = models
-    silent = blend(base, unet(2), *EXPERT_WORDS, expert_strength=0.0)[0]
-    assert torch.equal(sample(blend(silent, expert, *EXPERT_WORDS)[0]), sample(blend(base, expert, *EXPERT_WORDS)[0]))
+    with_off_expert = blend(base, unet(2), *EXPERT_PROMPTS, expert_strength=0.0)[0]
+    assert torch.equal(
+        sample(blend(with_off_expert, expert, *EXPERT_PROMPTS)[0]), sample(blend(base, expert, *EXPERT_PROMPTS)[0])
+    )
 
 
-def fingerprint(model):
+def weights_hash(model):
     weights = model.model.state_dict()
     return hashlib.sha256(b"".join(w.contiguous().numpy().tobytes() for w in weights.values())).hexdigest()
 
 
-def test_no_model_is_changed_by_a_run(models):
-    """Weights, options, wrappers and samples of each model stay what they were."""
+def test_run_leaves_all_models_unchanged(models):
+    """Weights, options, wrappers and samples of each model are as before the run."""
     base, expert = models[0], lora(models[0], 1)
     other = models[1]
 
     def state():
         return [
-            (fingerprint(m), sorted(m.model_options), m.wrappers, m.attachments, m.patches_uuid, m.hook_mode)
+            (weights_hash(m), sorted(m.model_options), m.wrappers, m.attachments, m.patches_uuid, m.hook_mode)
             for m in (base, expert, other)
         ]
 
     before = state(), sample(base), sample(expert), sample(other)
     base.unpatch_model()
     before = state(), *before[1:]
-    blended = blend(blend(base, expert, *EXPERT_WORDS)[0], other, *EXPERT_WORDS)[0]
+    blended = blend(blend(base, expert, *EXPERT_PROMPTS)[0], other, *EXPERT_PROMPTS)[0]
     assert not torch.equal(sample(blended), before[1])
     for model in (base, expert, other):
         assert model.model.current_patcher is None

@@ -1,19 +1,22 @@
-"""The blend of the demo checkpoints in a real server: the same queue gives the same bits, whatever came before."""
+"""The blend of the demo checkpoints in a real server: a prompt produces the same bits, whatever ran before."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from chorus.dev.tools.client import Comfy
+from chorus.dev.tools.client import Comfy, WorkflowError
+from chorus.techniques.saliency_blend.view import draw_no_blend
 from chorus.tests.support.real_comfyui import fresh_server
 
 SAMPLING = {"cfg": 4.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0}
 
 
-def queue(seed: int = 5, steps: int = 4) -> dict:
-    """Two checkpoints, one picture of two samples, saved as a latent; API format."""
+def api_prompt(seed: int = 5, steps: int = 4) -> dict:
+    """A prompt in API format that blends two checkpoints in a batch of two and saves the latent."""
     blend = {
         "expert_strength": 1.0,
         "bias": 0.1,
@@ -58,10 +61,10 @@ def queue(seed: int = 5, steps: int = 4) -> dict:
 
 
 def run(client: Comfy, base: Path, **options) -> tuple[torch.Tensor, set[str]]:
-    """The latent that a queue ends in, and the nodes that were answered from cache."""
+    """Run the prompt. Returns the saved latent, and the nodes whose output was cached."""
     folder = base / "output"
     before = set(folder.glob("*.latent"))
-    result = client.run(queue(**options), extra_data={"preview_method": "latent2rgb"})
+    result = client.run(api_prompt(**options), extra_data={"preview_method": "latent2rgb"})
     (new,) = set(folder.glob("*.latent")) - before
     return load_file(new)["latent_tensor"], result.cached()
 
@@ -72,12 +75,14 @@ def first(server):
         return run(client, server.base)[0]
 
 
-def test_both_checkpoints_paint(first):
+@pytest.mark.slow
+def test_latent_is_finite_and_of_the_batch_shape(first):
     assert first.shape == (2, 12, 12, 16)
     assert torch.isfinite(first).all()
 
 
-def test_again_after_freeing_all_models(server, comfy, first):
+@pytest.mark.slow
+def test_same_bits_after_freeing_all_models(server, comfy, first):
     assert not torch.equal(run(comfy, server.base, seed=6)[0], first)
     comfy.free()
     again, cached = run(comfy, server.base)
@@ -85,7 +90,8 @@ def test_again_after_freeing_all_models(server, comfy, first):
     assert torch.equal(again, first)
 
 
-def test_after_an_interrupt_in_the_middle_of_a_run(server, comfy, first):
+@pytest.mark.slow
+def test_same_bits_after_an_interrupted_run(server, comfy, first):
     steps = []
 
     def stop(kind, data):
@@ -94,7 +100,7 @@ def test_after_an_interrupt_in_the_middle_of_a_run(server, comfy, first):
             steps.append(state["value"])
             comfy.interrupt()
 
-    status = comfy.run(queue(seed=7, steps=200), stop).status
+    status = comfy.run(api_prompt(seed=7, steps=200), stop).status
     comfy.free()
     assert status == "interrupted"
     assert steps[0] < 100
@@ -102,10 +108,35 @@ def test_after_an_interrupt_in_the_middle_of_a_run(server, comfy, first):
 
 
 @pytest.mark.slow
-def test_in_a_fresh_server(tmp_path, first):
+def test_same_bits_in_a_new_server(tmp_path, first):
     with fresh_server(tmp_path) as fresh, Comfy(fresh.address) as client:
         assert torch.equal(run(client, fresh.base)[0], first)
 
 
-def test_previews_show_the_blended_picture(comfy):
-    assert comfy.run(queue(seed=8), extra_data={"preview_method": "latent2rgb"}).previews
+def without_blend() -> dict:
+    """The prompt that the page sends while SaliencyNoiseBlend is bypassed: no node provides the trace."""
+    prompt = api_prompt(seed=9, steps=2)
+    del prompt["blend"], prompt["view"]["inputs"]["trace"]
+    prompt["sample"]["inputs"]["model"] = ["general", 0]
+    return prompt
+
+
+def test_view_of_a_bypassed_blend_shows_why_and_the_prompt_runs(comfy, server):
+    result = comfy.run(without_blend())
+    expected = (255 * draw_no_blend(1)[0].numpy()).astype(np.uint8)
+    shown = result.outputs["view"]["images"]
+    assert len(shown) == 2  # one sheet per sample
+    for image in shown:
+        pixels = Image.open(server.base / "temp" / image["subfolder"] / image["filename"]).convert("RGB")
+        assert np.array_equal(np.asarray(pixels), expected)
+
+
+def test_view_without_samples_is_refused_before_the_prompt_runs(comfy):
+    prompt = api_prompt(seed=9)
+    del prompt["view"]["inputs"]["samples"], prompt["save"]
+    with pytest.raises(WorkflowError, match="expected LATENT for samples, got null; connect a latent"):
+        comfy.run(prompt)
+
+
+def test_previews_of_a_blend_are_sent(comfy):
+    assert comfy.run(api_prompt(seed=8), extra_data={"preview_method": "latent2rgb"}).previews

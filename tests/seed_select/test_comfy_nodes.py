@@ -1,4 +1,4 @@
-"""SeedSelect, SaveSeed and LoadSeed as the host runs them: a tiny random model, the demo's VAE and image encoder."""
+"""SeedSelect, SaveSeed and LoadSeed with a tiny random model and the demo's VAE and image encoder."""
 
 import inspect
 import itertools
@@ -33,8 +33,8 @@ from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSampl
 from chorus.techniques.seed_select.comfy_scoring import ScoringSettings
 from chorus.techniques.seed_select.comfy_session import SessionSettings
 from chorus.techniques.seed_select.inversion import invert
-from chorus.tests.support.gradients import easy
-from chorus.tests.support.lifecycle import stop_at
+from chorus.tests.support.gradients import with_easycache
+from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.tiny_models import (
     conditioning,
     defaults,
@@ -49,15 +49,14 @@ from chorus.tests.support.tiny_models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 Interrupted = comfy.model_management.InterruptProcessingException
 WORDS = conditioning(10), conditioning(11)
-SETTINGS = dict(
-    steps=4, cfg=3.0, candidates=6, first_steps=1, iterations=2, seed=5
-)  # the search's rounds: 6 x 1, 2 x 2, 1 x 4
-SIDE = 32  # pixels of 8 latents
+# rounds of the search: 6 candidates with 1 step, 2 with 2 steps, 1 with 4 steps
+SETTINGS = dict(steps=4, cfg=3.0, candidates=6, first_steps=1, iterations=2, seed=5)
+SIDE = 32  # pixels along a side of the image, for a latent of 8x8
 Result = namedtuple("Result", "noise seed samples grid preview report")
 
 
 class Scaled(ChorusDemoLatent):
-    """The VAE's latents are not in the model's scale, as of real models."""
+    """Latent format with different scales of the VAE's and the model's latents, as in real models."""
 
     scale_factor = 0.5
 
@@ -80,6 +79,7 @@ def vision():
 
 
 def references(count=2):
+    """Smooth random images [count, 50, 40, 3]."""
     coarse = torch.rand(count, 3, 5, 4, generator=torch.Generator().manual_seed(4))
     return F.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
 
@@ -90,14 +90,14 @@ def empty():
 
 @in_inference_mode
 def content():
-    """A latent with something in it and a mask over its left half."""
+    """A random latent with a noise mask over its left half."""
     mask = (torch.arange(8) < 4).float().expand(1, 1, 8, 8).clone()
     return {"samples": torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(5)), "noise_mask": mask}
 
 
 @pytest.fixture
 def select(model, vae, vision):
-    """SeedSelect as ComfyUI calls it."""
+    """Function that executes SeedSelect with small defaults."""
 
     @in_inference_mode
     def select(**inputs):
@@ -110,7 +110,7 @@ def select(model, vae, vision):
 
 @in_inference_mode
 def custom_sampled(model, noise, samples, sampler="euler", steps=4):
-    """SamplerCustomAdvanced with CFGGuider, as nodes."""
+    """Samples of SamplerCustomAdvanced with a CFGGuider and cfg 3."""
     guider = custom.CFGGuider.execute(model, *WORDS, 3.0).args[0]
     sigmas = custom.BasicScheduler.execute(model, "normal", steps, 1.0).args[0]
     chosen = custom.KSamplerSelect.execute(sampler).args[0]
@@ -123,31 +123,36 @@ def sampler_of(model, sampler="euler"):
 
 
 def plain(model, seed, samples=None, **settings):
+    """Samples of KSampler for ``seed``, with four steps and cfg 3 by default."""
     return ksample(model, *WORDS, samples or empty(), **{"steps": 4, "cfg": 3.0, "seed": seed, **settings})
 
 
 @in_inference_mode
 def score_of(model, vae, vision, latents):
-    """10 (1 - cos) + mean square, straight from the host's own VAE and encoder. One number for each latent."""
+    """Score of each latent, computed with ComfyUI's VAE and image encoder.
 
-    def embedding(pictures):
-        return torch.cat([vision.encode_image(p)["image_embeds"] for p in pictures.split(1)]).double()
+    10 (1 - cosine similarity of the embeddings) + mean squared difference of the latents.
+    """
+
+    def embedding(images):
+        return torch.cat([vision.encode_image(image)["image_embeds"] for image in images.split(1)]).double()
 
     squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
     appearance = model.model.process_latent_in(vae.encode(squashed.movedim(1, -1))).mean(0).double()
     semantic = embedding(references()).mean(0)
     cosine = F.cosine_similarity(embedding(vae.decode(latents)), semantic[None])
-    off = ((model.model.process_latent_in(latents).double() - appearance) ** 2).flatten(1).mean(1)
-    return (10 * (1 - cosine) + off).tolist()
+    difference = ((model.model.process_latent_in(latents).double() - appearance) ** 2).flatten(1).mean(1)
+    return (10 * (1 - cosine) + difference).tolist()
 
 
 def ranked(model, vae, vision, seeds, steps):
+    """``seeds`` from the best to the worst score of plain runs with ``steps`` steps."""
     scores = {s: score_of(model, vae, vision, plain(model, s, steps=steps))[0] for s in seeds}
     return sorted(seeds, key=scores.get)
 
 
 def scores_in(report):
-    """(at the start, at the end) of the optimisation."""
+    """(score before, score after) the optimisation, read from the report."""
     return tuple(float(v) for v in re.search(r"optimised .*: score (\S+) to (\S+) in", report).groups())
 
 
@@ -155,7 +160,7 @@ def scores_in(report):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
-def test_search_is_the_best_of_its_rounds_and_its_seed_gives_the_samples_in_ksampler(model, select, sampler):
+def test_search_result_is_reproduced_by_its_seed_in_ksampler(model, select, sampler):
     found = select(sampler_name=sampler)
     assert torch.equal(found.samples["samples"], plain(model, found.seed, sampler=sampler))
     with torch.inference_mode():
@@ -165,7 +170,8 @@ def test_search_is_the_best_of_its_rounds_and_its_seed_gives_the_samples_in_ksam
     assert f"seed {found.seed} reproduces the result" in found.report
 
 
-def test_search_agrees_with_a_straight_recomputation(model, vae, vision, select):
+@pytest.mark.slow
+def test_search_equals_a_search_recomputed_with_plain_runs(model, vae, vision, select):
     found = select()
     first = ranked(model, vae, vision, range(5, 11), steps=1)
     second = ranked(model, vae, vision, first[:2], steps=2)
@@ -178,19 +184,19 @@ def test_search_agrees_with_a_straight_recomputation(model, vae, vision, select)
     assert select(pick=4).seed == first[3]
 
 
-def test_search_paints_in_a_latent_with_a_mask(model, select):
+def test_search_inpaints_a_masked_latent(model, select):
     found = select(latent_image=content(), denoise=0.6)
     assert torch.equal(found.samples["samples"], plain(model, found.seed, content(), denoise=0.6))
     assert torch.equal(found.samples["noise_mask"], content()["noise_mask"])
 
 
-def test_one_candidate_is_a_plain_run(model, select):
+def test_one_candidate_equals_a_plain_run(model, select):
     found = select(candidates=1)
     assert found.seed == 5
     assert torch.equal(found.samples["samples"], plain(model, 5))
 
 
-def test_pictures_of_a_path_are_a_batch(model, select):
+def test_images_on_a_path_form_a_batch(model, select):
     found = select(count=3)
     samples = found.samples["samples"]
     assert samples.shape == found.noise.noise.shape == (3, 12, 8, 8)
@@ -199,12 +205,12 @@ def test_pictures_of_a_path_are_a_batch(model, select):
     assert (together - samples).norm() < 1e-4 * samples.norm()
 
 
-def test_a_weight_of_0_needs_no_encoder(select, model):
+def test_semantic_weight_0_needs_no_encoder(select, model):
     found = select(semantic_weight=0.0, clip_vision=None)
     assert torch.equal(found.samples["samples"], plain(model, found.seed))
 
 
-def test_the_best_picture_shows_in_the_preview_and_every_candidate_in_the_grid(vae, select):
+def test_preview_and_grid_begin_with_the_best_image(vae, select):
     found = select()
     with torch.inference_mode():
         best = vae.decode(found.samples["samples"])[0]
@@ -213,7 +219,7 @@ def test_the_best_picture_shows_in_the_preview_and_every_candidate_in_the_grid(v
     assert select(grid_size=1).grid.numel() < found.grid.numel() / 4
 
 
-def test_a_first_round_of_more_steps_than_all_has_all(model, select):
+def test_first_steps_limited_to_steps(model, select):
     found = select(steps=2, first_steps=4)
     assert "searched (candidates with steps): 6 with 2, 1 with 2;" in found.report
     assert torch.equal(found.samples["samples"], plain(model, found.seed, steps=2))
@@ -222,18 +228,19 @@ def test_a_first_round_of_more_steps_than_all_has_all(model, select):
 # optimisation
 
 
-def test_optimisation_lowers_the_score_and_its_noise_gives_the_samples(model, select):
+@pytest.mark.slow
+def test_optimisation_lowers_the_score_and_its_noise_reproduces_the_samples(model, select):
     found = select(mode="optimize", iterations=6)
     before, after = scores_in(found.report)
     assert after < before
     assert found.seed == 5
-    assert "seed 5 is that of the start and does not reproduce the result" in found.report
+    assert "seed 5 generates only the initial noise and does not reproduce the result" in found.report
     assert torch.equal(custom_sampled(model, found.noise, empty()), found.samples["samples"])
     assert not torch.equal(found.samples["samples"], plain(model, 5))
-    assert re.search(r"rows through the networks: \d+, \d+ of them again for the gradient", found.report)
+    assert re.search(r"rows through the networks: \d+, \d+ of them recomputed for the gradient", found.report)
 
 
-def test_0_iterations_keep_the_noise(model, select):
+def test_0_iterations_leave_the_noise_unchanged(model, select):
     for mode in ("optimize", "search+optimize"):
         found = select(mode=mode, iterations=0)
         assert torch.equal(found.samples["samples"], plain(model, found.seed))
@@ -243,73 +250,82 @@ def test_0_iterations_keep_the_noise(model, select):
     assert select().seed == found.seed
 
 
-def test_the_appearance_alone_is_the_distance_of_the_samples(model, vae, vision, select):
-    """What optimisation sees of the finished latent is what a straight computation sees of the samples."""
+@pytest.mark.slow
+def test_appearance_score_is_the_mean_squared_difference_from_the_references(model, vae, vision, select):
+    """The reported scores equal scores computed from the samples before and after the optimisation."""
     found = select(mode="optimize", iterations=3, semantic_weight=0.0, clip_vision=None)
     with torch.inference_mode():
         squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True)
-        aim = model.model.process_latent_in(vae.encode(squashed.clamp(0, 1).movedim(1, -1))).mean(0)
+        target = model.model.process_latent_in(vae.encode(squashed.clamp(0, 1).movedim(1, -1))).mean(0)
         distances = [
-            float(((model.model.process_latent_in(x) - aim) ** 2).mean())
+            float(((model.model.process_latent_in(x) - target) ** 2).mean())
             for x in (plain(model, 5), found.samples["samples"])
         ]
     assert scores_in(found.report) == pytest.approx(distances, abs=1e-3)
 
 
-def test_without_checkpointing_the_noise_is_the_same_and_nothing_is_computed_again(select):
-    kept, again = (select(mode="optimize", iterations=2, checkpointing=on) for on in (False, True))
-    assert (kept.noise.noise - again.noise.noise).norm() < 1e-4 * again.noise.noise.norm()
-    assert "again for the gradient" in again.report and "again for the gradient" not in kept.report
-    planned = [int(re.search(r"of (\d+) planned", found.report)[1]) for found in (kept, again)]
-    assert planned == [2 * 4 + 4 + 4, 2 * 8 + 4 + 4]  # gradients, the last iterate, the picture
+@pytest.mark.slow
+def test_run_without_checkpointing_returns_the_same_noise_without_recomputation(select):
+    saved, recomputed = (select(mode="optimize", iterations=2, checkpointing=on) for on in (False, True))
+    assert (saved.noise.noise - recomputed.noise.noise).norm() < 1e-4 * recomputed.noise.noise.norm()
+    assert "recomputed for the gradient" in recomputed.report and "recomputed for the gradient" not in saved.report
+    planned = [int(re.search(r"of (\d+) planned", found.report)[1]) for found in (saved, recomputed)]
+    assert planned == [2 * 4 + 4 + 4, 2 * 8 + 4 + 4]  # two gradients, the score of the last iterate, the final image
 
 
-def test_shorter_gradients_and_proxies_cost_less(select):
+@pytest.mark.slow
+def test_last_steps_and_optimize_steps_lower_the_cost(select):
     def rows(**inputs):
         report = select(mode="optimize", iterations=1, **inputs).report
         return [int(n) for n in re.search(r"networks: (\d+), (\d+) of", report).groups()]
 
     whole, last, proxy = rows(), rows(last_steps=1), rows(optimize_steps=2)
-    assert whole == [2 * (4 + 4 + 4 + 4), 2 * 4]  # two unrolled runs, one recomputed, one picture; guidance doubles
-    assert last == [2 * (4 + 4 + 4 + 1), 2 * 1]
-    assert proxy == [2 * (2 + 2 + 2 + 4), 2 * 2]
+    # two runs, one recomputation, one final image, and three calls that check the gradient; guidance doubles the rows
+    assert whole == [2 * (4 + 4 + 4 + 4 + 3), 2 * 4]
+    assert last == [2 * (4 + 4 + 4 + 1 + 3), 2 * 1]
+    assert proxy == [2 * (2 + 2 + 2 + 4 + 3), 2 * 2]
 
 
-def test_both(model, select):
+@pytest.mark.slow
+def test_search_and_optimize_combined(model, select):
     found = select(mode="search+optimize", optimized=2, iterations=1, count=2)
     assert found.samples["samples"].shape[0] == 2
     assert found.report.count("optimised seed") == 2
     assert found.seed in range(5, 11)
 
 
-def test_a_denoiser_call_enters_the_pure_code_once(model, select):
+def test_call_stack_of_the_denoiser_enters_code_without_comfyui_once(model, select):
     root, stacks = Path(inspect.getfile(SeedSelect)).parents[1], []
 
-    def note(*_):
+    def record_stack(*_):
         files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_stack(None))
-        ours = [f.relative_to(root) for f in files if f.is_relative_to(root)]
-        stacks.append([f for f in ours if f.parts[0] in ("nodes", "techniques", "host")])
+        pack_files = [f.relative_to(root) for f in files if f.is_relative_to(root)]
+        stacks.append([f for f in pack_files if f.parts[0] in ("nodes", "techniques", "host")])
 
-    hook = model.model.diffusion_model.register_forward_pre_hook(note)
+    hook = model.model.diffusion_model.register_forward_pre_hook(record_stack)
     try:
         select(mode="optimize", iterations=1)
     finally:
         hook.remove()
     technique = Path("techniques", "seed_select")
-    assert sum(technique / "optimize.py" in files for files in stacks) == 3 * 4  # two runs, one of them twice
+    # two runs, one recomputation, and the three calls that check the gradient
+    assert sum(technique / "optimize.py" in files for files in stacks) == 3 * 4 + 3
     for files in stacks:
-        assert len(set(files)) <= 6, files
-        pure = [f.parent == technique and not f.name.startswith("comfy_") for f in files]
-        assert [entered for entered, _ in itertools.groupby(pure)].count(True) == 1, files
+        # gradient_check.py is in the stack only for the calls that check the gradient
+        assert len({f for f in files if f.name != "gradient_check.py"}) <= 6, files
+        without_comfyui = [f.parent == technique and not f.name.startswith("comfy_") for f in files]
+        assert [entered for entered, _ in itertools.groupby(without_comfyui)].count(True) == 1, files
 
 
-def test_a_patched_model_is_optimised_as_it_is(model, select):
+@pytest.mark.slow
+def test_patched_model_is_optimised_with_its_patches(model, select):
     patched = lora(model, 3)
     found = select(model=patched, mode="optimize", iterations=2)
     assert torch.equal(custom_sampled(patched, found.noise, empty()), found.samples["samples"])
 
 
-def test_the_demo_checkpoint(vision):
+@pytest.mark.slow
+def test_optimisation_lowers_the_score_of_the_demo_checkpoint(vision):
     with torch.inference_mode():
         model, clip, vae = modules.load_checkpoint("general")
         words = [host_nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a cat", "")]
@@ -320,10 +336,11 @@ def test_the_demo_checkpoint(vision):
     assert after < before
 
 
-# starts
+# initial noises from the references
 
 
-def test_starts_from_references(model, vae, select):
+@pytest.mark.slow
+def test_start_inversion_and_centroid_use_the_inverted_references(model, vae, select):
     run = sampler_of(model)
     with torch.inference_mode():
         squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True)
@@ -336,44 +353,47 @@ def test_starts_from_references(model, vae, select):
     found = select(start="inversion", candidates=2)
     assert any(torch.equal(found.noise.noise, x.cpu()) for x in expected)
     assert found.seed == 5
-    assert "no seed gives this noise" in found.report
-    centre = select(start="centroid", mode="optimize", iterations=1)
-    assert "centroid, optimised" in centre.report
-    assert torch.equal(custom_sampled(model, centre.noise, empty()), centre.samples["samples"])
+    assert "no integer seed generates this noise" in found.report
+    centroid = select(start="centroid", mode="optimize", iterations=1)
+    assert "centroid, optimised" in centroid.report
+    assert torch.equal(custom_sampled(model, centroid.noise, empty()), centroid.samples["samples"])
 
 
-# live
+# progress and interrupts
 
 
-def test_progress_score_and_preview(select, monkeypatch):
-    seen, told = [], []
+@pytest.mark.slow
+def test_progress_shows_evaluations_best_score_and_preview(select, monkeypatch):
+    seen, texts = [], []
 
     def hook(done, total, preview, node_id=None):
         seen.append((done, total, preview))
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    monkeypatch.setattr(SeedProgress, "_tell", staticmethod(told.append))
+    monkeypatch.setattr(SeedProgress, "_show_text", staticmethod(texts.append))
     select(mode="search+optimize")
     done = [d for d, *_ in seen]
     assert done == sorted(done)
+    # three rounds of the search, two gradients, the score of the last iterate, the final image
     assert seen[-1][0] == seen[-1][1] == 6 + 4 + 4 + 2 * 8 + 4 + 4
     assert {p[0] for *_, p in seen if p is not None} == {"JPEG"}
-    assert told[-1] == f"best score {told[-1].split()[2][:-1]}, 38 of 38 model evaluations"
+    assert texts[-1] == f"best score {texts[-1].split()[2][:-1]}, 38 of 38 model evaluations"
 
 
-def test_the_score_goes_to_the_node_that_runs(model, monkeypatch):
+def test_score_text_is_sent_to_the_running_node(model, monkeypatch):
     sent = []
     server = SimpleNamespace(send_progress_text=lambda *a: sent.append(a))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     progress = SeedProgress(model, 4)
-    progress.show(text="nobody runs")
+    progress.show(text="without a running node")
     with CurrentNodeContext("prompt", "7"):
         progress.show(text="best score 1")
     assert sent == [("best score 1", "7")]
 
 
-def test_an_interrupt_keeps_the_best_and_finishes_it(model, vae, vision, select):
-    found = select(model=stop_at(model, 3))  # in the second round
+@pytest.mark.slow
+def test_interrupted_search_samples_the_best_candidate_with_all_steps(model, vae, vision, select):
+    found = select(model=interrupt_at(model, 3))  # interrupted in the second round
     best = ranked(model, vae, vision, range(5, 11), steps=1)[0]
     assert found.seed == best
     assert torch.equal(found.samples["samples"], plain(model, best))
@@ -383,21 +403,22 @@ def test_an_interrupt_keeps_the_best_and_finishes_it(model, vae, vision, select)
     assert not again.report.startswith("interrupted")
 
 
-def test_an_interrupt_of_the_last_round_keeps_the_pick(model, select):
+def test_interrupt_in_the_last_round_returns_the_candidate_of_rank_pick(model, select):
     whole = select(pick=2)
-    assert select(pick=2, model=stop_at(model, 5)).seed == whole.seed
+    assert select(pick=2, model=interrupt_at(model, 5)).seed == whole.seed
 
 
-def test_an_interrupted_optimisation_keeps_its_best(model, select):
-    found = select(mode="optimize", iterations=5, model=stop_at(model, 10))  # in the second iteration
+@pytest.mark.slow
+def test_interrupted_optimisation_returns_its_best_noise(model, select):
+    found = select(mode="optimize", iterations=5, model=interrupt_at(model, 10))  # in the second iteration
     assert found.report.startswith("interrupted")
     assert torch.equal(found.samples["samples"], plain(model, 5))
-    searched = select(mode="search+optimize", model=stop_at(model, 1 + 2 + 4 + 2))  # before the first gradient
+    searched = select(mode="search+optimize", model=interrupt_at(model, 1 + 2 + 4 + 2))  # before the first gradient
     assert torch.equal(searched.samples["samples"], plain(model, searched.seed))
 
 
-def test_a_second_interrupt_and_one_before_the_first_score_end_the_node(model, select):
-    for stopping in (stop_at(stop_at(model, 3), 5), stop_at(model, 1)):
+def test_second_interrupt_or_interrupt_before_the_first_score_stops_the_node(model, select):
+    for stopping in (interrupt_at(interrupt_at(model, 3), 5), interrupt_at(model, 1)):
         with pytest.raises(Interrupted):
             select(model=stopping)
         assert not comfy.model_management.processing_interrupted()
@@ -414,11 +435,12 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_is_loaded_is_what_was_saved(model, select, folders):
+@pytest.mark.slow
+def test_saved_seed_round_trips(model, select, folders):
     found = select(mode="optimize")
     (saved,) = SaveSeed.execute(found.noise, "seeds/cat").ui["seeds"]
     name = f"{saved['subfolder']}/{saved['filename']} [output]"
-    assert LoadSeed.define_schema().inputs[0].options == [name, *modules.found_seeds()]
+    assert LoadSeed.define_schema().inputs[0].options == [name, *modules.shipped_seeds()]
     assert LoadSeed.validate_inputs(name) is True
     first = LoadSeed.fingerprint_inputs(name)
     loaded = LoadSeed.execute(name).args[0]
@@ -432,31 +454,32 @@ def test_what_is_loaded_is_what_was_saved(model, select, folders):
     assert LoadSeed.fingerprint_inputs(name) != first
 
 
-@pytest.mark.parametrize("name", modules.found_seeds())
-def test_a_seed_that_comes_with_the_pack_gives_its_picture_again(name, vision):
-    """The score that its file names, with the settings that it names."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", modules.shipped_seeds())
+def test_shipped_seed_reproduces_its_score(name, vision):
+    """Sampling with the settings in the file reproduces the score in the file."""
     assert LoadSeed.validate_inputs(name) is True and LoadSeed.fingerprint_inputs(name) == name
     with torch.inference_mode():
         noise = LoadSeed.execute(name).args[0]
         model, clip, vae = modules.load_checkpoint(noise.details["model_file"])
-        sign, sampling = name.split()[-1], json.loads(noise.details["sampling"])
-        words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (f"a {sign}", "")]
+        concept, sampling = name.split()[-1], json.loads(noise.details["sampling"])
+        words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (f"a {concept}", "")]
         size = {"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}
         wired = dict(model=model, positive=words[0], negative=words[1], latent_image=size)
         inputs = KSamplerInputs(**wired, **sampling, steps=json.loads(noise.details["settings"])["steps"])
-        scoring = ScoringSettings(references=modules.load_references(sign)[0], vae=vae, clip_vision=vision)
+        scoring = ScoringSettings(references=modules.load_references(concept)[0], vae=vae, clip_vision=vision)
         sampler = ComfySeedSampler(inputs, scoring)
         found = float(sampler.score([sampler.generate(noise.noise)]))
     assert found == pytest.approx(float(noise.details["score"]), rel=1e-3)
 
 
-def test_files_that_are_not_there_and_noises_without_numbers_are_refused(folders):
+def test_missing_file_and_empty_prefix_and_noise_without_values_rejected(folders):
     assert "there is no seed file" in LoadSeed.validate_inputs("gone.seed.safetensors")
     assert LoadSeed.validate_inputs(None) is True
     noise = custom.RandomNoise.execute(3).args[0]
-    with pytest.raises(ValueError, match="holds nothing to save; wire that of Seed Select"):
+    with pytest.raises(ValueError, match="got Noise_RandomNoise, which holds no values to save; connect"):
         SaveSeed.execute(noise, "seeds/cat")
-    with pytest.raises(ValueError, match="names no file"):
+    with pytest.raises(ValueError, match="has no file name"):
         SaveSeed.execute(SeedNoise(torch.zeros(1, 4, 8, 8), 0), "")
 
 
@@ -469,7 +492,7 @@ def with_nan(model):
     return out
 
 
-def test_a_score_that_is_not_a_number_names_its_seed(model, select):
+def test_non_finite_score_error_names_its_seed(model, select):
     with pytest.raises(ValueError, match=r"the score of seed 5 is nan with 1 step"):
         select(model=with_nan(model))
 
@@ -477,40 +500,46 @@ def test_a_score_that_is_not_a_number_names_its_seed(model, select):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (dict(references=torch.zeros(0, 32, 32, 3)), "references holds nothing, its size is 0x32x32x3"),
+        (dict(references=torch.zeros(0, 32, 32, 3)), "references is empty, its size is 0x32x32x3"),
         (dict(references=torch.full((2, 32, 32, 3), 0.5)), "reference 1 of 2 is of one colour"),
         (
             dict(clip_vision=None),
-            "semantic_weight 10 needs an image encoder; wire clip_vision or set semantic_weight 0",
+            "semantic_weight 10 needs an image encoder; connect clip_vision, or set semantic_weight to 0",
         ),
-        (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0 and nothing is scored"),
+        (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0, so nothing is scored"),
         (dict(latent_image=latent(2, 8, 8)), "2 latents.*batch_size to 1"),
-        (dict(latent_image={**latent(1, 8, 8), "noise_mask": torch.ones(2, 8, 8)}), "2 noise masks for one latent"),
-        (dict(latent_image={"samples": torch.zeros(1, 12, 3, 8, 8)}), "as of video or sound"),
-        (dict(mode="optimize", sampler_name="dpmpp_2m_sde"), "no gradient is known through the sampler dpmpp_2m_sde"),
-        (dict(mode="search+optimize", last_steps=9), "last_steps 9 is not in 1 to 4"),
-        (dict(pick=7), "pick 7 and 1 noises need 7 candidates"),
-        (dict(start="centroid", references=references(1)), "1 seed has no path or centroid"),
+        (
+            dict(latent_image={**latent(1, 8, 8), "noise_mask": torch.ones(2, 8, 8)}),
+            "expected one noise mask in latent_image, got 2",
+        ),
+        (
+            dict(latent_image={"samples": torch.zeros(1, 12, 3, 8, 8)}),
+            "got the size 1x12x3x8x8; use a model whose latents have these four axes",
+        ),
+        (dict(mode="optimize", sampler_name="dpmpp_2m_sde"), "the sampler dpmpp_2m_sde has no gradient"),
+        (dict(mode="search+optimize", last_steps=9), "last_steps 9 is not between 1 and 4"),
+        (dict(pick=7), "expected at least 7 candidates to select 1 noise starting at pick 7"),
+        (dict(start="centroid", references=references(1)), "expected at least 2 noises for a path or centroid, got 1"),
     ],
-    ids="none colour encoder weights batch masks video sampler last pick centroid".split(),
+    ids="empty colour encoder weights batch masks video sampler last_steps pick centroid".split(),
 )
-def test_refusals_come_before_a_candidate_is_sampled(model, select, inputs, message):
+def test_invalid_inputs_rejected_before_the_search(model, select, inputs, message):
     with forwards(model) as rows, pytest.raises(ValueError, match=message):
         select(**inputs)
-    # an inversion is needed to know that there is one only
+    # start centroid is rejected after the 50 steps of the inversion, which yields the number of noises
     assert len(rows) == (50 if inputs.get("start") == "centroid" else 0)
 
 
-def test_a_model_without_a_gradient_is_refused_before_the_search(model, select):
-    cached = easy(model)
+def test_model_without_a_gradient_rejected_before_the_search(model, select):
+    cached = with_easycache(model)
     with forwards(model) as rows, pytest.raises(ValueError, match=r"EasyCache.*mode search"):
         select(model=cached, mode="search+optimize")
     assert not rows
 
 
-def test_nested_latents_and_the_vae_of_another_model_are_refused(select):
+def test_nested_latents_and_vae_of_another_model_rejected(select):
     nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 8, 5)])
-    with pytest.raises(ValueError, match="several tensors"):
+    with pytest.raises(ValueError, match="nested latent"):
         select(latent_image={"samples": nested})
     with pytest.raises(ValueError, match="VAE makes latents of 1x12x8x8 and the model samples 1x4x8x8"):
         select(model=unet(0))
@@ -528,14 +557,14 @@ def test_schema_and_signature_agree(node):
     assert schema.node_id == node.__name__
 
 
-def test_the_seed_stays_as_it_is():
+def test_seed_is_fixed_after_generate():
     seed = next(i for i in SeedSelect.define_schema().inputs if i.id == "seed")
     assert seed.control_after_generate == io.ControlAfterGenerate.fixed
 
 
 @pytest.mark.parametrize("sampler", sorted(set(comfy.samplers.SAMPLER_NAMES) - {"dpm_adaptive"}))
-def test_calls_per_step_are_known(model, sampler):
+def test_calls_per_step_equal_the_model_calls_of_each_sampler(model, sampler):
     run = sampler_of(model, sampler)
     run.generate(run.noise_of(0))
-    calls = run.counter.rows / 2  # guidance asks twice
+    calls = run.counter.rows / 2  # with guidance, each call has two rows
     assert 4 * (run.calls_per_step - 1) < calls <= 4 * run.calls_per_step + 1

@@ -1,4 +1,4 @@
-"""SeedSelect with the demo's checkpoint in a real server: the seed in a plain KSampler, what the user sees, Cancel."""
+"""SeedSelect with the demo checkpoint on a real server: reproduction by other samplers, progress, previews, cancelling."""
 
 import pytest
 import torch
@@ -10,8 +10,11 @@ from chorus.tests.support.tiny_models import defaults
 SAMPLING = {"steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
 
-def queue(**inputs) -> dict:
-    """A search whose seed a plain KSampler takes, and whose noise SamplerCustomAdvanced takes; all three are saved."""
+def workflow(**inputs) -> dict:
+    """Workflow with SeedSelect, a KSampler with its seed, and a SamplerCustomAdvanced with its noise.
+
+    The workflow saves the three latents.
+    """
     common = {
         "model": ["load", 0],
         "positive": ["positive", 0],
@@ -31,7 +34,7 @@ def queue(**inputs) -> dict:
     nodes = {
         "load": ("ChorusDemoCheckpoint", {"name": "general"}),
         "vision": ("ChorusDemoVision", {}),
-        "references": ("ChorusDemoReferences", {"sign": "carrot"}),
+        "references": ("ChorusDemoReferences", {"concept": "carrot"}),
         "positive": ("CLIPTextEncode", {"clip": ["load", 1], "text": "a carrot"}),
         "negative": ("CLIPTextEncode", {"clip": ["load", 1], "text": ""}),
         "empty": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
@@ -41,7 +44,7 @@ def queue(**inputs) -> dict:
         "sampler": ("KSamplerSelect", {"sampler_name": "euler"}),
         "sigmas": ("BasicScheduler", scheduler),
         "advanced": ("SamplerCustomAdvanced", advanced),
-        "pictures": ("PreviewImage", {"images": ["select", 4]}),
+        "images": ("PreviewImage", {"images": ["select", 4]}),
     }
     for name, source in {"select": ["select", 2], "plain": ["plain", 0], "advanced": ["advanced", 0]}.items():
         nodes[f"save {name}"] = ("SaveLatent", {"samples": source, "filename_prefix": f"seed/{name}"})
@@ -50,10 +53,10 @@ def queue(**inputs) -> dict:
 
 @pytest.fixture
 def run(server, comfy):
-    """The latents of a queue by name, and its result."""
+    """Function that runs ``workflow`` and returns its three latents by name, and the result with all events."""
 
     def run(on_event=None, **inputs):
-        result = comfy.run(queue(**inputs), on_event, extra_data={"preview_method": "latent2rgb"})
+        result = comfy.run(workflow(**inputs), on_event, extra_data={"preview_method": "latent2rgb"})
         folder, latents = server.base / "output" / "seed", {}
         for name in ("select", "plain", "advanced"):
             newest = max(folder.glob(f"{name}_*.latent"), key=lambda file: file.name)
@@ -63,26 +66,29 @@ def run(server, comfy):
     return run
 
 
-def test_the_seed_and_the_noise_give_the_samples_bit_for_bit(run, comfy):
+@pytest.mark.slow
+def test_seed_and_noise_reproduce_the_samples_bit_for_bit(run, comfy):
     latents, result = run()
     assert torch.equal(latents["plain"], latents["select"])
     assert torch.equal(latents["advanced"], latents["select"])
-    [(_, _, picture)] = comfy.images(result, "temp")
-    assert picture[:4] == b"\x89PNG"
-    told = [data for kind, data in result.events if kind == "progress" and data["node"] == "select"]
-    # 4 x 2, 1 x 4: a search of four keeps a quarter
-    assert told[-1]["value"] == told[-1]["max"] == 4 * 2 + 4
-    assert [t["value"] for t in told] == sorted(t["value"] for t in told)
+    [(_, _, image)] = comfy.images(result, "temp")
+    assert image[:4] == b"\x89PNG"
+    progress = [data for kind, data in result.events if kind == "progress" and data["node"] == "select"]
+    # two rounds: four candidates with 2 steps, then one survivor with 4 steps
+    assert progress[-1]["value"] == progress[-1]["max"] == 4 * 2 + 4
+    assert [p["value"] for p in progress] == sorted(p["value"] for p in progress)
     assert len(result.previews) > 4
 
 
-def test_an_optimised_noise_gives_its_samples(run):
+@pytest.mark.slow
+def test_only_the_optimised_noise_reproduces_the_samples(run):
     latents, _ = run(mode="optimize", iterations=4)
     assert torch.equal(latents["advanced"], latents["select"])
     assert not torch.equal(latents["plain"], latents["select"])
 
 
-def test_cancel_keeps_the_best_so_far_and_the_queue_goes_on(run, comfy):
+@pytest.mark.slow
+def test_cancel_returns_the_best_so_far_and_the_queue_continues(run, comfy):
     stopped = []
 
     def interrupt(kind, data):
@@ -90,7 +96,7 @@ def test_cancel_keeps_the_best_so_far_and_the_queue_goes_on(run, comfy):
             stopped.append(data["value"])
             comfy.interrupt()
 
-    latents, result = run(interrupt, candidates=2000, sampler_name="euler_ancestral", seed=90)
+    latents, result = run(interrupt, candidates=1024, sampler_name="euler_ancestral", seed=90)
     assert result.status == "success" and stopped[0] < 100
     assert torch.isfinite(latents["select"]).all() and latents["select"].abs().max() > 0
     again, _ = run(seed=40, first_steps=3)

@@ -1,4 +1,4 @@
-"""DDIM inversion against DDIM itself and the authors' formulas."""
+"""DDIM inversion compared with DDIM sampling and the formulas in the code of NAO's authors."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ MIX = torch.linalg.qr(draw(48, 48))[0] * 0.4
 
 
 def network(x, sigma):
-    """A smooth estimate of x0 that is no linear function of x; sees only the variance-preserving latent."""
+    """A smooth, nonlinear estimate of x0, computed from the latent in VP scale."""
     s = sigma.view(-1, 1, 1, 1)
     y = vp_scale(x, s)
     h = torch.tanh(y.flatten(1) @ MIX).view_as(x)
@@ -32,7 +32,7 @@ def network(x, sigma):
 
 
 def ddim(x, sigmas):
-    """From noise to picture: noise and picture are told apart at σ and put together at the next one."""
+    """DDIM sampling: splits x into x0 and noise at σ and recombines them at the next σ."""
     flow = float(sigmas[0]) == 1.0
     for now, then in itertools.pairwise(sigmas):
         x0 = network(x, now.expand(len(x)))
@@ -42,7 +42,7 @@ def ddim(x, sigmas):
 
 
 @pytest.mark.parametrize("flow", [False, True])
-def test_a_refined_inversion_leads_back_to_the_picture(flow):
+def test_sampling_from_a_refined_inversion_returns_to_the_image(flow):
     x0, sigmas = draw(*SHAPE), FLOW if flow else VE
     calls = []
 
@@ -61,8 +61,8 @@ def test_a_refined_inversion_leads_back_to_the_picture(flow):
     assert errors[2] < 1e-8
 
 
-def test_inversion_is_that_of_the_authors():
-    """Their next_step: the eps of the lower level's latent at the upper level's time, on variance-preserving latents."""
+def test_inversion_equals_the_authors_formulas():
+    """Recomputes the authors' next_step in VP scale: eps at the upper level, from the latent of the lower level."""
     x0, levels = draw(*SHAPE), VE.flip(0)
     alphas, y = 1 / (1 + levels**2), x0
     for i in range(len(levels) - 1):
@@ -76,11 +76,11 @@ def test_inversion_is_that_of_the_authors():
 @pytest.mark.parametrize(
     "sigmas", [[], [0.0], [3.0, 1.0], [3.0, 3.0, 0.0], [0.0, 1.0, 3.0], [3.0, math.nan, 0.0]], ids=str
 )
-def test_sigmas_that_are_refused(sigmas):
-    with pytest.raises(ValueError, match="do not fall to 0 step by step"):
+def test_invalid_sigmas_rejected(sigmas):
+    with pytest.raises(ValueError, match="do not decrease to 0 in every step"):
         invert(network, draw(*SHAPE), torch.tensor(sigmas, dtype=torch.float64))
 
 
-def test_options_that_are_refused():
+def test_invalid_refinements_rejected():
     with pytest.raises(ValueError, match="refinements -1 is negative"):
         invert(network, draw(*SHAPE), VE, refinements=-1)

@@ -1,4 +1,4 @@
-"""The losses of SeedSelect against their definition, written out number by number in float64."""
+"""The losses of SeedSelect compared with their definition, computed number by number in float64."""
 
 import math
 
@@ -25,7 +25,7 @@ MIX = draw(2 * 3 * 3, 5, seed=9)
 
 
 def embed(x):
-    """Latents [B, 2, 3, 3] -> [B, 5], smooth, not linear, not of unit length."""
+    """Latents [B, 2, 3, 3] -> embeddings [B, 5]: smooth, nonlinear, not normalised."""
     return torch.tanh(x.flatten(1) @ MIX / 4) * 3 + x.flatten(1)[:, :5] ** 2
 
 
@@ -35,7 +35,7 @@ def cosine(a, b):
 
 
 def definition(late, references, embeddings, semantic_weight=10.0, appearance_weight=1.0):
-    """L of each sample with the paper's numbers and no tensor operation that the code uses."""
+    """L of each sample by the paper's formula, without the tensor operations of the implementation."""
     mean = [math.fsum(column) / len(embeddings) for column in zip(*embeddings.tolist())]
     losses = []
     for b in range(len(late[0])):
@@ -61,18 +61,18 @@ def loss_of(references, embeddings, **options):
     return ReferenceLoss(latent_centroid(references), embedding_centroid(embeddings), embed, **options)
 
 
-def test_the_loss_is_the_definition(case):
+def test_loss_equals_its_definition(case):
     late, references, embeddings = case
     assert loss_of(references, embeddings)(late).tolist() == pytest.approx(definition(*case), rel=1e-12)
 
 
-def test_the_weights_of_the_losses(case):
+def test_weighted_loss_equals_its_definition(case):
     late, references, embeddings = case
     ours = loss_of(references, embeddings, semantic_weight=3.0, appearance_weight=0.25)(late)
     assert ours.tolist() == pytest.approx(definition(*case, 3.0, 0.25), rel=1e-12)
 
 
-def test_the_gradient_is_that_of_central_differences(case):
+def test_gradient_equals_central_differences(case):
     late, references, embeddings = case
     loss = loss_of(references, embeddings)
     leaves = [x.clone().requires_grad_(True) for x in late]
@@ -81,41 +81,41 @@ def test_the_gradient_is_that_of_central_differences(case):
     for j, gradient in enumerate(gradients):
         for i in range(late[j].numel()):
             ends = []
-            for sign in (1, -1):
+            for step in (h, -h):
                 moved = [x.clone() for x in late]
-                moved[j].view(-1)[i] += sign * h
+                moved[j].view(-1)[i] += step
                 ends.append(math.fsum(definition(moved, references, embeddings)))
             assert float(gradient.view(-1)[i]) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6, abs=1e-8)
         assert gradient.abs().min() > 0
 
 
-def test_a_sample_does_not_see_its_batch(case):
+def test_loss_of_a_sample_is_independent_of_its_batch(case):
     late, references, embeddings = case
     loss = loss_of(references, embeddings)
     alone = torch.cat([loss([x[b : b + 1] for x in late]) for b in range(2)])
     torch.testing.assert_close(loss(late), alone, rtol=1e-14, atol=0)
 
 
-def test_the_embedding_centroid_is_the_mean_before_it_is_normalised():
+def test_embedding_centroid_is_the_normalised_mean():
     f = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     expected = torch.tensor([3.0, 1.0], dtype=torch.float64) / math.sqrt(10)
     torch.testing.assert_close(embedding_centroid(f), expected, rtol=1e-15, atol=0)
 
 
-def test_the_latent_centroid_is_the_mean_of_the_references(case):
+def test_latent_centroid_is_the_mean_of_the_references(case):
     _, references, _ = case
     expected = sum(references[k] for k in range(4)) / 4
     torch.testing.assert_close(latent_centroid(references), expected[None])
     assert latent_centroid(references.half()).dtype == torch.float32
 
 
-def test_weights_of_fewer_steps_are_the_last_ones_and_sum_to_one():
+def test_weights_of_fewer_steps_are_rescaled_to_sum_one():
     assert step_weights(3) == pytest.approx((0.05, 0.25, 0.70))
     assert step_weights(2) == pytest.approx((0.25 / 0.95, 0.70 / 0.95))
     assert step_weights(1) == (1.0,)
 
 
-def test_a_finished_latent_alone_is_scored(case):
+def test_single_final_latent_is_scored(case):
     late, references, embeddings = case
     x, mean = late[-1], embeddings.mean(0)
     expected = [
@@ -124,17 +124,17 @@ def test_a_finished_latent_alone_is_scored(case):
     assert loss_of(references, embeddings)([x]).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_of_more_than_three_latents_the_last_three_count(case):
+def test_only_the_last_three_latents_count(case):
     late, references, embeddings = case
     loss = loss_of(references, embeddings)
     assert torch.equal(loss([late[0] * 7, *late]), loss(late))
 
 
-def test_a_weight_of_0_asks_nothing(case):
+def test_weight_0_skips_the_encoder_and_the_latents(case):
     late, references, embeddings = case
 
     def never(x):
-        pytest.fail("the encoder is not asked")
+        pytest.fail("the encoder must not be called")
 
     for other in (None, never):
         loss = ReferenceLoss(latent_centroid(references), None, other, semantic_weight=0.0)
@@ -143,7 +143,7 @@ def test_a_weight_of_0_asks_nothing(case):
     assert loss(late).tolist() == pytest.approx(definition(*case, 10.0, 0.0), rel=1e-12)
 
 
-def test_vp_scale_has_the_variance_of_a_variance_preserving_model():
+def test_vp_scale_has_unit_variance():
     x0, n = draw(200_000, seed=1), draw(200_000, seed=2)
     for sigma in (0.0, 0.3, 2.0, 14.6):
         assert float(vp_scale(x0 + sigma * n, sigma).var()) == pytest.approx(1.0, rel=0.02)
@@ -152,7 +152,7 @@ def test_vp_scale_has_the_variance_of_a_variance_preserving_model():
     torch.testing.assert_close(vp_scale(x0 + sigma * n, sigma), math.sqrt(alpha) * x0 + math.sqrt(1 - alpha) * n)
 
 
-def test_centroids_made_in_inference_mode_give_gradients(case):
+def test_centroids_made_in_inference_mode_allow_gradients(case):
     late, references, embeddings = case
     with torch.inference_mode():
         loss = loss_of(references, embeddings)
@@ -161,16 +161,16 @@ def test_centroids_made_in_inference_mode_give_gradients(case):
     assert x.grad.abs().min() > 0
 
 
-def test_references_that_are_refused():
+def test_invalid_references_rejected():
     fine = torch.rand(3, 8, 8, 3)
     check_references(fine)
     check_references(fine[:1])
-    with pytest.raises(ValueError, match="hold no picture; wire at least one picture of the concept"):
+    with pytest.raises(ValueError, match="hold no image; connect at least one image of the concept"):
         check_references(fine[:0])
     for color in (0.0, 0.5, 1.0):
         flat = fine.clone()
         flat[1] = torch.tensor([color, 0.2, 0.8]) + torch.rand(8, 8, 3) * 0.003
-        with pytest.raises(ValueError, match=r"reference 2 of 3 is of one colour .* leave it out"):
+        with pytest.raises(ValueError, match=r"reference 2 of 3 is of one colour: .* leave it out"):
             check_references(flat)
     two_grey_levels = torch.full((1, 8, 8, 3), 0.5)
     two_grey_levels[0, 3, 3, 1] += 1.01 / 255
@@ -180,10 +180,10 @@ def test_references_that_are_refused():
         check_references(fine)
 
 
-def test_embeddings_and_latents_that_are_refused():
+def test_invalid_embeddings_and_latents_rejected():
     with pytest.raises(ValueError, match="embeddings of size 0x5 are not"):
         embedding_centroid(torch.zeros(0, 5))
-    with pytest.raises(ValueError, match="the 2 references has the norm 0 and no direction"):
+    with pytest.raises(ValueError, match="the 2 references has the norm 0 and therefore no direction"):
         embedding_centroid(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
     with pytest.raises(ValueError, match="has the norm nan"):
         embedding_centroid(torch.tensor([[1.0, math.nan]]))
@@ -200,16 +200,19 @@ def test_embeddings_and_latents_that_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(semantic_weight=-1.0), "semantic_weight -1 is not in 0 to infinity"),
-        (dict(appearance_weight=math.nan), "appearance_weight nan is not in 0 to infinity"),
-        (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0 and nothing is scored"),
-        (dict(embed=None), "semantic_weight 10 needs an image encoder; wire clip_vision or set semantic_weight 0"),
+        (dict(semantic_weight=-1.0), "semantic_weight -1 is not a finite number of at least 0"),
+        (dict(appearance_weight=math.nan), "appearance_weight nan is not a finite number of at least 0"),
+        (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0, so nothing is scored"),
+        (
+            dict(embed=None),
+            "semantic_weight 10 needs an image encoder; connect clip_vision, or set semantic_weight to 0",
+        ),
         (dict(embedding=None), "semantic_weight 10 needs an image encoder"),
         (dict(latents=None), "appearance_weight 1 needs the references' latents"),
     ],
     ids=str,
 )
-def test_losses_that_are_refused(options, message):
+def test_invalid_loss_settings_rejected(options, message):
     given = dict(latents=torch.zeros(1, 2, 3, 3), embedding=torch.ones(5), embed=embed) | options
     with pytest.raises(ValueError, match=message):
         ReferenceLoss(**given)

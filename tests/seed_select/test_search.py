@@ -1,4 +1,4 @@
-"""Successive halving on scores whose order is known, and the plan of what it spends."""
+"""Successive halving on scores with a known order, and its cost."""
 
 import math
 
@@ -16,7 +16,7 @@ def noise_of(seed):
 
 
 class Model:
-    """A picture is its noise with the steps in one place; the score is a table of (seed, steps), counted as it is asked."""
+    """Fake model: its latent is the noise with the number of steps in one element; a score depends on (seed, steps)."""
 
     def __init__(self, score=lambda seed, steps: float(seed)):
         self.table, self.calls, self.sampler_seeds = score, [], []
@@ -40,11 +40,11 @@ def search(model, candidates=64, steps=20, first=0, pick=1, batch=8, **options):
 
 
 def shuffled(seed, steps=1):
-    """An order of the candidates that has nothing to do with their seeds."""
+    """Scores whose order is unrelated to the seeds."""
     return float((seed * 37 + 11) % 101)
 
 
-def test_the_plan_of_64_candidates_spends_an_eighth():
+def test_plan_of_64_candidates_costs_an_eighth():
     plan = plan_search(64, 20)
     assert plan.rounds == (Round(64, 1), Round(16, 3), Round(4, 7), Round(1, 20))
     assert plan.evaluations == 64 + 48 + 28 + 20 == 160
@@ -54,7 +54,7 @@ def test_the_plan_of_64_candidates_spends_an_eighth():
 
 @pytest.mark.parametrize("survivors", [0.1, 0.25, 1 / 3, 0.5])
 @pytest.mark.parametrize("first_steps", [1, 3])
-def test_plans_of_all_sizes(survivors, first_steps):
+def test_every_plan_increases_steps_and_decreases_candidates(survivors, first_steps):
     for candidates in (1, 2, 3, 4, 5, 16, 17, 100):
         for steps in (3, 4, 20, 50):
             rounds = plan_search(candidates, steps, first_steps=first_steps, survivors=survivors).rounds
@@ -67,7 +67,7 @@ def test_plans_of_all_sizes(survivors, first_steps):
             assert max(lengths) == steps
 
 
-def test_rounds_of_the_same_steps_are_not_run_twice():
+def test_rounds_with_equal_steps_are_omitted():
     assert plan_search(64, 1).rounds == (Round(64, 1), Round(1, 1))
     assert plan_search(64, 2).rounds == (Round(64, 1), Round(4, 2), Round(1, 2))
 
@@ -76,19 +76,19 @@ def test_second_order_samplers_cost_twice():
     assert plan_search(64, 20, calls_per_step=2).evaluations == 320
 
 
-def test_the_search_spends_what_the_plan_says_and_tells_it():
-    model, told = Model(shuffled), []
+def test_cost_and_progress_match_the_plan():
+    model, progress = Model(shuffled), []
     run = search(model)
-    run.run(lambda done, total, score, picture: told.append((done, total, score, picture())))
+    run.run(lambda done, total, score, latent: progress.append((done, total, score, latent())))
     assert sum(count * steps for count, steps in model.calls) == run.plan.evaluations == run.evaluations == 160
     assert model.calls == [(8, 1)] * 8 + [(8, 3)] * 2 + [(4, 7), (1, 20)]
-    assert [done for done, *_ in told] == [8 * k for k in range(1, 9)] + [88, 112, 140, 160]
-    assert {total for _, total, *_ in told} == {160}
-    for _, _, score, picture in told:
-        assert float(model.score([picture])) == score
+    assert [done for done, *_ in progress] == [8 * k for k in range(1, 9)] + [88, 112, 140, 160]
+    assert {total for _, total, *_ in progress} == {160}
+    for _, _, score, latent in progress:
+        assert float(model.score([latent])) == score
 
 
-def test_the_best_candidates_stay():
+def test_best_candidates_survive():
     model = Model(shuffled)
     run = search(model, candidates=64)
     found = run.run()
@@ -104,14 +104,14 @@ def test_the_best_candidates_stay():
 
 
 def test_a_later_round_decides_by_its_own_scores():
-    """Scores of 1 step order by seed; with more steps the order turns around: the best of the first 16 wins."""
+    """With 1 step scores rise with the seed; with more steps they fall, so the last of the 16 survivors is the best."""
     model = Model(lambda seed, steps: float(seed if steps == 1 else -seed))
     run = search(model)
     assert run.run().seed == 15
     assert run.ranking == (15, 14, 13, 12, *range(11, -1, -1), *range(16, 64))
 
 
-def test_who_came_further_ranks_before_who_scored_lower():
+def test_ranking_is_by_round_then_by_score():
     model = Model(lambda seed, steps: float(seed + 1000 * steps))
     run = search(model, candidates=16, steps=20)
     run.run()
@@ -119,14 +119,14 @@ def test_who_came_further_ranks_before_who_scored_lower():
     assert [run.last_score(i)[0] for i in run.ranking][:5] == [4000.0 + 16000, 4001.0, 4002.0, 4003.0, 1004.0]
 
 
-def test_ties_go_to_the_earlier_candidate():
+def test_ties_rank_the_earlier_candidate_first():
     run = search(Model(lambda seed, steps: 0.5), first=7)
     assert run.run().seed == 7
     assert run.ranking == tuple(range(64))
 
 
 @pytest.mark.parametrize("pick", [1, 2, 4, 5, 17, 64])
-def test_pick_counts_in_the_ranking_and_leaves_it_as_it_is(pick):
+def test_pick_selects_by_rank_without_changing_the_ranking(pick):
     model = Model(shuffled)
     first = search(model)
     first.run()
@@ -139,14 +139,14 @@ def test_pick_counts_in_the_ranking_and_leaves_it_as_it_is(pick):
     assert int(found.latent[0, 1, 1, 1]) == 20
 
 
-def test_one_candidate_is_one_plain_run():
+def test_one_candidate_is_sampled_once():
     model = Model()
     run = search(model, candidates=1, first=5)
     assert run.run().seed == 5
     assert model.calls == [(1, 20)]
 
 
-def test_the_batch_changes_nothing_but_the_calls():
+def test_batch_size_changes_only_the_calls():
     runs = []
     for batch in (1, 5, 64):
         model = Model(shuffled)
@@ -157,12 +157,12 @@ def test_the_batch_changes_nothing_but_the_calls():
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_an_interrupted_search_has_its_best():
+def test_interrupted_search_has_a_best_result():
     class Interrupt(Exception):
         pass
 
     def stop(at):
-        def progress(done, total, score, picture):
+        def progress(done, total, score, latent):
             if done >= at:
                 raise Interrupt
 
@@ -182,42 +182,42 @@ def test_an_interrupted_search_has_its_best():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("steps", "seed"), [(1, 42), (3, 3), (20, 0)])
-def test_a_score_that_is_not_finite_names_the_seed(value, steps, seed):
+def test_non_finite_score_error_names_the_seed(value, steps, seed):
     run = search(Model(lambda s, n: value if (s, n) == (seed, steps) else float(s)))
     with pytest.raises(ValueError, match=f"the score of seed {seed} is {value} with {steps} steps?; check that"):
         run.run()
 
 
-def test_models_that_answer_for_another_number_are_refused():
+def test_wrong_number_of_scores_rejected():
     model = Model()
     model.score = lambda latents: torch.zeros(3)
-    with pytest.raises(ValueError, match="8 candidates gave 8 latents and 3 scores"):
+    with pytest.raises(ValueError, match="got 8 latents and 3 scores"):
         search(model).run()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(candidates=0), "candidates 0 is not in 1 to 4096"),
-        (dict(candidates=5000), "candidates 5000 is not in 1 to 4096"),
+        (dict(candidates=0), "candidates 0 is not between 1 and 4096"),
+        (dict(candidates=5000), "candidates 5000 is not between 1 and 4096"),
         (dict(steps=0), "steps 0 is less than 1"),
-        (dict(first_steps=0), "first_steps 0 is not in 1 to steps 20"),
-        (dict(first_steps=21), "first_steps 21 is not in 1 to steps 20"),
-        (dict(survivors=0.6), "survivors 0.6 is not above 0 and at most 0.5"),
-        (dict(survivors=0.0), "survivors 0 is not above 0"),
-        (dict(survivors=math.nan), "survivors nan is not above 0"),
-        (dict(pick=0), "pick 0 is not in 1 to 64, the number of candidates"),
-        (dict(pick=65), "pick 65 is not in 1 to 64"),
+        (dict(first_steps=0), "first_steps 0 is not between 1 and steps 20"),
+        (dict(first_steps=21), "first_steps 21 is not between 1 and steps 20"),
+        (dict(survivors=0.6), "survivors must be above 0 and at most 0.5, got 0.6"),
+        (dict(survivors=0.0), "survivors must be above 0 .*got 0"),
+        (dict(survivors=math.nan), "survivors must be above 0 .*got nan"),
+        (dict(pick=0), "pick 0 is not between 1 and 64, the number of candidates"),
+        (dict(pick=65), "pick 65 is not between 1 and 64"),
         (dict(batch=0), "batch 0 is less than 1"),
     ],
     ids=str,
 )
-def test_searches_that_are_refused(options, message):
+def test_invalid_search_settings_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         search(Model(), **options)
 
 
-def test_a_plan_for_others_is_refused():
+def test_plan_for_another_number_of_candidates_rejected():
     with pytest.raises(ValueError, match="3 candidates do not fit a plan for 64"):
         SeedSearch(seed_candidates(0, 3, noise_of), None, plan_search(64, 20))
 
@@ -228,7 +228,7 @@ def test_seeds_stay_below_2_to_the_64():
     assert [c.label for c in seed_candidates(5, 2, noise_of)] == ["seed 5", "seed 6"]
 
 
-def test_series_are_the_scores_over_what_was_spent():
+def test_series_are_scores_over_evaluations():
     run = search(Model(shuffled), candidates=16, batch=4)
     run.run()
     series = run.series()
@@ -250,5 +250,5 @@ def test_lines_name_rank_seed_score_and_steps():
     ]
 
 
-def test_a_ranking_is_stable():
+def test_ranking_is_stable():
     assert RoundScores(1, {4: 1.0, 2: 0.5, 3: 1.0, 1: 0.5}).ranking == (1, 2, 3, 4)

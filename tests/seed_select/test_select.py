@@ -1,4 +1,4 @@
-"""SeedSelect as a whole, on a small model whose every picture is known."""
+"""SeedSelect as a whole, on a small model with an exact denoiser."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ REFERENCES = PROTOTYPES[:2] * 0.9 + 0.1 * torch.cat([noise_of(2000 + k) for k in
 
 
 def denoise(x, sigma):
-    """The exact denoiser of five pictures with a little spread: which one it becomes is a matter of the noise."""
+    """Exact denoiser of a mixture of five narrow Gaussians; the noise decides which of them is generated."""
     s = sigma.view(-1, 1)
     spread = 0.3**2 + s**2
     distance = ((x.flatten(1)[:, None] - PROTOTYPES.flatten(1)) ** 2).sum(-1)
@@ -46,7 +46,7 @@ def embed(x):
 
 
 class Toy:
-    """A SeedSampler, and the SeedGradients of its sessions."""
+    """A SeedSampler that also implements SeedGradients."""
 
     calls_per_step, gradient_cost = 1, GradientCost(forward=20, with_gradient=20)
 
@@ -99,44 +99,46 @@ def select(toy=None, **settings):
 
 
 def finish(run, progress=None):
-    """The pictures of ``run``, its parts called as the node calls them."""
+    """Results of ``run``, with its parts called in the order of the node."""
     run.choose(progress)
     if run.settings.optimizes:
         run.sampler.sessions += 1
         run.optimize(run.sampler, progress)
-    return run.draw(progress)
+    return run.generate(progress)
 
 
 def in_full(noise, toy):
+    """(latent, score) of a run with all steps from ``noise``."""
     with torch.no_grad():
         latent = Toy().generate(noise, 20, [0])
         return latent, float(toy.loss([latent]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["noise", "inversion", "centroid"])
 @pytest.mark.parametrize("mode", ["search", "optimize", "search+optimize"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_every_mode_and_start_gives_finished_pictures_and_spends_what_it_planned(mode, start, count):
+def test_every_mode_and_start_returns_final_images_at_the_planned_cost(mode, start, count):
     run, toy = select(mode=mode, start=start, count=count, candidates=16, seed=30)
-    told = []
-    pictures = finish(run, lambda done, total, score, picture: told.append((done, total, score, picture())))
-    assert len(pictures) == count
-    for found in pictures:
+    calls = []
+    results = finish(run, lambda done, total, score, latent: calls.append((done, total, score, latent())))
+    assert len(results) == count
+    for found in results:
         latent, score = in_full(found.noise, toy)
         assert torch.equal(found.latent, latent)
         assert found.score == score
         assert found.noise.shape == SHAPE
-    assert run.best is pictures[0]
+    assert run.best is results[0]
     assert toy.evaluations == run.evaluations == run.planned
-    assert [done for done, *_ in told] == sorted({done for done, *_ in told})
-    assert told[-1][0] == run.planned
-    assert {total for _, total, *_ in told} == {run.planned}
+    assert [done for done, *_ in calls] == sorted({done for done, *_ in calls})
+    assert calls[-1][0] == run.planned
+    assert {total for _, total, *_ in calls} == {run.planned}
     assert toy.inverted == (start != "noise")
     assert toy.sessions == ("optimize" in mode)
-    assert run.report().count("picture ") == count
+    assert run.report().count("image ") == count
 
 
-def test_a_search_gives_the_seed_that_reproduces_it():
+def test_search_returns_the_seed_that_reproduces_it():
     run, toy = select(candidates=16, seed=30)
     (found,) = finish(run)
     assert toy.generated[-1] == (1, 20)
@@ -145,7 +147,7 @@ def test_a_search_gives_the_seed_that_reproduces_it():
     assert torch.equal(found.latent, in_full(noise_of(found.seed), toy)[0])
 
 
-def test_a_search_of_64_comes_near_to_the_best_of_all_for_an_eighth():
+def test_search_of_64_is_near_the_best_for_an_eighth_of_the_cost():
     run, toy = select(candidates=64, seed=0)
     (found,) = finish(run)
     scores = sorted(in_full(noise_of(s), toy)[1] for s in range(64))
@@ -153,7 +155,7 @@ def test_a_search_of_64_comes_near_to_the_best_of_all_for_an_eighth():
     assert toy.evaluations * 8 <= 64 * 20
 
 
-def test_optimisation_falls_below_its_start():
+def test_optimisation_lowers_the_score():
     run, toy = select(mode="optimize", seed=3, optimize=OptimizeSettings(iterations=20))
     (found,) = finish(run)
     assert found.seed == 3
@@ -164,13 +166,13 @@ def test_optimisation_falls_below_its_start():
 
 
 @pytest.mark.parametrize("pick", [1, 3])
-def test_0_iterations_are_the_plain_run(pick):
-    none = OptimizeSettings(iterations=0)
-    run, toy = select(mode="optimize", seed=3, pick=pick, optimize=none)
+def test_0_iterations_equal_the_plain_run(pick):
+    unchanged = OptimizeSettings(iterations=0)
+    run, toy = select(mode="optimize", seed=3, pick=pick, optimize=unchanged)
     (found,) = finish(run)
     assert torch.equal(found.noise, noise_of(2 + pick))
     assert torch.equal(found.latent, in_full(noise_of(2 + pick), toy)[0])
-    both, toy = select(mode="search+optimize", candidates=16, pick=pick, optimize=none)
+    both, toy = select(mode="search+optimize", candidates=16, pick=pick, optimize=unchanged)
     search, _ = select(mode="search", candidates=16, pick=pick)
     (a,), (b,) = finish(both), finish(search)
     assert torch.equal(a.noise, b.noise)
@@ -178,7 +180,7 @@ def test_0_iterations_are_the_plain_run(pick):
     assert (a.seed, a.score) == (b.seed, b.score)
 
 
-def test_the_best_candidates_become_starts():
+def test_best_candidates_are_optimised():
     run, _ = select(mode="search+optimize", candidates=16, pick=2, optimized=3)
     (found,) = finish(run)
     starts = [run.search.candidates[i] for i in run.search.ranking[1:4]]
@@ -188,26 +190,27 @@ def test_the_best_candidates_become_starts():
     assert torch.equal(found.noise, best.best.noise)
 
 
-def test_pictures_lie_between_the_two_best():
+def test_images_start_from_noises_on_the_path_between_the_two_best():
     run, toy = select(candidates=16, count=4)
-    pictures = finish(run)
+    results = finish(run)
     first, second = (run.search.candidates[i] for i in run.search.ranking[:2])
-    assert torch.equal(pictures[0].noise, first.noise())
-    assert torch.equal(pictures[3].noise, second.noise())
-    assert [p.seed for p in pictures] == [first.seed, None, None, second.seed]
+    assert torch.equal(results[0].noise, first.noise())
+    assert torch.equal(results[3].noise, second.noise())
+    assert [r.seed for r in results] == [first.seed, None, None, second.seed]
     path = norm_aware_path(first.noise(), second.noise())
-    for share, found in ((1 / 3, pictures[1]), (2 / 3, pictures[2])):
+    for share, found in ((1 / 3, results[1]), (2 / 3, results[2])):
         assert torch.equal(found.noise, path.at(share))
         assert found.label == f"{100 * share:.0f} % from {first.label} to {second.label}"
-    assert [p.score for p in pictures] == [in_full(p.noise, toy)[1] for p in pictures]
+    assert [r.score for r in results] == [in_full(r.noise, toy)[1] for r in results]
 
 
-def test_a_stochastic_sampler_draws_from_the_seed_of_the_noise_or_else_of_the_settings():
+@pytest.mark.slow
+def test_stochastic_sampler_uses_the_seed_of_the_noise_or_the_settings():
     run, toy = select(candidates=4, seed=50, count=3)
-    pictures = finish(run)
-    best = pictures[0].seed
-    assert toy.sampler_seeds == [50, 51, 52, 53, best, best, pictures[2].seed]
-    assert [p.sampler_seed for p in pictures] == toy.sampler_seeds[4:]
+    results = finish(run)
+    best = results[0].seed
+    assert toy.sampler_seeds == [50, 51, 52, 53, best, best, results[2].seed]
+    assert [r.sampler_seed for r in results] == toy.sampler_seeds[4:]
     for start in ("inversion", "centroid"):
         run, toy = select(candidates=4, seed=50, start=start)
         finish(run)
@@ -217,7 +220,8 @@ def test_a_stochastic_sampler_draws_from_the_seed_of_the_noise_or_else_of_the_se
     assert toy.sampler_seeds == [7]
 
 
-def test_starts_from_references():
+@pytest.mark.slow
+def test_start_inversion_and_centroid_use_the_inverted_references():
     run, toy = select(start="inversion", candidates=16)
     (found,) = finish(run)
     inverted = toy.inversions()
@@ -229,14 +233,14 @@ def test_starts_from_references():
     assert torch.equal(finish(run)[0].noise, centroid)
 
 
-def test_an_inverted_reference_gives_its_own_picture_a_better_score_than_most_seeds():
+def test_inverted_reference_scores_better_than_most_seeds():
     run, toy = select(start="inversion", candidates=2)
     (found,) = finish(run)
     scores = sorted(in_full(noise_of(s), toy)[1] for s in range(20))
     assert found.score < scores[5]
 
 
-def test_centroid_candidates_go_out_to_the_seeds():
+def test_centroid_candidates_lie_on_paths_to_the_seeds():
     seeds = [noise_of(1), noise_of(2), noise_of(3)]
     centroid, paths = norm_aware_centroid(seeds)
     candidates = centroid_candidates(seeds, 7)
@@ -251,13 +255,14 @@ def test_centroid_candidates_go_out_to_the_seeds():
     assert [c.label[:2] for c in centroid_candidates(seeds, 6)] == ["ce", "50", "50", "50", "10", "10"]
 
 
-def test_an_interrupt_leaves_the_best_at_any_time():
+@pytest.mark.slow
+def test_interrupt_at_any_time_keeps_the_best():
     class Interrupt(Exception):
         pass
 
     whole, toy = select(mode="search+optimize", candidates=16, count=2)
     marks = []
-    finish(whole, lambda done, total, score, picture: marks.append((done, score)))
+    finish(whole, lambda done, total, score, latent: marks.append((done, score)))
     for done, score in marks:
         run, _ = select(mode="search+optimize", candidates=16, count=2)
 
@@ -272,67 +277,68 @@ def test_an_interrupt_leaves_the_best_at_any_time():
         assert run.best is not None
         if not run.optimizations:
             assert run.best.score == score
-        elif not run.pictures:
+        elif not run.results:
             assert run.best.score == min(o.best.score for o in run.optimizations)
         assert run.series()
-        best, spent, made = run.best, run.evaluations, len(run.pictures)
-        settled = run.settle()
-        assert settled is run.pictures and len(settled) == max(made, 1)
-        assert torch.equal(settled[0].noise, best.noise)
+        best, spent, made = run.best, run.evaluations, len(run.results)
+        results = run.finish_interrupted()
+        assert results is run.results and len(results) == max(made, 1)
+        assert torch.equal(results[0].noise, best.noise)
         latent, score = in_full(best.noise, toy)
-        assert torch.equal(settled[0].latent, latent) and settled[0].score == score
+        assert torch.equal(results[0].latent, latent) and results[0].score == score
         finished = made or (run.search.done and not run.optimizations)
         assert run.evaluations == spent + 20 * (not finished)
         reproduces = torch.equal(best.noise, noise_of(best.seed))
-        said = "reproduces the result in" if reproduces else "does not reproduce the result"
-        assert f"seed {best.seed} " in run.report() and said in run.report()
+        text = "reproduces the result in" if reproduces else "does not reproduce the result"
+        assert f"seed {best.seed} " in run.report() and text in run.report()
 
 
-def test_an_interrupt_in_the_last_round_keeps_the_picked_one():
-    class Stubborn(Toy):
+def test_interrupt_in_the_last_round_keeps_the_pick():
+    class Interrupted(Toy):
         def generate(self, noises, steps, seeds):
-            if steps == 20 and not self.stopped:
-                self.stopped = True
+            if steps == 20 and not self.interrupted:
+                self.interrupted = True
                 raise InterruptedError
             return super().generate(noises, steps, seeds)
 
-    toy = Stubborn()
-    toy.stopped = False
+    toy = Interrupted()
+    toy.interrupted = False
     run, _ = select(toy, candidates=16, pick=3)
     with pytest.raises(InterruptedError):
         finish(run)
     assert run.best.seed == run.search.ranking[2]
-    [picture] = run.settle()
-    assert picture.seed == run.search.ranking[2]
+    [result] = run.finish_interrupted()
+    assert result.seed == run.search.ranking[2]
     whole, _ = select(candidates=16, pick=3)
-    assert torch.equal(picture.latent, finish(whole)[0].latent)
+    assert torch.equal(result.latent, finish(whole)[0].latent)
 
 
-def test_what_is_settled_after_a_whole_search_costs_nothing_more():
+def test_finishing_after_a_complete_search_costs_nothing():
     run, toy = select(candidates=4)
     pool = run._pool()
     run._plan(pool)
     found = run.search.run()
     spent = run.evaluations
-    assert run.settle()[0].latent is found.latent
+    assert run.finish_interrupted()[0].latent is found.latent
     assert run.evaluations == toy.evaluations == spent
 
 
-def test_series_go_on_where_the_last_one_ended():
+def test_each_score_series_begins_after_the_end_of_the_previous_one():
     run, _ = select(mode="search+optimize", candidates=16, optimized=2)
     finish(run)
     labels, ends = [s.label for s in run.series()], [(s.evaluations[0], s.evaluations[-1]) for s in run.series()]
     assert labels[:3] == ["16 candidates, 1 step", "4 candidates, 4 steps", "1 candidate, 20 steps"]
     assert labels[3:] == [f"{o.start.label}, optimised" for o in run.optimizations]
     assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
-    assert ends[-1][1] == run.evaluations - 20  # the picture's own run comes last
+    assert ends[-1][1] == run.evaluations - 20  # the run of the final image comes last
 
 
-def test_the_whole_runs_in_inference_mode_as_nodes_do():
+@pytest.mark.slow
+def test_runs_in_inference_mode():
     expected = finish(select(mode="search+optimize", start="centroid", candidates=4, count=3)[0])
     with torch.inference_mode():
-        pictures = finish(select(mode="search+optimize", start="centroid", candidates=4, count=3)[0])
-    for a, b in zip(pictures, expected, strict=True):
+        results = finish(select(mode="search+optimize", start="centroid", candidates=4, count=3)[0])
+    for a, b in zip(results, expected, strict=True):
         assert torch.equal(a.noise, b.noise)
         assert torch.equal(a.latent, b.latent)
 
@@ -343,38 +349,43 @@ def test_the_whole_runs_in_inference_mode_as_nodes_do():
         (dict(mode="anneal"), "mode 'anneal' is unknown; use one of search, optimize, search"),
         (dict(start="mean"), "start 'mean' is unknown; use one of noise, inversion, centroid"),
         (dict(candidates=0), "candidates 0 is less than 1"),
-        (dict(candidates=5000), "candidates 5000 is not in 1 to 4096"),
+        (dict(candidates=5000), "candidates 5000 is not between 1 and 4096"),
         (dict(count=0), "count 0 is less than 1"),
         (dict(steps=0), "steps 0 is less than 1"),
         (dict(pick=0), "pick 0 is less than 1"),
-        (dict(pick=17), "pick 17 and 1 noises need 17 candidates and there are 16; raise candidates or lower pick"),
-        (dict(candidates=1, count=2), "pick 1 and 2 noises need 2 candidates and there are 1"),
-        (dict(mode="search+optimize", optimized=4, candidates=3), "pick 1 and 4 noises need 4 candidates"),
-        (dict(first_steps=30), "first_steps 30 is not in 1 to steps 20"),
-        (dict(survivors=0.9), "survivors 0.9 is not above 0 and at most 0.5"),
+        (
+            dict(pick=17),
+            "at least 17 candidates to select 1 noise starting at pick 17, got 16; raise candidates, or lower pick",
+        ),
+        (dict(candidates=1, count=2), "at least 2 candidates to select 2 noises starting at pick 1, got 1"),
+        (dict(mode="search+optimize", optimized=4, candidates=3), "expected at least 4 candidates to select 4 noises"),
+        (dict(first_steps=30), "first_steps 30 is not between 1 and steps 20"),
+        (dict(survivors=0.9), "survivors must be above 0 and at most 0.5, got 0.9"),
     ],
     ids=str,
 )
-def test_settings_that_are_refused(settings, message):
+def test_invalid_settings_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         SeedSelectSettings(**settings)
 
 
-def test_models_that_are_refused():
+def test_missing_gradients_and_too_few_references_rejected():
     toy = Toy()
     toy.gradient_cost = None
-    with pytest.raises(ValueError, match="mode optimize needs a sampler that is open to gradients; use mode search"):
+    with pytest.raises(ValueError, match="mode optimize needs a differentiable sampler; use mode search"):
         select(toy, mode="optimize")
     one = Toy()
     one.inversions = lambda: [noise_of(1)]
-    with pytest.raises(ValueError, match="1 seed has no path or centroid"):
+    with pytest.raises(ValueError, match="expected at least 2 noises for a path or centroid, got 1"):
         finish(select(one, start="centroid")[0])
     for settings in (dict(pick=2), dict(count=2)):
-        with pytest.raises(ValueError, match=r"start inversion gives 1 noises, .* needs 2; add references"):
+        with pytest.raises(
+            ValueError, match=r"expected at least 2 references for start inversion .*, got 1; add references"
+        ):
             finish(select(one, start="inversion", **settings)[0])
 
 
-def test_a_picture_whose_score_is_not_finite_is_refused():
+def test_non_finite_score_of_an_image_rejected():
     toy = Toy()
     toy.generate = lambda noises, steps, seeds: noises * math.nan
     with pytest.raises(ValueError, match="the score of seed 0, optimised is nan"):

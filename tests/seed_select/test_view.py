@@ -5,7 +5,16 @@ import torch
 
 from chorus.common.sheets import PAPER, Sheet
 from chorus.techniques.seed_select.records import ScoreSeries
-from chorus.techniques.seed_select.view import BEST, NARROWEST, POINT, WIDEST, Tile, _fitting, draw_grid, draw_preview
+from chorus.techniques.seed_select.view import (
+    BEST,
+    MAX_SIDE,
+    MIN_SIDE,
+    POINT,
+    Tile,
+    _font_size,
+    draw_grid,
+    draw_preview,
+)
 
 
 def tile(value=0.5, size=(64, 64), captions=("1: seed 0", "score 0.1")):
@@ -24,7 +33,7 @@ def columns_of(sheet, colour):
     return has(sheet, colour).any(0).nonzero().flatten()
 
 
-def test_the_grid_goes_row_by_row_and_shows_every_picture():
+def test_grid_shows_every_image_row_by_row():
     values = [k / 10 for k in range(1, 8)]
     sheet = draw_grid([tile(v) for v in values])
     centres = []
@@ -38,15 +47,15 @@ def test_the_grid_goes_row_by_row_and_shows_every_picture():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 48), (64, 8), (512, 512), (1024, 512), (700, 3000)], ids=str)
-def test_pictures_of_any_size_keep_their_form(size):
+def test_images_of_any_size_keep_their_aspect_ratio(size):
     sheet = draw_grid([tile(1.0, size, ())])
     height, width = (int(has(sheet, (255, 255, 255)).sum(d).max()) for d in (0, 1))
     assert width / height == pytest.approx(size[1] / size[0], rel=0.02)
-    assert max(width, height) <= WIDEST
-    assert max(width, height) >= NARROWEST or max(size) < NARROWEST
+    assert max(width, height) <= MAX_SIDE
+    assert max(width, height) >= MIN_SIDE or max(size) < MIN_SIDE
 
 
-def test_a_small_picture_keeps_its_pixels_and_a_large_one_is_averaged():
+def test_small_images_keep_their_pixels_and_large_ones_are_averaged():
     small = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
     sheet = draw_grid([Tile(small, ())])
     assert torch.allclose(sheet[8 : 8 + 192, 8 : 8 + 192][12::24, 12::24], small, atol=1e-3)
@@ -55,16 +64,16 @@ def test_a_small_picture_keeps_its_pixels_and_a_large_one_is_averaged():
     assert float((shown - 0.5).abs().max()) < 0.02
 
 
-def test_the_longest_seed_is_readable_in_the_narrowest_tile():
+def test_longest_seed_fits_the_narrowest_tile():
     caption = f"16: seed {2**64 - 1}"
-    assert Sheet.text_width(caption, _fitting(caption, NARROWEST)) <= NARROWEST
-    assert _fitting("1: seed 7", NARROWEST) == 13
+    assert Sheet.text_width(caption, _font_size(caption, MIN_SIDE)) <= MIN_SIDE
+    assert _font_size("1: seed 7", MIN_SIDE) == 13
     plain, written = (draw_grid([tile(captions=c)]) for c in (("", ""), (caption, "")))
     assert not torch.equal(plain, written)
-    assert torch.equal(plain[:, -8:], written[:, -8:])  # nothing runs over the edge
+    assert torch.equal(plain[:, -8:], written[:, -8:])  # the caption does not reach the edge
 
 
-def test_low_scores_lie_low_and_the_best_so_far_never_rises():
+def test_low_scores_are_at_the_bottom_and_the_best_so_far_never_rises():
     series = ScoreSeries("one", (10, 20, 30, 40), (3.0, 1.0, 2.0, 0.0))
     sheet = draw_preview(tile(), [series])
     points = [columns_of(sheet[rows], POINT) for rows in (slice(None),)]
@@ -79,7 +88,7 @@ def test_low_scores_lie_low_and_the_best_so_far_never_rises():
 
 
 def test_every_series_has_its_own_scale():
-    """Scores of different step counts must not be compared: a shift of one changes nothing but its labels."""
+    """Scores of different step counts are not comparable: an offset of one series changes only its labels."""
     first = ScoreSeries("a", (1, 2, 3), (5.0, 4.0, 4.5))
     sheets = [draw_preview(tile(), [first, ScoreSeries("b", (4, 5, 6), (s, s + 1, s + 2))]) for s in (0.0, 5000.0)]
     assert torch.equal(has(sheets[0], POINT), has(sheets[1], POINT))
@@ -90,7 +99,7 @@ def test_every_series_has_its_own_scale():
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
 @pytest.mark.parametrize("points", [1, 2, 200])
-def test_any_number_of_series_and_points(count, points):
+def test_any_number_of_series_and_points_can_be_drawn(count, points):
     scores = torch.rand(points, generator=torch.Generator().manual_seed(1)).tolist()
     series = [ScoreSeries(f"series {k}", tuple(range(k, k + points)), tuple(scores)) for k in range(count)]
     sheet = draw_preview(tile(), series)
@@ -101,6 +110,6 @@ def test_any_number_of_series_and_points(count, points):
         assert has(edge, PAPER).all()
 
 
-def test_equal_scores_are_a_level_line():
+def test_equal_scores_are_drawn_as_a_horizontal_line():
     sheet = draw_preview(tile(), [ScoreSeries("same", (1, 2, 3), (0.5, 0.5, 0.5))])
     assert len(rows_of(sheet, BEST)) <= 2

@@ -1,7 +1,8 @@
-"""MagicFusion's definition in float64 numpy, written from the paper and the authors' code and from nothing of the pack.
+"""MagicFusion's blend in float64 numpy: the definition with which tests compare the pack's implementations.
 
-Given what each model predicts at one x, it says which model paints where (arXiv 2303.13126, section 3; `shared`: the
-authors' code).
+This module was written independently of the pack: from the paper (arXiv 2303.13126, section 3), and for the option
+"shared" of ``saliency`` from the authors' code. From the predictions of all models at one x, it computes which model
+generates each position.
 """
 
 from dataclasses import dataclass
@@ -9,12 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 CFG = 5.0
-TIE = 1e-5  # scores nearer than this may fall to either side in float32
+# scores that differ by less than TIE may have either order in float32; if the largest score is below 1, TIE is relative
+# to it
+TIE = 1e-5
 FLOAT32 = np.finfo(np.float32).eps
 
 
 def smooth(maps, blur):
-    """Mean over a blur x blur box, zeros outside; an even box shortens the map, which is stretched back bilinearly."""
+    """Mean of ``maps`` [..., H, W] over a box of blur x blur positions, with zeros outside the map.
+
+    An even ``blur`` makes the averaged map one position shorter along each axis, so it is stretched back bilinearly.
+    """
     pad = (blur - 1) // 2
     padded = np.pad(maps, [(0, 0)] * (maps.ndim - 2) + [(pad, pad)] * 2)
     height, width = (n - blur + 1 for n in padded.shape[-2:])
@@ -24,7 +30,10 @@ def smooth(maps, blur):
 
 
 def stretch(short, long):
-    """Bilinear interpolation from ``short`` to ``long`` positions, pixel centres at halves, as a matrix."""
+    """Matrix [long, short] of the bilinear interpolation from ``short`` to ``long`` positions.
+
+    Pixel centres are at 0.5, 1.5, 2.5, ...
+    """
     matrix = np.zeros((long, short))
     for i in range(long):
         at = np.clip((i + 0.5) * short / long - 0.5, 0, short - 1)
@@ -40,20 +49,24 @@ def log_softmax(logits, axes):
 
 @dataclass
 class Expected:
-    """One prediction by the definition, and what float32 may make of it."""
+    """One blended prediction by the definition, and bounds on its rounding errors in float32."""
 
     weights: np.ndarray  # [N, B, H, W]
-    weight_bound: float
-    certain: np.ndarray  # [B, H, W]: no tie
-    gap: float  # between the two best scores where they are nearest; infinite with a soft mask
-    guided: np.ndarray  # [B, C, H, W]: x0 after guidance
-    bound: np.ndarray  # [B, C, H, W]
+    weight_bound: float  # bound on the error of a weight
+    certain: np.ndarray  # [B, H, W]: False where scores may tie
+    gap: float  # smallest difference between the two best scores; infinite for a soft mask
+    guided: np.ndarray  # [B, C, H, W]: blended x0 after guidance
+    bound: np.ndarray  # [B, C, H, W]: bound on the error of ``guided``
+    scores: np.ndarray  # [N, B, H, W]: k · saliency − ln(mean of exp(k · saliency)), without ``extra``
+    rounding: float  # bound on the error of a score in float32
+    spread: np.ndarray  # [N, B]: standard deviation over the positions of score - base's score
 
 
 def definition(call, pairs, *, strengths, guidance, saliency="own", blur=4, extra=None, softness=None):
-    """What the sampler should have got at ``call``.
+    """The expected result of the blend at ``call``.
 
-    ``pairs``: (cond, uncond) predictions of x0 of every model. ``extra`` [N, B, H, W] is added to the scores.
+    ``pairs``: predictions (cond, uncond) of x0 of every model. ``extra`` [N, B, H, W] is added to the scores. The unit
+    of ``extra`` and of ``softness`` is the standard deviation, over the positions, of score - base's score.
     """
     x, sigma = call.x.double().numpy(), call.sigma.double().numpy().reshape(-1, 1, 1, 1)
     pairs = [(c.double().numpy(), u.double().numpy()) for c, u in pairs]
@@ -67,9 +80,13 @@ def definition(call, pairs, *, strengths, guidance, saliency="own", blur=4, extr
             difference = np.abs(guidance[0] * (conditional - noises[0][1]))
         scores.append(log_softmax(k * smooth(difference, blur).mean(1), (-2, -1)))
     scores = np.stack(scores)
-    rounding = 8 * FLOAT32 * np.abs(scores).max()
+    scores = scores + np.log(
+        scores[0, 0].size
+    )  # log softmax + ln(H W) = ln(exp / mean of exp); the same constant for all models
+    rounding, plain = 8 * FLOAT32 * np.abs(scores).max(), scores
+    unit = (scores - scores[0]).std((-2, -1))[..., None, None]  # [N, B, 1, 1]
     if extra is not None:
-        scores = scores + extra
+        scores = scores + np.where(np.isinf(extra), extra, np.where(np.isinf(extra), 0.0, extra) * unit)
 
     guided = np.stack([u + s * (c - u) for (c, u), s in zip(pairs, guidance, strict=True)])
     bound = np.max([16 * FLOAT32 * s * (np.abs(c) + np.abs(u)) for (c, u), s in zip(pairs, guidance)], axis=0)
@@ -78,10 +95,13 @@ def definition(call, pairs, *, strengths, guidance, saliency="own", blur=4, extr
         weight_bound = 0.0
         ordered = np.sort(scores, axis=0)
         gap = ordered[-1] - ordered[-2]
-        certain = gap > TIE
+        certain = gap > TIE * min(1.0, np.abs(plain).max())
     else:
-        weights = np.exp(log_softmax(scores / softness, 0))
-        weight_bound = rounding / softness + FLOAT32
+        temperature = softness * np.where(unit[1:].mean(0) > 0, unit[1:].mean(0), 1.0)
+        weights = np.exp(log_softmax(scores / temperature, 0))
+        weight_bound = rounding / temperature.min() + FLOAT32
         certain, gap = np.ones(scores.shape[1:], bool), np.array(np.inf)
     bound = bound + weight_bound * np.abs(guided).sum(0)
-    return Expected(weights, weight_bound, certain, float(gap.min()), (guided * weights[:, :, None]).sum(0), bound)
+    blended = (guided * weights[:, :, None]).sum(0)
+    spread = unit[..., 0, 0]
+    return Expected(weights, weight_bound, certain, float(gap.min()), blended, bound, plain, rounding, spread)

@@ -1,4 +1,4 @@
-"""Layers that cast their weights to what comes in, as the host's manual_cast does, for tests without a host."""
+"""Layers that cast their weights to the dtype of the input, like ComfyUI's manual_cast, for tests without ComfyUI."""
 
 import copy
 from types import SimpleNamespace
@@ -7,14 +7,14 @@ import torch
 
 
 def casting(layer):
-    """The layer with its weights cast to its input; whole numbers get them as they are."""
+    """Subclass of ``layer`` that casts its weights to the dtype of a floating-point input, not of an integer input."""
 
     class Casting(layer):
         def forward(self, x):
-            twin = copy.copy(self)
+            cast = copy.copy(self)
             dtype = x.dtype if x.is_floating_point() else None
-            twin._parameters = {name: w if w is None else w.to(dtype) for name, w in self._parameters.items()}
-            return layer.forward(twin, x)
+            cast._parameters = {name: w if w is None else w.to(dtype) for name, w in self._parameters.items()}
+            return layer.forward(cast, x)
 
     return Casting
 

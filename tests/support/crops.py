@@ -1,4 +1,4 @@
-"""Masks, areas and the sizes that a network is evaluated on."""
+"""Helpers for tests of cropping: masks, area conditioning, and the recorded input sizes of a network."""
 
 import contextlib
 
@@ -11,8 +11,8 @@ from chorus.tests.support.tiny_models import (
 
 
 @contextlib.contextmanager
-def sizes(model):
-    """Collects the spatial size of the input of every forward pass through the network of ``model``."""
+def recorded_sizes(model):
+    """Context that yields a list of the spatial input sizes of all forward passes through the network of ``model``."""
     seen = []
     network = model.model.diffusion_model
     handle = network.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[2:])))
@@ -23,15 +23,16 @@ def sizes(model):
 
 
 def mask(size, rows, columns, inside=1.0):
+    """A MASK [1, H, W] with the value ``inside`` in the given range of rows and columns, and 0 elsewhere."""
     out = torch.zeros(1, *size)
     out[:, slice(*rows), slice(*columns)] = inside
     return out
 
 
 @in_inference_mode
-def on(box, words):
-    """``words`` wired through the host's own area node."""
+def with_area(box, prompts):
+    """``prompts`` limited to ``box``, in latent positions, by ComfyUI's Conditioning (Set Area)."""
     if box is None:
-        return words
-    top, left, height, width = (8 * n for n in box)  # the node counts in pixels
-    return tuple(nodes.ConditioningSetArea().append(w, width, height, left, top, 1.0)[0] for w in words)
+        return prompts
+    top, left, height, width = (8 * n for n in box)  # the node expects pixels
+    return tuple(nodes.ConditioningSetArea().append(w, width, height, left, top, 1.0)[0] for w in prompts)

@@ -1,4 +1,4 @@
-"""Gradients of tiny runs, and what they are compared with."""
+"""Gradients of tiny sampling runs, finite differences, and tiny models for them."""
 
 import comfy.clip_vision
 import comfy.hooks
@@ -20,7 +20,8 @@ from chorus.tests.support.tiny_models import (
 
 
 @in_inference_mode
-def run_of(model, samples=None, words=WORDS, **settings):
+def seed_sampler(model, samples=None, words=WORDS, **settings):
+    """ComfySeedSampler of ``model`` with three Euler steps by default; ``settings`` override the defaults."""
     samples = samples or latent(channels=model.get_model_object("latent_format").latent_channels)
     defaults = dict(steps=3, cfg=5.0, sampler_name="euler", scheduler="normal")
     wired = dict(model=model, positive=words[0], negative=words[1], latent_image=samples)
@@ -29,7 +30,7 @@ def run_of(model, samples=None, words=WORDS, **settings):
 
 @in_inference_mode
 def session(run, work, vae=None, clip_vision=None, **settings):
-    """As a node does it: called in inference mode."""
+    """The result of ``work`` in a session, run in inference mode as ComfyUI runs nodes."""
     models = {name: model for name, model in (("vae", vae), ("clip_vision", clip_vision)) if model is not None}
     return run.session(SessionSettings(**settings), models=models).run(work)
 
@@ -39,7 +40,7 @@ def loss_of(latents):
 
 
 def gradient(run, seed=3, late=1, **settings):
-    """(loss, its gradient [1, C, h, w]) of the noise of ``seed``."""
+    """Loss for the noise of ``seed``, and its gradient [1, C, h, w] with respect to the noise."""
 
     def work(s):
         z = run.noise_of(seed).requires_grad_(True)
@@ -51,7 +52,7 @@ def gradient(run, seed=3, late=1, **settings):
 
 
 def finite_difference(run, direction, seed=3, late=1, step=1e-2, **settings):
-    """The derivative along ``direction`` by central differences, extrapolated to steps of length 0."""
+    """Derivative of the loss along ``direction``, by central differences with Richardson extrapolation."""
 
     @torch.no_grad()
     def work(s):
@@ -94,5 +95,5 @@ def tiny_encoder(kind="clip_vision_model"):
 
 
 @in_inference_mode
-def easy(model):
+def with_easycache(model):
     return comfy_extras.nodes_easycache.EasyCacheNode.execute(model, 0.2, 0.0, 1.0, False).args[0]

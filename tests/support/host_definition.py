@@ -1,7 +1,7 @@
-"""A run of the node beside the definition.
+"""A run of SaliencyNoiseBlend and its comparison with the definition.
 
-Every prediction of a run is recorded with the x the sampler asked at. Each model is then asked alone, by the host, at
-the same x, and the definition says which model paints where.
+Every prediction of the run is recorded with its x. ComfyUI then evaluates each model alone at the same x, and the
+definition computes the expected blend of these predictions.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from chorus.tests.support.tiny_models import blend, ksample, predictions, record
 
 
 def check_step(record, index, call, expected):
-    """Mask and blended prediction of one step; positions within a tie left out."""
+    """Compare the mask and the blended prediction of one step with ``expected``, except where scores may tie."""
     assert expected.certain.mean() > 0.99
     shares = record.shares(index).double().numpy()
     error = np.abs(shares - expected.weights)[:, expected.certain]
@@ -21,14 +21,17 @@ def check_step(record, index, call, expected):
     assert error.swapaxes(0, 1)[:, expected.certain].max() <= 1.0
 
 
-def run(models, words, samples, nodes, cfg=CFG, **sampling):
-    """Sample with the chain of ``nodes`` (inputs of one SaliencyNoiseBlend each) -> record, calls, answers by model."""
+def run(models, prompts, samples, nodes, cfg=CFG, **sampling):
+    """Sample with a chain of SaliencyNoiseBlend nodes. Returns record, calls, pairs.
+
+    ``nodes``: the inputs of each node. ``pairs``: for each call, the predictions (cond, uncond) of every model alone.
+    """
     model, trace = models[0], None
-    for expert, (positive, negative), inputs in zip(models[1:], words[1:], nodes, strict=True):
+    for expert, (positive, negative), inputs in zip(models[1:], prompts[1:], nodes, strict=True):
         model, trace = blend(model, expert, positive, negative, **inputs)
     model, calls = recording(model)
-    ksample(model, *words[0], samples, cfg=cfg, **sampling)
-    answers = [predictions(m, p, n, calls) for m, (p, n) in zip(models, words, strict=True)]
+    ksample(model, *prompts[0], samples, cfg=cfg, **sampling)
+    alone = [predictions(m, p, n, calls) for m, (p, n) in zip(models, prompts, strict=True)]
     assert len(trace.record.steps) == len(calls)
-    pairs = [[(a[i].cond, a[i].uncond) for a in answers] for i in range(len(calls))]
+    pairs = [[(a[i].cond, a[i].uncond) for a in alone] for i in range(len(calls))]
     return trace.record, calls, pairs

@@ -1,4 +1,4 @@
-"""Small random masked token models on disk, in the layout in which aMUSEd is published."""
+"""Folders with small random masked token models, in the layout of the published aMUSEd."""
 
 import json
 from pathlib import Path
@@ -7,26 +7,15 @@ import safetensors.torch
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig
 from chorus.techniques.masked_tokens.networks.vq import VQGAN, VQConfig
+from chorus.tests.support import tiny_uvit
 
-WIDTH = 32  # of the text
+WIDTH = 32  # of the text encoder
 TRANSFORMER = {
     "_class_name": "UVit2DModel",
-    "hidden_size": 48,
-    "num_attention_heads": 3,
+    **tiny_uvit.SIZES,
     "encoder_hidden_size": WIDTH,
     "cond_embed_dim": WIDTH,
-    "micro_cond_encode_dim": 6,
-    "micro_cond_embed_dim": 30,
-    "vocab_size": 40,
-    "codebook_size": 37,
-    "in_channels": 24,
-    "block_out_channels": 32,
-    "block_num_heads": 2,
-    "num_res_blocks": 2,
-    "num_hidden_layers": 3,
-    "intermediate_size": 56,
     "downsample": False,
     "upsample": False,
     "sample_size": 16,
@@ -51,7 +40,7 @@ TEXT = {
     "num_attention_heads": 2,
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
-    "eos_token_id": 2,  # as in configs of that time
+    "eos_token_id": 2,  # as in configs that old versions of the transformers library wrote
 }
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -61,7 +50,7 @@ WEIGHTS = {
 
 
 def random_weights(network: torch.nn.Module) -> dict:
-    """Alive, and exact in float16, so that the host may keep them so."""
+    """Random weights that are exact in float16, so that ComfyUI may store them in half precision."""
     weights = {}
     for name, weight in network.state_dict().items():
         values = torch.randn(weight.shape)
@@ -74,8 +63,7 @@ def random_weights(network: torch.nn.Module) -> dict:
 
 
 def transformer_weights(config: dict) -> dict:
-    names = UViTConfig.__dataclass_fields__
-    return random_weights(UViT(UViTConfig(**{key: value for key, value in config.items() if key in names})))
+    return random_weights(tiny_uvit.make_uvit(config))
 
 
 def vq_weights(config: dict) -> dict:
@@ -102,7 +90,7 @@ def write_part(folder: Path, part: str, weights: dict, config: dict, file: str |
 
 
 def write(folder: Path, **transformer) -> Path:
-    """A whole model; ``transformer`` changes sizes of its transformer."""
+    """Write a complete model; ``transformer`` overrides entries of the transformer's config."""
     config = TRANSFORMER | transformer
     write_part(folder, "transformer", transformer_weights(config), config)
     write_part(folder, "vqvae", vq_weights(VQ), VQ)

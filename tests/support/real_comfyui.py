@@ -1,4 +1,4 @@
-"""A real ComfyUI server with this pack, as fixtures for the rooms of the tests that talk to one."""
+"""Fixtures: a real ComfyUI server with this pack, and a client of it."""
 
 import os
 import sys
@@ -13,14 +13,14 @@ from chorus.dev.tools.setup import Host
 
 
 def fresh_server(base: Path):
-    """A context of a server of its own with its folders in ``base``: .address, .base, .log, .process."""
+    """Context that starts a new server with its folders in ``base``. It yields .address, .base, .log and .process."""
     host = Host(Path(os.environ["COMFYUI_PATH"]), Path(sys.executable), None)
     return start_server(host, base=base, args=() if torch.cuda.is_available() else ("--cpu",))
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A real ComfyUI with this pack: .address, .base (its models, input, output, ... folders), .log."""
+    """A real ComfyUI server with this pack: .address, .base (the parent of models/, input/, output/, ...), .log."""
     with fresh_server(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
 

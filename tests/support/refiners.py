@@ -4,7 +4,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 
-from chorus.techniques.face_refiner import comfy_model as held
+from chorus.techniques.face_refiner import comfy_model
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, load_generator
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
@@ -28,7 +28,7 @@ def weights_of(config):
 
 def refiner(config=RESNET, **details):
     network = load_generator(weights_of(config), comfy.ops.manual_cast)
-    return held.wrap("tiny", network, {"size": "32", **details})
+    return comfy_model.wrap("tiny", network, {"size": "32", **details})
 
 
 def box(x, y, width, height):

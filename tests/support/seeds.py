@@ -1,4 +1,4 @@
-"""Prompts, conditionings and latents for tests of SeedSelect."""
+"""Conditionings, latents and memory limits for tests of SeedSelect."""
 
 import comfy.model_management
 import comfy.samplers
@@ -16,15 +16,15 @@ WORDS = conditioning(10), conditioning(11)
 
 @in_inference_mode
 def content(mask=False):
-    """A latent with something in it, and a noise mask over its left half if wanted."""
+    """A random latent, with a noise mask over its left half if ``mask``."""
     out = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5)) * 4}
     if mask:
         out["noise_mask"] = (torch.arange(16) < 8).float().expand(1, 1, 16, 16).clone()
     return out
 
 
-def only(free, monkeypatch):
-    """Let the host believe that ``free`` bytes of memory are left."""
+def limit_free_memory(free, monkeypatch):
+    """Make ComfyUI report ``free`` bytes of free memory."""
 
     def get_free_memory(device=None, torch_free_too=False):
         return (free, free) if torch_free_too else free
@@ -34,6 +34,7 @@ def only(free, monkeypatch):
 
 @in_inference_mode
 def with_control(words):
+    """The prompts ``words`` (positive, negative) with a ControlNet that has a batch of two hint images."""
     hint = torch.rand(2, 128, 128, 3, generator=torch.Generator().manual_seed(3))
     node = host_nodes.ControlNetApplyAdvanced()
     return node.apply_controlnet(*words, controlnet(3), hint, 1.0, 0.0, 1.0)

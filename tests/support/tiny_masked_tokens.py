@@ -1,4 +1,4 @@
-"""A tiny random masked token model in the host's hands, its plain networks to recompute with, and prompts for it."""
+"""A tiny random masked token model, its plain networks as a reference, and inputs for it."""
 
 import contextlib
 import inspect
@@ -15,7 +15,7 @@ from chorus.techniques.masked_tokens.networks.uvit import UViT, UViTConfig, load
 from chorus.techniques.masked_tokens.networks.vq import VQGAN, VQConfig, load_vq
 from chorus.techniques.masked_tokens.tokens import Tokens
 
-CODES, MASK, SIDE, WIDTH = 60, 64, 4, 24  # some ids are neither a code nor the mask
+CODES, MASK, SIDE, WIDTH = 60, 64, 4, 24  # ids 60 to 63 are neither a code nor the mask id
 UVIT = dict(
     hidden_size=32,
     encoder_hidden_size=WIDTH,
@@ -47,7 +47,7 @@ VQ = dict(
 
 
 def fill(network, seed):
-    """Random weights with which every path matters."""
+    """Fill ``network`` with random weights such that every path through it affects the output."""
     g = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
         weight.data.normal_(generator=g)
@@ -56,15 +56,15 @@ def fill(network, seed):
         elif "embedding" not in name and not name.endswith(("gamma", "beta")):
             weight.data.mul_(weight[0].numel() ** -0.5)
     if hasattr(network, "mlm_layer"):
-        network.mlm_layer.conv2.weight.data.mul_(0.4)  # many codes are likely
-    else:  # pictures around grey, so that clamping leaves them different
+        network.mlm_layer.conv2.weight.data.mul_(0.4)  # so that several codes are likely at each position
+    else:  # images around grey, so that few values are clamped
         network.decoder.conv_out.weight.data.mul_(0.15)
         network.decoder.conv_out.bias.data.fill_(0.5)
     return network.eval().requires_grad_(False)
 
 
 def tiny_model(seed=0, name="tiny", cfg=3.0, **vq):
-    """The model, with .plain.uvit and .plain.vq, the same networks of torch's own layers."""
+    """A namespace: .model is a MaskedTokenModel; .plain.uvit and .plain.vq have its weights in plain torch layers."""
     plain = SimpleNamespace(uvit=fill(UViT(UViTConfig(**UVIT)), seed), vq=fill(VQGAN(VQConfig(**VQ | vq)), seed + 1))
     ops = casting_operations(linear)
     uvit = load_uvit(dict(plain.uvit.state_dict()), HEADS, ops)
@@ -73,13 +73,13 @@ def tiny_model(seed=0, name="tiny", cfg=3.0, **vq):
 
 
 def prompt(seed, length=7, rows=1):
-    """A CONDITIONING as the clip of the model's loader makes it."""
+    """A random CONDITIONING in the format of the CLIP that the loading node returns."""
     g = torch.Generator().manual_seed(seed)
     states, pooled = torch.randn(rows, length, WIDTH, generator=g), torch.randn(rows, 16, generator=g)
     return [[states, {"pooled_output": pooled, "masked_token_text": "clip-l"}]]
 
 
-def picture(height=32, width=24, batch=1, seed=5, channels=3):
+def random_image(height=32, width=24, batch=1, seed=5, channels=3):
     return torch.rand(batch, height, width, channels, generator=torch.Generator().manual_seed(seed))
 
 
@@ -89,7 +89,7 @@ def tokens(height=8, width=6, batch=1, seed=6):
 
 
 def run(node, **inputs):
-    """What a node gives, run as the host runs it: in inference mode, with its widgets' defaults."""
+    """The outputs of a node, run in inference mode as in ComfyUI. Widgets not in ``inputs`` have their defaults."""
     schema = node.define_schema()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None and not i.optional}
     unknown = set(inputs) - set(inspect.signature(node.execute).parameters)
@@ -99,8 +99,8 @@ def run(node, **inputs):
 
 
 @contextlib.contextmanager
-def counted(model):
-    """A list that gets the ids of every forward pass of the transformer."""
+def recorded_ids(model):
+    """Context that yields a list of the input ids of every forward pass of the transformer."""
     calls = []
     handle = model.transformer.model.register_forward_pre_hook(lambda module, args: calls.append(args[0].clone()))
     try:
@@ -110,8 +110,8 @@ def counted(model):
 
 
 @contextlib.contextmanager
-def hooked(hook):
-    """``hook(value, total, preview)`` in place of what the server hangs on progress bars."""
+def progress_hook(hook):
+    """Context in which progress bars call ``hook(value, total, preview)`` instead of the server's hook."""
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: hook(value, total, preview))
     try:
         yield

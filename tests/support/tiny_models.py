@@ -1,6 +1,6 @@
-"""Tiny random diffusion models made of ComfyUI's own classes, and short ways to sample with them.
+"""Tiny random diffusion models of ComfyUI's own classes, and helpers to sample with them.
 
-Everything runs in inference mode, as the host runs its nodes.
+Everything runs in inference mode, as nodes do in ComfyUI.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass
 
 import comfy.cldm.cldm
+import comfy.cldm.dit_embedder
 import comfy.controlnet
 import comfy.latent_formats
 import comfy.lora
@@ -52,6 +53,7 @@ KINDS = {
     "eps": ModelType.EPS,
     "v": ModelType.V_PREDICTION,
     "flow": ModelType.FLOW,
+    "vp": ModelType.V_PREDICTION_DDPM,
     "img_to_img": ModelType.IMG_TO_IMG,
 }
 
@@ -66,9 +68,10 @@ def in_inference_mode(function):
 
 
 def _fill(module, generator) -> None:
-    """Random weights that keep activations near 1; gains are 1, or the network would be dead and every test pass.
+    """Fill ``module`` with random weights that keep activations near 1. Norm weights are 1.
 
-    What cross attention adds is made strong: prompts of random networks otherwise hardly matter, and no mask is clear.
+    Cross attention has a higher gain. Otherwise prompts would hardly affect random networks, and masks would be
+    ambiguous.
     """
     for name, p in module.named_parameters():
         if p.ndim > 1:
@@ -90,7 +93,7 @@ def _patcher(model):
 
 @in_inference_mode
 def unet(seed: int = 0, kind: str = "eps", latent_format=comfy.latent_formats.SD15, **sampling):
-    """A MODEL with a small SD-like UNet. ``sampling``: the checkpoint's sampling settings (shift, zsnr, ...)."""
+    """A MODEL with a small SD-like UNet. ``sampling``: sampling settings of the checkpoint (shift, zsnr, ...)."""
     channels = latent_format().latent_channels
     config = comfy.supported_models_base.BASE({})
     config.unet_config = {**UNET, "in_channels": channels, "out_channels": channels}
@@ -102,8 +105,15 @@ def unet(seed: int = 0, kind: str = "eps", latent_format=comfy.latent_formats.SD
     return _patcher(model)
 
 
+def _built(kind, config, seed: int):
+    """A MODEL of the class ``kind`` of ComfyUI with the network of ``config`` and random weights."""
+    model = kind(config, device=comfy.model_management.unet_offload_device())
+    _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
+    return _patcher(model)
+
+
 @in_inference_mode
-def flux(seed: int = 0):
+def flux(seed: int = 0, mlp_ratio: float = 1.0):
     """A MODEL with a small Flux: flow matching, 16 latent channels, distilled guidance."""
     config = comfy.supported_models.Flux(
         dict(
@@ -114,7 +124,7 @@ def flux(seed: int = 0):
             vec_in_dim=16,
             context_in_dim=CONTEXT,
             hidden_size=128,
-            mlp_ratio=1.0,
+            mlp_ratio=mlp_ratio,
             num_heads=1,
             depth=1,
             depth_single_blocks=1,
@@ -126,21 +136,105 @@ def flux(seed: int = 0):
             dtype=torch.float32,
         )
     )
-    model = comfy.model_base.Flux(config, device=comfy.model_management.unet_offload_device())
+    return _built(comfy.model_base.Flux, config, seed)
+
+
+@in_inference_mode
+def pixart(seed: int = 0):
+    """A MODEL with a small PixArt Alpha: eps, the latent space of SD 1.5, other sigmas than SD 1.5."""
+    config = comfy.supported_models.PixArtAlpha(
+        dict(
+            in_channels=4,
+            hidden_size=48,
+            depth=1,
+            num_heads=1,
+            caption_channels=CONTEXT,
+            micro_condition=False,
+            dtype=torch.float32,
+        )
+    )
+    return _built(comfy.model_base.PixArt, config, seed)
+
+
+@in_inference_mode
+def cogvideox(seed: int = 0):
+    """A MODEL with a small CogVideoX: v-prediction of x at unit variance, zero terminal SNR, 16 channels, video."""
+    config = comfy.supported_models.CogVideoX_T2V(
+        dict(
+            image_model="cogvideox",
+            num_attention_heads=1,
+            attention_head_dim=64,
+            in_channels=16,
+            out_channels=16,
+            time_embed_dim=32,
+            text_embed_dim=CONTEXT,
+            num_layers=1,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=5,
+            max_text_seq_length=5,
+            use_rotary_positional_embeddings=True,
+            dtype=torch.float32,
+        )
+    )
+    return _built(comfy.model_base.CogVideoX, config, seed)
+
+
+@in_inference_mode
+def sd3(seed: int = 0):
+    """A MODEL with a small SD3: flow matching, 16 latent channels."""
+    config = comfy.supported_models.SD3(
+        dict(
+            in_channels=16,
+            patch_size=2,
+            depth=2,
+            input_size=None,
+            adm_in_channels=16,
+            context_embedder_config=dict(target="torch.nn.Linear", params=dict(in_features=CONTEXT, out_features=128)),
+            num_patches=64,
+            pos_embed_max_size=8,
+            dtype=torch.float32,
+        )
+    )
+    model = comfy.model_base.SD3(config, device=comfy.model_management.unet_offload_device())
     _fill(model.diffusion_model, torch.Generator().manual_seed(seed))
+    model.diffusion_model.pos_embed.copy_(torch.randn(1, 64, 128, generator=torch.Generator().manual_seed(seed)))
     return _patcher(model)
 
 
 @in_inference_mode
+def sd35_controlnet(seed: int, double_y_emb: bool = False):
+    """A CONTROL_NET for ``sd3`` models, which uses an embedder of the model: its y_embedder, or its x_embedder."""
+    network = comfy.cldm.dit_embedder.ControlNetEmbedder(
+        img_size=None,
+        patch_size=2,
+        in_chans=16,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        adm_in_channels=16,
+        num_layers=1,
+        main_model_double=2,
+        double_y_emb=double_y_emb,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
+    _fill(network, torch.Generator().manual_seed(seed))
+    return comfy.controlnet.ControlNetSD35(
+        network, compression_ratio=1, load_device=comfy.model_management.get_torch_device()
+    )
+
+
+@in_inference_mode
 def conditioning(seed: int, tokens: int = 5, **options):
-    """A CONDITIONING of random tokens; ``options`` join its dictionary."""
+    """A CONDITIONING of random tokens; ``options`` are added to its dictionary."""
     tensor = torch.randn(1, tokens, CONTEXT, generator=torch.Generator().manual_seed(seed))
     return [[tensor, {"pooled_output": tensor[:, 0, :16], **options}]]
 
 
 @in_inference_mode
 def lora(model, seed: int, strength: float = 1.0):
-    """``model`` with a random LoRA on its cross attention, put there by the host's own loader."""
+    """``model`` with a random LoRA on its cross attention, loaded by ComfyUI."""
     return comfy.sd.load_lora_for_models(model, None, lora_weights(model, seed), strength, 0.0)[0]
 
 
@@ -164,25 +258,34 @@ def controlnet(seed: int):
     return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
 
 
+@in_inference_mode
+def control_lora(seed: int):
+    """A control LoRA for ``unet`` models: it builds its network from the weights of the model."""
+    network = controlnet(seed).control_model
+    parts = ("input_hint_block", "zero_convs", "middle_block_out")
+    weights = {k: v for k, v in network.state_dict().items() if k.startswith(parts)}
+    return comfy.controlnet.ControlLora({**weights, "lora_controlnet": torch.zeros(())})
+
+
 def latent(batch: int = 1, height: int = 16, width: int = 16, channels: int = 4) -> dict:
     return {"samples": torch.zeros(batch, channels, height, width)}
 
 
 def defaults(node) -> dict:
-    """What ComfyUI passes for the widgets of a node that nobody touched."""
+    """The default values of a node's widgets."""
     return {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
 
 
 @in_inference_mode
 def blend(model, expert, positive=None, negative=None, **inputs):
-    """SaliencyNoiseBlend as ComfyUI calls it -> (MODEL, BLEND_TRACE)."""
+    """Run SaliencyNoiseBlend as ComfyUI calls it. Returns MODEL, BLEND_TRACE."""
     inputs = {**defaults(SaliencyNoiseBlend), "positive": positive, "negative": negative, **inputs}
     return SaliencyNoiseBlend.execute(model, expert, **inputs).args
 
 
 @in_inference_mode
 def view(trace, samples):
-    """SaliencyBlendView -> (IMAGE, MASK, report)."""
+    """Run SaliencyBlendView. Returns IMAGE, MASK, report."""
     return SaliencyBlendView.execute(trace, samples).args
 
 
@@ -200,7 +303,7 @@ def ksample(
     seed: int = 1,
     denoise: float = 1.0,
 ):
-    """KSampler's samples [B, C, H, W]."""
+    """The samples [B, C, H, W] of ComfyUI's KSampler."""
     node = nodes.KSampler()
     out = node.sample(model, seed, steps, cfg, sampler, scheduler, positive, negative, samples or latent(), denoise)
     return out[0]["samples"]
@@ -208,7 +311,7 @@ def ksample(
 
 @dataclass
 class Call:
-    """One prediction of a sampler: what the model was asked, and what the sampler received."""
+    """One model call of a sampler: its input and predictions."""
 
     x: torch.Tensor
     sigma: torch.Tensor
@@ -219,12 +322,12 @@ class Call:
 
 @in_inference_mode
 def recording(model):
-    """A clone of ``model`` and the list that every prediction of its sampling joins, by the host's post-CFG hook."""
+    """A clone of ``model`` and a list to which a post-CFG function appends every Call."""
     calls = []
 
     def record(args):
-        kept = ("input", "sigma", "cond_denoised", "uncond_denoised", "denoised")
-        calls.append(Call(*(args[k].clone() for k in kept)))
+        keys = ("input", "sigma", "cond_denoised", "uncond_denoised", "denoised")
+        calls.append(Call(*(args[k].clone() for k in keys)))
         return args["denoised"]
 
     out = model.clone()
@@ -234,14 +337,15 @@ def recording(model):
 
 @in_inference_mode
 def predictions(model, positive, negative, calls: list[Call], mapping=lambda x, sigma: (x, sigma)) -> list[Call]:
-    """What ``model`` alone answers where ``calls`` were asked, through the host's guider and nothing else.
+    """The predictions of ``model`` alone at the inputs of ``calls``, through ComfyUI's CFGGuider.
 
-    ``mapping`` gives the (x, sigma) at which it is asked instead. Guidance is not looked at: cond and uncond are.
+    ``mapping`` maps each (x, sigma) to the input to use instead. Compare only cond and uncond of the result, because
+    ``denoised`` has the default guidance scale.
     """
-    alone, answers = recording(model)
+    alone, recorded = recording(model)
     alone.model_options["disable_cfg1_optimization"] = True
 
-    def ask(network, noise, sigmas, extra_args, callback, disable):
+    def predict(network, noise, sigmas, extra_args, callback, disable):
         for call in calls:
             x, sigma = mapping(call.x, call.sigma)
             network(x, sigma, **extra_args)
@@ -251,13 +355,13 @@ def predictions(model, positive, negative, calls: list[Call], mapping=lambda x, 
     guider.set_conds(positive, negative)
     zeros = torch.zeros_like(calls[0].x)
     sigmas = torch.stack([c.sigma[0] for c in calls] + [torch.zeros(())])
-    guider.sample(zeros, zeros, comfy.samplers.KSAMPLER(ask), sigmas, seed=0)
-    return answers
+    guider.sample(zeros, zeros, comfy.samplers.KSAMPLER(predict), sigmas, seed=0)
+    return recorded
 
 
 @contextlib.contextmanager
 def forwards(model):
-    """Collects the number of rows of every forward pass through the network of ``model``."""
+    """Context that yields a list of the batch sizes of all forward passes through the network of ``model``."""
     rows = []
     handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
     try:

@@ -1,1 +1,1 @@
-"""Plain torch modules with the state-dict keys of the host's networks, so that they train without the host."""
+"""Plain torch networks with the state-dict keys of ComfyUI's networks, so that training does not need ComfyUI."""

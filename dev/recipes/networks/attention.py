@@ -1,15 +1,16 @@
-"""Attention of the networks that train on a CPU."""
+"""Attention that is fast for training on a CPU."""
 
 import torch.nn.functional as F
 
-FEW = 128  # tokens up to which the written-out form is faster
+FEW = 128  # tokens; up to this number, plain matrix products are faster
 
 
 def attend(q, k, v):
     """Softmax attention of q [B, H, N, D] over k and v [B, H, M, D] -> [B, H, N, D].
 
-    torch's fused kernel on a CPU takes two to seven times as long in its backward pass in bfloat16 (12 calls were 27 % of a
-    step of the general checkpoint): few tokens are multiplied out, many are computed in float32.
+    In bfloat16 on a CPU, the backward pass of torch's fused kernel takes two to seven times as long (12 calls took 27 %
+    of a step of the general checkpoint). So few tokens use plain matrix products, and many tokens use the kernel in
+    float32.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,5 @@
-"""The independent evaluator: a small convolutional classifier of the concepts, trained apart from the image-text encoder."""
+"""The independent evaluator: a small convolutional classifier of the concepts. It is trained independently of the
+image-text encoder."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ CHANNELS = (16, 32, 64, 96)
 
 
 class Block(nn.Module):
-    """Halves the size, then a residual convolution: [B, C, H, W] -> [B, D, H/2, W/2]."""
+    """[B, C, H, W] -> [B, D, H/2, W/2]: a strided convolution, then a residual convolution."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -23,7 +24,8 @@ class Block(nn.Module):
 
 
 class ConceptClassifier(nn.Module):
-    """images [B, 3, H, W] in 0..1, at best of 128 pixels -> logits [B, 80], in the order of concepts.json."""
+    """Images [B, 3, H, W] in 0..1 -> logits [B, 80] in the order of concepts.json. Trained on images of 128 x 128
+    pixels."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
-"""The transformer of Flux with shared modulation, with the keys of the host's Flux class, for the configuration of the demo.
+"""The transformer of Flux with shared modulation, for the demo's configuration. Its keys are those of ComfyUI's Flux
+class.
 
-Tokens are patches of the latent and the states of the text; one double-stream block, then single-stream blocks.
+The tokens are patches of the latent and the states of the text. They pass one double-stream block and then
+single-stream blocks.
 """
 
 import math
@@ -22,7 +24,7 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """vector [B, C] -> ``count`` tensors [B, 1, C]"""
+    """Conditioning vector [B, C] -> ``count`` tensors [B, 1, C]."""
 
     def __init__(self, width, count):
         super().__init__()
@@ -38,18 +40,15 @@ class QKNorm(nn.Module):
         self.query_norm, self.key_norm = nn.RMSNorm(width), nn.RMSNorm(width)
 
     def forward(self, q, k):
-        return self.query_norm(q.float()), self.key_norm(k.float())  # autocast has no fused norm of mixed types
+        # under autocast, torch has no fused norm for mixed dtypes
+        return self.query_norm(q.float()), self.key_norm(k.float())
 
 
 class SelfAttention(nn.Module):
     def __init__(self, width, heads, bias):
         super().__init__()
-        self.heads = heads
-        self.qkv, self.norm, self.proj = (
-            nn.Linear(width, 3 * width, bias=bias),
-            QKNorm(width // heads),
-            nn.Linear(width, width),
-        )
+        self.heads, self.qkv = heads, nn.Linear(width, 3 * width, bias=bias)
+        self.norm, self.proj = QKNorm(width // heads), nn.Linear(width, width)
 
     def heads_of(self, x):
         q, k, v = split_heads(self.qkv(x), self.heads)
@@ -57,19 +56,19 @@ class SelfAttention(nn.Module):
 
 
 def split_heads(qkv, heads):
-    """[B, N, 3 C] -> q, k, v [B, H, N, C/H]"""
+    """Split [B, N, 3 C] into q, k and v, each [B, H, N, C/H]."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def rotate(x, angles):
-    """Rotary embedding: pairs of x [B, H, N, D] turned by ``angles`` [N, D/2]."""
+    """Rotary embedding: rotate pairs of channels of x [B, H, N, D] by ``angles`` [N, D/2]."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x)
 
 
 def attention(q, k, v, angles):
-    """-> [B, N, C]"""
+    """Attention of q, k and v [B, H, N, D] with rotary embedding -> [B, N, C], where C = H D."""
     x = attend(rotate(q, angles).to(v), rotate(k, angles).to(v), v)
     return x.transpose(1, 2).flatten(2)
 
@@ -87,10 +86,8 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn, self.txt_mlp = SelfAttention(width, heads, bias), mlp()
 
     def forward(self, img, txt, img_mod, txt_mod, angles):
-        text, image = (
-            self.txt_attn.heads_of(modulate(txt, *txt_mod[:2])),
-            self.img_attn.heads_of(modulate(img, *img_mod[:2])),
-        )
+        text = self.txt_attn.heads_of(modulate(txt, *txt_mod[:2]))
+        image = self.img_attn.heads_of(modulate(img, *img_mod[:2]))
         joined = attention(*(torch.cat(pair, dim=2) for pair in zip(text, image)), angles)
         txt_part, img_part = joined.split([txt.shape[1], img.shape[1]], dim=1)
         img = img + img_mod[2] * self.img_attn.proj(img_part)
@@ -125,8 +122,10 @@ class LastLayer(nn.Module):
 
 
 class Flux(nn.Module):
-    """x [B, C, h, w], timesteps [B] in 0..1, context [B, T, D], y [B, V] -> velocity [B, C, h, w]; takes the host's
-    configuration."""
+    """x [B, C, h, w], timesteps [B] in 0..1, context [B, T, D], y [B, V] -> velocity [B, C, h, w].
+
+    ``config`` is the configuration of ComfyUI's Flux class.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -162,7 +161,10 @@ class Flux(nn.Module):
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (h, w)), self.patch)
 
     def angles(self, text, h, w, device):
-        """[text + h w, D/2]: positions (index, row, column) times frequencies; a text token has its place in ``text_axes``."""
+        """Rotary angles [text + h w, D/2]: positions (index, row, column) times frequencies.
+
+        The position of a text token is its index in the prompt, on the axes ``text_axes``; on the other axes it is 0.
+        """
         text_ids = torch.zeros(text, len(self.axes))
         for axis in self.text_axes:
             text_ids[:, axis] = torch.arange(text)
@@ -177,7 +179,7 @@ class Flux(nn.Module):
 
 
 def timestep_embedding(t, width, factor=1000.0):
-    """t [B] in 0..1 -> [B, width]: cosines, then sines"""
+    """Embedding [B, width] of timesteps t [B]: cosines of ``factor`` * t times each frequency, then the sines."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = factor * t[:, None].float() * frequencies
@@ -185,7 +187,8 @@ def timestep_embedding(t, width, factor=1000.0):
 
 
 def initialise(network, generator):
-    """Normal weights of variance 1 / fan-in; modulations and the last layer start at zero."""
+    """Initialise weight matrices from a normal distribution of variance 1 / fan-in; modulations and the last layer with
+    zero."""
     zeroed = ("modulation_img.lin.weight", "modulation_txt.lin.weight", "stream_modulation.lin.weight")
     for name, p in network.named_parameters():
         if p.ndim > 1:

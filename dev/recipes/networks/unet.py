@@ -1,19 +1,12 @@
-"""The U-Net of latent diffusion (arXiv 2112.10752) with the keys of the host's UNetModel, for the configurations of the demo."""
-
-import math
+"""The U-Net of latent diffusion (arXiv 2112.10752), for the demo's configurations. Its keys are those of ComfyUI's
+UNetModel."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .attention import attend
-
-
-def timestep_embedding(t, width):
-    """t [B] -> [B, width]: cosines, then sines"""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = t[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+from .flux import timestep_embedding
 
 
 class ResBlock(nn.Module):
@@ -92,7 +85,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x [B, C, h, w] -> the same shape, its positions as tokens"""
+    """Transformer blocks with the positions of x [B, C, h, w] as tokens; returns the same shape."""
 
     def __init__(self, channels, heads, depth, context_dim):
         super().__init__()
@@ -134,7 +127,10 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """x [B, C, h, w], timesteps [B], context [B, T, D], y [B, A] -> [B, C, h, w]; takes the host's configuration."""
+    """x [B, C, h, w], timesteps [B], context [B, T, D], y [B, A] -> [B, C, h, w].
+
+    ``config`` is the configuration of ComfyUI's UNetModel.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -175,7 +171,7 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(levels))):
             for k in range(blocks[level] + 1):
-                # the host takes the depths of the output blocks from the end of its list
+                # ComfyUI also takes the depths of the output blocks from the end of the list
                 block = layers(channels + skips.pop(), mult * width, up.pop())
                 channels = mult * width
                 if level and k == blocks[level]:
@@ -186,7 +182,7 @@ class UNet(nn.Module):
         )
 
     def forward(self, x, timesteps, context, y):
-        emb = self.time_embed(timestep_embedding(timesteps, self.width)) + self.label_emb(y)
+        emb = self.time_embed(timestep_embedding(timesteps, self.width, factor=1.0)) + self.label_emb(y)
         skips = []
         for block in self.input_blocks:
             x = run(block, x, emb, context)
@@ -204,7 +200,10 @@ def run(block, x, emb, context):
 
 
 def initialise(network, generator):
-    """Normal weights of variance 1 / fan-in; the last layer of every residual branch and of the network starts at zero."""
+    """Initialise weight matrices and kernels from a normal distribution of variance 1 / fan-in.
+
+    The last layer of every residual branch and of the network is initialised with zero.
+    """
     zeroed = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
     for name, p in network.named_parameters():
         if p.ndim > 1:

@@ -1,6 +1,6 @@
-"""CLIP's vision transformer on the demo's stem, in torch alone, and a text tower for retrieval.
+"""The image-text encoder in plain torch: CLIP's vision transformer on the demo's stem, and a text tower for retrieval.
 
-The names of the weights are those of ComfyUI's CLIPVisionModelProjection.
+The weight names are those of ComfyUI's CLIPVisionModelProjection.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The last states and those of all layers [B, L, 65, 96]."""
+        """The states of the last layer [B, 65, 96] and of all L layers [B, L, 65, 96]."""
         found = []
         for layer in self.layers:
             x = layer(x)
@@ -77,14 +77,17 @@ class VisionModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embeddings = Embeddings()
-        self.pre_layrnorm = nn.LayerNorm(WIDTH)  # spelled as the host spells it
+        self.pre_layrnorm = nn.LayerNorm(WIDTH)  # ComfyUI's spelling
         self.encoder = Transformer()
         self.post_layernorm = nn.LayerNorm(WIDTH)
 
 
 class ImageTower(nn.Module):
-    """pixel_values [B, 3, 128, 128] in -1..1 -> (states [B, 65, 96], states of all layers [B, 3, 65, 96], embedding [B, 64],
-    None), as the host's class returns them with ``intermediate_output="all"``."""
+    """The vision tower: pixel_values [B, 3, 128, 128] in -1..1 -> four outputs.
+
+    The outputs are the states [B, 65, 96], the states of all layers [B, 3, 65, 96], the embedding [B, 64] and None.
+    ComfyUI's class returns the same with ``intermediate_output="all"``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class ImageTower(nn.Module):
 
 
 class ImageText(nn.Module):
-    """Both towers: pictures [B, 3, 128, 128] in -1..1 and captions to unit vectors [B, 64]."""
+    """Both towers. They embed images [B, 3, 128, 128] in -1..1 and captions as unit vectors [B, 64]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,6 +117,6 @@ class ImageText(nn.Module):
         return F.normalize(self.text(tokens)[2].float() @ self.text_project, dim=-1)
 
     def similarity(self, x: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosines [B, N] of pictures with N captions."""
+        """Cosine similarities [B, N] of images with N captions."""
         summary = read(self.text, captions)[1]
         return self.image_embeds(x) @ F.normalize(summary.float() @ self.text_project, dim=-1).T

@@ -1,8 +1,9 @@
-"""Layers that the image-to-image generators share: norms, dropout and blurs, under the names of the published state dicts.
+"""Layers shared by the image-to-image generators: norms, dropout and blurs, with the names of the published state dicts.
 
-``draws`` goes through all of them: None computes as eval() does, with running statistics and without dropout. A sequence of
-torch.Generators on the CPU, one for each sample, computes as train() does for each sample alone, which is what pix2pix's
-own test does with its batches of one: the statistics of the batch are the sample's, and dropout draws from its generator.
+The argument ``generators`` of their forward() selects how norms and dropout compute:
+- None: as in eval(), with running statistics and without dropout.
+- A sequence of torch.Generators on the CPU, one per sample: as in train() with batches of one sample. pix2pix's test
+  code computes in this way. Norms use the statistics of each sample, and each sample's dropout uses its generator.
 """
 
 from collections.abc import Sequence
@@ -13,31 +14,31 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-Draws = Sequence[torch.Generator] | None
+Generators = Sequence[torch.Generator] | None
 
 EPS = 1e-5  # of every norm
 
 
 def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Each channel of each sample with mean 0 and variance 1.
+    """Normalises each channel of each sample to mean 0 and variance 1.
 
-    As groups of one channel: torch's group norm keeps channels_last, its instance norm does not.
+    Computed as a group norm with groups of one channel, which preserves channels_last; torch's instance norm does not.
     """
     return F.group_norm(x, x.shape[1], weight, bias, EPS)
 
 
 class InstanceNorm(nn.Module):
-    """Without weights, as the published generators have it."""
+    """Instance norm without weights, as in the published generators."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
         return instance_norm(x)
 
 
 class BatchNorm(nn.Module):
-    """Its weights stay in float32, whatever comes in."""
+    """Batch norm in float32 for any dtype of the input."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -49,10 +50,10 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
         names = ("weight", "bias", "running_mean", "running_var")
         weight, bias, mean, var = (getattr(self, name).to(x.device, torch.float32) for name in names)
-        if draws is not None:
+        if generators is not None:
             return instance_norm(x.float(), weight, bias).to(x.dtype)
         scale = weight * torch.rsqrt(var + EPS)
         shift = bias - mean * scale
@@ -64,31 +65,35 @@ def norm(kind: str, channels: int) -> nn.Module:
 
 
 class Dropout(nn.Module):
-    """Half of the features, the rest doubled; drawn in the order of the layers, sample by sample."""
+    """Dropout with p = 0.5. All dropout layers draw their masks for a sample from that sample's generator, in turn."""
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
-        if draws is None:
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
+        if generators is None:
             return x
-        kept = [torch.rand(x.shape[1:], generator=generator) >= 0.5 for generator in draws]
-        return x * torch.stack(kept).to(x) * 2.0
+        masks = [torch.rand(x.shape[1:], generator=generator) >= 0.5 for generator in generators]
+        return x * torch.stack(masks).to(x) * 2.0
 
 
 class Chain(nn.Sequential):
-    """Layers one after the other, ``draws`` for those that know it."""
+    """A Sequential that passes ``generators`` to the layers that take this argument."""
 
-    def forward(self, input: Tensor, draws: Draws = None) -> Tensor:
+    def forward(self, input: Tensor, generators: Generators = None) -> Tensor:
         x = input
         for layer in self:
-            x = layer(x, draws) if isinstance(layer, (InstanceNorm, BatchNorm, Dropout, Chain, Block)) else layer(x)
+            x = (
+                layer(x, generators)
+                if isinstance(layer, (InstanceNorm, BatchNorm, Dropout, Chain, Block))
+                else layer(x)
+            )
         return x
 
 
 class Block(nn.Module):
-    """A part with a skip connection; its ``forward`` takes ``draws``."""
+    """Base class of blocks whose ``forward`` takes ``generators``."""
 
 
 class Blur(nn.Module):
-    """Half the size after a blur by 1 2 1, both ways (CUT's antialiased generators)."""
+    """Blurs with the filter 1 2 1 in both directions and halves the size (CUT's antialiased generators)."""
 
     filt: Tensor
 
@@ -102,7 +107,7 @@ class Blur(nn.Module):
 
 
 class BlurUp(nn.Module):
-    """Twice the size, blurred by 1 3 3 1, both ways (CUT's antialiased generators)."""
+    """Doubles the size and blurs with the filter 1 3 3 1 in both directions (CUT's antialiased generators)."""
 
     filt: Tensor
 
@@ -116,34 +121,36 @@ class BlurUp(nn.Module):
 
 
 def filters(taps: Sequence[float], channels: int) -> Tensor:
-    """[channels, 1, n, n] of sum 1 each."""
+    """Filters [channels, 1, n, n], each of sum 1."""
     row = torch.tensor(taps) / sum(taps)
     return repeat(torch.outer(row, row), "y x -> c 1 y x", c=channels).clone()
 
 
 class ImageGenerator(nn.Module):
-    """A network from pictures to pictures [B, 3, H, W], both -1..1 as published.
+    """A network from images to images [B, 3, H, W], both in -1..1 as published.
 
-    Sides are multiples of ``multiple``, and at least ``least``. ``size`` is the side that it was made for, ``width`` the
-    channels that it keeps at full size, by which memory is reckoned.
+    Sides must be multiples of ``multiple`` and at least ``min_side``. ``size``: side of the training images. ``width``:
+    channels at full size; ``maps``: feature maps of that size in memory at once, on a CPU; both for memory estimates.
     """
 
-    config: Any  # an image_generators.Config; that module imports this one
+    config: Any  # an image_generators.Config; not imported, since that module imports this one
     multiple: int
-    least: int
+    min_side: int
     size: int
     width: int
+    maps: int
 
-    def refine(self, pictures: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:
-        """As ``forward`` for ``pictures`` with values 0..1; float32, with the layers computing in ``dtype``.
+    def refine(self, images: Tensor, generators: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        """``forward`` for ``images`` in 0..1. Returns float32; the layers compute in ``dtype``.
 
-        What the network leaves as it is comes back bit for bit, which scaling to -1..1 and back would not give.
+        Only the change is added to ``images``, so that unchanged values are exact. Scaling to -1..1 and back would
+        round them.
         """
-        pictures = pictures.float()
-        x = 2.0 * pictures - 1.0
-        return pictures + 0.5 * (self(x, draws, dtype) - x)
+        images = images.float()
+        x = 2.0 * images - 1.0
+        return images + 0.5 * (self(x, generators, dtype) - x)
 
 
 def features(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """What the layers compute on: channels_last, which convolutions of a CPU and of tensor cores want."""
+    """``x`` in ``dtype`` and channels_last, which is faster for convolutions on CPUs and tensor cores."""
     return x.to(dtype or x.dtype, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The discriminator of pix2pix and CycleGAN (arXiv 1611.07004, 1703.10593): each of its numbers rates 70 x 70 pixels.
+"""The discriminator of pix2pix and CycleGAN (arXiv 1611.07004, 1703.10593): each output scores 70 x 70 pixels.
 
 Module names are those of the published state dicts.
 """
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ....common.operations import Operations
-from .layers import Chain, Draws, norm
+from .layers import Chain, Generators, norm
 
-PATCH = 70  # pixels along a side that one number sees
+PATCH = 70  # receptive field of one output, in pixels along a side
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchDiscriminatorConfig:
-    channels: int = 3  # 6 where a picture is rated beside the one that it was made of
+    channels: int = 3  # 6 for an image concatenated with its source
     ndf: int = 64
     norm: str = "instance"
 
 
 class PatchDiscriminator(nn.Module):
-    least = 24  # pixels of a side: below that instance norm is left with one number
+    min_side = 24  # pixels; at a smaller side, an instance norm would receive a single value per channel
 
     def __init__(
         self, config: PatchDiscriminatorConfig = PatchDiscriminatorConfig(), operations: Operations = torch.nn
@@ -38,6 +38,9 @@ class PatchDiscriminator(nn.Module):
         model.append(operations.Conv2d(8 * ndf, 1, 4, 1, 1))
         self.model = model
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
-        """How real the patches of x [B, C, H, W] in -1..1 look: [B, 1, h, w] without limits, 1 or above 0 for real."""
-        return self.model(x, draws)
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
+        """Scores [B, 1, h, w] of the patches of x [B, C, H, W] in -1..1.
+
+        Scores are unbounded. For a real patch the score should be 1 (LSGAN) or above 0 (if used as a logit).
+        """
+        return self.model(x, generators)

@@ -1,7 +1,7 @@
-"""The pack's own face refiner: a residual U-Net with CBAM attention, as arXiv 2505.02255 has it in words.
+"""The pack's own face refiner: a residual U-Net with CBAM attention, after the description in arXiv 2505.02255.
 
-The paper gives no sizes; these are ours. z = clamp(x + U(x)), with zeros in U's last layer before it is trained: an
-untrained refiner changes nothing.
+The paper does not specify the sizes of the layers; those here are our choice. The output is z = clamp(x + U(x)) for an
+image x and the U-Net U. The last layer of U is initialised to zero, so that an untrained refiner changes nothing.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ....common.operations import Operations
 from ....common.weights import count, shape_of
-from .layers import Draws, ImageGenerator, features
+from .layers import Generators, ImageGenerator, features
 
 NETWORK = "the pack's face refiner"
 CHANNELS_PER_GROUP = 8
@@ -23,9 +23,9 @@ SPATIAL = 7  # side of the spatial gate's convolution
 
 @dataclass(frozen=True, kw_only=True)
 class RefinerConfig:
-    widths: tuple[int, ...] = (32, 64, 128, 192)  # channels at each scale, each half of the one before
-    blocks: tuple[int, ...] = (1, 1, 1, 2)  # on the way down at each scale; on the way up one at each
-    reduction: int = 16  # of the channel gate
+    widths: tuple[int, ...] = (32, 64, 128, 192)  # channels at each scale; each scale halves the image size
+    blocks: tuple[int, ...] = (1, 1, 1, 2)  # residual blocks per scale of the encoder; the decoder has one per scale
+    reduction: int = 16  # factor by which the channel gate reduces the channels
 
     def __str__(self) -> str:
         return f"residual U-Net with CBAM, widths {', '.join(map(str, self.widths))}"
@@ -36,7 +36,7 @@ class RefinerConfig:
             return shape_of(state_dict, name, 4, NETWORK)
 
         scales = range(max(1, count(state_dict, "down.")))
-        # at the deepest scale, where it is told best
+        # the reduction is computed from the deepest scale, where rounding matters least
         squeezed, channels = shape(f"down.{scales[-1]}.0.attention.squeeze.weight")[:2]
         return cls(
             widths=tuple(shape(f"down.{i}.0.conv1.weight")[0] for i in scales),
@@ -46,9 +46,9 @@ class RefinerConfig:
 
 
 class CBAM(nn.Module):
-    """Which channels, then which places (arXiv 1807.06521): x · σ(MLP(mean) + MLP(max)), then · σ(conv([mean; max])).
+    """Channel, then spatial attention (arXiv 1807.06521): x · σ(MLP(mean) + MLP(max)), then · σ(conv([mean; max])).
 
-    Added to ``skip``, of the same shape as x, in the pass that multiplies.
+    ``skip`` has the same shape as x. One fused operation computes the last product and adds it to ``skip``.
     """
 
     def __init__(self, channels: int, reduction: int, operations: Operations) -> None:
@@ -59,7 +59,7 @@ class CBAM(nn.Module):
         self.spatial = operations.Conv2d(2, 1, SPATIAL, padding=SPATIAL // 2)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        # not amax, which takes over ten times as long over the places of bfloat16 on a CPU
+        # adaptive_max_pool2d instead of amax, which takes over ten times as long in bfloat16 on a CPU
         pooled = torch.cat([x.mean((2, 3), keepdim=True), F.adaptive_max_pool2d(x, 1)])
         mean, most = self.excite(F.relu(self.squeeze(pooled))).chunk(2)
         x = x * torch.sigmoid(mean + most)
@@ -78,19 +78,18 @@ class ResidualBlock(nn.Module):
         self.attention = CBAM(channels, reduction, operations)
 
     def forward(self, x: Tensor) -> Tensor:
-        # in place: on a CPU fresh memory costs as well
-        y = self.conv1(F.silu(self.norm1(x), inplace=True))
-        y = self.conv2(F.silu(self.norm2(y), inplace=True))
-        return self.attention(y, x)
+        # in place: allocating memory is slow on a CPU
+        y = self.norm2(self.conv1(F.silu(self.norm1(x), inplace=True)))
+        return self.attention(self.conv2(F.silu(y, inplace=True)), x)
 
 
 class FaceRefinerNet(ImageGenerator):
-    size = 256
+    size, maps = 256, 6
 
     def __init__(self, config: RefinerConfig = RefinerConfig(), operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config, self.width = config, config.widths[0]
-        self.multiple = self.least = 2 ** (len(config.widths) - 1)
+        self.multiple = self.min_side = 2 ** (len(config.widths) - 1)
         widths = config.widths
 
         def blocks(channels: int, number: int) -> nn.Sequential:
@@ -107,17 +106,19 @@ class FaceRefinerNet(ImageGenerator):
         for weight in self.conv_out.parameters():
             nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:
-        # added in the picture's own dtype: bfloat16 is coarser than the 8 bits of a picture
+    def forward(self, x: Tensor, generators: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        # added in the dtype of the image: bfloat16 is coarser than 8 bits
         return (x + self.change(features(x, dtype)).to(x.dtype)).clamp(-1.0, 1.0)
 
     def change(self, x: Tensor) -> Tensor:
-        """U(x), before it is added."""
+        """U(x)."""
         x, skips = self.conv_in(x), []
         for i, blocks in enumerate(self.down):
             x = blocks(self.halve[i - 1](x) if i else x)
             skips.append(x)
-        for i in reversed(range(len(self.up))):
-            x = F.interpolate(self.narrow[i](x), scale_factor=2.0, mode="nearest")
-            x = self.up[i](self.merge[i](torch.cat([skips[i], x], 1)))
+        skips.pop()
+        for i in reversed(range(len(self.up))):  # no name holds a feature map for longer than needed
+            x = torch.cat([skips.pop(), F.interpolate(self.narrow[i](x), scale_factor=2.0, mode="nearest")], 1)
+            x = self.merge[i](x)
+            x = self.up[i](x)
         return self.conv_out(F.silu(x))

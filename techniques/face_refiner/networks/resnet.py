@@ -1,7 +1,7 @@
-"""The ResNet generators of pytorch-CycleGAN-and-pix2pix (arXiv 1703.10593) and of CUT (arXiv 2007.15651), which blurs
-where it scales.
+"""The ResNet generators of pytorch-CycleGAN-and-pix2pix (arXiv 1703.10593) and of CUT (arXiv 2007.15651). CUT's
+generators blur where they change the size.
 
-Module names are those of the published state dicts, so that the files load unchanged. ReLUs work in place, as theirs.
+Module names are those of the published state dicts, so that the files load unchanged. ReLUs are in place, as published.
 """
 
 import re
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ....common.operations import Operations
-from ....common.weights import shape_of
-from .layers import Block, Blur, BlurUp, Chain, Draws, Dropout, ImageGenerator, features, norm
+from ....common.weights import refuse_weights, shape_of
+from .layers import Block, Blur, BlurUp, Chain, Dropout, Generators, ImageGenerator, features, norm
 
 NETWORK = "a ResNet generator"
-FIRST = 4  # layers, to the first ReLU
+FIRST = 4  # layers up to the first ReLU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class ResnetConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "ResnetConfig":
-        blocks, filters = _places(state_dict, r"conv_block\..*"), _places(state_dict, "filt")
+        blocks, filters = _layer_indices(state_dict, r"conv_block\..*"), _layer_indices(state_dict, "filt")
         if not blocks:
-            raise ValueError(f"This is not {NETWORK}: none of its blocks has a number (model.10.conv_block...)")
+            refuse_weights(NETWORK, "expected numbered blocks (model.10.conv_block...), got none")
         first = f"model.{blocks[0]}.conv_block"
         return cls(
             ngf=shape_of(state_dict, "model.1.weight", 4, NETWORK)[0],
             blocks=len(blocks),
-            # instance norms have no weights, and the convolutions before batch norms no bias
+            # instance norms have no weights; the convolutions before batch norms have no bias
             norm="batch" if "model.2.weight" in state_dict else "instance",
             dropout=getattr(state_dict.get(f"{first}.6.weight"), "ndim", 0) == 4,
             blur_down=any(index < blocks[0] for index in filters),
@@ -49,10 +49,10 @@ class ResnetConfig:
         )
 
 
-def _places(state_dict: Mapping[str, Tensor], end: str) -> list[int]:
-    """Where in the chain the layers are whose names end so."""
-    found = (re.fullmatch(rf"model\.([0-9]{{1,9}})\.{end}", name) for name in state_dict)
-    return sorted({int(match[1]) for match in found if match})
+def _layer_indices(state_dict: Mapping[str, Tensor], end: str) -> list[int]:
+    """Indices of the layers whose names end in ``end``."""
+    matches = (re.fullmatch(rf"model\.([0-9]{{1,9}})\.{end}", name) for name in state_dict)
+    return sorted({int(match[1]) for match in matches if match})
 
 
 class ResnetBlock(Block):
@@ -68,16 +68,17 @@ class ResnetBlock(Block):
             *(nn.ReflectionPad2d(1), conv(), norm(config.norm, channels)),
         )
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
-        return x + self.conv_block(x, draws)
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
+        return x + self.conv_block(x, generators)
 
 
 class ResnetGenerator(ImageGenerator):
-    multiple, least, size = 4, 8, 256
+    multiple, min_side, size = 4, 8, 256
 
     def __init__(self, config: ResnetConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
         self.config, self.width = config, config.ngf
+        self.maps = 7 if config.blur_down or config.blur_up else 4
         ngf, biased = config.ngf, config.norm != "batch"
         model = Chain(
             nn.ReflectionPad2d(3), operations.Conv2d(3, ngf, 7, bias=biased), norm(config.norm, ngf), nn.ReLU(True)
@@ -103,7 +104,7 @@ class ResnetGenerator(ImageGenerator):
         model.append(operations.Conv2d(ngf, 3, 7))
         self.model = model
 
-    def forward(self, x: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:
-        # the first layers in the picture's own dtype: where it is nearly flat, their norm would enlarge what bfloat16 rounds
-        y = self.model[:FIRST](features(x, x.dtype), draws)
-        return torch.tanh(self.model[FIRST:](features(y, dtype), draws).to(x.dtype))
+    def forward(self, x: Tensor, generators: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        # the first layers compute in the dtype of the image: in flat areas their norm would amplify bfloat16 rounding
+        y = self.model[:FIRST](features(x, x.dtype), generators)
+        return torch.tanh(self.model[FIRST:](features(y, dtype), generators).to(x.dtype))

@@ -1,4 +1,4 @@
-"""The U-Net generator of pix2pix (arXiv 1611.07004), as pytorch-CycleGAN-and-pix2pix has it, nested to any depth.
+"""The U-Net generator of pix2pix (arXiv 1611.07004), as in pytorch-CycleGAN-and-pix2pix, nested to any depth.
 
 Module names are those of the published state dict, so that the file loads unchanged.
 """
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....common.operations import Operations
-from ....common.weights import shape_of
-from .layers import Block, Chain, Draws, Dropout, ImageGenerator, features, norm
+from ....common.weights import refuse_weights, shape_of
+from .layers import Block, Chain, Dropout, Generators, ImageGenerator, features, norm
 
 NETWORK = "a U-Net generator"
-FEWEST, MOST = 5, 12  # halvings; the published code builds none with fewer, and its networks have 7 or 8
+MIN_DOWNS, MAX_DOWNS = 5, 12  # number of halvings; the published code needs at least 5, and its networks have 7 or 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class UnetConfig:
     ngf: int = 64
     downs: int = 8  # halvings: 8 for unet_256, 7 for unet_128
     norm: str = "batch"
-    dropout: bool = True  # leaves no trace in the weights, and matters to ``draws`` only
+    dropout: bool = True  # cannot be read from the weights; used only if ``generators`` are passed
 
     def __str__(self) -> str:
         return f"U-Net {2**self.downs}, ngf {self.ngf}, {self.norm} norm"
@@ -37,10 +37,8 @@ class UnetConfig:
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "UnetConfig":
         inside = "model.model.1."
         downs = 1 + max((name.count("model.") - 2 for name in state_dict if name.startswith(inside)), default=0)
-        if not FEWEST <= downs <= MOST:
-            raise ValueError(
-                f"This is not {NETWORK} of pix2pix: it halves the picture {downs} times, not {FEWEST} to {MOST}"
-            )
+        if not MIN_DOWNS <= downs <= MAX_DOWNS:
+            refuse_weights(f"{NETWORK} of pix2pix", f"expected {MIN_DOWNS} to {MAX_DOWNS} halvings, got {downs}")
         return cls(
             ngf=shape_of(state_dict, "model.model.0.weight", 4, NETWORK)[0],
             downs=downs,
@@ -49,21 +47,21 @@ class UnetConfig:
 
 
 class Outermost(Block):
-    """Without norms and skip."""
+    """The outermost block, which has no norms and no skip connection."""
 
     def __init__(self, down: nn.Module, inside: "SkipBlock", up: nn.Module) -> None:
         super().__init__()
         self.model = Chain(down, inside, nn.ReLU(True), up)
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
-        return self.model(x, draws)
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
+        return self.model(x, generators)
 
 
 class SkipBlock(Block):
-    """LeakyReLU(x), and beside it what came of halving and doubling that once.
+    """Concatenates LeakyReLU(x) with the result of the inner blocks at half the size.
 
-    Not x itself, because the published block's LeakyReLU works in place before x is put beside. In the picture both are
-    the same: a ReLU follows everywhere.
+    The skip connection carries LeakyReLU(x), since the published LeakyReLU works in place. The network's output is the
+    same as with x, since a ReLU always follows.
     """
 
     def __init__(
@@ -80,32 +78,34 @@ class SkipBlock(Block):
         down, doubled = operations.Conv2d(outer, inner, 4, 2, 1, bias=biased), inner if inside is None else 2 * inner
         up = operations.ConvTranspose2d(doubled, outer, 4, 2, 1, bias=biased)
         self.model = Chain(
-            *(nn.Identity(), down),  # the names count the LeakyReLU, which forward applies
+            *(nn.Identity(), down),  # Identity takes the place of the LeakyReLU, which forward applies
             *([] if inside is None else [norm(config.norm, inner), inside]),
             *(nn.ReLU(True), up, norm(config.norm, outer)),
             *([Dropout()] if dropout else []),
         )
 
-    def forward(self, x: Tensor, draws: Draws = None) -> Tensor:
+    def forward(self, x: Tensor, generators: Generators = None) -> Tensor:
         x = F.leaky_relu(x, 0.2)
-        return torch.cat([x, self.model(x, draws)], 1)
+        return torch.cat([x, self.model(x, generators)], 1)
 
 
 class UnetGenerator(ImageGenerator):
+    maps = 2
+
     def __init__(self, config: UnetConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
-        self.config, self.width = config, 2 * config.ngf  # with the skip beside
-        self.multiple = self.least = self.size = 2**config.downs
+        self.config, self.width = config, 2 * config.ngf  # including the channels of the skip connection
+        self.multiple = self.min_side = self.size = 2**config.downs
         block: SkipBlock | None = None
         widths = config.widths
         for depth in range(config.downs - 1, 0, -1):
-            # of the 8 ngf wide blocks all but the innermost drop
+            # dropout in all blocks between layers of 8 ngf channels, except the innermost
             dropout = config.dropout and 4 <= depth < config.downs - 1
             block = SkipBlock(widths[depth - 1], widths[depth], block, config, dropout, operations)
         down = operations.Conv2d(3, config.ngf, 4, 2, 1, bias=config.norm != "batch")
         up = operations.ConvTranspose2d(2 * config.ngf, 3, 4, 2, 1)
-        assert block is not None, "a U-Net halves the picture more than once"
+        assert block is not None, "a U-Net has more than one halving"
         self.model = Outermost(down, block, up)
 
-    def forward(self, x: Tensor, draws: Draws = None, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.tanh(self.model(features(x, dtype), draws).to(x.dtype))
+    def forward(self, x: Tensor, generators: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.tanh(self.model(features(x, dtype), generators).to(x.dtype))

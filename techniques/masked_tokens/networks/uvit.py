@@ -1,9 +1,10 @@
-"""The U-ViT of aMUSEd (arXiv 2401.01808, section 3): token ids and text in, logits over the codebook out.
+"""The U-ViT of aMUSEd (arXiv 2401.01808, section 3): logits over the codebook from token ids and text.
 
-Convolutional blocks at both ends, a transformer between them, and no position embedding: the convolutions tell places
-apart. Module names are those of the published state dicts (diffusers' UVit2DModel), so that the files load unchanged.
+The network has convolutional blocks at both ends and a transformer between them. There is no position embedding: the
+convolutions encode positions. Module names are those of the published state dicts (diffusers' UVit2DModel), so the
+files load unchanged.
 
-What the text and the micro-conditioning decide is the same in every sampling step; ``UViT.condition`` computes it once:
+``UViT.condition`` computes all features that depend only on the text and the micro-conditioning, once per run:
 
     conditioning = uvit.condition(text, pooled, micro)
     logits = uvit(tokens, conditioning)  # every step
@@ -26,7 +27,7 @@ from ....common.weights import check_config, count, load, setting, shape_of
 from .uvit_blocks import BlockConditioning, BlockSizes, LayerConditioning, TransformerLayer, UViTBlock, convolve
 
 MICRO_VALUES = 5  # width, height, crop's top, crop's left, aesthetic score
-HEAD_SIZE = 64  # where no config tells the number of heads
+HEAD_SIZE = 64  # channels per head, if no config specifies the number of heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +54,19 @@ class UViTConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> "UViTConfig":
-        """The sizes that the weights show; ``config`` (a config.json) adds what they do not, and must agree with them.
+        """The sizes from the weights; ``config`` (a config.json) must agree with them.
 
-        Not shown are the heads (else of size 64), the width of the pooled text (else that of the text), layer_norm_eps
-        and sample_size, the tokens along one side (else 16 in the transformer).
+        The weights do not determine these values, which are read from ``config``:
+        - the numbers of heads (default: heads of 64 channels)
+        - the width of the pooled text (default: the width of the text)
+        - layer_norm_eps
+        - sample_size, the tokens along one side of an image (default: 16 along one side of the transformer's grid)
         """
         config = config or {}
-        sizes = visible_sizes(state_dict)
+        sizes = sizes_from_weights(state_dict)
         pooled, micro = split_cond(sizes.pop("cond"), setting(config, "cond_embed_dim", sizes["encoder_hidden_size"]))
         sizes |= {"cond_embed_dim": pooled, "micro_cond_encode_dim": micro}
-        # with what else a config can ask for, and no published one does
+        # further options of a config; they are the same in all published models
         implied = {"micro_cond_embed_dim": MICRO_VALUES * micro, "use_bias": False, "ln_elementwise_affine": True}
         check_config(config, sizes | implied)
         return cls(
@@ -74,7 +78,7 @@ class UViTConfig:
         )
 
 
-def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def sizes_from_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     def shape(name: str, dims: int) -> torch.Size:
         return shape_of(state_dict, name, dims, "aMUSEd's U-ViT")
 
@@ -97,12 +101,13 @@ def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def split_cond(width: int, pooled: int) -> tuple[int, int]:
-    """The conditioning's width as the pooled text's and that of one micro-conditioning value."""
-    micro, rest = divmod(width - pooled, 2 * MICRO_VALUES)  # each is a cosine and a sine
+    """The widths of the pooled text and of one micro-conditioning value, from the width of their concatenation."""
+    micro, rest = divmod(width - pooled, 2 * MICRO_VALUES)  # cosines and sines of each value
     if micro < 1 or rest:
         raise ValueError(
-            f"cond_embed.linear_1.weight takes {width} values: with {pooled} for the pooled text, {width - pooled} are left "
-            f"for {MICRO_VALUES} micro-conditioning values; give cond_embed_dim in the config"
+            f"cond_embed.linear_1.weight has {width} inputs, {pooled} of them for the pooled text; the other"
+            f" {width - pooled} cannot be divided among {MICRO_VALUES} micro-conditioning values;"
+            " set cond_embed_dim in the config"
         )
     return pooled, 2 * micro
 
@@ -110,12 +115,12 @@ def split_cond(width: int, pooled: int) -> tuple[int, int]:
 def heads(width: int, config: Mapping[str, Any], name: str) -> int:
     number = setting(config, name, width // HEAD_SIZE)
     if number < 1 or width % number:
-        raise ValueError(f"{width} channels cannot be split into {number} heads; give {name} in the config")
+        raise ValueError(f"{width} channels cannot be split into {number} heads; set {name} in the config")
     return number
 
 
 class Conditioning(NamedTuple):
-    """Everything that stays the same over the sampling steps."""
+    """The features that are the same in every sampling step."""
 
     down: BlockConditioning
     layers: list[LayerConditioning]
@@ -156,7 +161,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class LogitsHead(nn.Module):
-    """Masked-token logits from a grid."""
+    """Logits over the codebook from a grid of features."""
 
     def __init__(self, config: UViTConfig, operations: Operations) -> None:
         super().__init__()
@@ -169,7 +174,7 @@ class LogitsHead(nn.Module):
 
 
 class UViT(nn.Module):
-    """Logits over the codebook for every token of a picture, the masked ones and the known."""
+    """Logits over the codebook for every token of an image, masked or known."""
 
     def __init__(self, config: UViTConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
@@ -193,18 +198,18 @@ class UViT(nn.Module):
         self.mlm_layer = LogitsHead(config, operations)
 
     def condition(self, text: Tensor, pooled: Tensor, micro: Tensor) -> Conditioning:
-        """What all sampling steps share.
+        """The features that are the same in every sampling step.
 
         text    [B, L, encoder_hidden_size]: the text encoder's states before its last layer, without its final norm
-        pooled  [B, cond_embed_dim]: its projected sentence embedding
-        micro   [B, 5]: width, height, the crop's top and left, all in pixels; aesthetic score, 6 is usual
+        pooled  [B, cond_embed_dim]: the text encoder's projected sentence embedding
+        micro   [B, 5]: width, height, crop top and crop left in pixels; aesthetic score, usually 6
 
-        The dtype of ``text`` is what the network computes in.
+        The network computes in the dtype of ``text``.
         """
         context = self.encoder_proj_layer_norm(self.encoder_proj(text))
         micro = sinusoid(micro, self.config.micro_cond_encode_dim).flatten(1)
         cond = self.cond_embed(torch.cat([pooled.to(text), micro.to(text)], dim=-1))
-        cond = F.silu(cond)  # as every layer takes it
+        cond = F.silu(cond)  # the input of every conditioning layer
         return Conditioning(
             self.down_block.condition(context, cond),
             [layer.condition(context, cond) for layer in cast(Iterable[TransformerLayer], self.transformer_layers)],
@@ -212,7 +217,7 @@ class UViT(nn.Module):
         )
 
     def forward(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
-        """Logits [B, codebook_size, h, w] of ``tokens``: ids [B, h, w], masked ones with the id vocab_size − 1."""
+        """Logits [B, codebook_size, h, w] of ``tokens``: ids [B, h, w], with vocab_size − 1 at masked tokens."""
         height, width = tokens.shape[1:]
         x = self.down_block(self.embed(tokens, conditioning.dtype), conditioning.down)
         grid_height = x.shape[1]
@@ -224,12 +229,12 @@ class UViT(nn.Module):
         x = self.project_from_hidden(self.project_from_hidden_norm(x))
         x = rearrange(x, "b (h w) c -> b h w c", h=grid_height)
 
-        x = self.up_block(x, conditioning.up)[:, :height, :width]  # an odd side was padded
+        x = self.up_block(x, conditioning.up)[:, :height, :width]  # crops the padding of an odd side
         return self.mlm_layer(x).movedim(-1, 1)
 
 
 def load_uvit(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations: Operations = torch.nn
 ) -> UViT:
-    """A published transformer, from its state dict and, where there is one, its config.json."""
+    """A published transformer from its state dict and its config.json, if it has one."""
     return load(UViT, UViTConfig.from_state_dict(state_dict, config), state_dict, operations)

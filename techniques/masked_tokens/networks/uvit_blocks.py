@@ -1,9 +1,10 @@
-"""What the U-ViT of aMUSEd is built of: convolutional blocks at its ends, transformer layers between them.
+"""Modules of the U-ViT of aMUSEd: convolutional blocks at its ends, transformer layers between them.
 
-Every module with something to read from the text or from the conditioning vector has two methods: one that computes it,
-once for all sampling steps, and ``forward``, which uses it. Grids are [B, h, w, C], which the convolutions read as their
-channels-last format without a copy. Shapes: B batch, h×w token grid, N tokens of the transformer, L text tokens,
-C channels, H heads, D their size. No layer has a bias.
+Modules that depend on the text or the conditioning vector have two methods. ``condition`` or ``keys_values`` computes
+the features of these inputs once for all sampling steps. ``forward`` uses these features. Grids are [B, h, w, C], so
+that convolutions receive the channels-last format without a copy. No layer has a bias.
+
+Shapes: B batch, h×w token grid, N tokens of the transformer, L text tokens, C channels, H heads of size D.
 """
 
 from collections.abc import Iterable
@@ -16,18 +17,18 @@ from torch import Tensor, nn
 
 from ....common.operations import Operations
 
-ATTENTION_BLOCK_EPS = 1e-6  # of the attention blocks' norms, whatever layer_norm_eps is
+ATTENTION_BLOCK_EPS = 1e-6  # of the norms in attention blocks, which ignore layer_norm_eps
 
 
 class KeyValue(NamedTuple):
-    """What attention reads: [B, H, L, D] each."""
+    """Keys and values of attention, [B, H, L, D] each."""
 
     key: Tensor
     value: Tensor
 
 
 class Modulation(NamedTuple):
-    """What the conditioning does to normed features: x · scale + shift, [B, C] each; scale is 1 + the layer's output."""
+    """Scale and shift [B, C] of normalized features: x · scale + shift; scale is 1 + the layer's output."""
 
     scale: Tensor
     shift: Tensor
@@ -43,14 +44,18 @@ class Modulation(NamedTuple):
 
 
 class BlockConditioning(NamedTuple):
-    """For one convolutional block: per pair of modules, the modulation and the text for both attentions."""
+    """The conditioning of one convolutional block.
+
+    For each pair of a ConvNeXt block and an attention block: the modulation of the ConvNeXt block, and the keys and
+    values of the text for both attentions of the attention block.
+    """
 
     modulations: list[Modulation]
     texts: list[tuple[KeyValue, KeyValue]]
 
 
 class LayerConditioning(NamedTuple):
-    """For one transformer layer: a modulation per norm, and the text."""
+    """The conditioning of one transformer layer: a modulation per norm, and the text's keys and values."""
 
     norm1: Modulation
     norm2: Modulation
@@ -64,7 +69,7 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values are computed apart from its queries."""
+    """Multi-head attention with keys and values that are computed in advance."""
 
     def __init__(self, channels: int, context: int, num_heads: int, operations: Operations) -> None:
         super().__init__()
@@ -77,7 +82,7 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
 
-    def read(self, context: Tensor) -> KeyValue:
+    def keys_values(self, context: Tensor) -> KeyValue:
         return KeyValue(self.heads(self.to_k(context)), self.heads(self.to_v(context)))
 
     def forward(self, x: Tensor, context: KeyValue) -> Tensor:
@@ -86,7 +91,7 @@ class Attention(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Channels compete by their energy over the picture (ConvNeXt V2, arXiv 2301.00808, section 3)."""
+    """Scales each channel by its share of the energy of the grid (ConvNeXt V2, arXiv 2301.00808, section 3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # [B, 1, 1, C]
         share = energy / (energy.mean(-1, keepdim=True) + 1e-6)
-        # parameters of our own, which no operations cast
+        # cast here, because the casting operations cast only the parameters of layers
         return self.gamma.to(x) * (x * share) + self.beta.to(x) + x
 
 
@@ -119,7 +124,7 @@ class ConvNextBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Two attentions, both to the text, on tokens [B, N, C]. No feed-forward: the ConvNeXt blocks are that."""
+    """Two cross attentions to the text on tokens [B, N, C]; the ConvNeXt blocks replace the feed-forward part."""
 
     def __init__(self, channels: int, hidden_size: int, num_heads: int, operations: Operations) -> None:
         super().__init__()
@@ -130,10 +135,10 @@ class AttentionBlock(nn.Module):
         self.norm2 = operations.RMSNorm(channels, eps=ATTENTION_BLOCK_EPS)
         self.attn2 = Attention(channels, channels, num_heads, operations)
 
-    def read(self, context: Tensor) -> tuple[KeyValue, KeyValue]:
+    def keys_values(self, context: Tensor) -> tuple[KeyValue, KeyValue]:
         if self.kv_mapper is not None:
             context = self.kv_mapper(F.silu(context))
-        return self.attn1.read(context), self.attn2.read(context)
+        return self.attn1.keys_values(context), self.attn2.keys_values(context)
 
     def forward(self, x: Tensor, texts: tuple[KeyValue, KeyValue]) -> Tensor:
         x = x + self.attn1(self.norm1(x), texts[0])
@@ -141,7 +146,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A norm and a convolution that halves the grid, an odd side with a border of zeros at its end."""
+    """A norm and a convolution that halves the grid; an odd side is padded with zeros at its end."""
 
     def __init__(self, channels: int, eps: float, operations: Operations) -> None:
         super().__init__()
@@ -174,7 +179,7 @@ class BlockSizes(NamedTuple):
 
 
 class UViTBlock(nn.Module):
-    """Pairs of a ConvNeXt block and attention to the text; the first end may halve the grid, the last double it."""
+    """Pairs of a ConvNeXt block and attention to the text, with optional down- and upsampling of the grid."""
 
     def __init__(
         self, sizes: BlockSizes, operations: Operations, *, downsample: bool = False, upsample: bool = False
@@ -193,7 +198,7 @@ class UViTBlock(nn.Module):
         attentions = cast(Iterable[AttentionBlock], self.attention_blocks)
         return BlockConditioning(
             [Modulation.of(block.cond_embeds_mapper(cond)) for block in convs],
-            [block.read(context) for block in attentions],
+            [block.keys_values(context) for block in attentions],
         )
 
     def forward(self, x: Tensor, conditioning: BlockConditioning) -> Tensor:
@@ -207,7 +212,7 @@ class UViTBlock(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """A norm, then the conditioning's scale and shift."""
+    """A norm followed by the scale and shift of the conditioning."""
 
     def __init__(self, norm: nn.Module, hidden_size: int, operations: Operations) -> None:
         super().__init__()
@@ -219,7 +224,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Values gated by the GELU of as many others (arXiv 2002.05202)."""
+    """GELU-gated linear unit (arXiv 2002.05202)."""
 
     def __init__(self, channels: int, inner: int, operations: Operations) -> None:
         super().__init__()
@@ -234,7 +239,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, inner: int, operations: Operations) -> None:
         super().__init__()
         out = operations.Linear(inner, channels, bias=False)
-        # the files count a dropout at 1
+        # the Identity has the index of diffusers' dropout layer, so that the other indices match the published files
         self.net = nn.ModuleList([GEGLU(channels, inner, operations), nn.Identity(), out])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,7 +247,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention among the tokens, attention to the text, feed-forward; on tokens [B, N, C]."""
+    """Self-attention, cross attention to the text and feed-forward on tokens [B, N, C]."""
 
     def __init__(self, size: int, inner: int, num_heads: int, eps: float, operations: Operations) -> None:
         super().__init__()
@@ -255,10 +260,10 @@ class TransformerLayer(nn.Module):
 
     def condition(self, context: Tensor, cond: Tensor) -> LayerConditioning:
         norms = (Modulation.of(norm.linear(cond)) for norm in (self.norm1, self.norm2, self.norm3))
-        return LayerConditioning(*norms, self.attn2.read(context))
+        return LayerConditioning(*norms, self.attn2.keys_values(context))
 
     def forward(self, x: Tensor, conditioning: LayerConditioning) -> Tensor:
         y = self.norm1(x, conditioning.norm1)
-        x = x + self.attn1(y, self.attn1.read(y))
+        x = x + self.attn1(y, self.attn1.keys_values(y))
         x = x + self.attn2(self.norm2(x, conditioning.norm2), conditioning.text)
         return x + self.ff(self.norm3(x, conditioning.norm3))

@@ -1,9 +1,9 @@
-"""The VQ-GAN of aMUSEd (arXiv 2401.01808, section 3): pictures as grids of token ids, and back.
+"""The VQ-GAN of aMUSEd (arXiv 2401.01808, section 3): encodes images to grids of token ids and decodes them.
 
-Module names are those of the published state dict (diffusers' VQModel), so that the file loads unchanged.
+Module names are those of the published state dict (diffusers' VQModel), so the file loads unchanged.
 
-Pictures are [B, 3, H, W] with values 0..1, not -1..1; token grids are [B, h, w] with h = H // 16 in the published file.
-Everything is computed in float32, as the published config asks (force_upcast).
+Images are [B, 3, H, W] with values 0..1, not -1..1. Token grids are [B, h, w]; in the published file, h = H // 16.
+Everything is computed in float32, as the published config requires (force_upcast).
 """
 
 from collections import OrderedDict
@@ -41,27 +41,31 @@ class VQConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> "VQConfig":
-        """The sizes that the weights show; of ``config`` (a config.json), which must agree, also norm_num_groups."""
+        """The sizes from the weights, and norm_num_groups from ``config`` (a config.json).
+
+        Sizes in ``config`` must agree with the weights.
+        """
         # JSON has no tuples
         config = {key: tuple(v) if isinstance(v, list) else v for key, v in (config or {}).items()}
-        sizes = visible_sizes(state_dict)
-        # with what else a config can ask for, and the published one does not
+        sizes = sizes_from_weights(state_dict)
+        # further options of a config, with the values of the published model
         check_config(config, {**sizes, "act_fn": "silu", "norm_type": "group", "mid_block_add_attention": False})
         groups = setting(config, "norm_num_groups", cls.norm_num_groups)
         if any(channels % groups for channels in sizes["block_out_channels"]):
             raise ValueError(
                 f"{sizes['block_out_channels']} channels cannot be split into {groups} groups; "
-                "give norm_num_groups in the config"
+                "set norm_num_groups in the config"
             )
         return cls(**sizes, norm_num_groups=groups)
 
 
-def visible_sizes(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def sizes_from_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     def shape(name: str, dims: int = 4) -> torch.Size:
         return shape_of(state_dict, name, dims, "aMUSEd's VQ-GAN")
 
     codes, code_size = shape("quantize.embedding.weight", 2)
-    blocks = range(max(1, count(state_dict, "encoder.down_blocks.")))  # the error of none names the first
+    # at least 1, so that the error names the first block if there is none
+    blocks = range(max(1, count(state_dict, "encoder.down_blocks.")))
     return {
         "in_channels": shape("encoder.conv_in.weight")[1],
         "out_channels": shape("decoder.conv_out.weight")[0],
@@ -89,7 +93,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the picture; a border of zeros at the right and the bottom only."""
+    """A convolution that halves height and width; pads with zeros at the right and the bottom only."""
 
     def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
@@ -100,7 +104,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the picture."""
+    """Doubles height and width."""
 
     def __init__(self, channels: int, operations: Operations) -> None:
         super().__init__()
@@ -113,7 +117,7 @@ class Upsample(nn.Module):
 def block(
     channels: int, out: int, number: int, groups: int, operations: Operations, **sampler: nn.Module
 ) -> nn.Sequential:
-    """``number`` residual blocks, then the ``sampler``, if there is one, under its name."""
+    """``number`` residual blocks, then an optional ``sampler`` under its name."""
     widths = [channels] + [out] * (number - 1)
     parts: dict[str, list[nn.Module]] = {"resnets": [ResnetBlock(width, out, groups, operations) for width in widths]}
     parts |= {name: [module] for name, module in sampler.items()}
@@ -167,14 +171,14 @@ class Codebook(nn.Module):
 
     def nearest(self, x: Tensor) -> Tensor:
         """The ids [B, h, w] of the codes with the smallest Euclidean distance to ``x`` [B, C, h, w]."""
-        # through the layer, which knows where its weights are
+        # read through the layer, because it casts and moves its weights
         codes = self.embedding(torch.arange(self.embedding.num_embeddings, device=x.device)).float()
         x = x.movedim(1, -1)
         return torch.cdist(x.reshape(-1, x.shape[-1]), codes).argmin(1).reshape(x.shape[:-1])
 
 
 class VQGAN(nn.Module):
-    """Pictures to token ids and back."""
+    """Encodes images to token ids and decodes them."""
 
     def __init__(self, config: VQConfig, operations: Operations = torch.nn) -> None:
         super().__init__()
@@ -186,16 +190,16 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config, operations)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Token ids [B, h, w] of ``images`` [B, 3, H, W], 0..1; a rest that fills no token is not seen whole."""
+        """Token ids [B, h, w] of ``images`` [B, 3, H, W], 0..1; sides are rounded down to whole tokens."""
         return self.quantize.nearest(self.quant_conv(self.encoder(images.float())))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of token ids [B, h, w]; their values may lie a little outside of 0..1."""
+        """Images [B, 3, H, W] of token ids [B, h, w]; values may be slightly outside 0..1."""
         return self.decoder(self.post_quant_conv(self.quantize.lookup(tokens)))
 
 
 def load_vq(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, operations: Operations = torch.nn
 ) -> VQGAN:
-    """The published VQ-GAN, from its state dict and, where there is one, its config.json."""
+    """The published VQ-GAN from its state dict and its config.json, if it has one."""
     return load(VQGAN, VQConfig.from_state_dict(state_dict, config), state_dict, operations)
