@@ -22,9 +22,24 @@ def random(seed, *shape, scale=1.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+@contextlib.contextmanager
+def uninitialized_memory_as_nan():
+    """New tensors are NaN until something is written into them, so that ``fill`` finds what only a file would fill."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @torch.no_grad()
 def fill(module, seed):
-    """Random weights that keep activations near 1. Weights of norms are 1, because 0 would make a network constant."""
+    """Random weights that keep activations near 1. Weights of norms are 1, because 0 would make a network constant.
+
+    Buffers that contain NaN, see ``uninitialized_memory_as_nan``, become random values between 0 and 1: position
+    embeddings and frequencies.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if not p.is_floating_point():
@@ -35,6 +50,9 @@ def fill(module, seed):
             p.data.fill_(1.0)
         else:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    for buffer in module.buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            buffer.copy_(torch.rand(buffer.shape, generator=generator))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +61,7 @@ class Family:
 
     ``config``: the values that ComfyUI would detect from a checkpoint file. ``files()``: further entries of such a file
     that the class reads. ``prompt(seed)`` -> (tokens [1, L, D], options) of a CONDITIONING. ``latent()`` -> LATENT.
-    ``after(model, seed)`` fills buffers that are otherwise filled from the file.
+    ``after(model, seed)`` sets what must have particular values.
     """
 
     name: str
@@ -76,6 +94,7 @@ class Family:
             kind = comfy.model_base.ModelType[self.prediction]
             config.model_type = lambda state_dict, prefix="": kind
         with contextlib.ExitStack() as stack:
+            stack.enter_context(uninitialized_memory_as_nan())
             for path, part in self.smaller.items():
                 stack.enter_context(unittest.mock.patch(path, part))
             network = config.get_model(self.files(), "", device=comfy.model_management.unet_offload_device())

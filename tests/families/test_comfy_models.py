@@ -30,6 +30,7 @@ def test_model_is_small_and_follows_its_prompt(name):
     family = FAMILIES[name]
     model = family.model(0)
     assert sum(p.numel() for p in model.model.parameters()) < LIMIT
+    assert all(torch.isfinite(tensor).all() for tensor in model.model.state_dict().values())
     negative = family.conditioning(11)
     first, second = (
         ksample(model, family.conditioning(seed), negative, family.latent(), steps=2, scheduler="simple", cfg=4.0)
