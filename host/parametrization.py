@@ -40,14 +40,14 @@ def sampling_of(model: ModelPatcher) -> Sampling:
 
 
 def percent_to_sigma(sampling: Sampling) -> Callable[[float], float]:
-    """Function from a sampling percent to sigma. It does not wait for a GPU: it uses a copy of ``sampling`` on the CPU.
+    """Function from a sampling percent to sigma. It does not wait for a GPU: a copy on the CPU replaces ``sampling``.
 
     ComfyUI's function reads its result from the device of ``sampling``. A blend whose bias rises or falls over the run
     needs two dozen results per step.
     """
-    on_cpu = copy.deepcopy(sampling)
-    if isinstance(on_cpu, torch.nn.Module):
-        on_cpu.to("cpu")
+    on_cpu = sampling
+    if isinstance(sampling, torch.nn.Module) and any(b.device.type != "cpu" for b in sampling.buffers()):
+        on_cpu = copy.deepcopy(sampling).to("cpu")
     return lambda percent: float(on_cpu.percent_to_sigma(percent))
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_torch import log_mean_exp, significant, spread_of
+from .fused_torch import scores_of
 from .quota import assign_quotas
 from .reference import ROUNDING
 
@@ -572,10 +572,7 @@ def _launch(
             num_warps=8, num_stages=1,
         )  # fmt: skip
         if quota is not None:
-            scores = logits - log_mean_exp(logits)
-            spreads = significant(spread_of(scores), logits)
-            contested = spreads.view(*scores.shape[:-2], 1, 1) > 0.0
-            leading = [scores[0], *(torch.where(contested[i], scores[i], scores[0]) for i in range(1, models))]
+            leading, _, spreads = scores_of(logits)
             bias, region = assign_quotas(quota, bias, region, leading, spreads, not soft)
         if models > 1:
             _lead_kernel[(lead_blocks, models - 1, samples)](logits, leads, plane, LEAD_BLOCK=LEAD_BLOCK, num_warps=4)

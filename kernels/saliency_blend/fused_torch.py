@@ -116,50 +116,74 @@ def _logits(cond: list[Tensor], against: list[Tensor], sigma: Tensor, strength: 
     return out
 
 
+def _known(condition: Tensor) -> bool:
+    """Whether ``condition`` holds everywhere, if its values can be read without waiting for a device; otherwise False.
+
+    The caller saves operations on whole maps if the answer is True. The result must not depend on the answer.
+    """
+    return condition.device.type == "cpu" and not torch.compiler.is_compiling() and bool(condition.all())
+
+
 def _mean(maps: Tensor) -> Tensor:
     """The means [..., 1, 1] of ``maps`` [..., H, W].
 
-    They are summed row by row, so that their bits do not depend on the batch.
+    Their bits must not depend on the batch. torch may split the sum of a large map among threads if there is only one
+    map, so that large maps are summed row by row.
     """
-    return (maps.sum(-1).sum(-1) / (maps.shape[-2] * maps.shape[-1]))[..., None, None]
+    positions = maps.shape[-2] * maps.shape[-1]
+    if positions <= SMALL_MAP:
+        return maps.mean((-2, -1), keepdim=True)
+    return (maps.sum(-1).sum(-1) / positions)[..., None, None]
 
 
-def log_mean_exp(logits: Tensor) -> Tensor:
-    """ln of the mean of exp(``logits``) over the positions, exact to the rounding of ``logits``.
+def log_mean_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """ln of the mean of exp(``logits``) over the positions, exact to the rounding of ``logits``; and the largest value.
 
-    ``logits`` [N, B, *S] -> [N, B, (T,) 1, 1].
+    ``logits`` [N, B, *S] -> two tensors [N, B, (T,) 1, 1].
 
     If all ``logits`` are nearly equal, the mean of exp is near 1, and float32 rounds away the small difference between
     this mean and 1. The scores depend on this difference, so the logarithm is then computed by expm1 and log1p.
     """
     top = logits.detach().amax((-2, -1), keepdim=True)
     below = logits - top
-    mean = _mean(below.exp())
-    return top + torch.where(mean < 0.5, mean.log(), _mean(below.expm1()).log1p())
+    excess = _mean(below.expm1())  # the mean of exp, minus 1
+    near_1 = excess >= -0.5
+    if _known(near_1):
+        return top + excess.log1p(), top
+    return top + torch.where(near_1, excess.log1p(), _mean(below.exp()).log()), top
 
 
-def spread_of(logs: Tensor) -> Tensor:
-    """The spread [N, B T] over the positions of each frame, from the scores ``logs`` [N, B, *S]; 0 for the base.
+def spread_of(logs: Tensor, top: Tensor) -> tuple[Tensor, bool]:
+    """The spread [N, B T] over the positions of each frame; and whether it is known that no expert's spread is 0.
 
-    Large maps are reduced row by row first. torch may split the reduction of a whole map among threads, so that its
-    bits would depend on the batch.
+    ``logs``: the scores [N, B, *S]. ``top``: the largest k Λ [N, B, (T,) 1, 1]. A spread within the rounding error of
+    k Λ is 0, as for constant maps; so is the base's. As in ``_mean``, large maps are reduced row by row first.
     """
     positions = logs.shape[-2] * logs.shape[-1]
     lead = logs[1:] - logs[0]
+    lead = lead - _mean(lead)
     if positions <= SMALL_MAP:
-        lead = lead.flatten(-2)
-        length = torch.linalg.vector_norm(lead - lead.mean(-1, keepdim=True), dim=-1)
+        length = torch.linalg.vector_norm(lead, dim=(-2, -1), keepdim=True)
     else:
-        lead = lead - _mean(lead)
-        length = torch.linalg.vector_norm(torch.linalg.vector_norm(lead, dim=-1), dim=-1)
+        length = torch.linalg.vector_norm(torch.linalg.vector_norm(lead, dim=-1), dim=-1)[..., None, None]
     spread = length / positions**0.5
-    return torch.cat([torch.zeros_like(logs[:1, ..., 0, 0]), spread]).flatten(1)
+    limit = ROUNDING * torch.maximum(top[1:], top[0])
+    if not (known := _known(spread > limit)):
+        spread = torch.where(spread <= limit, 0.0, spread)
+    return torch.constant_pad_nd(spread.flatten(1), (0, 0, 1, 0)), known
 
 
-def significant(spread: Tensor, logits: Tensor) -> Tensor:
-    """``spread`` [N, B T], or 0 where it is within the rounding error of ``logits`` [N, B, *S] (constant maps)."""
-    largest = logits.detach().amax((-2, -1)).flatten(1)
-    return torch.where(spread <= ROUNDING * torch.maximum(largest, largest[:1]), 0.0, spread)
+def scores_of(logits: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The score [B, *S] of each model, and the partition and the spread [N, B T], from k Λ ``logits`` [N, B, *S]."""
+    partition, top = log_mean_exp(logits)
+    logs = logits - partition
+    spread, contested = spread_of(logs, top)
+    scores = list(logs.unbind(0))
+    if not contested:
+        # where the spread is 0, the expert gets the base's scores, so that rounding errors do not decide
+        above_0 = spread.view(*logs.shape[:-2], 1, 1)[1:] > 0.0
+        scores[1:] = [torch.where(c, one, scores[0]) for c, one in zip(above_0, scores[1:], strict=True)]
+    return scores, partition.flatten(1), spread
 
 
 def _mean_spread(spread: Tensor) -> Tensor:
@@ -271,27 +295,21 @@ def saliency_blend(
     for i, earlier in enumerate(memory or ()):
         if earlier is not None:
             logits[i] = logits[i] * (1.0 - momentum) + earlier * momentum
-    partition = log_mean_exp(logits)
-    logs = logits - partition
-    partition = partition.flatten(1)
+    scores, partition, spread = scores_of(logits)
     # with ``shared``, the saliency excludes the experts' uncond, but the partition must show if it is non-finite
     for i in range(1, models) if shared else ():
         partition[i] += 0.0 * uncond[i].sum((1, -2, -1), dtype=torch.float32).flatten()
-    spread = significant(spread_of(logs), logits)
-    # where the spread is 0, the expert gets the base's scores, so that rounding errors do not decide
-    contested = spread.view(models, *logs.shape[1:-2], 1, 1) > 0.0
-    scores = [logs[0], *(torch.where(contested[i], logs[i], logs[0]) for i in range(1, models))]
     if quota is not None:
         bias, region = assign_quotas(quota, bias, region, scores, spread, softness is None)
     for i in range(1, models):
-        unit = spread[i].view(*logs.shape[1:-2], 1, 1)
+        unit = spread[i].view(*logits.shape[1:-2], 1, 1)
         if bias[i] != 0.0:
             scores[i] = scores[i] + bias[i] * unit
         if (added := region[i]) is not None:
             scores[i] = scores[i] + torch.where(added.isinf(), added, added * unit)
     if softness is None:
         return *_hard(cond, uncond, gain, scores), partition, logits, spread
-    temperature = softness * _mean_spread(spread).view(*logs.shape[1:-2], 1, 1)
+    temperature = softness * _mean_spread(spread).view(*logits.shape[1:-2], 1, 1)
     scores = torch.stack(scores)
     forced = torch.isposinf(scores) if any(r is not None for r in region) else None
     scores = scores / temperature

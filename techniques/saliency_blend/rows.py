@@ -29,6 +29,9 @@ def blend_by_rows(
     ``skipped``: for each model, the samples in which it is skipped; empty for the base. Samples with the same models
     are blended together. In the result the weights, logits, partition and spread of a skipped model are 0.
     """
+    if not any(skipped):
+        arguments = (cond, uncond, sigma, strength, bias, region, gain)
+        return saliency_blend(*arguments, quota=quota, memory=memory, **options)
     groups: dict[tuple[int, ...], list[int]] = {}
     for row in range(len(cond[0])):
         models = tuple(i for i, rows in enumerate(skipped) if row not in rows)
