@@ -99,7 +99,11 @@ class LoadMaskedTokenLora(io.ComfyNode):
 
 
 def _read_file(name: str, alpha: float) -> Lora:
-    """The LoRA in the file ``name``; logs what is not used. ``alpha``: of the node, which replaces the file's unless 0."""
+    """The LoRA in the file ``name``; logs what is not used.
+
+    ``alpha``: the widget of the node. If it is not 0, the caller replaces the file's alpha by it, and the log does not
+    mention the file's settings of the scale.
+    """
     if name == NONE:
         raise ValueError(
             "expected a LoRA, got none; choose a file as 'lora_name', or connect 'lora' from Train Masked Token LoRA"

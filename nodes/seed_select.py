@@ -75,7 +75,7 @@ class SeedSelect(io.ComfyNode):
                     tooltip="Where the candidates come from. noise: random noise of seed, seed + 1 and so on. inversion: the"
                     " references, each inverted to noise in 50 steps. centroid: the mean of these inverted noises, and points on the"
                     " paths from the mean to each of them. All have norms that are likely for random noise (NAO's norm-aware centroid"
-                    " and paths). It needs at least 2 references.",
+                    " and paths). centroid needs at least 2 references.",
                 ),
                 io.Int.Input(
                     "seed",

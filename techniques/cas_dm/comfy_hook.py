@@ -142,7 +142,8 @@ def add_head(
 
 
 def _patcher(network: nn.Module, device: torch.device) -> ModelPatcher:
-    # not CoreModelPatcher: it may stream weights to a GPU from the checkpoint file that ComfyUI loaded, and a head has none
+    # not CoreModelPatcher, which may stream weights to a GPU from a checkpoint file: ComfyUI has not loaded this network
+    # from a file
     patcher = ModelPatcher(network, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     # used by ComfyUI when it copies the MODEL to further GPUs
     patcher.cached_patcher_init = (_copy_patcher, (network, device))

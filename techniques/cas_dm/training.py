@@ -134,7 +134,7 @@ class CasDMTrainer:
         parts, *_ = self._parts(*batch)
         loss = self._total(parts)
         (loss / self.settings.gradient_accumulation).backward()
-        self._checks.flush()  # hardly waits, since θ's predictions precede the backward pass
+        self._checks.flush()  # waits only for θ's predictions, which the device has computed long before the backward pass
         return {"loss": loss, **{name: value.mean() for name, value in parts.items()}}
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:

@@ -27,7 +27,9 @@ from .networks import uvit
 from .networks.vq import VQGAN
 
 Text = tuple[Tensor, Tensor]  # states [B, L, C] and pooled [B, C] of one prompt for each sample
-ENCODE_BYTES, DECODE_BYTES = 56, 34  # per pixel and channel of full-size layers; ComfyUI's estimates for float32 VAEs
+# per pixel of the image and channel of the layers that run at the size of the image, from ComfyUI's estimates for
+# float32 VAEs
+ENCODE_BYTES, DECODE_BYTES = 56, 34
 
 _colors: weakref.WeakKeyDictionary[VQGAN, Tensor] = weakref.WeakKeyDictionary()  # code colours [K, 3]
 

@@ -44,7 +44,8 @@ class MaskedTokenSettings:
     mask_id: int = 8255
     steps: int = 12
     denoise: float = 1.0  # share of the steps that run; at 1 all tokens are initially unknown
-    # of the Gumbel noise at the first step, falling to 0 at the last step; used only if ``order`` is confidence
+    # temperature of the Gumbel noise at the first step; it falls to 0 at the last step. Used only if ``order`` is
+    # confidence
     temperature: float = 2.0
     # order in which tokens are revealed. confidence: the most confident first, as in the papers; halton: evenly
     # spread over the image; random

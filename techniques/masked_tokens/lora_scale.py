@@ -1,8 +1,8 @@
 """The scale of a LoRA as its trainer defines it: alpha keys, metadata of a safetensors file, PEFT's adapter_config.json.
 
 PEFT and diffusers scale by alpha / rank, or by alpha / sqrt(rank) with rank-stabilised LoRA (arXiv 2312.03732). kohya's
-programs scale by alpha / rank with alpha from the file's ``.alpha`` keys, and by 1 without them. Every alpha here is the
-one that gives the scale as alpha / rank.
+programs scale by alpha / rank with alpha from the file's ``.alpha`` keys, and by 1 without them. In this module the scale
+is always alpha / rank: the alpha of a rank-stabilised LoRA is multiplied by sqrt(rank) when it is read.
 """
 
 import json
@@ -80,7 +80,7 @@ class Scales:
         return Source(CONFIG, alpha)
 
     def alpha(self, name: str, rank: int) -> float:
-        """The alpha of a module; its rank, so that the scale is 1, if no source defines it."""
+        """The alpha of a module. If no source defines one, it is the rank of the module, so that the scale is 1."""
         given = [(source.name, alpha) for source in self.sources if (alpha := source.alpha(name, rank)) is not None]
         first, alpha = given[0] if given else ("", float(rank))
         for other, value in given[1:]:
@@ -93,7 +93,10 @@ class Scales:
         return alpha
 
     def warnings(self) -> list[str]:
-        """Everything that names a scale and is not used. Call it after ``alpha`` was called for all modules."""
+        """Warnings about values in the file that define a scale, or may define one, and are not used.
+
+        Call it after ``alpha`` was called for all modules.
+        """
         texts = [f"{source} is not used: {why}" for source, why in self.unused.items()]
         if self.components:
             texts.append(f"the metadata {ADAPTER} of {shorten(self.components)} is not used: it is not the transformer")
@@ -123,7 +126,7 @@ class Scales:
 
 
 def names_scale(key: str) -> bool:
-    """Whether the name of a metadata entry is that of a scale, other than those of a training."""
+    """Whether the name of a metadata entry contains a word for a scale, and is not that of a training setting."""
     return SCALE_WORD.search(key) is not None and not key.startswith(TRAINING)
 
 
@@ -146,14 +149,17 @@ def peft(source: str, settings: Mapping[str, Any]) -> Source:
 
     def alpha(name: str, rank: int) -> float:
         value = next((value for pattern, value in patterns if pattern.fullmatch(name)), default)
-        # alpha / sqrt(rank), as alpha / rank
+        # the scale value / sqrt(rank), written as alpha / rank
         return value * math.sqrt(rank) if stabilised else value
 
     return Source(source, alpha)
 
 
 def _patterns(source: str, given: Any) -> list[tuple[re.Pattern[str], float]]:
-    """The alphas by a pattern of the module's whole name, as in PEFT: the last parts of the name, or all after "^"."""
+    """Pairs of a pattern and its alpha; a pattern matches whole names of modules.
+
+    As in PEFT, a key that begins with "^" is the whole name, and any other key is the last part or parts of it.
+    """
     if not isinstance(given, Mapping):
         raise ValueError(f"alpha_pattern in {source}: expected an object, got {given!r:.80}; the file is damaged")
     wrong = [key for key in given if not PATTERN.fullmatch(key)]

@@ -95,7 +95,8 @@ class _Served:
 
     def __init__(self, x: Tensor, calls: list[tuple[list[list[dict] | None], list[Tensor]]]) -> None:
         self.x, self.calls = x, calls
-        self.options: dict[str, Any] = {}  # compared by identity: a function that changes patches copies the dictionary
+        # compared by identity: a function that changes patches passes a copy, for which the known results do not hold
+        self.options: dict[str, Any] = {}
 
     def __call__(
         self,

@@ -84,7 +84,7 @@ class ExpertSettings:
         around the last mask, because the box encloses the masks of all rows.
         """
         region, several = self.region, self.has_several_regions
-        # in mode compete, a region of ones has no effect, and the box follows the mask
+        # a region of ones counts as no region in mode compete, so that the box may follow the mask; not in mode force
         follows_mask = self.crop_margin > 0 and (region is None or self.region_mode != "force")
         return not (several or follows_mask)
 
@@ -267,7 +267,11 @@ class ExpertParticipant(Participant):
         return pair
 
     def _fill_outside(self, box: LatentBox, sigma: float, pair: Pair, base: Pair) -> Pair:
-        """``pair`` inside the box; outside it, predictions with the |cond - uncond| / sigma of the last evaluation."""
+        """``pair`` inside the box.
+
+        Outside it, uncond is the base's, and cond - uncond is that of the last evaluation, in proportion to sigma; it
+        is 0 if there was none.
+        """
         cond, uncond = base[1].clone(), base[1].clone()
         if self._difference is not None:
             last_sigma, difference = self._difference
@@ -351,7 +355,8 @@ class ExpertParticipant(Participant):
 
     @property
     def skipped(self) -> frozenset[int]:
-        # without a region the expert must not count in the unit of softness either, as if it were off in this sample
+        # in a sample where its region is 0 everywhere, the expert counts as off: otherwise its spread would change the
+        # mean spread of the experts, the unit of softness
         return self._without_region.union(() if self._skipping is None else self._skipping.since)
 
     def notes(self) -> tuple[str, ...]:

@@ -310,7 +310,9 @@ def test_non_finite_loss_ends_training_with_the_last_finite_weights(cause):
     with pytest.raises(NotFiniteError, match=r"at step 5 of 10; lower the learning rate \(now 0\.003\)"):
         train(trainer.loop, after_step)
     assert len(trainer.loop.losses["loss"]) == 4 and all(math.isfinite(v) for v in trainer.loop.losses["loss"])
-    # a non-finite loss at step 5 comes from the weights after step 4; the weights after step 3 had a finite loss
+    # A loss that is not finite at step 5 was computed with the weights after step 4, so that the weights after step 3
+    # are the last ones with a finite loss. If step 5 itself makes a weight NaN, its loss is still finite, and the weights
+    # after step 4 are the last ones.
     reference = make_trainer(steps=10, metric=lambda a, b, positions: l1(a, b))
     last_finite = 3 if cause == "loss" else 4
 
