@@ -58,6 +58,8 @@ def weight_error(weight: Tensor, shape: torch.Size) -> str | None:
     extremes = (weight.float() if weight.element_size() == 1 else weight).aminmax()
     if not torch.stack(extremes).isfinite().all():
         return "expected finite numbers, got NaN or infinity"
+    if not torch.stack(extremes).float().isfinite().all():  # networks run in float32 or narrower dtypes
+        return f"expected numbers within the range of float32, got numbers up to {float(max(map(abs, extremes))):.3g}"
     return None
 
 

@@ -242,6 +242,16 @@ class SeedSelect(io.ComfyNode):
                     advanced=True,
                     tooltip="How many of the best candidates the grid shows.",
                 ),
+                io.Int.Input(
+                    "references_used",
+                    optional=True,
+                    default=0,
+                    min=0,
+                    max=64,
+                    advanced=True,
+                    tooltip="How many of the references are used: those that are nearest to their common centre, by clip_vision if"
+                    " it is connected, otherwise by the VAE. The report lists those left out. 0: all.",
+                ),
             ],
             outputs=[
                 io.Noise.Output(
@@ -306,6 +316,7 @@ class SeedSelect(io.ComfyNode):
         patience: int,
         grid_size: int,
         clip_vision: ClipVisionModel | None = None,
+        references_used: int = 0,
     ) -> io.NodeOutput:
         weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
         optimize = OptimizeSettings(
@@ -337,7 +348,9 @@ class SeedSelect(io.ComfyNode):
             seed=seed,
             **sampling,
         )
-        scoring = ScoringSettings(references=references, vae=vae, clip_vision=clip_vision, **weights)
+        scoring = ScoringSettings(
+            references=references, vae=vae, clip_vision=clip_vision, references_used=references_used, **weights
+        )
         sampler = ComfySeedSampler(inputs, scoring)
         if settings.optimizes:
             session = SessionSettings(
@@ -350,7 +363,10 @@ class SeedSelect(io.ComfyNode):
             sampler.allow_gradients(session)
         further = dict(optimize_steps=optimize_steps, last_steps=last_steps)
         details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | further)}
-        details |= {"sampling": json.dumps(sampling), "scoring": json.dumps(weights | {"references": len(references)})}
+        details |= {
+            "sampling": json.dumps(sampling),
+            "scoring": json.dumps(weights | {"references": len(sampler.scorer.latents)}),
+        }
         select = technique.SeedSelect(settings, sampler)
         with explain_shape_errors("the model"):
             interrupted = run(select, sampler)

@@ -32,6 +32,7 @@ SCALE_WORD = re.compile(
 TRAINING = ("ss_scale_", "ss_loss_", "ss_guidance_scale", "guidance_scale", "modelspec.")
 # PEFT's alpha_pattern may contain any regular expression, and some of them take forever; only names are supported
 PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.){1,500}\$?")
+LARGEST_ALPHA = 1e30  # scales stay within the range of float32
 SAME = 1e-6  # relative difference up to which two alphas are equal
 TEXT_ENCODERS = {"text_encoder", "text_encoder_2"}  # for them, the node has a warning of its own
 
@@ -200,11 +201,13 @@ def _plain(text: str) -> Any:
 
 
 def number(alpha: Any) -> float:
-    """An alpha from a file (text, number or tensor) as a float; a ValueError if it is not a finite number."""
+    """An alpha from a file (text, number or tensor) as a float; a ValueError if it is no number up to LARGEST_ALPHA."""
     try:
         value = float(alpha)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"its alpha {alpha!r:.80} is not a finite number; the file is damaged, use another")
+    if not abs(value) <= LARGEST_ALPHA:
+        raise ValueError(
+            f"its alpha {alpha!r:.80} is not a number up to {LARGEST_ALPHA:g}; the file is damaged, use another"
+        )
     return value

@@ -123,8 +123,7 @@ def _check(noise: Tensor) -> None:
             "expected a noise of floating-point numbers [batch, channels, height, width], got"
             f" {noise.dtype} {size_of(noise)}; select the noise again with Seed Select"
         )
-    # in float32, since torch.isfinite does not support 8-bit floats
-    finite = torch.isfinite(noise.float() if noise.element_size() == 1 else noise)
+    finite = torch.isfinite(noise.float())  # samplers run in float32
     if not finite.all():
         bad = int((~finite).sum())
         raise ValueError(

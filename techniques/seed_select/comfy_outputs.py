@@ -78,6 +78,8 @@ def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool) -> str:
         lines[-1] += f", {counter.recomputed} of them recomputed for the gradient"
     if counter.compared:
         lines[-1] += f", {counter.compared} of them to compare the gradient with finite differences"
+    if selection := select.sampler.scorer.selection:
+        lines.append(selection.report())
     if interrupted:
         lines.insert(0, "interrupted: this is the best so far; the node runs again only if an input changes")
     return "\n".join(lines)

@@ -221,8 +221,8 @@ class ComfySeedSampler:
         """Images [N, H, W, 3] in 0..1 of latents [N, C, h, w] that ``generate`` returned."""
         return self.scorer.models["vae"].decode(latent)
 
-    def inversions(self) -> list[Tensor]:
-        """Inverted noises [1, C, h, w], one for each reference, in the order of the references."""
+    def inversions(self) -> dict[int, Tensor]:
+        """Inverted noises [1, C, h, w] of the references, by their numbers from 1. References left out are missing."""
         references = self.scorer.latents
         progress = SeedProgress(self.model, INVERSION_STEPS * len(references))
         progress.show(text=f"inverting {len(references)} references")
@@ -237,7 +237,8 @@ class ComfySeedSampler:
 
         noises = self.session(SessionSettings(gradients=False, cfg=1.0, steps=INVERSION_STEPS)).run(work)
         SeedProgress(self.model, 1).show()  # reset the progress bar for the sampling
-        return noises
+        selection = self.scorer.selection
+        return dict(zip(selection.used if selection else range(1, len(noises) + 1), noises, strict=True))
 
     def session(
         self, settings: SessionSettings, models: ScoringModels | None = None, scorer: ReferenceScorer | None = None

@@ -9,10 +9,12 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...common.shapes import size_of
 from ...host.images import check_vae, embeddings, encode
 from .losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
+from .references import Selection, nearest_to_centre
 
 IMAGE_VAE = "use the VAE of an image model"  # remedy for a VAE of video or audio
 
@@ -26,6 +28,7 @@ class ScoringSettings:
     clip_vision: ClipVisionModel | None = None  # may be None if semantic_weight is 0
     semantic_weight: float = 10.0
     appearance_weight: float = 1.0
+    references_used: int = 0  # see references.nearest_to_centre; 0: all
 
 
 class ScoringModels(TypedDict, total=False):
@@ -39,9 +42,12 @@ class ReferenceScorer:
     """Scores latents against the references.
 
     The references are resized to the image size of the latent ``samples`` [1, C, h, w]. They are encoded once, to
-    ``latents`` [K, C, h, w] in the model's scale. The constructor raises a ValueError for references that show no
-    concept or are not RGB, a VAE of another model or of video, and a loss weight above 0 without the model that it
-    needs.
+    ``latents`` [K, C, h, w] in the model's scale. With ``references_used`` above 0, K is this number, and ``selection``
+    holds which references were used. They are compared by their clip_vision embeddings if it is connected, otherwise by
+    their latents.
+
+    The constructor raises a ValueError for references that show no concept or are not RGB, more references to use than
+    there are, a VAE of another model or of video, and a loss weight above 0 without the model that it needs.
     """
 
     def __init__(self, settings: ScoringSettings, model: ModelPatcher, samples: Tensor) -> None:
@@ -58,8 +64,16 @@ class ReferenceScorer:
         if clip_vision is not None:
             self.models["clip_vision"] = clip_vision
         self._settings = settings
-        self._embedding = None if clip_vision is None else embedding_centroid(embeddings(clip_vision, references))
+        encoder = settings.clip_vision if settings.references_used else clip_vision
+        embedded = None if encoder is None else embeddings(encoder, references)
         self.latents = model.model.process_latent_in(encode(vae, references, samples))
+        self.selection: Selection | None = None
+        if settings.references_used:
+            vectors = self.latents.flatten(1) if embedded is None else F.normalize(embedded, dim=-1)
+            self.selection = nearest_to_centre(vectors, settings.references_used)
+            rows = [number - 1 for number in self.selection.used]
+            embedded, self.latents = None if embedded is None else embedded[rows], self.latents[rows]
+        self._embedding = None if clip_vision is None or embedded is None else embedding_centroid(embedded)
         embed = None if clip_vision is None else partial(embeddings, clip_vision)
         self.host_loss = self.loss(embed, vae.decode, model.model.process_latent_out)
 

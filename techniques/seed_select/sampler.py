@@ -4,7 +4,7 @@ Shapes: B noises, C channels, S spatial axes (H, W). A score is a loss: lower is
 of the denoiser for one candidate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,8 +62,8 @@ class SeedSampler(Protocol):
     def score(self, latents: Sequence[Tensor]) -> Tensor:
         """Scores [B] of ``latents``, a list with one element: the latents [B, C, *S] that ``generate`` returned."""
 
-    def inversions(self) -> Sequence[Tensor]:
-        """Inverted noises [1, C, *S], one for each reference, in the order of the references.
+    def inversions(self) -> Mapping[int, Tensor]:
+        """Inverted noises [1, C, *S] of the references that are used, by the numbers of the references from 1.
 
         Called once if ``start`` is not "noise".
         """

@@ -19,7 +19,7 @@ Shapes: B samples, C channels, S spatial axes (H, W).
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -202,7 +202,7 @@ class SeedSelect(Generic[S]):
         size = s.candidates if s.searches else needed
         if s.start == "noise":
             return seed_candidates(s.seed, size, self.sampler.noise_of)
-        noises = list(self.sampler.inversions())
+        noises = self.sampler.inversions()
         if s.start == "centroid":
             return centroid_candidates(noises, size, s.seed)
         if len(noises) < needed:
@@ -211,10 +211,7 @@ class SeedSelect(Generic[S]):
                 f" starting at pick {s.pick}, got {len(noises)}; add references, lower pick, count or optimized, or use"
                 " start noise"
             )
-        return [
-            Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed)
-            for k, x in enumerate(noises[:size], start=1)
-        ]
+        return [Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed) for k, x in list(noises.items())[:size]]
 
     def _plan(self, pool: Sequence[Candidate]) -> None:
         s = self.settings
@@ -306,17 +303,18 @@ class SeedSelect(Generic[S]):
         return f"seed {result.seed} generates only the initial noise and does not reproduce the result; save the noise"
 
 
-def centroid_candidates(seeds: Sequence[Tensor], number: int, sampler_seed: int = 0) -> list[Candidate]:
+def centroid_candidates(seeds: Mapping[int, Tensor], number: int, sampler_seed: int = 0) -> list[Candidate]:
     """``number`` candidates: the centroid of at least two noises, then evenly spaced points on its paths to these noises.
 
+    ``seeds``: the inverted noises of references, by the numbers of the references.
     NAO's authors also use the points on these paths as initial noises. The last point on each path is the noise itself.
     """
-    centroid, paths = norm_aware_centroid(seeds)
+    centroid, paths = norm_aware_centroid(list(seeds.values()))
     candidates = [Candidate("centroid", lambda: centroid, sampler_seed=sampler_seed)]
     stops = math.ceil((number - 1) / len(paths))
     for k in range(number - 1):
         which, share = k % len(paths), (k // len(paths) + 1) / stops
-        label = f"{100 * share:.0f} % from the centroid to reference {which + 1}"
+        label = f"{100 * share:.0f} % from the centroid to reference {list(seeds)[which]}"
         at = functools.partial(paths[which].at, share)
         candidates.append(Candidate(label, at, sampler_seed=sampler_seed))
     return candidates

@@ -240,6 +240,7 @@ def test_differing_weights_listed():
     stored["project_from_hidden.weight"] = torch.zeros(32, 48, dtype=torch.int8)
     stored["mlm_layer.conv1.weight"][3, 2] = float("nan")
     stored["mlm_layer.layer_norm.weight"][1] = float("inf")
+    stored["up_block.res_blocks.0.norm.weight"] = torch.full((32,), -1e300, dtype=torch.float64)
     stored["project_to_hidden_norm.weight"] = [1.0]
     with pytest.raises(ValueError) as error:
         load_uvit(stored, TINY)
@@ -250,6 +251,7 @@ def test_differing_weights_listed():
         "project_from_hidden.weight: expected floating point numbers, got torch.int8",
         "mlm_layer.conv1.weight: expected finite numbers, got NaN or infinity",
         "mlm_layer.layer_norm.weight: expected finite numbers",
+        "up_block.res_blocks.0.norm.weight: expected numbers within the range of float32, got numbers up to 1e+300",
         "project_to_hidden_norm.weight: expected (32,), got a list",
     ):
         assert text in str(error.value)

@@ -114,6 +114,7 @@ INVALID_FILES = {
     "no noise": (lambda: file_of({"latent": noise_of()}, **METADATA), "holds latent instead of noise"),
     "dtype": (lambda: file_of({"noise": noise_of().long()}, **METADATA), "torch.int64 1x4x16x16"),
     "five axes": (lambda: file_of({"noise": noise_of(1, 4, 2, 16, 16)}, **METADATA), "1x4x2x16x16"),
+    "beyond float32": (lambda: file_of({"noise": noise_of().double() * 1e300}, **METADATA), "are not finite"),
     "not finite": (lambda: file_of({"noise": noise_of() / (noise_of().abs() > 2)}, **METADATA), "are not finite"),
 }
 

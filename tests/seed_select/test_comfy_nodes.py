@@ -251,6 +251,22 @@ def test_0_iterations_leave_the_noise_unchanged(model, select):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "inputs", [{}, {"semantic_weight": 0.0}, {"semantic_weight": 0.0, "clip_vision": None}, {"start": "centroid"}]
+)
+def test_references_that_show_something_else_are_left_out(select, inputs):
+    close = references(1) + 0.05 * references(3)
+    batch = torch.stack([close[0], 1.0 - references(1)[0], close[1], close[2]]).clamp(0, 1)
+    found = select(references=batch, references_used=3, candidates=2, **inputs)
+    expected = select(references=batch[[0, 2, 3]], candidates=2, **inputs)
+    assert torch.equal(found.noise.noise, expected.noise.noise)
+    assert re.findall(r"score \S+", found.report) == re.findall(r"score \S+", expected.report)
+    assert re.search(r"references used \(.*\): 1 \(.*\), 3 \(.*\), 4 \(.*\); left out: 2 \(", found.report)
+    assert "references used" not in expected.report
+    assert json.loads(found.noise.details["scoring"])["references"] == 3
+
+
+@pytest.mark.slow
 def test_appearance_score_is_the_mean_squared_difference_from_the_references(model, vae, vision, select):
     """The reported scores equal scores computed from the samples before and after the optimisation."""
     found = select(mode="optimize", iterations=3, semantic_weight=0.0, clip_vision=None)
@@ -519,9 +535,10 @@ def test_non_finite_score_error_names_its_seed(model, select):
         (dict(mode="optimize", sampler_name="dpmpp_2m_sde"), "the sampler dpmpp_2m_sde has no gradient"),
         (dict(mode="search+optimize", last_steps=9), "last_steps 9 is not between 1 and 4"),
         (dict(pick=7), "expected at least 7 candidates to select 1 noise starting at pick 7"),
+        (dict(references_used=3), "references_used 3 is outside 1 to 2, the number of references"),
         (dict(start="centroid", references=references(1)), "expected at least 2 noises for a path or centroid, got 1"),
     ],
-    ids="empty colour encoder weights batch masks video sampler last_steps pick centroid".split(),
+    ids="empty colour encoder weights batch masks video sampler last_steps pick references_used centroid".split(),
 )
 def test_invalid_inputs_rejected_before_the_search(model, select, inputs, message):
     with forwards(model) as rows, pytest.raises(ValueError, match=message):

@@ -89,7 +89,8 @@ class Toy:
     def inversions(self):
         self.inverted += 1
         sigmas = schedule(50)
-        return [vp_scale(invert(denoise, x[None], sigmas), sigmas[0]) for x in REFERENCES]
+        noises = [vp_scale(invert(denoise, x[None], sigmas), sigmas[0]) for x in REFERENCES]
+        return dict(enumerate(noises, start=1))
 
 
 def select(toy=None, **settings):
@@ -227,8 +228,8 @@ def test_start_inversion_and_centroid_use_the_inverted_references():
     inverted = toy.inversions()
     assert found.label in ("reference 1", "reference 2")
     assert found.seed is None
-    assert torch.equal(found.noise, inverted[int(found.label[-1]) - 1])
-    centroid, _ = norm_aware_centroid(inverted)
+    assert torch.equal(found.noise, inverted[int(found.label[-1])])
+    centroid, _ = norm_aware_centroid(list(inverted.values()))
     run, _ = select(mode="optimize", start="centroid", optimize=OptimizeSettings(iterations=0))
     assert torch.equal(finish(run)[0].noise, centroid)
 
@@ -241,15 +242,15 @@ def test_inverted_reference_scores_better_than_most_seeds():
 
 
 def test_centroid_candidates_lie_on_paths_to_the_seeds():
-    seeds = [noise_of(1), noise_of(2), noise_of(3)]
-    centroid, paths = norm_aware_centroid(seeds)
+    seeds = {1: noise_of(1), 4: noise_of(2), 5: noise_of(3)}  # references 2 and 3 were left out
+    centroid, paths = norm_aware_centroid(list(seeds.values()))
     candidates = centroid_candidates(seeds, 7)
     assert [c.label for c in candidates] == [
         "centroid",
-        *(f"50 % from the centroid to reference {k}" for k in (1, 2, 3)),
-        *(f"100 % from the centroid to reference {k}" for k in (1, 2, 3)),
+        *(f"50 % from the centroid to reference {k}" for k in (1, 4, 5)),
+        *(f"100 % from the centroid to reference {k}" for k in (1, 4, 5)),
     ]
-    expected = [centroid, *(p.at(0.5) for p in paths), *seeds]
+    expected = [centroid, *(p.at(0.5) for p in paths), *seeds.values()]
     assert all(torch.equal(c.noise(), noise) for c, noise in zip(candidates, expected, strict=True))
     assert len(centroid_candidates(seeds, 1)) == 1
     assert [c.label[:2] for c in centroid_candidates(seeds, 6)] == ["ce", "50", "50", "50", "10", "10"]
@@ -375,7 +376,7 @@ def test_missing_gradients_and_too_few_references_rejected():
     with pytest.raises(ValueError, match="mode optimize needs a differentiable sampler; use mode search"):
         select(toy, mode="optimize")
     one = Toy()
-    one.inversions = lambda: [noise_of(1)]
+    one.inversions = lambda: {1: noise_of(1)}
     with pytest.raises(ValueError, match="expected at least 2 noises for a path or centroid, got 1"):
         finish(select(one, start="centroid")[0])
     for settings in (dict(pick=2), dict(count=2)):
