@@ -201,7 +201,7 @@ def _plain(text: str) -> Any:
 
 
 def number(alpha: Any) -> float:
-    """An alpha from a file (text, number or tensor) as a float; a ValueError if it is no number up to LARGEST_ALPHA."""
+    """An alpha from a file (text, number or tensor) as a float; a ValueError for anything but a number up to LARGEST_ALPHA."""
     try:
         value = float(alpha)
     except (TypeError, ValueError, OverflowError, RuntimeError):
