@@ -423,6 +423,7 @@ CONTROLS: dict[str, dict[str, Control]] = {
             most=10,
         ),
         "grid_size": Control(kind="number", number="grid", at=4, most=8),
+        "references_used": Control(inputs=OPTIMIZE, off=0, at=3, most=4),
     },
     "CasDMHead": {"strength": PICTURE, "start_percent": PICTURE, "end_percent": PICTURE},
     "TrainCasDMHead": {
