@@ -52,8 +52,6 @@ def blend_by_rows(
             **options,
         )
         parts.append((models, rows, blend))
-    if len(parts) == 1 and len(parts[0][0]) == len(cond):
-        return parts[0][2]
     return _merged(parts, cond[0], len(cond))
 
 

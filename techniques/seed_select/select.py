@@ -309,12 +309,13 @@ def centroid_candidates(seeds: Mapping[int, Tensor], number: int, sampler_seed: 
     ``seeds``: the inverted noises of references, by the numbers of the references.
     NAO's authors also use the points on these paths as initial noises. The last point on each path is the noise itself.
     """
+    numbers = list(seeds)
     centroid, paths = norm_aware_centroid(list(seeds.values()))
     candidates = [Candidate("centroid", lambda: centroid, sampler_seed=sampler_seed)]
     stops = math.ceil((number - 1) / len(paths))
     for k in range(number - 1):
         which, share = k % len(paths), (k // len(paths) + 1) / stops
-        label = f"{100 * share:.0f} % from the centroid to reference {list(seeds)[which]}"
+        label = f"{100 * share:.0f} % from the centroid to reference {numbers[which]}"
         at = functools.partial(paths[which].at, share)
         candidates.append(Candidate(label, at, sampler_seed=sampler_seed))
     return candidates
