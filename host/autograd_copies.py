@@ -5,6 +5,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from .attachments import Attachment
@@ -15,9 +16,11 @@ from .patcher_differences import same_module
 
 
 def clone_tensors(value: Any) -> Any:
-    """Clone all tensors in nested lists, tuples and dictionaries, since autograd cannot save inference tensors."""
+    """Clone all tensors in nested tensors, lists, tuples and dictionaries, since autograd cannot save inference tensors."""
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, NestedTensor):
+        return NestedTensor([part.clone() for part in value.unbind()])
     if type(value) is dict:
         return {k: clone_tensors(v) for k, v in value.items()}
     if type(value) in (list, tuple):

@@ -206,10 +206,22 @@ def read_tensor(path: Path, name: str) -> tuple[Tensor, dict[str, str]]:
 
     A ValueError if the file holds other tensors. Errors of safetensors while it reads the file are passed through.
     """
+    tensors, metadata = read_tensors(path, name, most=1)
+    return tensors[0], metadata
+
+
+def read_tensors(path: Path, name: str, most: int) -> tuple[list[Tensor], dict[str, str]]:
+    """As ``read_tensor``, for 1 to ``most`` tensors with the names that ``part_names`` lists."""
     with safe_open(path, framework="pt") as file:
-        if (found := list(file.keys())) != [name]:
+        found = sorted(file.keys(), key=lambda key: (len(key), key))
+        if found != part_names(name, len(found)) or not 1 <= len(found) <= most:
             raise ValueError(f"it holds {', '.join(found) or 'nothing'} instead of {name}")
-        return file.get_tensor(name).clone(), file.metadata() or {}
+        return [file.get_tensor(key).clone() for key in found], file.metadata() or {}
+
+
+def part_names(name: str, count: int) -> list[str]:
+    """Names of the tensors of a value with several parts: name, name_2, name_3, …"""
+    return [name if number == 1 else f"{name}_{number}" for number in range(1, count + 1)]
 
 
 def read_weights(

@@ -1,9 +1,10 @@
 """Differentiable decoding and image embeddings with ComfyUI's VAE and CLIP_VISION.
 
-Values equal those of VAE.decode and encode_image. Shapes: B samples, H and W pixels, h and w latent positions.
+Values equal those of VAE.decode and encode_image. Shapes: B samples, H and W pixels, h and w latent positions. Videos have
+F frames, in latents T frames: the latent of a video is [B, C, T, h, w], and its decoded frames are [B, F, H, W, 3].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import comfy.clip_model
@@ -34,13 +35,38 @@ def check_vae(vae: VAE, remedy: str) -> None:
         )
 
 
+def check_decodes(vae: VAE, shape: Sequence[int], remedy: str) -> None:
+    """Raise a ValueError that ends with ``remedy`` for a VAE that decodes no images or videos from a latent of ``shape``.
+
+    ``shape``: [B, C, h, w], or [B, C, T, h, w] for videos and for the image models of video families.
+    """
+    vae.throw_exception_if_invalid()
+    name = type(vae.first_stage_model).__name__
+    if vae.latent_dim not in (2, 3) or vae.extra_1d_channel is not None or vae.output_channels < 3:
+        raise ValueError(f"the VAE ({name}) decodes audio, not images; {remedy}")
+    size = "x".join(map(str, shape))
+    if vae.latent_dim == 3 and len(shape) != 5:
+        raise ValueError(
+            f"the VAE ({name}) decodes latents of 5 axes [batch, channels, frames, height, width], the model samples"
+            f" {size}; {remedy}"
+        )
+    if (vae.latent_dim == 2 or vae.not_video) and len(shape) == 5 and shape[2] > 1:
+        raise ValueError(
+            f"the VAE ({name}) encodes and decodes single images, the latent {size} has {shape[2]} frames; {remedy}"
+        )
+
+
 def decode(vae: VAE, module: Decoder, latent: Tensor) -> Tensor:
     """Images [B, H, W, 3] in 0..1, float32, on the device of ``latent`` [B, C, h, w]. ``module``: the VAE's network or a copy.
+
+    A latent [B, C, T, h, w] gives [B, F, H, W, 3], except with a VAE of images, which decodes its only frame to an image.
 
     Same values as VAE.decode, but without splitting into batches or tiles. Clipped pixels have no gradient. With
     --fp16-intermediates the values are rounded to float16. The gradient passes this rounding unchanged, because a
     float16 gradient would underflow.
     """
+    if vae.latent_dim == 2 and latent.ndim == 5:
+        latent = latent[:, :, 0]
     out = module.decode(latent.to(device=vae.device, dtype=vae.vae_dtype))
 
     def processed(dtype: torch.dtype) -> Tensor:
@@ -56,19 +82,41 @@ def decode(vae: VAE, module: Decoder, latent: Tensor) -> Tensor:
 
 
 def encode(vae: VAE, images: Tensor, latent: Tensor) -> Tensor:
-    """Latents [K, C, h, w], float32, of K images [K, H, W, 3].
+    """Latents [K, C, h, w], float32, of K images [K, H, W, 3]; [K, C, T, h, w] if ``latent`` is of a video.
 
-    The images are first resized (bicubic, not cropped) to the size that a ``latent`` [1, C, h, w] decodes to. Loads the
-    VAE. A ValueError if the VAE encodes to another shape than that of ``latent``.
+    The images are first resized (bicubic, not cropped) to the size that a ``latent`` [1, C, h, w] or [1, C, T, h, w]
+    decodes to. For a video, each image is encoded as a video of ``latent``'s length that does not change. Loads the VAE. A
+    ValueError if the VAE encodes to another shape than that of ``latent``.
     """
     size = [n * vae.spacial_compression_encode() for n in latent.shape[-2:]]
     pixels = F.interpolate(images[..., :3].movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
-    encoded = vae.encode(pixels.clamp(0.0, 1.0).movedim(1, -1)).float()
+    pixels = pixels.clamp(0.0, 1.0).movedim(1, -1)
+    if latent.ndim == 5 and vae.latent_dim == 3 and not vae.not_video:
+        # ComfyUI takes a batch of images for the frames of one video
+        frames = frame_count(vae, latent.shape[2])
+        encoded = torch.cat([vae.encode(row.repeat(frames, 1, 1, 1)) for row in pixels.split(1)]).float()
+    else:
+        encoded = vae.encode(pixels).float()
+        if latent.ndim == 5 and encoded.ndim == 4:
+            encoded = encoded.unsqueeze(2)
     if encoded.shape[1:] != latent.shape[1:]:
         raise ValueError(
-            f"the VAE makes latents of {size_of(encoded[:1])} and the model samples {size_of(latent)}; use the VAE of this model"
+            f"the VAE makes latents of {size_of(encoded[:1])} and the model samples {size_of(latent)}; use the VAE of this"
+            " model, and for a video a number of frames that the VAE can make"
         )
     return encoded
+
+
+def frame_count(vae: VAE, latent_frames: int) -> int:
+    """Number of frames that a video VAE decodes from ``latent_frames`` frames of a latent."""
+    ratio = vae.upscale_ratio
+    return int(ratio[0](latent_frames)) if isinstance(ratio, tuple) and callable(ratio[0]) else latent_frames
+
+
+def evenly_taken_frames(video: Tensor, most: int) -> Tensor:
+    """[B, F', H, W, 3]: at most ``most`` evenly taken frames of videos [B, F, H, W, 3], with the first and the last."""
+    places = torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long().tolist()
+    return torch.stack([video[:, place, ..., :3] for place in places], 1)
 
 
 def embeddings(clip_vision: ClipVisionModel, images: Tensor) -> Tensor:

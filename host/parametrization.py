@@ -87,12 +87,7 @@ def any_family(sampling: Sampling) -> str:
 
     Errors (ValueError): an image-to-image model, or a noise process that ComfyUI does not have.
     """
-    image_to_image = tuple(
-        getattr(comfy.model_sampling, name)
-        for name in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW")
-        if hasattr(comfy.model_sampling, name)
-    )
-    if isinstance(sampling, image_to_image):
+    if is_image_to_image(sampling):
         raise ValueError(
             "an image-to-image model does not start from noise and cannot be blended; use a text-to-image model"
         )
@@ -104,6 +99,13 @@ def any_family(sampling: Sampling) -> str:
     if isinstance(sampling, getattr(comfy.model_sampling, "V_PREDICTION_DDPM", ())):
         return VP
     raise ValueError(unsupported(sampling))
+
+
+def is_image_to_image(sampling: Sampling) -> bool:
+    """Whether a model starts from an image, not from noise."""
+    names = ("IMG_TO_IMG", "IMG_TO_IMG_FLOW")
+    kinds = tuple(getattr(comfy.model_sampling, name) for name in names if hasattr(comfy.model_sampling, name))
+    return isinstance(sampling, kinds)
 
 
 def _amplitudes(kind: str, sigma: Tensor, noise_scale: float) -> tuple[Tensor, Tensor]:

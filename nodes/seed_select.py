@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy.clip_vision import ClipVisionModel
 from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider, Sampler
 from comfy.sd import VAE
 from comfy_api.latest import io
 from torch import Tensor
@@ -16,9 +17,10 @@ from ..host.attachments import Conditioning
 from ..host.shape_errors import explain_shape_errors
 from ..techniques.seed_select import select as technique
 from ..techniques.seed_select.comfy_files import model_details
+from ..techniques.seed_select.comfy_inputs import KSamplerInputs
 from ..techniques.seed_select.comfy_outputs import outputs
 from ..techniques.seed_select.comfy_progress import InterruptProcessingException, SelectProgress
-from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, ComfySeedSampler, KSamplerInputs
+from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, ComfySeedSampler
 from ..techniques.seed_select.comfy_scoring import ScoringSettings
 from ..techniques.seed_select.comfy_session import OpenSession, SessionSettings
 from ..techniques.seed_select.optimize import OptimizeSettings
@@ -46,7 +48,7 @@ class SeedSelect(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The negative prompt, as for KSampler."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="One latent, empty or an encoded image, with or without a noise mask, as for KSampler.",
+                    tooltip="One latent of an image or a video, empty or encoded, with or without a noise mask, as for KSampler.",
                 ),
                 io.Image.Input(
                     "references",
@@ -252,6 +254,23 @@ class SeedSelect(io.ComfyNode):
                     tooltip="How many of the references are used: those that are nearest to their common centre, by clip_vision if"
                     " it is connected, otherwise by the VAE. The report lists those left out. 0: all.",
                 ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="The sigmas of SamplerCustomAdvanced, for models that need their own scheduler node. They replace"
+                    " steps, scheduler and denoise.",
+                ),
+                io.Sampler.Input(
+                    "sampler",
+                    optional=True,
+                    tooltip="The sampler of SamplerCustomAdvanced. It replaces sampler_name.",
+                ),
+                io.Guider.Input(
+                    "guider",
+                    optional=True,
+                    tooltip="The guider of SamplerCustomAdvanced. It replaces model, positive, negative and cfg; connect its model to"
+                    " model.",
+                ),
             ],
             outputs=[
                 io.Noise.Output(
@@ -317,6 +336,9 @@ class SeedSelect(io.ComfyNode):
         grid_size: int,
         clip_vision: ClipVisionModel | None = None,
         references_used: int = 0,
+        sigmas: Tensor | None = None,
+        sampler: Sampler | None = None,
+        guider: CFGGuider | None = None,
     ) -> io.NodeOutput:
         weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
         optimize = OptimizeSettings(
@@ -325,6 +347,20 @@ class SeedSelect(io.ComfyNode):
             shell_width=norm_guard or math.inf,
             patience=patience,
         )
+        sampling: dict[str, Any] = dict(cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
+        inputs = KSamplerInputs(
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent_image,
+            steps=steps,
+            seed=seed,
+            sigmas=sigmas,
+            sampler=sampler,
+            guider=guider,
+            **sampling,
+        ).checked()
+        steps = inputs.steps
         settings = SeedSelectSettings(
             mode=mode,
             start=start,
@@ -338,38 +374,28 @@ class SeedSelect(io.ComfyNode):
             optimized=optimized,
             optimize=optimize,
         )
-        sampling: dict[str, Any] = dict(cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
-        inputs = KSamplerInputs(
-            model=model,
-            positive=positive,
-            negative=negative,
-            latent_image=latent_image,
-            steps=steps,
-            seed=seed,
-            **sampling,
-        )
         scoring = ScoringSettings(
             references=references, vae=vae, clip_vision=clip_vision, references_used=references_used, **weights
         )
-        sampler = ComfySeedSampler(inputs, scoring)
+        run_sampler = ComfySeedSampler(inputs, scoring)
         if settings.optimizes:
             session = SessionSettings(
                 steps=optimize_steps or None,
-                sampler=sampler_name,
+                sampler=inputs.plain_sampler,
                 seed=seed,
                 last_steps=last_steps or None,
                 checkpoint=checkpointing,
             )
-            sampler.allow_gradients(session)
+            run_sampler.allow_gradients(session)
         further = dict(optimize_steps=optimize_steps, last_steps=last_steps)
-        details = model_details(model) | {"settings": json.dumps(dataclasses.asdict(settings) | further)}
+        details = model_details(inputs.model) | {"settings": json.dumps(dataclasses.asdict(settings) | further)}
         details |= {
-            "sampling": json.dumps(sampling),
-            "scoring": json.dumps(weights | {"references": len(sampler.scorer.latents)}),
+            "sampling": json.dumps(sampling | inputs.connected),
+            "scoring": json.dumps(weights | {"references": len(run_sampler.scorer.latents)}),
         }
-        select = technique.SeedSelect(settings, sampler)
+        select = technique.SeedSelect(settings, run_sampler)
         with explain_shape_errors("the model"):
-            interrupted = run(select, sampler)
+            interrupted = run(select, run_sampler)
         return io.NodeOutput(*outputs(select, interrupted, details, grid_size))
 
 
@@ -384,7 +410,7 @@ def run(select: technique.SeedSelect, sampler: ComfySeedSampler) -> bool:
 
     def optimize(session: OpenSession) -> None:
         # decode in the session, since ComfyUI's VAE decode could unload the session's models
-        select.optimize(session, partial(progress, decode=session.decode))
+        select.optimize(session, partial(progress, decode=session.pictures))
 
     try:
         select.choose(progress)

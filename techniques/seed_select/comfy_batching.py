@@ -1,12 +1,14 @@
 """Checks whether several noises can be sampled in one batch without influencing each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...host.attachments import Conditioning, attached
+from ...host.attachments import attached
+from .comfy_inputs import Conds
 
 # Samplers that add no noise during the run and make no decision that depends on the whole batch. dpm_adaptive is
 # excluded, since its step size depends on all samples of a batch.
@@ -24,26 +26,26 @@ CALLS_PER_STEP = dict.fromkeys(
 ) | dict.fromkeys(("heunpp2", "seeds_3"), 3)
 
 
-def rows_are_independent(model: ModelPatcher, positive: Conditioning, negative: Conditioning) -> bool:
-    """Whether ``model``, its attachments and conditionings treat the rows of a batch independently."""
+def rows_are_independent(model: ModelPatcher, conds: Conds) -> bool:
+    """Whether ``model``, its attachments and the conditionings ``conds`` treat the rows of a batch independently."""
     if "easycache" in model.model_options.get("transformer_options", {}):
         return False  # EasyCache decides by a mean over the batch whether to skip a step
     if not all(attachment.rows_are_independent for attachment in attached(model)):
         return False
-    pairs = [(positive, negative), *(pair for attachment in attached(model) for pair in attachment.conditionings)]
-    return all(_is_for_every_row(entry) for pair in pairs for cond in pair if cond is not None for entry in cond)
+    further = [cond for attachment in attached(model) for pair in attachment.conditionings for cond in pair]
+    entries = [comfy.sampler_helpers.convert_cond(cond) for cond in further if cond is not None]
+    return all(_is_for_every_row(entry) for cond in (*conds.values(), *entries) for entry in cond)
 
 
-def _is_for_every_row(entry: Sequence) -> bool:
-    """Whether an entry of a CONDITIONING is the same for every row of a batch and adds no random noise."""
-    tensor, options = entry
-    control = options.get("control")
+def _is_for_every_row(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a conditioning is the same for every row of a batch and adds no random noise."""
+    control = entry.get("control")
     while control is not None:
         hint = getattr(control, "cond_hint_original", None)
         if hint is not None and len(hint) != 1:
             return False
         control = control.previous_controlnet
-    return "unclip_conditioning" not in options and _is_single(tensor) and _is_single(options)
+    return "unclip_conditioning" not in entry and _is_single(entry)
 
 
 def _is_single(value: Any) -> bool:

@@ -1,15 +1,15 @@
 """Counts the batch rows that pass through the networks of a MODEL and its attachments."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...host.attachments import Conditioning, attached
+from ...host.attachments import attached
 from ...host.gradients import Recorder
+from .comfy_inputs import Conds
 
 
 @dataclass
@@ -23,19 +23,18 @@ class RowCounter:
     @contextmanager
     def counting(
         self,
-        model: ModelPatcher,
-        positive: Conditioning,
-        negative: Conditioning,
+        models: Sequence[ModelPatcher],
+        conds: Conds,
         recorder: Recorder | None = None,
     ) -> Iterator[None]:
-        """Context that counts the rows of forward passes of ``model`` and its attachments, including passes that fail.
+        """Context that counts the rows of forward passes of ``models`` and of the first one's attachments, including passes
+        that fail.
 
-        ``positive``, ``negative``: the CONDITIONINGs of the run. ``recorder``: the recorder of a run with gradients. It
-        reports whether a pass is a recomputation or part of the comparison with finite differences.
+        ``conds``: the conditionings of the run. ``recorder``: the recorder of a run with gradients. It reports whether a pass
+        is a recomputation or part of the comparison with finite differences.
         """
-        conds = {"positive": positive, "negative": negative}
-        conds = {name: comfy.sampler_helpers.convert_cond(cond) for name, cond in conds.items()}
-        patchers = [model, *(p for attachment in attached(model) for p in attachment.patchers(model, conds))]
+        model = models[0]
+        patchers = [*models, *(p for attachment in attached(model) for p in attachment.patchers(model, conds))]
         if model.is_dynamic() and any("hooks" in c for cond in conds.values() for c in cond):
             # if a conditioning has hooks, the guider runs this delegate in place of the dynamic patcher
             patchers.append(model.get_non_dynamic_delegate())  # ty: ignore[missing-attribute]  # of dynamic patchers

@@ -1,38 +1,45 @@
 """Checks before a run that ComfyUI can compute a correct gradient with the models and conditionings of the run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import comfy.model_base
+import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 
-from ...host.attachments import Conditioning, attached
+from ...host.attachments import attached
 from ...host.gradient_check import Comparison
 from ...host.patch_names import patches_on
+from .comfy_inputs import Conds
 
 # model classes that compute the rotary embedding with a fused kernel without gradient, even in training
 NO_DERIVATIVE = ("CosmosPredict2", "Anima", "JoyImage", "ErnieImage")
 NO_DERIVATIVE_WEIGHTS = {"convrot_w4a4"}  # quantisation formats whose matrix product has no derivative in ComfyUI
 
 
-def check_differentiable(model: ModelPatcher, positive: Conditioning, negative: Conditioning) -> None:
-    """Raise a ValueError with the reason if the gradient would be missing or wrong."""
-    conditionings, attachments = (positive, negative), attached(model)
-    for patcher in (model, *(further for attachment in attachments for further in attachment.models)):
+def check_differentiable(models: Sequence[ModelPatcher], conds: Conds) -> None:
+    """Raise a ValueError with the reason if the gradient would be missing or wrong.
+
+    ``models``: the models of the guider, the sampled one first; ``conds``: its conditionings.
+    """
+    attachments = attached(models[0])
+    for patcher in (*models, *(further for attachment in attachments for further in attachment.models)):
         if (obstacle := _obstacle(patcher)) is not None:
             raise ValueError(f"{obstacle}; use mode search, which needs no gradient")
     for attachment in attachments:
         # gradient checkpointing recomputes the steps in another order
         if attachment.depends_on_history:
             raise ValueError(f"{attachment.depends_on_history} for optimising, or use mode search")
-    _check_conditionings(conditionings)
+    _check_conditionings(conds.values())
     for pair in (pair for attachment in attachments for pair in attachment.conditionings):
         _check_conditionings(
-            [default if own is None else own for own, default in zip(pair, conditionings, strict=True)]
+            conds.get(name, []) if own is None else comfy.sampler_helpers.convert_cond(own)
+            for name, own in zip(("positive", "negative"), pair, strict=True)
         )
 
 
-def _check_conditionings(conditionings: Iterable[Conditioning]) -> None:
-    entries = [options for conditioning in conditionings for _, options in conditioning]
+def _check_conditionings(conditionings: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+    entries = [entry for conditioning in conditionings for entry in conditioning]
     for options in entries:
         for kind, name in (("control", "a ControlNet"), ("gligen", "GLIGEN")):
             if kind in options:
@@ -65,9 +72,9 @@ def _obstacle(patcher: ModelPatcher) -> str | None:
     return None
 
 
-def comparison(model: ModelPatcher) -> Comparison:
-    """Comparison of the gradient of ``model`` with finite differences, with the likely causes of a wrong gradient."""
-    patchers = [model, *(further for attachment in attached(model) for further in attachment.models)]
+def comparison(models: Sequence[ModelPatcher]) -> Comparison:
+    """Comparison of the gradient of the guider's ``models`` with finite differences, and the likely causes if it is wrong."""
+    patchers = [*models, *(further for attachment in attached(models[0]) for further in attachment.models)]
 
     def causes() -> str:
         names = list(dict.fromkeys(name for patcher in patchers for name in patches_on(patcher)))

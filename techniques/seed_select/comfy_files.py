@@ -10,15 +10,18 @@ from pathlib import Path
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from ...common.shapes import size_of
-from ...host.files import OutputFiles, read_tensor
+from ...host.files import OutputFiles, part_names, read_tensors
 from ...host.model_folders import is_in_model_folder
 from ...host.patch_names import PACK
+from .comfy_latents import parts_of
 
 FILES = OutputFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
-NAME = "noise"  # name of the tensor in a file
+NAME = "noise"  # name of the tensor in a file; of a nested noise, that of the first part
+MOST_PARTS = 8  # of a nested noise; video with audio has two
 FORMAT = "chorus-seed-1"  # value of "format" in the metadata
 SEEDS = 2**64  # number of valid seeds; they start at 0
 CHUNK = 2**24  # bytes of a model file that are read at once
@@ -26,46 +29,57 @@ CHUNK = 2**24  # bytes of a model file that are read at once
 
 @dataclass(frozen=True, eq=False)
 class SeedNoise:
-    """A noise [N, C, h, w] for SamplerCustomAdvanced.
+    """A noise [N, C, *S] for SamplerCustomAdvanced, nested for a nested latent. S is (h, w), for videos (T, h, w).
 
     ``seed``: seed of the noise that stochastic samplers add during the run.
     """
 
-    noise: Tensor
+    noise: Tensor | NestedTensor
     seed: int
     details: Mapping[str, str] = field(default_factory=dict)  # settings, score and model of the selection
 
-    def generate_noise(self, latent: Mapping) -> Tensor:
+    def generate_noise(self, latent: Mapping) -> Tensor | NestedTensor:
         """Noise on the CPU, in the dtype of the LATENT ``latent``; ValueError if the latent has another shape."""
         samples = latent["samples"]
-        if samples.is_nested:
-            raise ValueError(
-                f"expected an image latent of size {size_of(self.noise)} as for the noise, got a nested latent"
-                " (video with audio); connect an image latent"
+        ours, theirs = parts_of(self.noise), parts_of(samples)
+        if len(ours) != len(theirs):
+            wanted, found = (
+                "a nested latent (video with audio)" if len(x) > 1 else "one latent" for x in (ours, theirs)
             )
-        if samples.shape != self.noise.shape:
             raise ValueError(
-                f"expected a latent with {_describe(self.noise)} as for the noise, got {_describe(samples)};"
-                f" {self._remedy(samples)}"
+                f"expected {wanted} as for the noise, got {found}; connect a latent of the model for which the noise was"
+                " selected"
             )
+        for noise, latents in zip(ours, theirs, strict=True):
+            if latents.shape != noise.shape:
+                raise ValueError(
+                    f"expected a latent with {_describe(noise)} as for the noise, got {_describe(latents)};"
+                    f" {_remedy(noise, latents)}"
+                )
         return self.noise.to(device="cpu", dtype=samples.dtype, copy=True)
 
-    def _remedy(self, samples: Tensor) -> str:
-        if samples.shape[1:] == self.noise.shape[1:]:
-            return f"set batch_size to {len(self.noise)}"
-        if samples.ndim == 4 and samples.shape[1] == self.noise.shape[1]:
-            return "set width and height as in the selection of the noise"
-        return "use a model with the same latent space as in the selection of the noise"
+
+def _remedy(noise: Tensor, samples: Tensor) -> str:
+    if samples.shape[1:] == noise.shape[1:]:
+        return f"set batch_size to {len(noise)}"
+    if samples.ndim == noise.ndim and samples.shape[1] == noise.shape[1]:
+        length = "length, " if noise.ndim == 5 else ""
+        return f"set {length}width and height as in the selection of the noise"
+    return "use a model with the same latent space as in the selection of the noise"
 
 
 def save_seed(noise: SeedNoise, prefix: str) -> dict[str, str]:
     """Write a file with ``noise``, its seed and its details; returns the place of the file as OutputFiles.save does.
 
-    ValueError if the noise is not finite or not of the shape [N, C, h, w].
+    ValueError if the noise is not finite or not of the shape [N, C, *S].
     """
-    _check(noise.noise)
+    parts = parts_of(noise.noise)
+    for part in parts:
+        _check(part)
+    names = part_names(NAME, len(parts))
+    tensors = {name: part.detach().float().cpu().contiguous() for name, part in zip(names, parts, strict=True)}
     metadata = {**{k: str(v) for k, v in noise.details.items()}, "format": FORMAT, "seed": str(noise.seed)}
-    return FILES.save(prefix, {NAME: noise.noise.detach().float().cpu().contiguous()}, metadata)
+    return FILES.save(prefix, tensors, metadata)
 
 
 def load_seed(name: str) -> SeedNoise:
@@ -76,15 +90,16 @@ def load_seed(name: str) -> SeedNoise:
 def read_seed(path: Path, name: str) -> SeedNoise:
     """Noise in the file ``path``, with its seed and details. Errors (ValueError) call the file ``name``."""
     with FILES.reading(name):
-        noise, metadata = read_tensor(path, NAME)
+        parts, metadata = read_tensors(path, NAME, MOST_PARTS)
         if metadata.get("format") != FORMAT or not metadata.get("seed", "").isdecimal():
             raise ValueError(f"its metadata lack the format {FORMAT} or a seed")
-        _check(noise)
+        for part in parts:
+            _check(part)
         seed = int(metadata["seed"])
         if seed >= SEEDS:
             raise ValueError(f"its seed {seed} is not below {SEEDS}")
     details = {k: v for k, v in metadata.items() if k not in ("format", "seed")}
-    return SeedNoise(noise, seed, details)
+    return SeedNoise(parts[0] if len(parts) == 1 else NestedTensor(parts), seed, details)
 
 
 def model_details(model: ModelPatcher) -> dict[str, str]:
@@ -118,10 +133,10 @@ def _sha256(path: str, changed: int, size: int) -> str:
 
 
 def _check(noise: Tensor) -> None:
-    if not noise.is_floating_point() or noise.ndim != 4 or not noise.numel():
+    if not noise.is_floating_point() or noise.ndim not in (3, 4, 5) or not noise.numel():
         raise ValueError(
-            "expected a noise of floating-point numbers [batch, channels, height, width], got"
-            f" {noise.dtype} {size_of(noise)}; select the noise again with Seed Select"
+            "expected a noise of floating-point numbers [batch, channels, height, width], for a video [batch, channels,"
+            f" frames, height, width], got {noise.dtype} {size_of(noise)}; select the noise again with Seed Select"
         )
     finite = torch.isfinite(noise.float())  # samplers run in float32
     if not finite.all():
@@ -133,6 +148,7 @@ def _check(noise: Tensor) -> None:
 
 
 def _describe(x: Tensor) -> str:
-    if x.ndim != 4:
+    if x.ndim not in (4, 5):
         return f"the shape {size_of(x)}"
-    return f"batch size {len(x)}, {x.shape[1]} channels, height {x.shape[2]} and width {x.shape[3]}"
+    frames = f"{x.shape[2]} frames, " if x.ndim == 5 else ""
+    return f"batch size {len(x)}, {x.shape[1]} channels, {frames}height {x.shape[-2]} and width {x.shape[-1]}"

@@ -38,7 +38,7 @@ def _outputs(
     best, sampler = select.results[0], select.sampler
     seed = best.sampler_seed if best.seed is None else best.seed
     noise = SeedNoise(
-        torch.cat([r.noise.cpu() for r in select.results]),
+        sampler.layout.unpack(torch.cat([r.noise.cpu() for r in select.results])),
         best.sampler_seed,
         {**details, "found": best.label, "score": f"{best.score:.6g}"},
     )
@@ -67,8 +67,8 @@ def _latent(select: SeedSelect[ComfySeedSampler]) -> dict[str, Any]:
     results = select.results
     removed = {"downscale_ratio_spacial", "downscale_ratio_temporal", *(("batch_index",) if len(results) > 1 else ())}
     kept = {k: v for k, v in select.sampler.inputs.latent_image.items() if k not in removed}
-    dtype = comfy.model_management.intermediate_dtype()
-    return {**kept, "samples": torch.cat([r.latent for r in results]).to(dtype)}
+    samples = select.sampler.layout.unpack(torch.cat([r.latent for r in results]))
+    return {**kept, "samples": samples.to(dtype=comfy.model_management.intermediate_dtype())}
 
 
 def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool) -> str:
@@ -78,6 +78,7 @@ def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool) -> str:
         lines[-1] += f", {counter.recomputed} of them recomputed for the gradient"
     if counter.compared:
         lines[-1] += f", {counter.compared} of them to compare the gradient with finite differences"
+    lines += [f"{name} connected: {text} not used" for name, text in select.sampler.inputs.unused.items()]
     if selection := select.sampler.scorer.selection:
         lines.append(selection.report())
     if interrupted:

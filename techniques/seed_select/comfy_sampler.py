@@ -1,12 +1,14 @@
 """Draws the noise of an integer seed, and samples from noises with ComfyUI's samplers.
 
-``generate(noise_of(seed))`` equals KSampler's result for that seed at batch 1, bit for bit. Shapes: N noises, C channels,
-latents of height h and width w.
+``generate(noise_of(seed))`` equals KSampler's result for that seed at batch 1, bit for bit, or with connected sigmas,
+sampler or guider that of SamplerCustomAdvanced. Shapes: N noises; noises and latents are packed (see comfy_latents),
+[N, C, *S]. S is (h, w) for images and (T, h, w) for videos.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -17,48 +19,48 @@ import torch
 from torch import Tensor
 
 from ...common.shapes import size_of
-from ...host.parametrization import family, sampling_of, unsupported
+from ...host.parametrization import family, is_image_to_image, sampling_of, unsupported
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_counting import RowCounter
+from .comfy_inputs import KSamplerInputs
+from .comfy_latents import LatentLayout, draw_noise, sampled_latent
 from .comfy_progress import SeedProgress
-from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings
-from .comfy_session import KSamplerInputs, OpenSession, Session, SessionSettings, draw_noise
+from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings, filmstrips
+from .comfy_session import OpenSession, Session, SessionSettings
 from .inversion import invert
 from .sampler import GradientCost
 
 INVERSION_STEPS = 50  # as in NAO's code, which inverts without guidance
-SHORT_RUNS = "beta"  # scheduler of runs with fewer steps than the full run
 SAMPLERS, SCHEDULERS = comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES
 
 Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; called by ComfyUI's samplers
 
 
 class ComfySeedSampler:
-    """A ``sampler.SeedSampler`` for the inputs of KSampler.
+    """A ``sampler.SeedSampler`` for the inputs of KSampler or SamplerCustomAdvanced.
 
     ``scoring``: required for scoring, decoding, inversions and gradients. The constructor raises a ValueError for several
-    latents, video, audio or nested latents, several noise masks, denoise outside 0 to 1, a model whose noise process is not
-    supported, and inputs that ReferenceScorer rejects.
+    latents or noise masks, latents that are not of images or videos, an image-to-image model, and inputs that
+    KSamplerInputs.checked or ReferenceScorer rejects.
     """
 
     def __init__(self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None) -> None:
+        inputs = inputs.checked()
         self.model = inputs.model
-        self.samples = self._checked(inputs.latent_image)  # [1, C, h, w]
-        self.inputs = replace(inputs, latent_image={**inputs.latent_image, "samples": self.samples})
-        self._seeds: dict[bytes, int] = {}  # seeds of the noises that noise_of returned, by digest
-        if inputs.steps < 1 or not 0.0 < inputs.denoise <= 1.0:
+        if is_image_to_image(sampling_of(self.model)):
             raise ValueError(
-                f"{inputs.steps} steps at denoise {inputs.denoise:g} generate nothing; use at least 1 step and a denoise"
-                " above 0 and at most 1"
+                f"{type(self.model.model).__name__} is an image-to-image model, whose result does not depend on a seed; use a"
+                " text-to-image model"
             )
-        sampling = sampling_of(self.model)
-        try:
-            self.kind = family(sampling)  # VE or FLOW of host/parametrization.py
-        except ValueError as error:
-            raise ValueError(unsupported(sampling)) from error
+        samples = sampled_latent(self.model, inputs.latent_image)
+        self.layout = LatentLayout.of(samples)
+        self.samples = self.layout.pack(samples)  # [1, C, *S]
+        self.inputs = replace(inputs, latent_image={**inputs.latent_image, "samples": samples})
+        self._seeds: dict[bytes, int] = {}  # seeds of the noises that noise_of returned, by digest
         self.counter = RowCounter()
         self.callback: Callback | None = None  # replaces ComfyUI's progress and preview in ``generate``
-        self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, self.samples)
+        pictures = self.layout.pictures(self.samples)
+        self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, pictures)
         self.gradients: Session | None = None  # session for optimisation
 
     @property
@@ -66,71 +68,23 @@ class ComfySeedSampler:
         assert self._scorer is not None  # the constructor has created it from the argument ``scoring``
         return self._scorer
 
-    def _checked(self, latent_image: Mapping) -> Tensor:
-        samples = latent_image["samples"]
-        if samples.is_nested:
-            raise ValueError(
-                "expected an image latent, got a nested latent (video with audio); connect an image latent"
-            )
-        samples = comfy.sample.fix_empty_latent_channels(
-            self.model,
-            samples,
-            latent_image.get("downscale_ratio_spacial"),
-            latent_image.get("downscale_ratio_temporal"),
-        )
-        if samples.ndim != 4:
-            raise ValueError(
-                f"expected an image latent [1, C, h, w] for {type(self.model.model).__name__}, got the size"
-                f" {size_of(samples)}; use a model whose latents have these four axes"
-            )
-        if len(samples) != 1:
-            raise ValueError(
-                f"expected one latent in latent_image, got {len(samples)} latents; set batch_size to 1 or select one with"
-                " LatentFromBatch"
-            )
-        if (mask := latent_image.get("noise_mask")) is not None and mask.ndim > 2 and len(mask) != 1:
-            raise ValueError(f"expected one noise mask in latent_image, got {len(mask)} noise masks; use one of them")
-        return samples
-
     def sigmas(self, steps: int | None = None, sampler: str | None = None) -> Tensor:
-        """Sigmas of a run with ``steps`` steps (default: all steps), decreasing to 0.
-
-        A run with fewer steps approximates the full run. It uses the beta schedule (arXiv 2407.12173) even if the full
-        run uses another one. With the beta schedule, the ranking of candidates agrees best with that of full runs
-        (dev/benchmarks/seed_ranking.py). With denoise below 1, the shorter run uses a subset of the full run's sigmas
-        instead, so both runs start at the same noise level.
-        """
-        if steps is None or steps >= self.inputs.steps:
-            return self._ksampler(steps, sampler).sigmas.clone()
-        if self.inputs.denoise == 1.0:
-            return comfy.samplers.calculate_sigmas(sampling_of(self.model), SHORT_RUNS, steps)
-        full = self._ksampler(None, sampler).sigmas
-        return full[torch.linspace(0, len(full) - 1, steps + 1).round().long()]
-
-    def _ksampler(self, steps: int | None, sampler: str | None = None) -> comfy.samplers.KSampler:
-        return comfy.samplers.KSampler(
-            self.model,
-            steps=self.inputs.steps if steps is None else steps,
-            device=self.model.load_device,
-            sampler=sampler or self.inputs.sampler_name,
-            scheduler=self.inputs.scheduler,
-            denoise=self.inputs.denoise,
-            model_options=self.model.model_options,
-        )
+        """Sigmas of a run with ``steps`` steps (default: all steps), decreasing to 0; see KSamplerInputs.sigmas_of."""
+        return self.inputs.sigmas_of(steps, sampler).clone()
 
     def noise_of(self, seed: int) -> Tensor:
-        """Noise [1, C, h, w] that KSampler draws for ``seed`` at batch 1, float32."""
+        """Noise [1, C, *S] that KSampler draws for ``seed`` at batch 1, float32."""
         # KSampler draws noise in the dtype of the latent and then samples in float32
-        noise = draw_noise(self.inputs.latent_image, seed).float()
+        noise = self.layout.pack(draw_noise(self.inputs.latent_image, seed)).float()
         self._seeds[_digest(noise)] = seed
         return noise
 
     def to_model(self, latent: Tensor) -> Tensor:
-        """Convert a latent [N, C, h, w] of ``generate`` from the VAE's scale to the model's scale."""
+        """Convert latents that the VAE decodes from its scale to the model's scale."""
         return self.model.model.process_latent_in(latent.float())
 
     def generate(self, noise: Tensor, steps: int | None = None, seeds: Sequence[int] | None = None) -> Tensor:
-        """Final latents [N, C, h, w] of a run of ``steps`` steps (default: all) from ``noise`` [N, C, h, w].
+        """Final latents [N, C, *S] of a run of ``steps`` steps (default: all) from ``noise`` [N, C, *S].
 
         The latents are in the VAE's scale, as KSampler returns them. ``seeds``: one seed for each noise, from which
         stochastic samplers draw the noise that they add during the run. The default is the seed from which ``noise_of``
@@ -140,7 +94,7 @@ class ComfySeedSampler:
         seeds = self._checked_seeds(noise, seeds)
         size = self.batch_size(len(noise))
         latents = []
-        with self.counter.counting(self.model, self.inputs.positive, self.inputs.negative):
+        with self.counter.counting([self.model, *self.inputs.further_models], self.inputs.conds):
             for first in range(0, len(noise), size):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 chunk = slice(first, first + size)
@@ -149,7 +103,7 @@ class ComfySeedSampler:
             return torch.cat([x.clone() for x in latents])
 
     def _checked_seeds(self, noise: Tensor, seeds: Sequence[int] | None) -> Sequence[int]:
-        if noise.ndim != 4 or noise.shape[1:] != self.samples.shape[1:] or not len(noise):
+        if noise.shape[1:] != self.samples.shape[1:] or not len(noise):
             raise ValueError(
                 f"the noise {size_of(noise)} does not fit the latent {size_of(self.samples)}; use noise of the latent's size"
             )
@@ -161,44 +115,54 @@ class ComfySeedSampler:
 
     def _sample(self, noise: Tensor, steps: int | None, seed: int) -> Tensor:
         inputs, steps = self.inputs, self.inputs.steps if steps is None else steps
-        latent = self.samples if len(noise) == 1 else self.samples.repeat(len(noise), 1, 1, 1)
-        return comfy.sample.sample(
+        latent = self.samples
+        if len(noise) > 1:
+            latent = latent.repeat(len(noise), *[1] * (latent.ndim - 1))
+        parts: dict[str, Any] = dict(noise=self.layout.unpack(noise), latent_image=self.layout.unpack(latent))
+        mask = inputs.latent_image.get("noise_mask")
+        callback = self.callback or latent_preview.prepare_callback(self.model, steps)
+        further: dict[str, Any] = dict(callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        if inputs.custom:  # as SamplerCustomAdvanced samples
+            chosen: dict[str, Any] = dict(sampler=inputs.sampler_object(), sigmas=self.sigmas(steps))
+            samples = inputs.own_guider().sample(**parts, **chosen, denoise_mask=mask, **further)
+            return self.layout.pack(samples.to(comfy.model_management.intermediate_device()))
+        samples = comfy.sample.sample(
             self.model,
-            noise,
-            steps,
-            inputs.cfg,
-            inputs.sampler_name,
-            inputs.scheduler,
-            inputs.positive,
-            inputs.negative,
-            latent,
+            steps=steps,
+            cfg=inputs.cfg,
+            sampler_name=inputs.sampler_name,
+            scheduler=inputs.scheduler,
+            positive=inputs.positive,
+            negative=inputs.negative,
             denoise=inputs.denoise,
-            noise_mask=inputs.latent_image.get("noise_mask"),
-            callback=self.callback or latent_preview.prepare_callback(self.model, steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            noise_mask=mask,
             sigmas=self.sigmas(steps) if steps < inputs.steps else None,
-            seed=seed,
+            **parts,
+            **further,
         )
+        return self.layout.pack(samples)
 
     @property
     def deterministic(self) -> bool:
         """Whether the final latent depends only on the initial noise, and not on the seed."""
-        if self.inputs.sampler_name == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
+        name = self.inputs.plain_sampler
+        if name == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
             return False  # ddim fills the unmasked area with noise from the seed
-        return self.inputs.sampler_name in DETERMINISTIC
+        return name in DETERMINISTIC
 
     @property
     def calls_per_step(self) -> int:
         """Largest number of model calls of the sampler per step."""
-        return CALLS_PER_STEP.get(self.inputs.sampler_name, 1)
+        return CALLS_PER_STEP.get(self.inputs.base_sampler or "", 1)
 
     def batch_size(self, count: int) -> int:
         """Number of noises, of ``count`` in total, to sample in one batch.
 
         It is 1 if noises in one batch would influence each other, otherwise as many as fit in memory.
         """
-        positive, negative = self.inputs.positive, self.inputs.negative
-        if count < 2 or not self.deterministic or not rows_are_independent(self.model, positive, negative):
+        if count < 2 or not self.deterministic or not self.inputs.guides_rows_independently:
+            return 1
+        if not rows_are_independent(self.model, self.inputs.conds):
             return 1
         free = comfy.model_management.get_free_memory(self.model.load_device)
         shape = self.samples.shape[1:]
@@ -214,16 +178,21 @@ class ComfySeedSampler:
         return None if self.gradients is None else self.gradients.cost
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
-        """Scores [N] of ``latents``, a list with one element: the latents [N, C, h, w] that ``generate`` returned."""
-        return self.scorer.host_loss([self.to_model(x) for x in latents])
+        """Scores [N] of ``latents``, a list with one element: the latents [N, C, *S] that ``generate`` returned."""
+        return self.scorer.host_loss([self.to_model(self.layout.pictures(x)) for x in latents])
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Images [N, H, W, 3] in 0..1 of latents [N, C, h, w] that ``generate`` returned."""
-        return self.scorer.models["vae"].decode(latent)
+        """Images [N, H, W, 3] in 0..1 of latents [N, C, *S] that ``generate`` returned; videos as strips of the scored
+        frames, side by side."""
+        return filmstrips(self.scorer.models["vae"].decode(self.layout.pictures(latent)))
 
     def inversions(self) -> dict[int, Tensor]:
-        """Inverted noises [1, C, h, w] of the references, by their numbers from 1. References left out are missing."""
+        """Inverted noises [1, C, *S] of the references, by their numbers from 1. References left out are missing."""
         references = self.scorer.latents
+        if self.layout.nested:
+            raise ValueError(
+                "the references have no audio, so they cannot be inverted to the noise of a video with audio; use start noise"
+            )
         progress = SeedProgress(self.model, INVERSION_STEPS * len(references))
         progress.show(text=f"inverting {len(references)} references")
 
@@ -244,12 +213,15 @@ class ComfySeedSampler:
         self, settings: SessionSettings, models: ScoringModels | None = None, scorer: ReferenceScorer | None = None
     ) -> Session:
         """Session with the inputs of this sampler; ``models`` and ``scorer``: see Session."""
-        inputs = replace(self.inputs, cfg=self.inputs.cfg if settings.cfg is None else settings.cfg)
-        sigmas = self.sigmas(settings.steps, settings.sampler)
+        sampling = sampling_of(self.model)
+        try:
+            kind = family(sampling)
+        except ValueError as error:
+            raise ValueError(f"{unsupported(sampling)}, or mode search with start noise") from error
         return Session(
-            inputs=inputs,
-            sigmas=sigmas,
-            kind=self.kind,
+            inputs=self.inputs,
+            sigmas=self.sigmas(settings.steps, settings.sampler),
+            kind=kind,
             settings=settings,
             counter=self.counter,
             models=models or {},

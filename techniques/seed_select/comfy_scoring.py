@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...common.shapes import size_of
-from ...host.images import check_vae, embeddings, encode
+from ...host.images import check_decodes, embeddings, encode, evenly_taken_frames
 from .losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
 from .references import Selection, nearest_to_centre
 
-IMAGE_VAE = "use the VAE of an image model"  # remedy for a VAE of video or audio
+OWN_VAE = "connect the VAE of this model"  # remedy for a VAE that does not decode the latents
+FRAMES = 4  # frames of a video that are compared with the references, evenly taken
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,13 +42,16 @@ class ScoringModels(TypedDict, total=False):
 class ReferenceScorer:
     """Scores latents against the references.
 
-    The references are resized to the image size of the latent ``samples`` [1, C, h, w]. They are encoded once, to
-    ``latents`` [K, C, h, w] in the model's scale. With ``references_used`` above 0, K is this number, and ``selection``
-    holds which references were used. They are compared by their clip_vision embeddings if it is connected, otherwise by
-    their latents.
+    The references are resized to the image size of the latent ``samples`` [1, C, *S]. They are encoded once, to
+    ``latents`` [K, C, *S] in the model's scale. S is (h, w) for images and (T, h, w) for videos, for which each reference is
+    encoded as a video that does not change. With ``references_used`` above 0, K is this number, and ``selection`` holds
+    which references were used. They are compared by their clip_vision embeddings if it is connected, otherwise by their
+    latents.
+
+    The semantic loss of a video is the mean over FRAMES evenly taken frames.
 
     The constructor raises a ValueError for references that show no concept or are not RGB, more references to use than
-    there are, a VAE of another model or of video, and a loss weight above 0 without the model that it needs.
+    there are, a VAE that does not decode ``samples``, and a loss weight above 0 without the model that it needs.
     """
 
     def __init__(self, settings: ScoringSettings, model: ModelPatcher, samples: Tensor) -> None:
@@ -58,7 +62,7 @@ class ReferenceScorer:
                 f"expected RGB images [batch, height, width, 3] for references, got {size_of(references)}; repeat the grey"
                 " channel three times"
             )
-        check_vae(vae, IMAGE_VAE)
+        check_decodes(vae, samples.shape, OWN_VAE)
         clip_vision = settings.clip_vision if settings.semantic_weight > 0.0 else None
         self.models: ScoringModels = {"vae": vae}
         if clip_vision is not None:
@@ -86,12 +90,26 @@ class ReferenceScorer:
         """Loss of latents in the model's scale.
 
         ``to_latent`` converts latents to the VAE's scale, ``decode`` converts these to images, and ``embed`` converts the
-        images to embeddings. ``embed`` may be None if semantic_weight is 0.
+        images to embeddings. ``embed`` may be None if semantic_weight is 0. Of videos, FRAMES frames are embedded.
         """
+
+        def embedded(x: Tensor) -> Tensor:
+            assert embed is not None  # checked below
+            images = decode(to_latent(x))
+            if images.ndim == 4:
+                return embed(images)
+            frames = evenly_taken_frames(images, FRAMES)  # [B, F', H, W, 3]
+            return embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
         return ReferenceLoss(
             latent_centroid(self.latents),
             self._embedding,
-            None if self._embedding is None or embed is None else lambda x: embed(decode(to_latent(x))),
+            None if self._embedding is None or embed is None else embedded,
             semantic_weight=self._settings.semantic_weight,
             appearance_weight=self._settings.appearance_weight,
         )
+
+
+def filmstrips(images: Tensor) -> Tensor:
+    """Images [B, H, F' W, 3]: the frames of videos [B, F, H, W, 3] that are scored, side by side. Images stay as they are."""
+    return images if images.ndim == 4 else evenly_taken_frames(images, FRAMES).movedim(1, 2).flatten(2, 3)

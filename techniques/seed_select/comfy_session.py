@@ -4,6 +4,8 @@ The session is a sampler passed to the guider, so everything on the MODEL is act
 blend of several models. Predictions and runs are differentiable if gradients are enabled. Latents are in the model's
 scale; ``to_latent`` converts them to the VAE's scale. B samples are computed one by one, so they do not influence each
 other and need only the memory of one sample.
+
+Shapes: latents are packed (see comfy_latents), [B, C, *S]: S is (h, w) for images and (T, h, w) for videos.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +15,6 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import torch
 from comfy.model_base import BaseModel
@@ -23,18 +24,19 @@ from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ...host import images
-from ...host.attachments import Conditioning
 from ...host.autograd_copies import AutogradCopies, clone_tensors
 from ...host.gradients import Recorder, gradients, require_memory
 from ...host.parametrization import FLOW
 from .comfy_counting import RowCounter
 from .comfy_differentiable import check_differentiable, comparison
-from .comfy_scoring import IMAGE_VAE, ReferenceScorer, ScoringModels
+from .comfy_inputs import KSamplerInputs, further_models
+from .comfy_latents import LatentLayout, draw_noise
+from .comfy_scoring import OWN_VAE, ReferenceScorer, ScoringModels, filmstrips
 from .sampler import GradientCost
 
 KEY = "chorus_seed"
 LATE_STEPS = 3  # the authors' loss uses the latents after each of the last three steps
-Denoise = Callable[[int, Tensor], Tensor]  # step number, x [1, C, h, w] -> x0
+Denoise = Callable[[int, Tensor], Tensor]  # step number, x [1, C, *S] -> x0
 T = TypeVar("T")
 
 
@@ -63,40 +65,13 @@ def _dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[tuple[Ten
 STEPPERS = {"euler": _euler, "ddim": _euler, "dpmpp_2m": _dpmpp_2m}  # differentiable implementation by sampler name
 
 
-@torch.inference_mode(False)
-def draw_noise(latent: Mapping[str, Any], seed: int) -> Tensor:
-    """Noise [1, C, h, w] that KSampler draws for ``seed`` and a LATENT of one image."""
-    return comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class KSamplerInputs:
-    """Inputs of KSampler.
-
-    ``latent_image``: LATENT of one image, with or without a noise mask. ``seed``: seed of the noise that stochastic
-    samplers add during a run. Exception: if ``ComfySeedSampler.noise_of`` drew the initial noise from a seed, the run
-    uses that seed.
-    """
-
-    model: ModelPatcher
-    positive: Conditioning
-    negative: Conditioning
-    latent_image: Mapping[str, Any]
-    steps: int
-    cfg: float
-    sampler_name: str
-    scheduler: str
-    denoise: float = 1.0
-    seed: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class SessionSettings:
     """Settings of a session. If ``steps`` or ``cfg`` is None, the value in KSamplerInputs is used."""
 
     gradients: bool = True
     steps: int | None = None
-    sampler: str = "euler"  # one of STEPPERS
+    sampler: str | None = "euler"  # one of STEPPERS; None: a sampler without a name, which is refused
     cfg: float | None = None
     seed: int = 0  # seed of noise that ComfyUI adds besides the initial noise
     last_steps: int | None = None  # number of last steps in which the gradient flows through the denoiser; None: all
@@ -121,14 +96,15 @@ class Session:
     def __post_init__(self) -> None:
         settings, steps = self.settings, len(self.sigmas) - 1
         if settings.sampler not in STEPPERS:
-            raise ValueError(f"the sampler {settings.sampler} has no gradient; use one of {', '.join(STEPPERS)}")
+            name = settings.sampler or "connected to sampler"
+            raise ValueError(f"the sampler {name} has no gradient; use one of {', '.join(STEPPERS)} without options")
         if settings.last_steps is not None and not 1 <= settings.last_steps <= steps:
             raise ValueError(
                 f"last_steps {settings.last_steps} is not between 1 and {steps}, the number of steps of an optimisation"
                 " run; use 0 to backpropagate through all steps"
             )
         if "vae" in self.models:
-            images.check_vae(self.models["vae"], IMAGE_VAE)
+            images.check_decodes(self.models["vae"], self.layout.picture_shape, OWN_VAE)
         if "clip_vision" in self.models:
             images.check_clip_vision(self.models["clip_vision"])
         if settings.sampler == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
@@ -137,7 +113,11 @@ class Session:
                 " which generates the same images as ddim if there is no mask"
             )
         if settings.gradients:
-            check_differentiable(self.inputs.model, self.inputs.positive, self.inputs.negative)
+            check_differentiable([self.inputs.model, *self.inputs.further_models], self.inputs.conds)
+
+    @property
+    def layout(self) -> LatentLayout:
+        return LatentLayout.of(self.inputs.latent_image["samples"])
 
     @property
     def cost(self) -> GradientCost:
@@ -168,7 +148,8 @@ class Session:
         patchers = {name: model.patcher for name, model in wired.items() if model is not None}
         copies = {name: weights(p) if weights else p.clone() for name, p in patchers.items()}
         loaded: list[ModelPatcher] = []
-        compare = {"denoiser": comparison(inputs.model)} if settings.gradients else {}
+        models = [inputs.model, *inputs.further_models]
+        compare = {"denoiser": comparison(models)} if settings.gradients else {}
         checkpoint = settings.checkpoint or not settings.gradients
         recorder = Recorder(checkpoint, self._memory_check(model, loaded, copies), compare)
 
@@ -182,12 +163,12 @@ class Session:
         modules = {name: patcher.model for name, patcher in copies.items()}
         session = OpenSession(self, work, recorder, modules)
 
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(clone_tensors(inputs.positive), clone_tensors(inputs.negative))
-        guider.set_cfg(inputs.cfg)
+        copied = weights or ModelPatcher.clone
+        guider = inputs.copied_guider(model, copied, settings.cfg)
         noise, sigmas = draw_noise(inputs.latent_image, settings.seed), self.sigmas.clone()
         latent, mask = (clone_tensors(inputs.latent_image.get(name)) for name in ("samples", "noise_mask"))
-        with self.counter.counting(model, inputs.positive, inputs.negative, recorder), recorder.recording():
+        running = [model, *further_models(guider).values()]
+        with self.counter.counting(running, guider.original_conds, recorder), recorder.recording():
             guider.sample(noise, latent, session, sigmas, mask, disable_pbar=True, seed=settings.seed)
         return session.result
 
@@ -195,16 +176,21 @@ class Session:
         self, model: ModelPatcher, loaded: Sequence[ModelPatcher], copies: Mapping[str, ModelPatcher]
     ) -> Callable[[str, int], None]:
         """The ``check`` of a Recorder: raises a MemoryError if a gradient does not fit beside the ``loaded`` models."""
-        settings, shape = self.settings, self.inputs.latent_image["samples"].shape
+        settings, layout = self.settings, self.layout
+        shape = layout.picture_shape
 
         def check(what: str, size: int) -> None:
             device, remedy = model.load_device, "use a smaller latent_image, or mode search, which needs no gradient"
             if what == "denoiser":
-                remedy = remedy if self.inputs.cfg == 1.0 else f"set cfg to 1 (needs about half the memory), {remedy}"
+                remedy = (
+                    remedy
+                    if self.inputs.guider or self.inputs.cfg == 1.0
+                    else f"set cfg to 1 (needs about half the memory), {remedy}"
+                )
                 if not settings.checkpoint:
                     size *= settings.last_steps or len(self.sigmas) - 1
                     remedy = f"switch checkpointing on, lower last_steps, {remedy}"
-                size += model.memory_required([2, *shape[1:]])
+                size += model.memory_required([2, *layout.packed_size])
             elif what == "VAE":
                 vae, device = self.models["vae"], copies["vae"].load_device
                 size += vae.memory_used_decode(shape, vae.vae_dtype)
@@ -244,6 +230,7 @@ class OpenSession(comfy.samplers.Sampler):
         self.flow, self.work = session.kind == FLOW, work
         self.result: Any = None
         self._settings, self._scorer, self._models = session.settings, session.scorer, session.models
+        self._layout = session.layout
         self._recorder, self._modules = recorder, modules
 
     def sample(
@@ -260,7 +247,7 @@ class OpenSession(comfy.samplers.Sampler):
         """Called by ComfyUI's guider in place of sampling; stores the return value of ``work`` in ``result``."""
         self.sigmas = sigmas.clone()  # of all steps and the final 0
         self.device, self._guider, self._args = guider.model_patcher.load_device, guider, extra_args
-        self._latent_image, self._mask = latent_image, denoise_mask  # [1, C, h, w]
+        self._latent_image, self._mask = latent_image, denoise_mask  # [1, C, *S]
         self.result = self.work(self)
         return torch.zeros_like(noise)
 
@@ -270,11 +257,11 @@ class OpenSession(comfy.samplers.Sampler):
         return dict(self._recorder.sizes)
 
     def start(self, noise: Tensor) -> Tensor:
-        """Initial x [B, C, h, w] at sigmas[0] for ``noise`` [B, C, h, w], as in ComfyUI's samplers."""
+        """Initial x [B, C, *S] at sigmas[0] for ``noise`` [B, C, *S], as in ComfyUI's samplers."""
         return self._scaled(noise.to(self.device, torch.float32), self._latent_image)
 
     def noise_of(self, x: Tensor) -> Tensor:
-        """Noise [B, C, h, w] for which ``start`` returns ``x`` [B, C, h, w]; ``start`` is affine in the noise."""
+        """Noise [B, C, *S] for which ``start`` returns ``x`` [B, C, *S]; ``start`` is affine in the noise."""
         zeros = torch.zeros_like(self._latent_image)
         return (x.to(self.device) - self._scaled(zeros, self._latent_image)) / self._scaled(zeros + 1, zeros)
 
@@ -283,7 +270,7 @@ class OpenSession(comfy.samplers.Sampler):
         return self._guider.inner_model.model_sampling.noise_scaling(self.sigmas[0], noise, latent_image, full)
 
     def to_model(self, latent: Tensor) -> Tensor:
-        """Convert a latent [B, C, h, w] from the VAE's scale to the model's scale."""
+        """Convert a latent [B, C, *S] from the VAE's scale to the model's scale."""
         return self._guider.inner_model.process_latent_in(latent)
 
     def to_latent(self, x: Tensor) -> Tensor:
@@ -291,7 +278,7 @@ class OpenSession(comfy.samplers.Sampler):
         return self._guider.inner_model.process_latent_out(x)
 
     def denoise(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """x0 [B, C, h, w], predicted with guidance for ``x`` [B, C, h, w] at ``sigma`` (a number or [B]).
+        """x0 [B, C, *S], predicted with guidance for ``x`` [B, C, *S] at ``sigma`` (a number or [B]).
 
         Used for inversions. It does not apply the noise mask, for which the initial noise of a run would be needed.
         """
@@ -304,16 +291,17 @@ class OpenSession(comfy.samplers.Sampler):
         return torch.cat(predictions).to(x.device)
 
     def unroll(self, noise: Tensor) -> list[Tensor]:
-        """Latents [B, C, h, w] after each of the last steps of a run from ``noise`` [B, C, h, w], for ``score``."""
+        """Latents [B, C, *S] after each of the last steps of a run from ``noise`` [B, C, *S], for ``score``."""
         return self.generate(noise, min(LATE_STEPS, len(self.sigmas) - 1))
 
     def score(self, latents: Sequence[Tensor]) -> Tensor:
         """Differentiable score [B] of the latents that ``unroll`` returned, against the references."""
         assert self._scorer is not None  # the caller has created the session with a ``scorer``
-        return self._scorer.loss(self.embed, self.decode, self.to_latent)(latents)
+        loss = self._scorer.loss(self.embed, self.decode, self.to_latent)
+        return loss([self._layout.pictures(x) for x in latents])
 
     def generate(self, noise: Tensor, late: int = 1) -> list[Tensor]:
-        """Latents [B, C, h, w] after each of the last ``late`` steps, the final latent last, on the device of ``noise``.
+        """Latents [B, C, *S] after each of the last ``late`` steps, the final latent last, on the device of ``noise``.
 
         For variance-exploding models the noisy latents before the final one are in VP scale, x / sqrt(1 + sigma^2). For
         flow models the predictions of x0 replace the noisy latents.
@@ -329,7 +317,9 @@ class OpenSession(comfy.samplers.Sampler):
     def _path(self, noise: Tensor, late: int) -> list[Tensor]:
         noise = noise.to(self.device, torch.float32)
         steps, latents = len(self.sigmas) - 1, []
-        stepper = STEPPERS[self._settings.sampler](self._denoiser(noise), self.start(noise), self.sigmas)
+        sampler = self._settings.sampler
+        assert sampler is not None  # the session has refused it
+        stepper = STEPPERS[sampler](self._denoiser(noise), self.start(noise), self.sigmas)
         for i, (x, denoised) in enumerate(stepper, start=1):
             if steps - late < i < steps:
                 latents.append(denoised if self.flow else x / (1 + self.sigmas[i] ** 2) ** 0.5)
@@ -355,8 +345,12 @@ class OpenSession(comfy.samplers.Sampler):
 
         return denoise
 
+    def pictures(self, latent: Tensor) -> Tensor:
+        """Images [B, H, W, 3] in 0..1 of latents in the VAE's scale, for display; videos as strips of the scored frames."""
+        return filmstrips(self.decode(self._layout.pictures(latent)))
+
     def decode(self, latent: Tensor) -> Tensor:
-        """Images [B, H, W, 3] in 0..1 of latents [B, C, h, w] in the VAE's scale."""
+        """Images [B, H, W, 3] or videos [B, F, H, W, 3] in 0..1 of latents that the VAE decodes, in its scale."""
         self._check_wired("vae")
         vae, module = self._models["vae"], self._modules["vae"]
         rows = [self._recorder("VAE", lambda z: images.decode(vae, module, z), z) for z in latent.split(1)]

@@ -6,7 +6,8 @@ mean of the references' latents. The means are called centroids. Formulas, weigh
 authors' code (dvirsamuel/SeedSelect, 8a1f3d4). The code's sum of the two losses differs from the paper's
 λ L_sem + (1 − λ) L_app only by a factor: the weights 10 and 1 correspond to λ = 10/11.
 
-Shapes: K references, B samples, C channels, S spatial axes (H, W), D numbers of an embedding. All latents, including
+Shapes: K references, B samples, C channels, S spatial axes (H, W; of a video
+T, H, W), D numbers of an embedding. All latents, including
 the references' latents, are in the diffusion model's scale.
 """
 
@@ -82,9 +83,11 @@ def step_weights(count: int) -> tuple[float, ...]:
 def semantic_loss(embeddings: Sequence[Tensor], centroid: Tensor) -> Tensor:
     """L_sem [B] = Σ_j w_j (1 − cos(f_j, μ_v)).
 
-    f_j [B, D] are the embeddings after each of the last one to three steps, and w_j are their ``step_weights``.
+    f_j [B, D] are the embeddings after each of the last one to three steps, and w_j are their ``step_weights``. Of videos,
+    f_j [B, F, D] are those of F frames, and the loss is the mean over the frames (not in the paper, which has images).
     """
     distances = [1 - (f / f.norm(dim=-1, keepdim=True)) @ centroid.to(f) for f in embeddings]
+    distances = [d if d.ndim == 1 else d.mean(1) for d in distances]
     return sum(w * l for w, l in zip(step_weights(len(distances)), distances, strict=True))
 
 
@@ -104,9 +107,9 @@ class ReferenceLoss:
     A call takes the latents [B, C, *S] after each of the last one to three steps, the final latent last. The earlier
     latents are noisy ones in ``vp_scale``, or for flow models the estimates of x0. A search passes only the final latent.
 
-    ``latents`` and ``embedding`` are the centroids of the references' latents and embeddings. ``embed(latents) -> [B, D]``
-    decodes latents and embeds the images. ``embed`` and ``embedding`` may be None if semantic_weight is 0, and ``latents``
-    may be None if appearance_weight is 0.
+    ``latents`` and ``embedding`` are the centroids of the references' latents and embeddings. ``embed(latents)`` decodes
+    latents and embeds the images, -> [B, D], or the frames of videos, -> [B, F, D]. ``embed`` and ``embedding`` may be None
+    if semantic_weight is 0, and ``latents`` may be None if appearance_weight is 0.
     """
 
     def __init__(

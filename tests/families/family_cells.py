@@ -222,14 +222,15 @@ def seed_search(models):
 
     samples = models.family.latent()
     height, width = positions(samples)
-    channels = parts(samples["samples"])[0].shape[1]
+    first = parts(samples["samples"])[0]
+    video = models.family.latent_format().latent_dimensions == 3
     inputs = dict(
         candidates=2,
         first_steps=1,
         survivors=0.5,
         semantic_weight=0.0,
         references=torch.rand(2, 8 * height, 8 * width, 3, generator=torch.Generator().manual_seed(4)),
-        vae=tiny_vae(channels),
+        vae=tiny_vae(first.shape[1], video=video),
     )
     positive, negative = models.prompts
     wired = dict(model=models.base, positive=positive, negative=negative, latent_image=samples)

@@ -113,7 +113,11 @@ INVALID_FILES = {
     "negative seed": (lambda: file_of({"noise": noise_of()}, **{**METADATA, "seed": "-1"}), "or a seed"),
     "no noise": (lambda: file_of({"latent": noise_of()}, **METADATA), "holds latent instead of noise"),
     "dtype": (lambda: file_of({"noise": noise_of().long()}, **METADATA), "torch.int64 1x4x16x16"),
-    "five axes": (lambda: file_of({"noise": noise_of(1, 4, 2, 16, 16)}, **METADATA), "1x4x2x16x16"),
+    "two axes": (lambda: file_of({"noise": noise_of(16, 16)}, **METADATA), "got torch.float32 16x16"),
+    "missing part": (
+        lambda: file_of({"noise": noise_of(), "noise_3": noise_of()}, **METADATA),
+        "holds noise, noise_3 instead of noise",
+    ),
     "beyond float32": (lambda: file_of({"noise": noise_of().double() * 1e300}, **METADATA), "are not finite"),
     "not finite": (lambda: file_of({"noise": noise_of() / (noise_of().abs() > 2)}, **METADATA), "are not finite"),
 }
@@ -181,7 +185,7 @@ def test_saved_seed_reproduces_image_in_custom_sampler(sampler):
         ),
         (torch.zeros(2, 4, 16, 16), "got batch size 2, 4 channels.*set batch_size to 1"),
         (torch.zeros(1, 16, 16, 16), "same latent space"),
-        (torch.zeros(1, 4, 2, 16, 16), "the shape 1x4x2x16x16; use a model"),
+        (torch.zeros(1, 4, 2, 16, 16), "got batch size 1, 4 channels, 2 frames, height 16 and width 16; use a model"),
     ],
 )
 def test_latent_whose_shape_differs_from_the_noise_rejected(samples, message):
@@ -191,7 +195,9 @@ def test_latent_whose_shape_differs_from_the_noise_rejected(samples, message):
 
 def test_nested_latent_rejected():
     nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 16, 16), torch.zeros(1, 8, 5)])
-    with pytest.raises(ValueError, match=r"nested latent \(video with audio\)"):
+    with pytest.raises(
+        ValueError, match=r"expected one latent as for the noise, got a nested latent \(video with audio\)"
+    ):
         SeedNoise(noise_of(), 0).generate_noise({"samples": nested})
 
 

@@ -530,7 +530,7 @@ def test_non_finite_score_error_names_its_seed(model, select):
         ),
         (
             dict(latent_image={"samples": torch.zeros(1, 12, 3, 8, 8)}),
-            "got the size 1x12x3x8x8; use a model whose latents have these four axes",
+            r"expected an image latent \[1, C, h, w\] for BaseModel, got the size 1x12x3x8x8",
         ),
         (dict(mode="optimize", sampler_name="dpmpp_2m_sde"), "the sampler dpmpp_2m_sde has no gradient"),
         (dict(mode="search+optimize", last_steps=9), "last_steps 9 is not between 1 and 4"),
@@ -556,7 +556,7 @@ def test_model_without_a_gradient_rejected_before_the_search(model, select):
 
 def test_nested_latents_and_vae_of_another_model_rejected(select):
     nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 8, 5)])
-    with pytest.raises(ValueError, match="nested latent"):
+    with pytest.raises(ValueError, match="got the size 1x4x2x8x8 of a nested latent"):
         select(latent_image={"samples": nested})
     with pytest.raises(ValueError, match="VAE makes latents of 1x12x8x8 and the model samples 1x4x8x8"):
         select(model=unet(0))

@@ -251,7 +251,7 @@ def test_noise_and_latent_are_not_inference_tensors(model):
     ("samples", "settings", "message"),
     [
         ({"samples": torch.zeros(2, 4, 16, 16)}, {}, "2 latents.*batch_size to 1"),
-        ({"samples": torch.zeros(1, 4, 3, 16, 16)}, {}, "1x4x3x16x16; use a model whose latents have these four axes"),
+        ({"samples": torch.zeros(1, 4, 3, 16, 16)}, {}, "1x4x3x16x16; connect an empty latent of this"),
         ({**latent(), "noise_mask": torch.ones(2, 16, 16)}, {}, "expected one noise mask in latent_image, got 2"),
         (latent(), {"denoise": 0.0}, "denoise 0 generate nothing"),
         (latent(), {"steps": 0}, "0 steps"),
@@ -265,9 +265,9 @@ def test_invalid_inputs_rejected(model, samples, settings, message):
 
 def test_nested_latents_and_image_to_image_models_rejected(model):
     nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 16, 16), torch.zeros(1, 8, 5)])
-    with pytest.raises(ValueError, match="nested latent"):
+    with pytest.raises(ValueError, match="got the size 1x4x2x16x16 of a nested latent"):
         seed_sampler(model, {"samples": nested})
-    with pytest.raises(ValueError, match=r"the noise process .* is not supported"):
+    with pytest.raises(ValueError, match="BaseModel is an image-to-image model"):
         seed_sampler(unet(0, "img_to_img"))
 
 
