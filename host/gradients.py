@@ -228,10 +228,12 @@ def _check_same(what: str, before: Tensor, after: Tensor) -> None:
         raise ValueError(f"the output of the {what} is not finite (NaN or infinite); run the model in a wider dtype")
     off = float((after - before).norm() / before.norm().clamp(min=1e-20))
     if not off <= SAME:
+        cause = "a patch on the MODEL is random or depends on earlier steps; remove the patch, or use mode search"
+        if what != "denoiser":
+            cause = f"the {what} adds random noise; use mode search"
         raise ValueError(
             f"the {what} returned another result when it was recomputed for its gradient ({100 * off:.2g} % off;"
-            f" rounding explains up to {100 * SAME:g} %): a patch on the MODEL is random or depends on earlier"
-            " steps; remove the patch, or use mode search"
+            f" rounding explains up to {100 * SAME:g} %): {cause}"
         )
 
 

@@ -147,6 +147,8 @@ def test_centroid_and_paths_are_on_the_device_of_their_noises(gpus):
 def test_losses_with_centroids_on_another_device_never_wait(gpus):
     with gpus:
         f, z = torch.rand(2, 5, device="cuda"), torch.rand(2, 4, 6, 8, device="cuda")
+        frames = torch.rand(2, 3, 5, device="cuda")
         with gpus.steps():
             semantic_loss([f, f], f[0].to("cuda:1"))
+            semantic_loss([frames], f[0].to("cuda:1"))
             appearance_loss(z, z[:1].to("cuda:1"))

@@ -81,6 +81,14 @@ def test_seed_and_noise_reproduce_the_samples_bit_for_bit(run, comfy):
 
 
 @pytest.mark.slow
+def test_seed_and_noise_reproduce_the_samples_of_the_connected_guider_and_sigmas(run):
+    connected = {name: [name, 0] for name in ("guider", "sigmas", "sampler")}
+    latents, _ = run(**connected, cfg=9.0, steps=7, scheduler="beta", seed=60)
+    assert torch.equal(latents["plain"], latents["select"])
+    assert torch.equal(latents["advanced"], latents["select"])
+
+
+@pytest.mark.slow
 def test_only_the_optimised_noise_reproduces_the_samples(run):
     latents, _ = run(mode="optimize", iterations=4)
     assert torch.equal(latents["advanced"], latents["select"])

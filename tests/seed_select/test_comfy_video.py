@@ -180,6 +180,14 @@ def test_image_vae_decodes_the_image_model_of_a_video_family():
     assert equal(samples["samples"], small.plain(seed))
 
 
+def test_optimisation_through_a_vae_that_adds_noise_is_refused(monkeypatch, vision):
+    small = Small(IMAGE_OF_VIDEO_FAMILY)
+    decode = small.vae.first_stage_model.decode
+    monkeypatch.setattr(small.vae.first_stage_model, "decode", lambda z: decode(z + torch.randn_like(z)))
+    with pytest.raises(ValueError, match="the VAE adds random noise; use mode search"):
+        small.select(mode="optimize", semantic_weight=10.0, clip_vision=vision)
+
+
 def test_audio_latent_rejected():
     family = FAMILIES["StableAudio"]
     small = Small.__new__(Small)
