@@ -77,14 +77,14 @@ class SaveCasDMHead(io.ComfyNode):
                 CasDMHeadSocket.Input("head", tooltip="From Train Cas-DM Head."),
                 filename_prefix(PREFIX),
             ],
-            outputs=[],
+            outputs=[CasDMHeadSocket.Output("head", display_name="head", tooltip="The saved head.")],
         )
 
     @classmethod
     def execute(cls, head: Head, filename_prefix: str) -> io.NodeOutput:
         path = save_head(*to_file(head), filename_prefix)
         log.info("SaveCasDMHead: %s", path)
-        return io.NodeOutput()
+        return io.NodeOutput(head)
 
 
 @checks_inputs

@@ -89,14 +89,14 @@ class SaveFaceRefiner(io.ComfyNode):
                 FaceRefinerSocket.Input("refiner", tooltip="From Load Face Refiner or Train Face Refiner."),
                 filename_prefix(FILES.example),
             ],
-            outputs=[],
+            outputs=[FaceRefinerSocket.Output("refiner", display_name="refiner", tooltip="The saved refiner.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
     def execute(cls, refiner: FaceRefinerModel, filename_prefix: str) -> io.NodeOutput:
         saved = save_refiner(refiner, filename_prefix, workflow_metadata(cls.hidden))
-        return io.NodeOutput(ui={"face_refiner": [saved]})
+        return io.NodeOutput(refiner, ui={"face_refiner": [saved]})
 
 
 @checks_inputs

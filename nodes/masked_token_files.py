@@ -27,7 +27,7 @@ class SaveMaskedTokens(io.ComfyNode):
                 ),
                 filename_prefix("tokens/ComfyUI"),
             ],
-            outputs=[],
+            outputs=[TokensSocket.Output("tokens", display_name="tokens", tooltip="The saved tokens.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
@@ -35,7 +35,7 @@ class SaveMaskedTokens(io.ComfyNode):
     def execute(cls, tokens: Tokens, filename_prefix: str) -> io.NodeOutput:
         sizes = {"codebook": tokens.codebook, "mask_id": tokens.mask_id, "downscale": tokens.downscale}
         saved = save_ids(tokens.ids, sizes, filename_prefix, workflow_metadata(cls.hidden))
-        return io.NodeOutput(ui={"tokens": [saved]})
+        return io.NodeOutput(tokens, ui={"tokens": [saved]})
 
 
 @checks_inputs

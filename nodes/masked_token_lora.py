@@ -140,14 +140,14 @@ class SaveMaskedTokenLora(io.ComfyNode):
                 MaskedTokenLoraSocket.Input("lora", tooltip="From Train Masked Token LoRA."),
                 filename_prefix(PREFIX, " Load Masked Token LoRA lists the files in loras/."),
             ],
-            outputs=[],
+            outputs=[MaskedTokenLoraSocket.Output("lora", display_name="lora", tooltip="The saved LoRA.")],
         )
 
     @classmethod
     def execute(cls, lora: Lora, filename_prefix: str) -> io.NodeOutput:
         path = write_lora(filename_prefix, *to_file(lora))
         logging.info("SaveMaskedTokenLora: saved %s", path)
-        return io.NodeOutput()
+        return io.NodeOutput(lora)
 
 
 @checks_inputs

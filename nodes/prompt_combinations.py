@@ -2,7 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..common.settings import check_share
 from ..techniques.face_refiner.prompt_combinations import ORDERS, PromptCombinations
+from . import machine_widgets
 from .checked_inputs import checks_inputs
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -59,6 +61,11 @@ class PromptCombinationsNode(io.ComfyNode):
                     tooltip="spread: even if you stop early, all choices occur about equally often. listed: the last"
                     " choice changes fastest.",
                 ),
+                machine_widgets.share(
+                    "If several machines build one data set: number of this machine, from 0. Prompt and seed are those of index *"
+                    " shares + share, so that no two machines use the same seed."
+                ),
+                machine_widgets.shares("Number of machines that build one data set. share must be lower."),
             ],
             outputs=[
                 io.String.Output("prompt", display_name="prompt"),
@@ -68,8 +75,19 @@ class PromptCombinationsNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, template: str, variables: str, index: int, first_seed: int, order: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        template: str,
+        variables: str,
+        index: int,
+        first_seed: int,
+        order: str,
+        share: int = 0,
+        shares: int = 1,
+    ) -> io.NodeOutput:
+        check_share(share, shares)
         prompts = PromptCombinations(template, variables, order)
+        index = index * shares + share
         return io.NodeOutput(prompts.prompt(index), (first_seed + index) & MAX_SEED, prompts.total)
 
 

@@ -23,7 +23,7 @@ class SaveSeed(io.ComfyNode):
                 io.Noise.Input("noise", tooltip="From Seed Select or Load Seed."),
                 filename_prefix("seeds/ComfyUI"),
             ],
-            outputs=[],
+            outputs=[io.Noise.Output("noise", display_name="noise", tooltip="The saved noise.")],
         )
 
     @classmethod
@@ -33,7 +33,7 @@ class SaveSeed(io.ComfyNode):
                 f"expected a noise of Seed Select or Load Seed, got {type(noise).__name__}, which holds no values to save;"
                 " connect one of these nodes, or write down the integer seed instead"
             )
-        return io.NodeOutput(ui={"seeds": [save_seed(noise, filename_prefix)]})
+        return io.NodeOutput(noise, ui={"seeds": [save_seed(noise, filename_prefix)]})
 
 
 @checks_inputs

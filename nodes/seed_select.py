@@ -24,7 +24,9 @@ from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, ComfySe
 from ..techniques.seed_select.comfy_scoring import ScoringSettings
 from ..techniques.seed_select.comfy_session import OpenSession, SessionSettings
 from ..techniques.seed_select.optimize import OptimizeSettings
+from ..techniques.seed_select.seed_list import parse_seeds
 from ..techniques.seed_select.select import MODES, STARTS, SeedSelectSettings
+from . import machine_widgets
 from .checked_inputs import checks_inputs
 
 
@@ -271,6 +273,20 @@ class SeedSelect(io.ComfyNode):
                     tooltip="The guider of SamplerCustomAdvanced. It replaces model, positive, negative and cfg; connect its model to"
                     " model.",
                 ),
+                machine_widgets.share(
+                    "If several machines search together: number of this machine, from 0. It searches the seeds seed + share, seed +"
+                    " share + shares and so on, as many as candidates states. Needs start noise."
+                ),
+                machine_widgets.shares("Number of machines that search together. share must be lower."),
+                io.String.Input(
+                    "seeds",
+                    optional=True,
+                    default="",
+                    advanced=True,
+                    tooltip="Searches these seeds, such as 1022, 1014, to compare the best of several machines. The inputs seed,"
+                    " candidates and share are then not used. If first_steps equals steps, the final images of all seeds are"
+                    " compared. Needs start noise. Empty: off.",
+                ),
             ],
             outputs=[
                 io.Noise.Output(
@@ -339,6 +355,9 @@ class SeedSelect(io.ComfyNode):
         sigmas: Tensor | None = None,
         sampler: Sampler | None = None,
         guider: CFGGuider | None = None,
+        share: int = 0,
+        shares: int = 1,
+        seeds: str | None = "",
     ) -> io.NodeOutput:
         weights = dict(semantic_weight=semantic_weight, appearance_weight=appearance_weight)
         optimize = OptimizeSettings(
@@ -373,6 +392,9 @@ class SeedSelect(io.ComfyNode):
             survivors=survivors,
             optimized=optimized,
             optimize=optimize,
+            share=share,
+            shares=shares,
+            seeds=parse_seeds(seeds or ""),
         )
         scoring = ScoringSettings(
             references=references, vae=vae, clip_vision=clip_vision, references_used=references_used, **weights

@@ -58,7 +58,14 @@ class SaveTrainingPairs(io.ComfyNode):
                     tooltip="Folder below the output folder, for source/00001.png, target/00001.png and prompts.jsonl.",
                 ),
             ],
-            outputs=[],
+            outputs=[
+                io.Image.Output(
+                    "source", display_name="source", is_output_list=True, tooltip="The saved source images."
+                ),
+                io.Image.Output(
+                    "target", display_name="target", is_output_list=True, tooltip="The saved target images."
+                ),
+            ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
@@ -72,7 +79,7 @@ class SaveTrainingPairs(io.ComfyNode):
                 " folder name"
             )
         saved = save_pairs(folder[0], source, target, prompt or [""], workflow_metadata(cls.hidden))
-        return io.NodeOutput(ui={"images": saved})
+        return io.NodeOutput(source, target, ui={"images": saved})
 
 
 @checks_inputs

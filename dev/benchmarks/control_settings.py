@@ -424,6 +424,8 @@ CONTROLS: dict[str, dict[str, Control]] = {
         ),
         "grid_size": Control(kind="number", number="grid", at=4, most=8),
         "references_used": Control(inputs=OPTIMIZE, off=0, at=3, most=4),
+        "share": Control(kind="selection", inputs=dict(shares=1024, candidates=1)),
+        "shares": Control(kind="selection", inputs=OPTIMIZE | dict(iterations=0, pick=2)),
     },
     "CasDMHead": {"strength": PICTURE, "start_percent": PICTURE, "end_percent": PICTURE},
     "TrainCasDMHead": {
@@ -500,7 +502,12 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "first": Control(kind="selection", inputs=dict(count=1), most=127),
         "count": Control(kind="number", number="pairs", off=0, at=4, most=128),
     },
-    "PromptCombinations": {"index": SEED, "first_seed": SEED},
+    "PromptCombinations": {
+        "index": SEED,
+        "first_seed": SEED,
+        "share": Control(kind="selection", inputs=dict(shares=1024)),
+        "shares": Control(kind="selection", inputs=dict(index=1)),
+    },
     # the number of blocks determines which images are in the same block
     "FaceRealismScore": {"blocks": Control(kind="selection", number="interval")},
 }

@@ -4,7 +4,7 @@ A score is a loss: lower is better. An evaluation is one guided call of the deno
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -60,7 +60,11 @@ class ScoreSeries:
         return tuple(itertools.accumulate(self.scores, min))
 
 
-def seed_candidates(first: int, count: int, noise_of: Callable[[int], Tensor]) -> list[Candidate]:
-    """Candidates of ``count`` integer seeds ``first``, ``first + 1``, …; after 2⁶⁴ − 1 follows 0."""
-    seeds = [(first + k) % 2**64 for k in range(count)]
+def seed_candidates(first: int, count: int, noise_of: Callable[[int], Tensor], step: int = 1) -> list[Candidate]:
+    """Candidates of ``count`` integer seeds ``first``, ``first + step``, …; after 2⁶⁴ − 1 follows 0."""
+    return listed_candidates([(first + k * step) % 2**64 for k in range(count)], noise_of)
+
+
+def listed_candidates(seeds: Iterable[int], noise_of: Callable[[int], Tensor]) -> list[Candidate]:
+    """Candidates of integer seeds."""
     return [Candidate(f"seed {s}", lambda s=s: noise_of(s), s, s) for s in seeds]

@@ -26,10 +26,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...common.settings import check_choice
+from ...common.settings import check_choice, check_share
 from .optimize import OptimizeSettings, SeedOptimization
 from .path import norm_aware_centroid, norm_aware_path
-from .records import Candidate, Progress, ScoreSeries, SeedResult, seed_candidates
+from .records import Candidate, Progress, ScoreSeries, SeedResult, listed_candidates, seed_candidates
 from .sampler import SeedGradients, SeedSampler
 from .search import SearchPlan, SeedSearch, counted, plan_search
 
@@ -45,6 +45,10 @@ class SeedSelectSettings:
 
     ``start`` sets the candidates. "noise": random noises of consecutive seeds. "inversion": the references inverted to
     noise. "centroid": the centroid of these inverted noises, and points on the paths from the centroid to each of them.
+
+    If ``shares`` machines search together, machine ``share`` searches ``candidates`` seeds: ``seed + share``,
+    ``seed + share + shares`` and so on. No two machines search the same seed, even if their ``candidates`` differ. If
+    ``seeds`` is not empty, exactly these seeds are the candidates instead. Both need start "noise".
     """
 
     mode: str = "search"
@@ -58,6 +62,9 @@ class SeedSelectSettings:
     survivors: float = 0.25  # share of the candidates that pass each round of a search
     optimized: int = 1  # number of noises to optimise; at least two are optimised if count is above 1
     optimize: OptimizeSettings = field(default_factory=OptimizeSettings)
+    share: int = 0  # number of this machine, from 0
+    shares: int = 1  # number of machines
+    seeds: tuple[int, ...] = ()  # repeated seeds are searched once
 
     def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("start", STARTS)):
@@ -65,13 +72,34 @@ class SeedSelectSettings:
         for name in ("candidates", "pick", "count", "steps", "optimized"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is less than 1; use at least 1")
-        if self.searches and self.pick + self.selected - 1 > self.candidates:
+        check_share(self.share, self.shares)
+        self._check_start()
+        if (self.searches or self.seeds) and self.pick + self.selected - 1 > self.available:
+            what, remedy = ("seeds", "add seeds") if self.seeds else ("candidates", "raise candidates")
             raise ValueError(
-                f"expected at least {self.pick + self.selected - 1} candidates to select {counted(self.selected, 'noise')}"
-                f" starting at pick {self.pick}, got {self.candidates}; raise candidates, or lower pick, count or optimized"
+                f"expected at least {self.pick + self.selected - 1} {what} to select {counted(self.selected, 'noise')}"
+                f" starting at pick {self.pick}, got {self.available}; {remedy}, or lower pick, count or optimized"
             )
         if self.searches:
-            self.plan(self.candidates)
+            self.plan(self.available)
+
+    def _check_start(self) -> None:
+        given = f"shares {self.shares}" if self.shares > 1 else "the list in seeds" if self.seeds else ""
+        if given and self.start != "noise":
+            raise ValueError(
+                f"{given} needs start noise, since the candidates of start {self.start} come from the references; use start"
+                " noise, or set shares to 1 and leave seeds empty"
+            )
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """``seeds``, each once."""
+        return tuple(dict.fromkeys(self.seeds))
+
+    @property
+    def available(self) -> int:
+        """Number of candidates of this machine."""
+        return len(self.listed) or self.candidates
 
     def plan(self, candidates: int, calls_per_step: int = 1) -> SearchPlan:
         return plan_search(
@@ -117,7 +145,7 @@ class SeedSelect(Generic[S]):
         self.optimizations: list[SeedOptimization] = []
         self.results: list[SeedResult] = []  # one for each image
         self.planned = 0  # planned evaluations, without the inversions; set before the first candidate is sampled
-        self._batch = sampler.batch_size(settings.candidates)
+        self._batch = sampler.batch_size(settings.available)
         self._spent_on_results = 0
 
     @property
@@ -199,9 +227,11 @@ class SeedSelect(Generic[S]):
         """
         s = self.settings
         needed = s.pick + s.selected - 1
-        size = s.candidates if s.searches else needed
+        size = s.available if s.searches else needed
+        if s.listed:
+            return listed_candidates(s.listed[:size], self.sampler.noise_of)
         if s.start == "noise":
-            return seed_candidates(s.seed, size, self.sampler.noise_of)
+            return seed_candidates(s.seed + s.share, size, self.sampler.noise_of, step=s.shares)
         noises = self.sampler.inversions()
         if s.start == "centroid":
             return centroid_candidates(noises, size, s.seed)
@@ -277,6 +307,7 @@ class SeedSelect(Generic[S]):
         """Text with the results, their cost, and whether a seed reproduces the first image."""
         s = self.settings
         lines = [f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations"]
+        lines += self._source_of_seeds()
         if self.search:
             rounds = ", ".join(f"{len(r.scores)} with {r.steps}" for r in self.search.rounds)
             lines += [
@@ -294,6 +325,20 @@ class SeedSelect(Generic[S]):
         if self.results:
             lines.append(self._reproduction(self.results[0]))
         return "\n".join(lines)
+
+    def _source_of_seeds(self) -> list[str]:
+        """Line about listed seeds or several machines; none for the consecutive seeds of one machine."""
+        s = self.settings
+        if s.listed:
+            repeated = len(s.seeds) - len(s.listed)
+            note = f" ({counted(repeated, 'repetition')} left out)" if repeated else ""
+            return [
+                f"candidates: {counted(len(s.listed), 'listed seed')}{note}; seed, candidates and share are not used"
+            ]
+        if s.shares > 1:
+            first = (s.seed + s.share) % 2**64
+            return [f"share {s.share} of {s.shares} shares, counted from 0: seeds from {first} in steps of {s.shares}"]
+        return []
 
     def _reproduction(self, result: SeedResult) -> str:
         if result.seed is None:

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from chorus.nodes.face_refiner import NODES, FaceRefiner, LoadFaceRefiner, SaveFaceRefiner
+from chorus.nodes.prompt_combinations import PromptCombinationsNode
 from chorus.techniques.face_refiner import comfy_model
 from chorus.techniques.face_refiner.comfy_files import SUFFIXES
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS, load_generator
@@ -640,3 +641,29 @@ def test_comfyui_manages_the_weights():
     loaded = comfy.model_management.loaded_models()
     assert any(patcher is model.patcher for patcher in loaded)
     assert hasattr(host_nodes, "NODE_CLASS_MAPPINGS")
+
+
+# prompts
+
+
+def combined(index, **inputs):
+    """(prompt, seed) of PromptCombinations."""
+    template = dict(template="a {young|old} {who} on {red|blue}", variables="who = man | woman", first_seed=40)
+    prompt, seed, total = PromptCombinationsNode.execute(
+        **{**defaults(PromptCombinationsNode), **template, "index": index, **inputs}
+    ).args
+    assert total == 8
+    return prompt, seed
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_machines_divide_prompts_and_seeds(shares):
+    whole = [combined(index) for index in range(16)]
+    parts = [[combined(index, share=k, shares=shares) for index in range(16 // shares)] for k in range(shares)]
+    assert parts == [whole[k::shares] for k in range(shares)]
+    assert {seed for part in parts for _, seed in part} == set(range(40, 56))
+
+
+def test_share_that_is_no_machine_rejected():
+    with pytest.raises(ValueError, match="share 2 is not between 0 and 1 for shares 2; number the machines from 0"):
+        combined(0, share=2, shares=2)

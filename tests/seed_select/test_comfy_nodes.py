@@ -251,6 +251,20 @@ def test_0_iterations_leave_the_noise_unchanged(model, select):
 
 
 @pytest.mark.slow
+def test_best_of_two_machines_is_the_best_of_one(select):
+    """A search with all steps in the first round drops no candidate early, so the result cannot depend on the split."""
+    exact = dict(first_steps=4)
+    whole = select(**exact)
+    parts = [select(candidates=3, share=k, shares=2, **exact) for k in range(2)]
+    searched = [{*re.findall(r"^\d+\. seed (\d+):", found.report, re.M)} for found in (whole, *parts)]
+    assert searched == [{*"5 6 7 8 9 10".split()}, {*"5 7 9".split()}, {*"6 8 10".split()}]
+    compared = select(seeds=f"{parts[0].seed}, {parts[1].seed}", **exact)
+    assert compared.seed == whole.seed and torch.equal(compared.samples["samples"], whole.samples["samples"])
+    assert any(torch.equal(part.samples["samples"], whole.samples["samples"]) for part in parts)
+    assert json.loads(parts[1].noise.details["settings"])["share"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inputs", [{}, {"semantic_weight": 0.0}, {"semantic_weight": 0.0, "clip_vision": None}, {"start": "centroid"}]
 )
@@ -536,9 +550,13 @@ def test_non_finite_score_error_names_its_seed(model, select):
         (dict(mode="search+optimize", last_steps=9), "last_steps 9 is not between 1 and 4"),
         (dict(pick=7), "expected at least 7 candidates to select 1 noise starting at pick 7"),
         (dict(references_used=3), "references_used 3 is outside 1 to 2, the number of references"),
+        (dict(share=2, shares=2), "share 2 is not between 0 and 1 for shares 2; number the machines from 0"),
+        (dict(shares=2, start="inversion"), "shares 2 needs start noise"),
+        (dict(seeds="5, cat"), "'cat' in seeds is not an integer"),
         (dict(start="centroid", references=references(1)), "expected at least 2 noises for a path or centroid, got 1"),
     ],
-    ids="empty colour encoder weights batch masks video sampler last_steps pick references_used centroid".split(),
+    ids="empty colour encoder weights batch masks video sampler last_steps pick references_used share shares seeds"
+    " centroid".split(),
 )
 def test_invalid_inputs_rejected_before_the_search(model, select, inputs, message):
     with forwards(model) as rows, pytest.raises(ValueError, match=message):

@@ -1,10 +1,14 @@
 """SeedSelect with the demo checkpoint on a real server: reproduction by other samplers, progress, previews, cancelling."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from chorus.dev.tools.client import Comfy
 from chorus.nodes.seed_select import SeedSelect
+from chorus.tests.support.real_comfyui import fresh_server
 from chorus.tests.support.tiny_models import defaults
 
 SAMPLING = {"steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
@@ -45,6 +49,7 @@ def workflow(**inputs) -> dict:
         "sigmas": ("BasicScheduler", scheduler),
         "advanced": ("SamplerCustomAdvanced", advanced),
         "images": ("PreviewImage", {"images": ["select", 4]}),
+        "report": ("PreviewAny", {"source": ["select", 5]}),
     }
     for name, source in {"select": ["select", 2], "plain": ["plain", 0], "advanced": ["advanced", 0]}.items():
         nodes[f"save {name}"] = ("SaveLatent", {"samples": source, "filename_prefix": f"seed/{name}"})
@@ -109,3 +114,28 @@ def test_cancel_returns_the_best_so_far_and_the_queue_continues(run, comfy):
     assert torch.isfinite(latents["select"]).all() and latents["select"].abs().max() > 0
     again, _ = run(seed=40, first_steps=3)
     assert torch.equal(again["plain"], again["select"])
+
+
+@pytest.mark.exhaustive
+def test_two_servers_find_the_best_seed_of_one(run, comfy, tmp_path):
+    """With all steps in the first round, no candidate is dropped early, so the best is the same."""
+
+    def found(result) -> tuple[set[int], int, float]:
+        """Searched seeds, best seed and its score."""
+        [report] = result.outputs["report"]["text"]
+        seed, score = re.search(r"^image 1, seed (\d+): score (\S+)$", report, re.M).groups()
+        return {int(n) for n in re.findall(r"^\d+\. seed (\d+):", report, re.M)}, int(seed), float(score)
+
+    exact = dict(seed=1008, first_steps=4)
+    whole_latents, whole = run(candidates=16, **exact)
+    part = dict(candidates=8, shares=2, **exact)
+    with fresh_server(tmp_path) as other, Comfy(other.address) as second:
+        parts = [found(run(share=0, **part)[1]), found(second.run(workflow(share=1, **part)))]
+    assert parts[0][0] == set(range(1008, 1024, 2)) and parts[1][0] == set(range(1009, 1024, 2))
+    seeds = [seed for _, seed, _ in parts]
+    best = min(parts, key=lambda one: one[2])
+    assert best[1:] == found(whole)[1:]
+    # the inputs seed, candidates and share are not used
+    latents, compared = run(seeds=f"{seeds[0]}, {seeds[1]}", first_steps=4)
+    assert found(compared) == ({*seeds}, *best[1:])
+    assert torch.equal(latents["select"], whole_latents["select"])

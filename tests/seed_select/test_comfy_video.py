@@ -87,6 +87,7 @@ def test_optimized_noise_repeats_the_samples_bit_for_bit(small):
     assert equal(samples["samples"], small.custom(noise))
 
 
+@pytest.mark.slow
 def test_gradient_equals_finite_differences(small):
     run = seed_sampler(small.model, small.latent(), small.words, **{**SAMPLING, "cfg": 1.2})
     _, found = gradient(run)
@@ -95,6 +96,7 @@ def test_gradient_equals_finite_differences(small):
     assert float((found * direction).sum()) == pytest.approx(expected, abs=5e-3 * float(found.norm()))
 
 
+@pytest.mark.slow
 def test_inversion_equals_the_references_noise_or_is_refused(small, request):
     if small.latent()["samples"].is_nested:
         with pytest.raises(ValueError, match=r"the references have no audio.*use start noise"):

@@ -362,12 +362,79 @@ def test_runs_in_inference_mode():
         (dict(mode="search+optimize", optimized=4, candidates=3), "expected at least 4 candidates to select 4 noises"),
         (dict(first_steps=30), "first_steps 30 is not between 1 and steps 20"),
         (dict(survivors=0.9), "survivors must be above 0 and at most 0.5, got 0.9"),
+        (dict(share=2, shares=2), "share 2 is not between 0 and 1 for shares 2; number the machines from 0"),
+        (dict(shares=2, start="centroid"), "shares 2 needs start noise, since the candidates of start centroid come"),
+        (
+            dict(seeds=(3, 4), start="inversion"),
+            "the list in seeds needs start noise, since the candidates of start inv",
+        ),
+        (dict(seeds=(3, 4, 3), pick=3), "at least 3 seeds to select 1 noise starting at pick 3, got 2; add seeds, or"),
+        (dict(seeds=(3,), mode="optimize", pick=2), "at least 2 seeds to select 1 noise starting at pick 2, got 1"),
     ],
     ids=str,
 )
 def test_invalid_settings_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         SeedSelectSettings(**settings)
+
+
+def searched(run):
+    return [c.seed for c in run.search.candidates]
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_machines_search_different_seeds_and_find_the_best_of_one_machine(shares):
+    exact = dict(steps=5, first_steps=5, seed=2**64 - 7)  # no candidate is dropped before all steps; seeds wrap around
+    whole, _ = select(candidates=12, **exact)
+    finish(whole)
+    parts = [select(candidates=12 // shares, share=k, shares=shares, **exact)[0] for k in range(shares)]
+    best = min((finish(part)[0] for part in parts), key=lambda result: result.score)
+    assert [searched(part) for part in parts] == [searched(whole)[k::shares] for k in range(shares)]
+    assert best.seed == whole.best.seed and torch.equal(best.latent, whole.best.latent)
+    line = f"share 1 of {shares} shares, counted from 0: seeds from {2**64 - 6} in steps of {shares}"
+    assert line in parts[1].report().splitlines()
+    assert "shares" not in whole.report()
+
+
+def test_machines_with_different_numbers_of_candidates_search_different_seeds():
+    parts = [select(candidates=number, share=k, shares=2)[0] for k, number in enumerate((9, 3))]
+    for part in parts:
+        part.choose()
+    assert [searched(part) for part in parts] == [[0, 2, 4, 6, 8, 10, 12, 14, 16], [1, 3, 5]]
+
+
+def test_machines_optimise_different_seeds():
+    starts = [select(mode="optimize", share=k, shares=2, seed=5, pick=2, optimized=2)[0] for k in range(2)]
+    for run in starts:
+        run.choose()
+    assert [[c.seed for c in run.chosen] for run in starts] == [[7, 9], [8, 10]]
+
+
+def test_listed_seeds_are_searched_once_in_place_of_the_others():
+    run, _ = select(seeds=(40, 7, 40, 12), seed=1, candidates=30, share=1, shares=2, steps=5, first_steps=5)
+    finish(run)
+    assert searched(run) == [40, 7, 12]
+    scores = {seed: in_steps(seed, run.sampler, 5) for seed in (40, 7, 12)}
+    assert run.best.seed == min(scores, key=scores.get)
+    assert "candidates: 3 listed seeds (1 repetition left out); seed, candidates and share are not used" in run.report()
+
+
+def in_steps(seed, toy, steps):
+    with torch.no_grad():
+        return float(toy.loss([Toy().generate(noise_of(seed), steps, [0])]))
+
+
+def test_single_listed_seed_is_the_result():
+    run, _ = select(seeds=(9,), seed=1)
+    (result,) = finish(run)
+    assert result.seed == 9 and torch.equal(result.noise, noise_of(9))
+    assert "candidates: 1 listed seed; seed, candidates and share are not used" in run.report()
+
+
+def test_optimisation_starts_from_the_listed_seed_of_number_pick():
+    run, _ = select(mode="optimize", seeds=(9, 4, 6), pick=2, optimized=2)
+    run.choose()
+    assert [c.seed for c in run.chosen] == [4, 6]
 
 
 def test_missing_gradients_and_too_few_references_rejected():
