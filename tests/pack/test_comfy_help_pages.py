@@ -14,8 +14,9 @@ from chorus.dev.tools.setup import ROOT
 
 DOCS = ROOT / "web" / "docs"
 SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in nodes.NODES)}
-HEADINGS = ["Inputs", "Outputs", "Cost", "Try first", "Good to know", "On several machines", "Paper"]
-OPTIONAL = {"Good to know", "On several machines", "Paper"}
+FURTHER = ["With SamplerCustomAdvanced", "Videos", "Distilled models", "On several machines"]  # as needed
+HEADINGS = ["Inputs", "Outputs", "Cost", "Try first", "Good to know", *FURTHER, "Paper"]
+OPTIONAL = {"Good to know", *FURTHER, "Paper"}
 MIN_SIDE, MAX_WIDTH, MAX_HEIGHT, MAX_BYTES = 200, 900, 1000, 120_000
 IMAGE = re.compile(r"!\[(.*?)\]\((.*?)\)", re.S)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((.*?)\)", re.S)
