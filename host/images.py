@@ -81,28 +81,28 @@ def decode(vae: VAE, module: Decoder, latent: Tensor) -> Tensor:
     return rounded + (images - images.detach())
 
 
-def encode(vae: VAE, images: Tensor, latent: Tensor) -> Tensor:
-    """Latents [K, C, h, w], float32, of K images [K, H, W, 3]; [K, C, T, h, w] if ``latent`` is of a video.
+def encode(vae: VAE, images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Latents [K, C, h, w], float32, of K images [K, H, W, 3]; [K, C, T, h, w] for the ``shape`` of a video.
 
-    The images are first resized (bicubic, not cropped) to the size that a ``latent`` [1, C, h, w] or [1, C, T, h, w]
-    decodes to. For a video, each image is encoded as a video of ``latent``'s length that does not change. Loads the VAE. A
-    ValueError if the VAE encodes to another shape than that of ``latent``.
+    The images are first resized (bicubic, not cropped) to the size that a latent of ``shape`` [1, C, h, w] or
+    [1, C, T, h, w] decodes to. For a video, each image is encoded as a video of this length that does not change. Loads the
+    VAE. A ValueError if the VAE encodes to another shape than ``shape``.
     """
-    size = [n * vae.spacial_compression_encode() for n in latent.shape[-2:]]
+    size = [n * vae.spacial_compression_encode() for n in shape[-2:]]
     pixels = F.interpolate(images[..., :3].movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
     pixels = pixels.clamp(0.0, 1.0).movedim(1, -1)
-    if latent.ndim == 5 and vae.latent_dim == 3 and not vae.not_video:
+    if len(shape) == 5 and vae.latent_dim == 3 and not vae.not_video:
         # ComfyUI takes a batch of images for the frames of one video
-        frames = frame_count(vae, latent.shape[2])
+        frames = frame_count(vae, shape[2])
         encoded = torch.cat([vae.encode(row.repeat(frames, 1, 1, 1)) for row in pixels.split(1)]).float()
     else:
         encoded = vae.encode(pixels).float()
-        if latent.ndim == 5 and encoded.ndim == 4:
+        if len(shape) == 5 and encoded.ndim == 4:
             encoded = encoded.unsqueeze(2)
-    if encoded.shape[1:] != latent.shape[1:]:
+    if tuple(encoded.shape[1:]) != tuple(shape[1:]):
         raise ValueError(
-            f"the VAE makes latents of {size_of(encoded[:1])} and the model samples {size_of(latent)}; use the VAE of this"
-            " model, and for a video a number of frames that the VAE can make"
+            f"the VAE makes latents of {size_of(encoded[:1])} and the model samples {'x'.join(map(str, shape))}; use the VAE of"
+            " this model, and for a video a number of frames that the VAE can make"
         )
     return encoded
 

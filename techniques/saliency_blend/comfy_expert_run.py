@@ -15,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 from torch import Tensor, nn
 
+from ...host.batches import relates_rows
 from ...host.parametrization import Conversion, latent_format_of, percent_to_sigma, sampling_of
 from ...host.patch_names import GUIDANCE, name_of
 from ...host.patcher_differences import same_forward, same_module, same_value
@@ -24,8 +25,6 @@ from .experts import ExpertParticipant
 from .extrapolation import Pair
 from .regions import LatentBox
 
-# classes of ComfyUI's models whose prediction for one row of a batch depends on the other rows
-RELATED_ROWS = ("SeedVR2",)
 MEMORY_OF_CONTEXT_WINDOWS = "ContextWindows_prepare_sampling"  # ComfyUI's wrapper that only estimates memory
 
 
@@ -140,7 +139,7 @@ class ExpertRun(ExpertParticipant):
         ``own_key``: the key of the blend's own wrappers, which are ignored here.
         """
         base = guider.model_patcher
-        if type(self.inner).__name__ in RELATED_ROWS:
+        if relates_rows(base):
             return False
         plain = not any("hooks" in c or "control" in c for conds in self.conds.values() for c in conds)
         return (

@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...host.attachments import attached
+from ...host.batches import relates_rows
 from .comfy_inputs import Conds
 
 # Samplers that add no noise during the run and make no decision that depends on the whole batch. dpm_adaptive is
@@ -28,6 +29,8 @@ CALLS_PER_STEP = dict.fromkeys(
 
 def rows_are_independent(model: ModelPatcher, conds: Conds) -> bool:
     """Whether ``model``, its attachments and the conditionings ``conds`` treat the rows of a batch independently."""
+    if relates_rows(model):
+        return False
     if "easycache" in model.model_options.get("transformer_options", {}):
         return False  # EasyCache decides by a mean over the batch whether to skip a step
     if not all(attachment.rows_are_independent for attachment in attached(model)):

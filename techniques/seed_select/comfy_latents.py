@@ -65,6 +65,14 @@ class LatentLayout:
         return comfy.utils.unpack_latents(x, [(len(x), *size) for size in self.sizes])
 
 
+def decoded_shape(model: ModelPatcher, layout: LatentLayout) -> tuple[int, ...]:
+    """Shape of the latent that a VAE decodes to images, with a batch of 1.
+
+    It is ``layout.picture_shape``, except for models whose latents have other axes than the VAE's (HunyuanImage's refiner).
+    """
+    return tuple(model.model.process_latent_out(torch.zeros(layout.picture_shape)).shape)
+
+
 def parts_of(samples: Tensor | NestedTensor) -> list[Tensor]:
     """The tensors of a nested latent, or a list with the only tensor."""
     return list(samples.unbind()) if isinstance(samples, NestedTensor) else [samples]

@@ -23,7 +23,7 @@ from ...host.parametrization import family, is_image_to_image, sampling_of, unsu
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_counting import RowCounter
 from .comfy_inputs import KSamplerInputs
-from .comfy_latents import LatentLayout, draw_noise, sampled_latent
+from .comfy_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
 from .comfy_progress import SeedProgress
 from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings, filmstrips
 from .comfy_session import OpenSession, Session, SessionSettings
@@ -59,8 +59,8 @@ class ComfySeedSampler:
         self._seeds: dict[bytes, int] = {}  # seeds of the noises that noise_of returned, by digest
         self.counter = RowCounter()
         self.callback: Callback | None = None  # replaces ComfyUI's progress and preview in ``generate``
-        pictures = self.layout.pictures(self.samples)
-        self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, pictures)
+        shape = decoded_shape(self.model, self.layout)
+        self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, shape)
         self.gradients: Session | None = None  # session for optimisation
 
     @property

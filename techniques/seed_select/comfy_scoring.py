@@ -1,6 +1,6 @@
 """Scores latents against the references, with ComfyUI's VAE and image encoder or with those of an open session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypedDict
@@ -42,8 +42,8 @@ class ScoringModels(TypedDict, total=False):
 class ReferenceScorer:
     """Scores latents against the references.
 
-    The references are resized to the image size of the latent ``samples`` [1, C, *S]. They are encoded once, to
-    ``latents`` [K, C, *S] in the model's scale. S is (h, w) for images and (T, h, w) for videos, for which each reference is
+    The references are resized to the image size of latents of ``shape`` [1, C, *S], as the VAE decodes them. They are encoded
+    once, to ``latents`` [K, C, *S] in the model's scale. S is (h, w) for images and (T, h, w) for videos, for which each reference is
     encoded as a video that does not change. With ``references_used`` above 0, K is this number, and ``selection`` holds
     which references were used. They are compared by their clip_vision embeddings if it is connected, otherwise by their
     latents.
@@ -51,10 +51,10 @@ class ReferenceScorer:
     The semantic loss of a video is the mean over FRAMES evenly taken frames.
 
     The constructor raises a ValueError for references that show no concept or are not RGB, more references to use than
-    there are, a VAE that does not decode ``samples``, and a loss weight above 0 without the model that it needs.
+    there are, a VAE that does not decode latents of ``shape``, and a loss weight above 0 without the model that it needs.
     """
 
-    def __init__(self, settings: ScoringSettings, model: ModelPatcher, samples: Tensor) -> None:
+    def __init__(self, settings: ScoringSettings, model: ModelPatcher, shape: Sequence[int]) -> None:
         references, vae = settings.references, settings.vae
         check_references(references)
         if references.shape[-1] < 3:
@@ -62,7 +62,7 @@ class ReferenceScorer:
                 f"expected RGB images [batch, height, width, 3] for references, got {size_of(references)}; repeat the grey"
                 " channel three times"
             )
-        check_decodes(vae, samples.shape, OWN_VAE)
+        check_decodes(vae, shape, OWN_VAE)
         clip_vision = settings.clip_vision if settings.semantic_weight > 0.0 else None
         self.models: ScoringModels = {"vae": vae}
         if clip_vision is not None:
@@ -70,7 +70,7 @@ class ReferenceScorer:
         self._settings = settings
         encoder = settings.clip_vision if settings.references_used else clip_vision
         embedded = None if encoder is None else embeddings(encoder, references)
-        self.latents = model.model.process_latent_in(encode(vae, references, samples))
+        self.latents = model.model.process_latent_in(encode(vae, references, shape))
         self.selection: Selection | None = None
         if settings.references_used:
             vectors = self.latents.flatten(1) if embedded is None else F.normalize(embedded, dim=-1)

@@ -30,7 +30,7 @@ from ...host.parametrization import FLOW
 from .comfy_counting import RowCounter
 from .comfy_differentiable import check_differentiable, comparison
 from .comfy_inputs import KSamplerInputs, further_models
-from .comfy_latents import LatentLayout, draw_noise
+from .comfy_latents import LatentLayout, decoded_shape, draw_noise
 from .comfy_scoring import OWN_VAE, ReferenceScorer, ScoringModels, filmstrips
 from .sampler import GradientCost
 
@@ -104,7 +104,7 @@ class Session:
                 " run; use 0 to backpropagate through all steps"
             )
         if "vae" in self.models:
-            images.check_decodes(self.models["vae"], self.layout.picture_shape, OWN_VAE)
+            images.check_decodes(self.models["vae"], decoded_shape(self.inputs.model, self.layout), OWN_VAE)
         if "clip_vision" in self.models:
             images.check_clip_vision(self.models["clip_vision"])
         if settings.sampler == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
@@ -177,7 +177,7 @@ class Session:
     ) -> Callable[[str, int], None]:
         """The ``check`` of a Recorder: raises a MemoryError if a gradient does not fit beside the ``loaded`` models."""
         settings, layout = self.settings, self.layout
-        shape = layout.picture_shape
+        shape = decoded_shape(self.inputs.model, layout)
 
         def check(what: str, size: int) -> None:
             device, remedy = model.load_device, "use a smaller latent_image, or mode search, which needs no gradient"

@@ -240,6 +240,12 @@ def seed_search(models):
     assert same_bits(chosen, models.sample(models.base, seed=seed)), (
         "KSampler generates other samples from the best seed"
     )
+    run = seed_sampler(models.base, samples, models.prompts, **{**SAMPLING, "steps": 1})
+    if run.batch_size(2) == 2:
+        noises = torch.cat([run.noise_of(seed) for seed in (0, 1)])
+        alone = torch.cat([run.generate(noise) for noise in noises.split(1)])
+        error = distance(run.generate(noises), alone)
+        assert error < BATCH_ROUNDING, f"candidates in one batch differ from single candidates by {error:.2g}"
 
 
 def seed_gradient(models):

@@ -234,6 +234,6 @@ def test_evenly_taken_frames():
 @in_inference_mode
 def test_each_reference_is_encoded_as_a_still_video():
     vae, images = tiny_vae(16, video=True), references(3)
-    found = encode(vae, images, torch.zeros(1, 16, 3, 8, 8))
+    found = encode(vae, images, (1, 16, 3, 8, 8))
     assert found.shape == (3, 16, 3, 8, 8)
     assert torch.equal(found[:, :, 0], found[:, :, 2])
