@@ -5,7 +5,7 @@ latents of height h and width w.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import comfy.model_management
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...common.shapes import size_of
+from ...host.attachments import Conditioning
 from ...host.parametrization import family, sampling_of, unsupported
 from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
 from .comfy_counting import RowCounter
@@ -24,6 +25,8 @@ from .comfy_progress import SeedProgress
 from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings
 from .comfy_session import KSamplerInputs, OpenSession, Session, SessionSettings, draw_noise
 from .inversion import invert
+from .prompt_variation import VARIATION_END, vary_prompt
+from .records import Candidate
 from .sampler import GradientCost
 
 INVERSION_STEPS = 50  # as in NAO's code, which inverts without guidance
@@ -36,12 +39,15 @@ Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; cal
 class ComfySeedSampler:
     """A ``sampler.SeedSampler`` for the inputs of KSampler.
 
-    ``scoring``: required for scoring, decoding, inversions and gradients. The constructor raises a ValueError for several
+    ``scoring``: required for scoring, decoding, inversions and gradients. ``prompt_variation``: strength of the noise on
+    the embeddings of the positive prompt, drawn from the seed of each noise; see prompt_variation.py. The constructor raises a ValueError for several
     latents, video, audio or nested latents, several noise masks, denoise outside 0 to 1, a model whose noise process is not
-    supported, and inputs that ReferenceScorer rejects.
+    supported, a prompt that cannot be varied, and inputs that ReferenceScorer rejects.
     """
 
-    def __init__(self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None) -> None:
+    def __init__(
+        self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None, prompt_variation: float = 0.0
+    ) -> None:
         self.model = inputs.model
         self.samples = self._checked(inputs.latent_image)  # [1, C, h, w]
         self.inputs = replace(inputs, latent_image={**inputs.latent_image, "samples": self.samples})
@@ -56,6 +62,8 @@ class ComfySeedSampler:
             self.kind = family(sampling)  # VE or FLOW of host/parametrization.py
         except ValueError as error:
             raise ValueError(unsupported(sampling)) from error
+        self.prompt_variation = prompt_variation
+        self.positive_of(inputs.seed)  # raises an error for a prompt that cannot be varied
         self.counter = RowCounter()
         self.callback: Callback | None = None  # replaces ComfyUI's progress and preview in ``generate``
         self._scorer = None if scoring is None else ReferenceScorer(scoring, self.model, self.samples)
@@ -125,6 +133,10 @@ class ComfySeedSampler:
         self._seeds[_digest(noise)] = seed
         return noise
 
+    def positive_of(self, seed: int) -> Conditioning:
+        """The positive prompt of a run with the seed ``seed``: with its variation, or unchanged if there is none."""
+        return vary_prompt(self.inputs.positive, seed, self.prompt_variation, VARIATION_END)
+
     def to_model(self, latent: Tensor) -> Tensor:
         """Convert a latent [N, C, h, w] of ``generate`` from the VAE's scale to the model's scale."""
         return self.model.model.process_latent_in(latent.float())
@@ -133,7 +145,7 @@ class ComfySeedSampler:
         """Final latents [N, C, h, w] of a run of ``steps`` steps (default: all) from ``noise`` [N, C, h, w].
 
         The latents are in the VAE's scale, as KSampler returns them. ``seeds``: one seed for each noise, from which
-        stochastic samplers draw the noise that they add during the run. The default is the seed from which ``noise_of``
+        stochastic samplers draw the noise that they add during the run, and the variation of the prompt is drawn. The default is the seed from which ``noise_of``
         drew the initial noise, or the seed of the inputs for other noises. Several noises are sampled in one batch only
         if this changes the latents by no more than rounding.
         """
@@ -169,7 +181,7 @@ class ComfySeedSampler:
             inputs.cfg,
             inputs.sampler_name,
             inputs.scheduler,
-            inputs.positive,
+            self.positive_of(seed),
             inputs.negative,
             latent,
             denoise=inputs.denoise,
@@ -195,8 +207,11 @@ class ComfySeedSampler:
     def batch_size(self, count: int) -> int:
         """Number of noises, of ``count`` in total, to sample in one batch.
 
-        It is 1 if noises in one batch would influence each other, otherwise as many as fit in memory.
+        It is 1 if noises in one batch would influence each other or have different prompts, otherwise as many as fit in
+        memory.
         """
+        if self.prompt_variation:
+            return 1
         positive, negative = self.inputs.positive, self.inputs.negative
         if count < 2 or not self.deterministic or not rows_are_independent(self.model, positive, negative):
             return 1
@@ -208,6 +223,19 @@ class ComfySeedSampler:
     def allow_gradients(self, settings: SessionSettings) -> None:
         """Enable optimisation in a session with ``settings``; ValueError if no correct gradient is available with them."""
         self.gradients = self.session(settings, models=self.scorer.models, scorer=self.scorer)
+
+    def gradient_sessions(self, starts: Sequence[Candidate]) -> Iterator[tuple[Session, Sequence[Candidate]]]:
+        """Sessions for an optimisation of ``starts``, each with the candidates that it optimises.
+
+        It is one session for all of them, or one for each if their prompts are varied: a session has one prompt.
+        """
+        assert self.gradients is not None  # the caller has called allow_gradients
+        if not self.prompt_variation:
+            yield self.gradients, starts
+            return
+        for start in starts:
+            inputs = replace(self.gradients.inputs, positive=self.positive_of(start.sampler_seed))
+            yield replace(self.gradients, inputs=inputs), [start]
 
     @property
     def gradient_cost(self) -> GradientCost | None:
@@ -222,7 +250,10 @@ class ComfySeedSampler:
         return self.scorer.models["vae"].decode(latent)
 
     def inversions(self) -> dict[int, Tensor]:
-        """Inverted noises [1, C, h, w] of the references, by their numbers from 1. References left out are missing."""
+        """Inverted noises [1, C, h, w] of the references, by their numbers from 1. References left out are missing.
+
+        The inversions use the prompt without a variation.
+        """
         references = self.scorer.latents
         progress = SeedProgress(self.model, INVERSION_STEPS * len(references))
         progress.show(text=f"inverting {len(references)} references")
