@@ -20,12 +20,14 @@ from . import (
     seed_files,
     seed_select,
     training_pairs,
+    vary_prompt,
 )
 
 NODES: list[type[io.ComfyNode]] = [
     *saliency_noise_blend.NODES,
     *seed_select.NODES,
     *seed_files.NODES,
+    *vary_prompt.NODES,
     *cas_dm.NODES,
     *cas_dm_train.NODES,
     *masked_token_model.NODES,

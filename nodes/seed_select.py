@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, ComfySe
 from ..techniques.seed_select.comfy_scoring import ScoringSettings
 from ..techniques.seed_select.comfy_session import OpenSession, SessionSettings
 from ..techniques.seed_select.optimize import OptimizeSettings
+from ..techniques.seed_select.records import Candidate
 from ..techniques.seed_select.seed_list import parse_seeds
 from ..techniques.seed_select.select import MODES, STARTS, SeedSelectSettings
 from . import machine_widgets
@@ -273,6 +275,19 @@ class SeedSelect(io.ComfyNode):
                     tooltip="The guider of SamplerCustomAdvanced. It replaces model, positive, negative and cfg; connect its model to"
                     " model.",
                 ),
+                io.Float.Input(
+                    "prompt_variation",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    round=0.001,
+                    advanced=True,
+                    tooltip="For distilled models, which generate nearly the same image from every noise. Each candidate also"
+                    " has noise on the embeddings of the positive prompt, in the first 30 % of the sampling. Strength in"
+                    " standard deviations of each token. Useful: 0.5 to 1. 0: off. Vary Prompt repeats it for KSampler.",
+                ),
                 machine_widgets.share(
                     "If several machines search together: number of this machine, from 0. It searches the seeds seed + share, seed +"
                     " share + shares and so on, as many as candidates states. Needs start noise."
@@ -300,7 +315,8 @@ class SeedSelect(io.ComfyNode):
                     tooltip="After a search, if start is noise: KSampler at batch 1 generates the same samples from this seed with"
                     " the same settings, bit for bit. After an optimisation, if start is noise: the seed of the noise before the"
                     " optimisation. If start is inversion or centroid: the value of the input seed, from which the noise cannot"
-                    " be generated. The report states whether the seed reproduces the result.",
+                    " be generated. With prompt_variation, it is also the seed for Vary Prompt. The report states whether the"
+                    " seed reproduces the result.",
                 ),
                 io.Latent.Output("samples", display_name="samples", tooltip="The final latents; decode them."),
                 io.Image.Output(
@@ -355,6 +371,7 @@ class SeedSelect(io.ComfyNode):
         sigmas: Tensor | None = None,
         sampler: Sampler | None = None,
         guider: CFGGuider | None = None,
+        prompt_variation: float = 0.0,
         share: int = 0,
         shares: int = 1,
         seeds: str | None = "",
@@ -395,11 +412,12 @@ class SeedSelect(io.ComfyNode):
             share=share,
             shares=shares,
             seeds=parse_seeds(seeds or ""),
+            prompt_variation=prompt_variation,
         )
         scoring = ScoringSettings(
             references=references, vae=vae, clip_vision=clip_vision, references_used=references_used, **weights
         )
-        run_sampler = ComfySeedSampler(inputs, scoring)
+        run_sampler = ComfySeedSampler(inputs, scoring, prompt_variation)
         if settings.optimizes:
             session = SessionSettings(
                 steps=optimize_steps or None,
@@ -430,15 +448,17 @@ def run(select: technique.SeedSelect, sampler: ComfySeedSampler) -> bool:
     progress = SelectProgress(select, sampler.model, sampler.decode)
     sampler.callback = progress.callback
 
-    def optimize(session: OpenSession) -> None:
-        # decode in the session, since ComfyUI's VAE decode could unload the session's models
-        select.optimize(session, partial(progress, decode=session.pictures))
+    def optimize(session: OpenSession, starts: Sequence[Candidate]) -> None:
+        for start in starts:
+            # decode in the session, since ComfyUI's VAE decode could unload the session's models
+            select.optimize_one(start, session, partial(progress, decode=session.pictures))
 
     try:
         select.choose(progress)
         if select.settings.optimizes:
-            assert sampler.gradients is not None  # execute() has called allow_gradients
-            sampler.gradients.run(optimize)
+            for session, starts in sampler.gradient_sessions(select.chosen):
+                session.run(partial(optimize, starts=starts))
+            select.sort_optimized()
         select.generate(progress)
     except InterruptProcessingException:
         if select.best is None:

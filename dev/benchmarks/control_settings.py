@@ -216,6 +216,13 @@ def seed_select(inputs: dict[str, Any], seed: int) -> Outcome:
     return Outcome(vae().decode(samples["samples"]), numbers)
 
 
+def vary_prompt(inputs: dict[str, Any], seed: int) -> Outcome:
+    (varied,) = execute("VaryPrompt", {"conditioning": prompt("a dog on blue"), **inputs})
+    words = varied, prompt("")
+    latent = host_nodes.common_ksampler(checkpoint()[0], seed, 20, 4.0, "euler", "normal", *words, empty())[0]
+    return Outcome(vae().decode(latent["samples"]))
+
+
 def cas_dm_head(inputs: dict[str, Any], seed: int) -> Outcome:
     head = execute("LoadCasDMHead", {"file": "chorus-demo-general.safetensors"})[0]
     (model,) = execute("CasDMHead", {"model": checkpoint()[0], "head": head, **inputs})
@@ -351,6 +358,7 @@ TRAINING = dict(steps=20, batch_size=2)
 SETTINGS = {
     "SaliencyNoiseBlend": Setting(run=blend),
     "SeedSelect": Setting(run=seed_select, inputs=dict(steps=5, candidates=8, first_steps=2, cfg=4.0, iterations=4)),
+    "VaryPrompt": Setting(run=vary_prompt),
     "CasDMHead": Setting(run=cas_dm_head),
     "TrainCasDMHead": Setting(run=train_head, inputs=TRAINING | dict(cfg=4.0, size="small", metric="l1")),
     "MaskedTokenSampler": Setting(run=masked_tokens, inputs=dict(width=64, height=64, batch_size=2)),
@@ -426,6 +434,13 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "references_used": Control(inputs=OPTIMIZE, off=0, at=3, most=4),
         "share": Control(kind="selection", inputs=dict(shares=1024, candidates=1)),
         "shares": Control(kind="selection", inputs=OPTIMIZE | dict(iterations=0, pick=2)),
+        # a single candidate, since another strength can change which one is the best
+        "prompt_variation": Control(inputs=dict(candidates=1), at=1.0),
+    },
+    "VaryPrompt": {
+        "seed": Control(kind="selection", inputs=dict(strength=1.0)),
+        "strength": Control(at=1.0),
+        "end_percent": Control(inputs=dict(strength=1.0)),
     },
     "CasDMHead": {"strength": PICTURE, "start_percent": PICTURE, "end_percent": PICTURE},
     "TrainCasDMHead": {

@@ -104,6 +104,27 @@ class KSamplerInputs:
         conds = {"positive": self.positive, "negative": self.negative}
         return {name: comfy.sampler_helpers.convert_cond(cond) for name, cond in conds.items()}
 
+    def with_positive(self, change: Callable[[Conditioning], Conditioning]) -> "KSamplerInputs":
+        """The inputs with the positive prompt changed by ``change``, which may return the same object.
+
+        Of a guider, a copy gets the changed prompt. ValueError for a guider without a positive prompt.
+        """
+        if self.guider is None:
+            positive = change(self.positive)
+            return self if positive is self.positive else replace(self, positive=positive)
+        conds = self.guider.original_conds
+        if "positive" not in conds:
+            raise ValueError(
+                f"the guider {type(self.guider).__name__} has no positive prompt, which prompt_variation could vary; set it to 0"
+            )
+        prompt = [[c.get("cross_attn"), {k: v for k, v in c.items() if k != "cross_attn"}] for c in conds["positive"]]
+        changed = change(prompt)
+        if changed is prompt:
+            return self
+        guider = copy.copy(self.guider)
+        guider.original_conds = {**conds, "positive": comfy.sampler_helpers.convert_cond(changed)}
+        return replace(self, guider=guider)
+
     @property
     def further_models(self) -> list[ModelPatcher]:
         """Models that the guider uses besides ``model``, such as the one for the negative prompt of DualModelGuider."""

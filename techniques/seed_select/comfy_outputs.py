@@ -1,5 +1,6 @@
 """Outputs of the node SeedSelect: noise, seed, samples, grid, preview and report of a finished or interrupted run."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from .comfy_files import SeedNoise
 from .comfy_progress import InterruptProcessingException
 from .comfy_sampler import ComfySeedSampler
+from .prompt_variation import VARIATION_END
 from .search import SeedSearch
 from .select import SeedSelect
 from .view import Tile, draw_grid, draw_preview
@@ -40,7 +42,7 @@ def _outputs(
     noise = SeedNoise(
         sampler.layout.unpack(torch.cat([r.noise.cpu() for r in select.results])),
         best.sampler_seed,
-        {**details, "found": best.label, "score": f"{best.score:.6g}"},
+        {**details, **_variation(select), "found": best.label, "score": f"{best.score:.6g}"},
     )
     results = [
         Tile(sampler.decode(r.latent)[0], (f"image {k}: {r.label}", f"score {r.score:.4f}"))
@@ -51,6 +53,15 @@ def _outputs(
         tiles += results
     grid, preview = draw_grid(tiles)[None], draw_preview(results[0], select.series())[None]
     return noise, seed, _latent(select), grid, preview, _report(select, interrupted)
+
+
+def _variation(select: SeedSelect[ComfySeedSampler]) -> dict[str, str]:
+    """The inputs of Vary Prompt that give the prompt of the noise, as a detail of the noise; empty without a variation."""
+    strength = select.settings.prompt_variation
+    if not strength:
+        return {}
+    inputs = {"seed": select.results[0].sampler_seed, "strength": strength, "end_percent": VARIATION_END}
+    return {"vary_prompt": json.dumps(inputs)}
 
 
 def _ranked_tiles(search: SeedSearch, sampler: ComfySeedSampler, most: int) -> list[Tile]:

@@ -6,7 +6,7 @@ sampler or guider that of SamplerCustomAdvanced. Shapes: N noises; noises and la
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from .comfy_progress import SeedProgress
 from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings, filmstrips
 from .comfy_session import OpenSession, Session, SessionSettings
 from .inversion import invert
+from .prompt_variation import VARIATION_END, vary_prompt
+from .records import Candidate
 from .sampler import GradientCost
 
 INVERSION_STEPS = 50  # as in NAO's code, which inverts without guidance
@@ -39,12 +41,15 @@ Callback = Callable[[int, Tensor, Tensor, int], None]  # step, x0, x, steps; cal
 class ComfySeedSampler:
     """A ``sampler.SeedSampler`` for the inputs of KSampler or SamplerCustomAdvanced.
 
-    ``scoring``: required for scoring, decoding, inversions and gradients. The constructor raises a ValueError for several
-    latents or noise masks, latents that are not of images or videos, an image-to-image model, and inputs that
-    KSamplerInputs.checked or ReferenceScorer rejects.
+    ``scoring``: required for scoring, decoding, inversions and gradients. ``prompt_variation``: strength of the noise on
+    the embeddings of the positive prompt, drawn from the seed of each noise; see prompt_variation.py. The constructor
+    raises a ValueError for several latents or noise masks, latents that are not of images or videos, an image-to-image
+    model, a prompt that cannot be varied, and inputs that KSamplerInputs.checked or ReferenceScorer rejects.
     """
 
-    def __init__(self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None) -> None:
+    def __init__(
+        self, inputs: KSamplerInputs, scoring: ScoringSettings | None = None, prompt_variation: float = 0.0
+    ) -> None:
         inputs = inputs.checked()
         self.model = inputs.model
         if is_image_to_image(sampling_of(self.model)):
@@ -57,6 +62,8 @@ class ComfySeedSampler:
         self.samples = self.layout.pack(samples)  # [1, C, *S]
         self.inputs = replace(inputs, latent_image={**inputs.latent_image, "samples": samples})
         self._seeds: dict[bytes, int] = {}  # seeds of the noises that noise_of returned, by digest
+        self.prompt_variation = prompt_variation
+        self.varied(inputs.seed)  # raises an error for a prompt that cannot be varied
         self.counter = RowCounter()
         self.callback: Callback | None = None  # replaces ComfyUI's progress and preview in ``generate``
         shape = decoded_shape(self.model, self.layout)
@@ -79,6 +86,12 @@ class ComfySeedSampler:
         self._seeds[_digest(noise)] = seed
         return noise
 
+    def varied(self, seed: int) -> KSamplerInputs:
+        """The inputs of a run with the seed ``seed``: with its variation of the positive prompt, if there is one."""
+        if not self.prompt_variation:
+            return self.inputs
+        return self.inputs.with_positive(lambda x: vary_prompt(x, seed, self.prompt_variation, VARIATION_END))
+
     def to_model(self, latent: Tensor) -> Tensor:
         """Convert latents that the VAE decodes from its scale to the model's scale."""
         return self.model.model.process_latent_in(latent.float())
@@ -87,9 +100,9 @@ class ComfySeedSampler:
         """Final latents [N, C, *S] of a run of ``steps`` steps (default: all) from ``noise`` [N, C, *S].
 
         The latents are in the VAE's scale, as KSampler returns them. ``seeds``: one seed for each noise, from which
-        stochastic samplers draw the noise that they add during the run. The default is the seed from which ``noise_of``
-        drew the initial noise, or the seed of the inputs for other noises. Several noises are sampled in one batch only
-        if this changes the latents by no more than rounding.
+        stochastic samplers draw the noise that they add during the run, and from which the variation of the prompt is
+        drawn. The default is the seed from which ``noise_of`` drew the initial noise, or the seed of the inputs for other
+        noises. Several noises are sampled in one batch only if this changes the latents by no more than rounding.
         """
         seeds = self._checked_seeds(noise, seeds)
         size = self.batch_size(len(noise))
@@ -114,7 +127,7 @@ class ComfySeedSampler:
         return seeds
 
     def _sample(self, noise: Tensor, steps: int | None, seed: int) -> Tensor:
-        inputs, steps = self.inputs, self.inputs.steps if steps is None else steps
+        inputs, steps = self.varied(seed), self.inputs.steps if steps is None else steps
         latent = self.samples
         if len(noise) > 1:
             latent = latent.repeat(len(noise), *[1] * (latent.ndim - 1))
@@ -158,9 +171,12 @@ class ComfySeedSampler:
     def batch_size(self, count: int) -> int:
         """Number of noises, of ``count`` in total, to sample in one batch.
 
-        It is 1 if noises in one batch would influence each other, otherwise as many as fit in memory.
+        It is 1 if noises in one batch would influence each other or have different prompts, otherwise as many as fit in
+        memory.
         """
-        if count < 2 or not self.deterministic or not self.inputs.guides_rows_independently:
+        if self.prompt_variation or count < 2:
+            return 1
+        if not self.deterministic or not self.inputs.guides_rows_independently:
             return 1
         if not rows_are_independent(self.model, self.inputs.conds):
             return 1
@@ -172,6 +188,18 @@ class ComfySeedSampler:
     def allow_gradients(self, settings: SessionSettings) -> None:
         """Enable optimisation in a session with ``settings``; ValueError if no correct gradient is available with them."""
         self.gradients = self.session(settings, models=self.scorer.models, scorer=self.scorer)
+
+    def gradient_sessions(self, starts: Sequence[Candidate]) -> Iterator[tuple[Session, Sequence[Candidate]]]:
+        """Sessions for an optimisation of ``starts``, each with the candidates that it optimises.
+
+        It is one session for all of them, or one for each if their prompts are varied: a session has one prompt.
+        """
+        assert self.gradients is not None  # the caller has called allow_gradients
+        if not self.prompt_variation:
+            yield self.gradients, starts
+            return
+        for start in starts:
+            yield replace(self.gradients, inputs=self.varied(start.sampler_seed)), [start]
 
     @property
     def gradient_cost(self) -> GradientCost | None:
@@ -187,7 +215,10 @@ class ComfySeedSampler:
         return filmstrips(self.scorer.models["vae"].decode(self.layout.pictures(latent)))
 
     def inversions(self) -> dict[int, Tensor]:
-        """Inverted noises [1, C, *S] of the references, by their numbers from 1. References left out are missing."""
+        """Inverted noises [1, C, *S] of the references, by their numbers from 1. References left out are missing.
+
+        The inversions use the prompt without a variation.
+        """
         references = self.scorer.latents
         if self.layout.nested:
             raise ValueError(

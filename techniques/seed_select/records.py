@@ -17,7 +17,7 @@ class Candidate:
     label: str  # name in errors and in the report
     noise: Callable[[], Tensor]
     seed: int | None = None  # seed of the initial noise, before an optimisation; None if it is not the noise of a seed
-    sampler_seed: int = 0  # seed of the noise that a stochastic sampler adds
+    sampler_seed: int = 0  # seed of the noise that a stochastic sampler adds, and of the variation of the prompt
 
     def result(self, noise: Tensor, latent: Tensor, score: float) -> "SeedResult":
         return SeedResult(

@@ -9,6 +9,7 @@ The files:
 - ``inversion``: inversion of a reference image to the noise from which the model generates it;
 - ``path``: centroid of inverted noises, and paths between two noises, along which more images are generated;
 - ``prior``: distribution of the norm of random noise;
+- ``prompt_variation``: noise on the embeddings of the prompt, for models that are distilled to few steps;
 - ``sampler``: interface to the model.
 This file combines them. ``start`` sets the candidates, ``mode`` sets how noises are selected from them, and ``count`` is
 the number of images.
@@ -20,7 +21,7 @@ Shapes: B samples, C channels, S spatial axes (H, W).
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from ...common.settings import check_choice, check_share
 from .optimize import OptimizeSettings, SeedOptimization
 from .path import norm_aware_centroid, norm_aware_path
+from .prompt_variation import VARIATION_END
 from .records import Candidate, Progress, ScoreSeries, SeedResult, listed_candidates, seed_candidates
 from .sampler import SeedGradients, SeedSampler
 from .search import SearchPlan, SeedSearch, counted, plan_search
@@ -62,6 +64,8 @@ class SeedSelectSettings:
     survivors: float = 0.25  # share of the candidates that pass each round of a search
     optimized: int = 1  # number of noises to optimise; at least two are optimised if count is above 1
     optimize: OptimizeSettings = field(default_factory=OptimizeSettings)
+    # strength of the noise on the prompt's embeddings, which the sampler draws from the seed of each candidate; 0: none
+    prompt_variation: float = 0.0
     share: int = 0  # number of this machine, from 0
     shares: int = 1  # number of machines
     seeds: tuple[int, ...] = ()  # repeated seeds are searched once
@@ -183,9 +187,17 @@ class SeedSelect(Generic[S]):
     def optimize(self, gradients: SeedGradients, progress: Progress | None = None) -> None:
         """Optimise the chosen noises one by one and sort them by score."""
         for start in self.chosen:
-            optimization = SeedOptimization(start, gradients, self.settings.optimize, self.sampler.gradient_cost)
-            self.optimizations.append(optimization)
-            optimization.run(self._within(progress))
+            self.optimize_one(start, gradients, progress)
+        self.sort_optimized()
+
+    def optimize_one(self, start: Candidate, gradients: SeedGradients, progress: Progress | None = None) -> None:
+        """Optimise one of the chosen noises; ``sort_optimized`` completes the part after the last one."""
+        optimization = SeedOptimization(start, gradients, self.settings.optimize, self.sampler.gradient_cost)
+        self.optimizations.append(optimization)
+        optimization.run(self._within(progress))
+
+    def sort_optimized(self) -> None:
+        """Replace the chosen noises by the optimised ones, the best first."""
         results = sorted(self._optimized, key=lambda result: result.score)
         self.chosen = [Candidate(f"{r.label}, optimised", lambda r=r: r.noise, r.seed, r.sampler_seed) for r in results]
 
@@ -234,14 +246,23 @@ class SeedSelect(Generic[S]):
             return seed_candidates(s.seed + s.share, size, self.sampler.noise_of, step=s.shares)
         noises = self.sampler.inversions()
         if s.start == "centroid":
-            return centroid_candidates(noises, size, s.seed)
+            return self._with_variations(centroid_candidates(noises, size, s.seed))
         if len(noises) < needed:
             raise ValueError(
                 f"expected at least {needed} references for start inversion to select {counted(s.selected, 'noise')}"
                 f" starting at pick {s.pick}, got {len(noises)}; add references, lower pick, count or optimized, or use"
                 " start noise"
             )
-        return [Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed) for k, x in list(noises.items())[:size]]
+        inverted = list(noises.items())[:size]
+        return self._with_variations(
+            [Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed) for k, x in inverted]
+        )
+
+    def _with_variations(self, pool: Sequence[Candidate]) -> list[Candidate]:
+        """Candidates without a seed of their own, each with another variation of the prompt."""
+        if self.settings.prompt_variation == 0.0:
+            return list(pool)
+        return [replace(c, sampler_seed=(self.settings.seed + k) % 2**64) for k, c in enumerate(pool)]
 
     def _plan(self, pool: Sequence[Candidate]) -> None:
         s = self.settings
@@ -285,6 +306,8 @@ class SeedSelect(Generic[S]):
             Candidate(label, lambda t=t: path.at(t), sampler_seed=first.sampler_seed)
             for label, t in zip(labels, shares)
         ]
+        if self.settings.prompt_variation:  # the images of a path have the same prompt
+            second = replace(second, sampler_seed=first.sampler_seed)
         return [first, *between, second]
 
     def _within(self, progress: Progress | None) -> Progress | None:
@@ -324,6 +347,8 @@ class SeedSelect(Generic[S]):
         lines += [f"image {k}, {r.label}: score {r.score:.4f}" for k, r in enumerate(self.results, start=1)]
         if self.results:
             lines.append(self._reproduction(self.results[0]))
+            if s.prompt_variation:
+                lines.append(self._variation(self.results[0]))
         return "\n".join(lines)
 
     def _source_of_seeds(self) -> list[str]:
@@ -343,9 +368,23 @@ class SeedSelect(Generic[S]):
     def _reproduction(self, result: SeedResult) -> str:
         if result.seed is None:
             return "no integer seed generates this noise, so none reproduces the result; save the noise"
-        if torch.equal(result.noise.cpu(), self.sampler.noise_of(result.seed).cpu()):
-            return f"seed {result.seed} reproduces the result in a plain sampler at batch 1"
+        if self._is_noise_of_its_seed(result):
+            prompt = " with the varied prompt" if self.settings.prompt_variation else ""
+            return f"seed {result.seed} reproduces the result in a plain sampler at batch 1{prompt}"
         return f"seed {result.seed} generates only the initial noise and does not reproduce the result; save the noise"
+
+    def _is_noise_of_its_seed(self, result: SeedResult) -> bool:
+        return result.seed is not None and torch.equal(result.noise.cpu(), self.sampler.noise_of(result.seed).cpu())
+
+    def _variation(self, result: SeedResult) -> str:
+        """Text with the settings of Vary Prompt that give the prompt of ``result``, the first image."""
+        seed = result.sampler_seed
+        node = f"Vary Prompt with seed {seed}, strength {self.settings.prompt_variation}, end_percent {VARIATION_END}"
+        if self._is_noise_of_its_seed(result):
+            text = f"to repeat in KSampler: {node}, then KSampler with seed {result.seed}"
+        else:
+            text = f"to repeat with the saved noise: {node}, then SamplerCustomAdvanced"
+        return f"{text}; all images have this variation of the prompt" if self.settings.count > 1 else text
 
 
 def centroid_candidates(seeds: Mapping[int, Tensor], number: int, sampler_seed: int = 0) -> list[Candidate]:

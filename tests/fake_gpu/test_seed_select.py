@@ -14,6 +14,7 @@ from chorus.techniques.seed_select.losses import (
 )
 from chorus.techniques.seed_select.optimize import OptimizeSettings, SeedOptimization
 from chorus.techniques.seed_select.path import norm_aware_centroid
+from chorus.techniques.seed_select.prompt_variation import vary_prompt
 from chorus.techniques.seed_select.records import Candidate
 from chorus.techniques.seed_select.search import SeedSearch, plan_search
 from chorus.tests.support.allowed_waits import unlisted_step_waits
@@ -152,3 +153,18 @@ def test_losses_with_centroids_on_another_device_never_wait(gpus):
             semantic_loss([f, f], f[0].to("cuda:1"))
             semantic_loss([frames], f[0].to("cuda:1"))
             appearance_loss(z, z[:1].to("cuda:1"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_variation_of_a_prompt_stays_on_its_device(dtype, gpus):
+    tokens = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = vary_prompt([[tokens, {"pooled_output": tokens[:, 0]}]], 3, 0.8, 0.3)
+    with gpus:
+        moved = tokens.to("cuda:1")
+        prompt = [[moved, {"pooled_output": moved[:, 0]}]]
+        found = vary_prompt(prompt, 3, 0.8, 0.3)
+        assert {str(tensor.device) for tensor, _ in found} == {"cuda:1"}
+        assert str(found[0][1]["pooled_output"].device) == "cuda:1"
+    for (old, options), (new, others) in zip(expected, found, strict=True):
+        assert new.dtype == dtype
+        assert torch.equal(new.cpu(), old) and torch.equal(others["pooled_output"].cpu(), options["pooled_output"])

@@ -164,6 +164,7 @@ PACK = {
     },
     "SaveSeed": {"noise": ["SeedSelect", 0], "filename_prefix": "small/seed"},
     "LoadSeed": {},
+    "VaryPrompt": {"conditioning": ["positive", 0], "strength": 0.5},
     "LoadCasDMHead": {},
     "SaveCasDMHead": {"head": ["LoadCasDMHead", 0], "filename_prefix": "small/head"},
     "CasDMHead": {"model": ["ChorusDemoCheckpoint", 0], "head": ["LoadCasDMHead", 0]},

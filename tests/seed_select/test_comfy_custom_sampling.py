@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from chorus.nodes.seed_select import SeedSelect
+from chorus.nodes.vary_prompt import VaryPrompt
 from chorus.techniques.seed_select.comfy_inputs import KSamplerInputs
 from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler
 from chorus.tests.families.tiny_vae import tiny_vae
@@ -239,6 +240,23 @@ def test_model_prompts_and_cfg_are_not_used_with_a_guider(model, other):
     with forwards(other) as rows:
         found = select(other, guider=guider, sigmas=sigmas, **unused)[2]["samples"]
     assert torch.equal(found, expected) and not rows
+
+
+@pytest.mark.parametrize("guider", ["CFGGuider", "BasicGuider"])
+@pytest.mark.parametrize("mode", ["search", pytest.param("search+optimize", marks=pytest.mark.slow)])
+def test_varied_prompt_of_a_guider_is_repeated_by_vary_prompt(mode, guider, model, other, monkeypatch):
+    given, sigmas = GUIDERS[guider](model, other), sigmas_of("BasicScheduler", model)
+    inputs = dict(guider=given, sigmas=sigmas, mode=mode)
+    plain = select(model, **inputs)[2]["samples"]
+    noise, seed, samples, _, _, report = select(model, **inputs, prompt_variation=0.8)
+    assert f"Vary Prompt with seed {seed}, strength 0.8, end_percent 0.3" in report
+    assert torch.equal(plain, select(model, **inputs)[2]["samples"])  # the connected guider is unchanged
+    with torch.inference_mode():
+        varied = VaryPrompt.execute(POSITIVE, seed, 0.8, 0.3).args[0]
+    monkeypatch.setitem(globals(), "POSITIVE", varied)
+    repeated = GUIDERS[guider](model, other)
+    assert torch.equal(samples["samples"], sampled(noise, repeated, sigmas))
+    assert not torch.equal(samples["samples"], sampled(noise, given, sigmas))
 
 
 def test_details_name_the_connected_inputs(model):
