@@ -15,6 +15,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.host_definition import check_step, run
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -122,8 +123,7 @@ def extrapolate(known, sigma):
     return [b + 0.5 * t * (b - a) for a, b in zip(o0, o1, strict=True)]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
-@pytest.mark.parametrize("refresh", [2, 3])
+@covering(refresh=[2, 3], sampler=["euler", "heun", "dpm_2"])
 def test_refresh_evaluates_the_expert_once_per_interval(models, sampler, refresh):
     """At all other calls, the expert's offsets from the base's cond and uncond are extrapolated."""
     steps = 5  # enough for two evaluations before the end
