@@ -108,6 +108,7 @@ def test_expert_that_wins_everywhere_samples_as_without_a_blend(models, name, pl
 
 
 # NAG needs two transformer blocks and is tested with Flux below
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in GUIDANCE if n != "NAG"])
 def test_guidance_changes_the_image_of_the_expert_without_a_blend(models, name):
     # if the node had no effect, the test above would pass without it

@@ -1,18 +1,18 @@
-"""Selects the cases of a parametrized test that run in the quick tests. All others are marked slow."""
+"""Selects the cases of a parametrized test that run in the quick tests. All others are marked slow or exhaustive."""
 
 import itertools
 import math
 
 import pytest
 
-SLOW = pytest.mark.slow
+SLOW, EXHAUSTIVE = pytest.mark.slow, pytest.mark.exhaustive
 
 
-def quick(kept, cases):
-    """The parameters ``cases``, all slow except those in ``kept``."""
+def quick(kept, cases, others=SLOW):
+    """The parameters ``cases``, all marked ``others`` except those in ``kept``."""
     missing = [case for case in kept if case not in cases]
     assert not missing, missing
-    return [pytest.param(case, marks=() if case in kept else SLOW) for case in cases]
+    return [pytest.param(case, marks=() if case in kept else others) for case in cases]
 
 
 def name(value) -> str:
@@ -20,8 +20,9 @@ def name(value) -> str:
 
 
 def covering(**axes):
-    """Parametrize with every combination of ``axes``; the quick tests run only as many as contain each value once.
+    """Parametrize with every combination of ``axes``. As many as contain each value run in the quick tests.
 
+    The others are marked exhaustive: they only combine values that already run with others.
     The values of an axis are a list, or a dict of them by id.
     """
     named = [
@@ -40,7 +41,7 @@ def covering(**axes):
         pytest.param(
             *(named[k][index][1] for k, index in enumerate(row)),
             id="-".join(named[k][index][0] for k, index in enumerate(row)),
-            marks=() if row in chosen else SLOW,
+            marks=() if row in chosen else EXHAUSTIVE,
         )
         for row in itertools.product(*(range(len(values)) for values in named))
     ]
