@@ -18,7 +18,7 @@ from chorus.techniques.face_refiner.training.paired import PairedTrainer, Paired
 from chorus.techniques.face_refiner.training.pairs import FaceData
 from chorus.techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
 from chorus.tests.support.allowed_waits import unlisted_step_waits
-from chorus.tests.support.tiers import covering
+from chorus.tests.support.tiers import covering, quick
 from chorus.training.loop import train
 from chorus.training.metrics import l1
 
@@ -109,7 +109,7 @@ def trained(pairing, steps, device):
     return trainer.loop.restore_best(), trainer.loop.losses, trainer.weights(), trainer.examples(1)
 
 
-@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+@pytest.mark.parametrize("pairing", quick(["paired"], ["paired", "unpaired"]))
 def test_training_reads_only_its_loss_in_a_step(pairing, gpus, monkeypatch):
     monkeypatch.setattr(base, "PatchDiscriminatorConfig", functools.partial(PatchDiscriminatorConfig, ndf=4))
     expected = trained(pairing, 2, "cpu")

@@ -19,7 +19,7 @@ import torch
 from chorus.kernels import saliency_blend as package
 from chorus.kernels.saliency_blend import fused_torch, reference, saliency_blend
 from chorus.tests.support.blend_definition import definition
-from chorus.tests.support.tiers import quick
+from chorus.tests.support.tiers import covering, quick
 
 pytest.importorskip("triton", reason="Triton is not in this build of torch")
 from chorus.kernels.saliency_blend import fused
@@ -261,8 +261,7 @@ def test_infinite_regions_force_or_bar_an_expert(launches, device):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", quick([INF], [float("nan"), INF]))
-@pytest.mark.parametrize("side", [0, 1], ids=["cond", "uncond"])
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@covering(shared={"own": False, "shared": True}, side={"cond": 0, "uncond": 1})
 def test_partition_is_non_finite_where_a_prediction_is(launches, shared, side, value, device):
     cond, uncond, sigma = random_predictions(2, (2, 1, 6, 5), torch.float32, device)
     (cond, uncond)[side][1][1, 0, 3, 4] = value

@@ -29,7 +29,7 @@ SIZES = {"64x64": (64, 64), "17x23": (17, 23)}
 STEPS = {"64x64": 1, "17x23": 3}  # a step at 64x64 takes as long as ten steps at 17x23
 
 
-@covering(saliency=["own", "shared"], count=[2, 3], size=SIZES)
+@covering(saliency=["own", "shared"], count=[2, 3], size=[*SIZES])
 def test_mask_and_prediction_match_the_definition(models, saliency, count, size):
     strengths = [1.3, 0.8, 1.7][:count]
     inputs = dict(general_strength=strengths[0], saliency=saliency)

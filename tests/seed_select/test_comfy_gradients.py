@@ -245,6 +245,7 @@ def saved_bytes(steps, checkpoint):
     return session(run, work, steps=steps, checkpoint=checkpoint), out["recorder"].sizes["denoiser"]
 
 
+@pytest.mark.slow
 def test_saved_activations_do_not_grow_with_the_steps():
     """Each step adds only two latents: its input, and values of its output to compare with the recomputed output."""
     one = 4 * 16 * 16 * 4  # bytes of one latent
@@ -524,8 +525,7 @@ def test_session_decodes_the_same_images_as_the_vae(name):
         assert torch.equal(session(seed_sampler(unet(0)), work, gradients=gradients, vae=vae), expected)
 
 
-@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpointed", "plain"])
-@pytest.mark.parametrize("name", VAES)
+@covering(name=[*VAES], checkpoint={"checkpointed": True, "plain": False})
 def test_gradient_of_decoding_equals_finite_differences(name, checkpoint):
     make, channels = VAES[name]
     with torch.inference_mode():
