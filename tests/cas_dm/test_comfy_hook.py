@@ -101,12 +101,12 @@ def test_sampler_receives_the_mix(kind, config):
 
 
 @covering(
+    kind=[*MODELS],
     neutral_inputs=[
         dict(strength=0.0),
         dict(start_percent=0.4, end_percent=0.4),
         dict(start_percent=0.8, end_percent=0.1),
     ],
-    kind=[*MODELS],
 )
 def test_neutral_inputs_are_exact_and_load_nothing(kind, neutral_inputs):
     model = MODELS[kind]()

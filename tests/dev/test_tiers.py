@@ -1,5 +1,7 @@
 """Which cases of a parametrized test run in the quick tests."""
 
+import math
+
 import pytest
 
 from chorus.tests.support.tiers import EXHAUSTIVE, covering, quick
@@ -27,7 +29,5 @@ def test_every_combination_is_a_case_and_the_quick_ones_contain_every_value(size
     kept = [values for values, marks in found.items() if not marks]
     assert all(marks in ([], ["exhaustive"]) for marks in found.values())
     assert {value for values in kept for value in values} == {value for axis in axes.values() for value in axis}
-    count = 1
-    for size in sizes:
-        count *= size
+    count = math.prod(sizes)
     assert len(found) == count and len(kept) <= max(max(sizes), count // max(sizes))
