@@ -5,13 +5,23 @@ The tests of adapters (comfy_*.py) are in files named test_comfy_*.py.
 """
 
 import errno
+import functools
+import gc
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
+# read when torch loads OpenMP: its waiting threads must not spin on the cores that the other test process needs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
+
+# torch, ComfyUI and the collected tests are a million objects, which live until the end. The garbage collector would walk
+# through them again and again while they are imported (a quarter of the time) and in every later full collection, so it
+# pauses until the tests are collected, and then leaves them out.
+gc.disable()
 
 ROOT = Path(__file__).parents[1]
 HOST = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".host" / "ComfyUI")
@@ -44,6 +54,38 @@ def pytest_report_header():
     return f"ComfyUI: {HOST}" if os.environ.get("COMFYUI_PATH") else "ComfyUI: not found; test_comfy_*.py are skipped"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items):
+    """Mark tests with a real server as slow, except those of pack/, which test that the server offers the pack.
+
+    A server takes as much time to start as fifty tests.
+    """
+    for item in items:
+        if "server" in item.fixturenames and item.path.parent.name != "pack":
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Distribute the tests by file, but those of pack/ to one process, so that the quick tests start one server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            folder = file.rpartition("/")[0]
+            return folder if folder == "tests/pack" else file
+
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Seed torch, so that a test gets the same random numbers whether it runs alone or with others."""
@@ -63,6 +105,27 @@ def one_thread():
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_clip_tokenizer():
+    """Load the tokenizer of CLIP once per process: reading its vocabulary takes longer than a small model."""
+    if not os.environ.get("COMFYUI_PATH"):
+        yield
+        return
+    from transformers import CLIPTokenizer  # ComfyUI has imported it
+
+    original = CLIPTokenizer.from_pretrained
+
+    @functools.cache
+    def load(*args, **kwargs):
+        tokenizer = original(*args, **kwargs)
+        tokenizer.get_vocab = functools.cache(tokenizer.get_vocab)
+        return tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIPTokenizer, "from_pretrained", load)
+        yield
 
 
 @pytest.fixture

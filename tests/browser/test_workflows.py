@@ -13,10 +13,13 @@ from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import RENAMED_INPUTS, RENAMED_VALUES, renamed
 from chorus.tests.support.old_workflows import saved_workflows
+from chorus.tests.support.tiers import EXHAUSTIVE, quick
 
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 SAVED = saved_workflows()  # workflows saved at commit d6a205e
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+# all files are opened from the template browser; the other ways differ only in how the page gets the same content
+some_files = pytest.mark.parametrize("file", quick(FILES[::3], FILES, EXHAUSTIVE), ids=lambda file: file.stem)
 
 PROMPT = "async () => (await window.app.graphToPrompt()).output"
 GRAPH = "() => JSON.stringify(window.app.graph.serialize())"
@@ -200,7 +203,7 @@ def test_opens_from_the_template_browser(page, file):
     check(page, file)
 
 
-@every_file
+@some_files
 def test_opens_when_dropped(page, file):
     page_tools.drop(page, file, file.read_bytes())
     check(page, file)
@@ -243,7 +246,7 @@ def test_workflow_with_a_bypassed_blend_runs(page, comfy):
     assert not any(page.evaluate(PROBLEMS).values())
 
 
-@every_file
+@some_files
 def test_opens_from_a_saved_image(page, runs, comfy, file):
     """The image is saved by a run. For a workflow that cannot run, it is made with the same metadata."""
     if needs(file):

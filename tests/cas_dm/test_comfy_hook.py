@@ -28,6 +28,7 @@ from chorus.techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head
 from chorus.tests.support.gradients import direction_of, finite_difference, gradient, seed_sampler
 from chorus.tests.support.heads import EXPERT_PROMPTS, MODELS, PROMPTS, apply_head, head_for, sample
 from chorus.tests.support.lifecycle import interrupt_at
+from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
     blend,
     controlnet,
@@ -59,8 +60,7 @@ def expected_x0(head, call, flow, strength=1.0):
     return call.denoised + strength * (r * x_phi + (1 - r) * call.denoised - call.denoised)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("cfg", [5.0, 1.0])
+@covering(cfg=[5.0, 1.0], kind=[*MODELS])
 def test_untrained_head_changes_nothing(kind, cfg):
     model = MODELS[kind]()
     head = head_for(model, size=0.0, cfg=cfg)
@@ -68,7 +68,11 @@ def test_untrained_head_changes_nothing(kind, cfg):
 
 
 @pytest.mark.parametrize(
-    "sampler", ["euler_ancestral", "dpmpp_2m", "uni_pc", "ddim", "heun", "euler_cfg_pp", "dpmpp_sde"]
+    "sampler",
+    quick(
+        ["euler_ancestral", "uni_pc", "euler_cfg_pp"],
+        ["euler_ancestral", "dpmpp_2m", "uni_pc", "ddim", "heun", "euler_cfg_pp", "dpmpp_sde"],
+    ),
 )
 def test_head_refines_with_any_sampler(sampler):
     model = unet(0)
@@ -80,9 +84,8 @@ def test_head_refines_with_any_sampler(sampler):
         torch.testing.assert_close(a.denoised, expected_x0(head, b, flow=False), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize(
-    "config", [{}, {"condition_on_x_t": True, "gate": "channel"}, {"gate": "sample"}, {"gate": "fixed"}], ids=str
+@covering(
+    config=[{}, {"condition_on_x_t": True, "gate": "channel"}, {"gate": "sample"}, {"gate": "fixed"}], kind=[*MODELS]
 )
 def test_sampler_receives_the_mix(kind, config):
     model = MODELS[kind]()
@@ -97,12 +100,14 @@ def test_sampler_receives_the_mix(kind, config):
         torch.testing.assert_close(a.denoised, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "neutral_inputs",
-    [dict(strength=0.0), dict(start_percent=0.4, end_percent=0.4), dict(start_percent=0.8, end_percent=0.1)],
-    ids=str,
+@covering(
+    kind=[*MODELS],
+    neutral_inputs=[
+        dict(strength=0.0),
+        dict(start_percent=0.4, end_percent=0.4),
+        dict(start_percent=0.8, end_percent=0.1),
+    ],
 )
-@pytest.mark.parametrize("kind", MODELS)
 def test_neutral_inputs_are_exact_and_load_nothing(kind, neutral_inputs):
     model = MODELS[kind]()
     patched = apply_head(model, head_for(model), **neutral_inputs)
@@ -110,8 +115,7 @@ def test_neutral_inputs_are_exact_and_load_nothing(kind, neutral_inputs):
     assert torch.equal(sample(patched), sample(model))
 
 
-@pytest.mark.parametrize("kind", ["eps", "flow"])
-@pytest.mark.parametrize("window", [(0.0, 0.3), (0.3, 0.7), (0.7, 1.0)])
+@covering(window=[(0.0, 0.3), (0.3, 0.7), (0.7, 1.0)], kind=["eps", "flow"])
 def test_head_acts_only_in_its_window(kind, window):
     model = MODELS[kind]()
     recorded, before, after = record_head(model, head_for(model), start_percent=window[0], end_percent=window[1])

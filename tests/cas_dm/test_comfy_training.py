@@ -29,6 +29,7 @@ from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.head_training import QUICK, Scaled, latents, train
 from chorus.tests.support.heads import MODELS, PROMPTS, apply_head, head_for, sample
 from chorus.tests.support.lifecycle import interrupt_at
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -85,8 +86,7 @@ GUIDED = {
 }
 
 
-@pytest.mark.parametrize("kind", GUIDED)
-@pytest.mark.parametrize("cfg", [5.0, 1.0])
+@covering(cfg=[5.0, 1.0], kind=[*GUIDED])
 def test_prediction_is_the_guided_x0_of_the_sampler(kind, cfg):
     model = GUIDED[kind]()
     recorded, calls = recording(model)

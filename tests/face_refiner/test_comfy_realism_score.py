@@ -91,7 +91,15 @@ def test_sets_may_differ_in_count(encoder, sets):
     assert report.startswith("90 images against 110") and result > 0
 
 
-@pytest.mark.parametrize(("count", "warned"), [(60, True), (64, True), (65, False), (101, False)])
+@pytest.mark.parametrize(
+    ("count", "warned"),
+    [
+        pytest.param(60, True, marks=pytest.mark.slow),
+        (64, True),
+        (65, False),
+        pytest.param(101, False, marks=pytest.mark.slow),
+    ],
+)
 def test_too_few_images_warn(encoder, sets, count, warned):
     few = {name: [batch[:count]] for name, batch in sets.items()}
     _, report = score(encoder, few["refined"], few["target"], few["source"], blocks=5)

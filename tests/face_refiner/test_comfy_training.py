@@ -23,6 +23,7 @@ from chorus.techniques.face_refiner.networks.unet import UnetConfig
 from chorus.techniques.face_refiner.training import base as training
 from chorus.tests.support.gradients import tiny_encoder
 from chorus.tests.support.refiner_training import QUICK, images, tinted, train
+from chorus.tests.support.tiers import quick
 from chorus.tests.support.tiny_models import defaults, in_inference_mode
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
@@ -113,7 +114,7 @@ def test_refiner_resumes():
         torch.testing.assert_close(weights(resumed)[name], weight, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize("architecture", quick(["residual"], SMALL))
 def test_unpaired_training_reports_the_distance_between_the_sets(architecture):
     result = train(
         images(5), tinted(images(3, seed=4)), pairing="unpaired", architecture=architecture, metric="clip_vision"

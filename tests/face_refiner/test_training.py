@@ -34,6 +34,7 @@ from chorus.techniques.face_refiner.training.unpaired import (
     energy_distance,
 )
 from chorus.techniques.face_refiner.training.unpaired import report as unpaired_report
+from chorus.tests.support.tiers import quick
 from chorus.training.finite import NotFiniteError
 from chorus.training.loop import train
 from chorus.training.metrics import grad, l1
@@ -347,7 +348,7 @@ def test_resumed_run_continues_the_batches(make):
     assert second.loop.steps == 6 and second.facts()["steps"] == "6"
 
 
-@pytest.mark.parametrize("make", [paired, unpaired])
+@pytest.mark.parametrize("make", quick([paired], [paired, unpaired]))
 def test_training_depends_only_on_its_seed(make):
     runs = [make(steps=3, seed=seed) for seed in (4, 4, 5)]
     for run in runs:
@@ -664,7 +665,7 @@ def test_non_finite_loss_ends_training_with_the_last_finite_weights(cause, confi
     assert all(w.isfinite().all() for w in ours.values())
 
 
-@pytest.mark.parametrize("make", [paired, unpaired])
+@pytest.mark.parametrize("make", quick([paired], [paired, unpaired]))
 def test_interrupt_keeps_the_trained_weights(make):
     class Interrupt(BaseException):
         pass

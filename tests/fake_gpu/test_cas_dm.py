@@ -9,6 +9,7 @@ from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_hea
 from chorus.techniques.cas_dm.training import CasDMTrainer, CasDMTraining
 from chorus.techniques.cas_dm.training_data import Latents, Process
 from chorus.tests.support.allowed_waits import unlisted_step_waits
+from chorus.tests.support.tiers import covering
 from chorus.training import loop as loop_module
 from chorus.training.loop import train
 from chorus.training.metrics import CropMetric, l1
@@ -26,9 +27,7 @@ def head(**config):
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("flow", [False, True], ids=["eps", "flow"])
-@pytest.mark.parametrize("gate", GATES)
+@covering(gate=GATES, flow={"eps": False, "flow": True}, dtype=[torch.float32, torch.float16, torch.bfloat16])
 def test_refinement_never_waits(gate, flow, dtype, gpus):
     made = head(gate=gate, condition_on_x_t=gate in ("pixel", "sample"))
     x0, x = (torch.randn(2, CHANNELS, 8, 12).to(dtype) for _ in range(2))

@@ -18,6 +18,7 @@ from chorus.techniques.face_refiner.training.paired import PairedTrainer, Paired
 from chorus.techniques.face_refiner.training.pairs import FaceData
 from chorus.techniques.face_refiner.training.unpaired import CycleTrainer, CycleTraining
 from chorus.tests.support.allowed_waits import unlisted_step_waits
+from chorus.tests.support.tiers import covering, quick
 from chorus.training.loop import train
 from chorus.training.metrics import l1
 
@@ -68,14 +69,16 @@ def refined(entry, name, guard, device, dtype):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("residual", torch.float32), ("resnet", torch.float16), ("unet", torch.bfloat16)],
-    ids=["residual float32", "resnet float16", "unet bfloat16"],
-)
-@pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("entry", ["boxes", "mask", "whole"])
-def test_faces_are_refined_with_a_fixed_number_of_reads(entry, guard, name, dtype, gpus):
+REFINERS = {
+    "residual float32": ("residual", torch.float32),
+    "resnet float16": ("resnet", torch.float16),
+    "unet bfloat16": ("unet", torch.bfloat16),
+}
+
+
+@covering(entry=["boxes", "mask", "whole"], guard=[*GUARDS], refiner=REFINERS)
+def test_faces_are_refined_with_a_fixed_number_of_reads(entry, guard, refiner, gpus):
+    name, dtype = refiner
     expected = refined(entry, name, guard, "cpu", dtype)
     with gpus:
         found = refined(entry, name, guard, "cuda:0", dtype)
@@ -106,7 +109,7 @@ def trained(pairing, steps, device):
     return trainer.loop.restore_best(), trainer.loop.losses, trainer.weights(), trainer.examples(1)
 
 
-@pytest.mark.parametrize("pairing", ["paired", "unpaired"])
+@pytest.mark.parametrize("pairing", quick(["paired"], ["paired", "unpaired"]))
 def test_training_reads_only_its_loss_in_a_step(pairing, gpus, monkeypatch):
     monkeypatch.setattr(base, "PatchDiscriminatorConfig", functools.partial(PatchDiscriminatorConfig, ndf=4))
     expected = trained(pairing, 2, "cpu")

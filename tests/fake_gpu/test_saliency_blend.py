@@ -11,6 +11,7 @@ from chorus.techniques.saliency_blend.blend import JointSettings, SaliencyBlendR
 from chorus.techniques.saliency_blend.experts import ExpertParticipant, ExpertSettings
 from chorus.techniques.saliency_blend.trace import BlendTrace
 from chorus.tests.support.fake_gpu import HostWait
+from chorus.tests.support.tiers import covering
 
 SIGMAS = (8.0, 7.0, 6.0, 5.0, 4.0, 0.0)
 SIZE = (12, 16)
@@ -99,13 +100,16 @@ def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"
     return outputs, trace.record
 
 
-@pytest.mark.parametrize(
-    ("video", "guided", "dtype"),
-    [(False, False, torch.float32), (False, True, torch.float16), (True, False, torch.bfloat16)],
-    ids=["image", "guided", "video"],
-)
-@pytest.mark.parametrize("mode", MODES)
-def test_no_step_waits_and_the_result_is_that_of_the_cpu(mode, video, guided, dtype, gpus):
+INPUTS = {  # (video, guided, dtype)
+    "image": (False, False, torch.float32),
+    "guided": (False, True, torch.float16),
+    "video": (True, False, torch.bfloat16),
+}
+
+
+@covering(mode=[*MODES], inputs=INPUTS)
+def test_no_step_waits_and_the_result_is_that_of_the_cpu(mode, inputs, gpus):
+    video, guided, dtype = inputs
     expected, record = sampled(mode, dtype, video, guided)
     with gpus:
         found, on_gpu = sampled(mode, dtype, video, guided, "cuda:0", gpus)

@@ -23,6 +23,7 @@ from chorus.techniques.masked_tokens import comfy_files as files
 from chorus.techniques.masked_tokens.comfy_model import loaded
 from chorus.techniques.masked_tokens.comfy_text import read_text
 from chorus.tests.support import masked_token_folder as written
+from chorus.tests.support.tiers import quick
 from chorus.tests.support.tiny_models import defaults
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,7 +232,7 @@ def test_half_precision_file_is_fallback(folder):
     assert {w.dtype for w in model.vq.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("option", ["fp16_unet", "bf16_unet", "fp8_e4m3fn_unet"])
+@pytest.mark.parametrize("option", quick(["fp8_e4m3fn_unet"], ["fp16_unet", "bf16_unet", "fp8_e4m3fn_unet"]))
 def test_weight_dtype_follows_comfyui_option(folder, monkeypatch, option):
     exact = logits(read(folder)[0])
     monkeypatch.setattr(args, option, True)
@@ -279,7 +280,7 @@ def patched(model):
     return model.with_transformer(clone)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("share", quick([0.3], [0.0, 0.3, 0.7]))
 def test_partially_loaded_model_gives_same_logits(folder, share):
     plain, _ = load(model_folder="tiny")
     model = patched(plain)

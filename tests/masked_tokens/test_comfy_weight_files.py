@@ -19,6 +19,7 @@ from chorus.nodes.masked_token_model import DEMO, LoadMaskedTokenModel
 from chorus.techniques.masked_tokens import comfy_files as files
 from chorus.techniques.masked_tokens import comfy_text, comfy_weight_files
 from chorus.tests.support import masked_token_folder as written
+from chorus.tests.support.tiers import quick
 from chorus.tests.support.tiny_models import defaults
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,7 +179,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", quick(["shards of a precision", "UTF-16", "whole CLIP", "cache of huggingface_hub"], LAYOUTS)
+)
 def test_layout_loads_like_the_published_one(folder, expected, states, layout):
     LAYOUTS[layout](folder)
     [name] = options("model_folder")[1:]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "support" / "start_options.py"
-SAMPLED = ["--fp16-intermediates", "--bf16-unet", "--force-fp16 --fp16-vae --fp16-intermediates --fp16-text-enc"]
+SAMPLED = ["--bf16-unet", "--force-fp16 --fp16-vae --fp16-intermediates --fp16-text-enc"]
 OPTIONS = [
+    "--fp16-intermediates",
     *("--force-fp32", "--force-fp16", "--fp32-unet", "--fp64-unet", "--fp16-unet"),
     *("--fp8_e4m3fn-unet", "--fp8_e5m2-unet", "--fp16-vae", "--bf16-vae", "--fp32-vae", "--cpu-vae"),
     *("--fp8_e4m3fn-text-enc", "--fp8_e5m2-text-enc", "--fp16-text-enc", "--bf16-text-enc", "--fp32-text-enc"),

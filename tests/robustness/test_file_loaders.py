@@ -1,8 +1,8 @@
 """Damaged, inconsistent and unrelated files for every loader, which must not crash, run code or fill memory.
 
 Each file either loads with usable, finite content or raises a ValueError that names the file and a remedy. Hypothesis
-generates the same files in every run and simplifies a failing file. worker.py can run single loaders. By default a
-quarter of the thousands of cases runs; before a release, all of them run.
+generates the same files in every run and simplifies a failing file. worker.py can run single loaders. By default an
+eighth of the thousands of cases runs; before a release, all of them run.
 """
 
 import os
@@ -32,13 +32,14 @@ CASES = {
     "training pairs": 500,
     "demo weights": 160,
 }
+SAMPLE = 8  # by default, one case in so many runs
 MEMORY = 300  # MB that loading any file may use; the largest valid file has 3 MB
 SECONDS = 10.0  # for one case on a busy machine
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    yield from in_two_processes(tmp_path_factory, 4)
+    yield from in_two_processes(tmp_path_factory, SAMPLE)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_every_loader_has_cases():
 
 @pytest.mark.parametrize("name", CASES)
 def test_some_damaged_files_rejected_or_usable(results, name, record_property):
-    check(results(name), CASES[name] // 4, record_property)
+    check(results(name), CASES[name] // SAMPLE, record_property)
 
 
 @pytest.mark.exhaustive

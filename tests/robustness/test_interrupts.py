@@ -12,7 +12,7 @@ from chorus.tests.robustness.leak_check import LeakCheck, same_bits
 from chorus.tests.robustness.slow_nodes import CASES, folders, small  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
-MAX_POINTS, MAX_POINTS_SLOW = 32, 12  # sampled points per node, and per node with slow runs
+MAX_POINTS, MAX_POINTS_SLOW = 20, 8  # sampled points per node, and per node with slow runs
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from chorus.techniques.saliency_blend.blend import JointSettings, SaliencyBlendR
 from chorus.techniques.saliency_blend.experts import REUSE, RUN, ExpertParticipant, ExpertSettings
 from chorus.techniques.saliency_blend.regions import LatentBox
 from chorus.techniques.saliency_blend.trace import BlendTrace
+from chorus.tests.support.tiers import covering
 
 SIGMAS = (8.0, 6.0, 4.0, 2.0, 1.0, 0.0)
 
@@ -366,9 +367,7 @@ SKIP_MODES = {
 }
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
-@pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
-@pytest.mark.parametrize("mode", SKIP_MODES)
+@covering(mode=[*SKIP_MODES], video={"image": False, "video": True}, guided={"": False, "guided": True})
 def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, guided):
     """Hard masks are compared bit for bit. Soft masks may differ by rounding, which depends on the place in memory."""
     first, second, joint = SKIP_MODES[mode]
@@ -376,7 +375,7 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
     same = partial(torch.allclose, rtol=1e-5, atol=1e-5) if soft else torch.equal
     shape = (4, 4, 2, 6, 5) if video else (4, 4, 6, 5)
 
-    def sampled(rows):
+    def covering(rows):
         settings = [dict(skip_below=0.12, **first), *([second] if two else [])]
         run = new_run(*settings, sigmas=LONG_SIGMAS, **{"blur": 1, **joint})
         outputs = []
@@ -391,10 +390,10 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
         run.finish(torch.zeros(1))
         return run, outputs
 
-    run, together = sampled([0, 1, 2, 3])
+    run, together = covering([0, 1, 2, 3])
     evaluated = []
     for row, expected in enumerate(SKIPPED_FROM):
-        alone, outputs = sampled([row])
+        alone, outputs = covering([row])
         steps = [k for k, s in enumerate(alone.record.steps) if 1 in s.models]
         evaluated.append(len(steps))
         if mode not in ("region", "expert_share of the other", "late expert and momentum"):  # these change the shares

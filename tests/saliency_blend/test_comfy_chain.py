@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -222,9 +223,11 @@ def hooked(prompts, model, seed, negative=False):
     )
 
 
-@pytest.mark.parametrize("same_checkpoint", [False, True])
-@pytest.mark.parametrize("side", ["base", "expert", "both"])
-@pytest.mark.parametrize("negative", [False, True], ids=["positive", "positive and negative"])
+@covering(
+    negative={"positive": False, "positive and negative": True},
+    side=["base", "expert", "both"],
+    same_checkpoint=[False, True],
+)
 def test_lora_hooks_act_only_on_their_prompt(models, negative, side, same_checkpoint):
     base, expert = models[0], models[0] if same_checkpoint else models[1]
 

@@ -9,7 +9,12 @@ from chorus.dev.benchmarks import blend_controls
 from chorus.dev.benchmarks.blend_controls import deviation, share_of, shares_by_ring, weights
 from chorus.tests.support.tiny_models import blend, conditioning, unet
 
-PAIRS = ["demo", "DiT", "small UNet", pytest.param("SD 1.5-sized", marks=pytest.mark.exhaustive)]
+PAIRS = [
+    pytest.param("demo", marks=pytest.mark.slow),
+    "DiT",
+    "small UNet",
+    pytest.param("SD 1.5-sized", marks=pytest.mark.exhaustive),
+]
 
 
 @pytest.fixture(scope="module", params=PAIRS)

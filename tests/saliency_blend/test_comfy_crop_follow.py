@@ -9,6 +9,7 @@ import torch
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.crops import mask, recorded_sizes, with_area
 from chorus.tests.support.host_definition import check_step
+from chorus.tests.support.tiers import quick
 from chorus.tests.support.tiny_models import blend, conditioning, ksample, latent, predictions, recording, unet
 
 
@@ -80,7 +81,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(["soft", "compete region"], CASES))
 def test_box_follows_the_mask(models, case):
     """The first evaluation is on the whole latent. Outside later boxes, the previous saliency is used."""
     inputs = dict(CASES[case])

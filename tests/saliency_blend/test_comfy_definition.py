@@ -11,6 +11,7 @@ import torch
 
 from chorus.tests.support.blend_definition import CFG, definition
 from chorus.tests.support.host_definition import check_step, run
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import conditioning, latent, unet
 
 
@@ -28,9 +29,7 @@ SIZES = {"64x64": (64, 64), "17x23": (17, 23)}
 STEPS = {"64x64": 1, "17x23": 3}  # a step at 64x64 takes as long as ten steps at 17x23
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("saliency", ["own", "shared"])
+@covering(saliency=["own", "shared"], count=[2, 3], size=[*SIZES])
 def test_mask_and_prediction_match_the_definition(models, saliency, count, size):
     strengths = [1.3, 0.8, 1.7][:count]
     inputs = dict(general_strength=strengths[0], saliency=saliency)
@@ -153,8 +152,7 @@ def resize(mask, height, width):
     return weights(mask.shape[-2], height) @ mask @ weights(mask.shape[-1], width).T
 
 
-@pytest.mark.parametrize("mode", ["compete", "force"])
-@pytest.mark.parametrize("mask_size", [(2, 12, 10), (1, 96, 80), (1, 25, 33), (1, 6, 7)], ids=str)
+@covering(mask_size=[(2, 12, 10), (1, 96, 80), (1, 25, 33), (1, 6, 7)], mode=["compete", "force"])
 def test_region_matches_the_definition(models, mode, mask_size):
     region = torch.rand(mask_size, generator=torch.Generator().manual_seed(0))
     region[:, : mask_size[1] // 3] = 0.0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy_api.latest import io
 
+from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -96,9 +97,8 @@ def base_and_expert(models, place):
     return base, (other if place == "other checkpoint" else base)
 
 
-@pytest.mark.parametrize("cfg", [4.0, 1.0])
-@pytest.mark.parametrize("place", ["other checkpoint", "same checkpoint"])
-@pytest.mark.parametrize("name", GUIDANCE)
+@pytest.mark.parametrize("cfg", quick([4.0], [4.0, 1.0]))
+@covering(name=[*GUIDANCE], place=["other checkpoint", "same checkpoint"])
 def test_expert_that_wins_everywhere_samples_as_without_a_blend(models, name, place, cfg):
     base, plain = base_and_expert(models, place)
     expert = put(name, plain)
@@ -108,6 +108,7 @@ def test_expert_that_wins_everywhere_samples_as_without_a_blend(models, name, pl
 
 
 # NAG needs two transformer blocks and is tested with Flux below
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in GUIDANCE if n != "NAG"])
 def test_guidance_changes_the_image_of_the_expert_without_a_blend(models, name):
     # if the node had no effect, the test above would pass without it
@@ -115,8 +116,7 @@ def test_guidance_changes_the_image_of_the_expert_without_a_blend(models, name):
     assert relative(with_node, plain) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["RescaleCFG", "PAG", "CFGOverride"])
-@pytest.mark.parametrize("sampler", ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "dpmpp_sde", "heun"])
+@covering(sampler=["euler_cfg_pp", "dpmpp_2m_cfg_pp", "dpmpp_sde", "heun"], name=["RescaleCFG", "PAG", "CFGOverride"])
 def test_expert_that_wins_everywhere_samples_as_without_a_blend_with_other_samplers(models, sampler, name):
     expert = put(name, models[1])
     alone = ksample(expert, *PROMPTS, cfg=2.0, steps=4, sampler=sampler)
@@ -124,8 +124,7 @@ def test_expert_that_wins_everywhere_samples_as_without_a_blend_with_other_sampl
     assert relative(ksample(blended, *PROMPTS, cfg=2.0, steps=4, sampler=sampler), alone) < 1e-5
 
 
-@pytest.mark.parametrize("cfg", [3.0, 1.0])
-@pytest.mark.parametrize("name", ["RescaleCFG", "CFGZeroStar", "CFGOverride", "NAG"])
+@covering(name=["RescaleCFG", "CFGZeroStar", "CFGOverride", "NAG"], cfg=[3.0, 1.0])
 def test_flow_expert_with_its_own_prompts_samples_as_without_a_blend(name, cfg):
     base, plain = flux(0), flux(1)
     expert = put(name, plain)

@@ -15,6 +15,7 @@ from chorus.host.parametrization import VP as VP_KIND
 from chorus.host.parametrization import any_family, family
 from chorus.tests.support.blend_definition import CFG, FLOAT32, definition
 from chorus.tests.support.host_definition import check_step, run
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import (
     blend,
     cogvideox,
@@ -92,8 +93,7 @@ SIGMAS = {
 }
 
 
-@pytest.mark.parametrize("target", ["eps", "v", "vp", "flow"])
-@pytest.mark.parametrize("source", ["eps", "v", "vp", "flow"])
+@covering(source=["eps", "v", "vp", "flow"], target=["eps", "v", "vp", "flow"])
 def test_expert_gets_the_converted_x_and_sigma(models, source, target):
     base, expert = models[source][0], models[target][1]
     recorder, inputs = recording_inputs(expert)

@@ -15,6 +15,7 @@ from comfy.patcher_extension import PatcherInjection
 
 from chorus.host.patcher_differences import FIELDS, FORWARD, MODULE, same_forward, same_module, same_value
 from chorus.tests.support.gradients import direction_of, finite_difference, gradient, loss_of, seed_sampler, session
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -147,8 +148,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", [*CHANGES, "attachments"])
-@pytest.mark.parametrize("places", ["expert", "base", "both"])
+@covering(places=["expert", "base", "both"], name=[*CHANGES, "attachments"])
 def test_change_acts_only_on_its_model(name, places):
     plain = unet(0) if name != "attachments" else attachment(unet(0), PLAIN)
     first, second = changed(name, plain)

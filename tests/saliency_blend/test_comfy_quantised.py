@@ -6,6 +6,7 @@ import torch
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.host_definition import check_step
 from chorus.tests.support.quantised import FORMATS, ON_THE_FLY, load, load_file, lora
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import blend, conditioning, ksample, latent, predictions, recording
 
 PROMPTS, EXPERT_PROMPTS = [tuple(conditioning(i + j, guidance=3.5) for j in (0, 1)) for i in (10, 30)]
@@ -16,8 +17,7 @@ def sample(model, prompts=PROMPTS):
     return ksample(model, *prompts, latent(1, 12, 10, 16), **SAMPLING)
 
 
-@pytest.mark.parametrize("same", [False, True], ids=["two checkpoints", "one checkpoint"])
-@pytest.mark.parametrize("name", [*FORMATS, ON_THE_FLY])
+@covering(name=[*FORMATS, ON_THE_FLY], same={"two checkpoints": False, "one checkpoint": True})
 def test_blend_with_a_lora_on_both_models_matches_the_definition(name, same):
     base = load(0, name)
     expert = base if same else load(1, name)

@@ -15,6 +15,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.host_definition import check_step, run
+from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -100,7 +101,20 @@ def test_run_in_two_halves_equals_one_run(models):
 
 @pytest.mark.parametrize(
     "sampler",
-    ["euler", "heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "lcm", "uni_pc_bh2", "res_multistep", "ddim"],
+    quick(
+        ["heun", "dpmpp_2s_ancestral", "lcm", "uni_pc_bh2"],
+        [
+            "euler",
+            "heun",
+            "dpm_2",
+            "dpm_2_ancestral",
+            "dpmpp_2s_ancestral",
+            "lcm",
+            "uni_pc_bh2",
+            "res_multistep",
+            "ddim",
+        ],
+    ),
 )
 def test_model_that_wins_everywhere_samples_as_without_a_blend_with_every_sampler(models, sampler):
     base, expert = models
@@ -122,8 +136,7 @@ def extrapolate(known, sigma):
     return [b + 0.5 * t * (b - a) for a, b in zip(o0, o1, strict=True)]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
-@pytest.mark.parametrize("refresh", [2, 3])
+@covering(refresh=[2, 3], sampler=["euler", "heun", "dpm_2"])
 def test_refresh_evaluates_the_expert_once_per_interval(models, sampler, refresh):
     """At all other calls, the expert's offsets from the base's cond and uncond are extrapolated."""
     steps = 5  # enough for two evaluations before the end
@@ -214,8 +227,7 @@ def test_perturbed_attention_of_the_base_does_not_affect_the_expert(models):
     assert torch.equal(sample(perturbed(blended(models, **EVERYWHERE)[0])), sample(models[1], EXPERT_PROMPTS))
 
 
-@pytest.mark.parametrize("style", ["regular", "nested"])
-@pytest.mark.parametrize("cfg2", [2.0, 1.0])
+@covering(cfg2=[2.0, 1.0], style=["regular", "nested"])
 def test_dual_cfg_blends_all_three_predictions(models, style, cfg2):
     middle = conditioning(50)
 

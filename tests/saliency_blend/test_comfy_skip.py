@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from chorus.tests.support.crops import mask
+from chorus.tests.support.tiers import covering
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -111,8 +112,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
-@pytest.mark.parametrize("mode", MODES)
+@covering(mode=[*MODES], sampler=["euler", "heun"])
 def test_expert_is_skipped_from_the_call_that_the_shares_of_a_full_run_predict(models, sampler, mode):
     base, expert = models
     inputs, prompts = MODES[mode]

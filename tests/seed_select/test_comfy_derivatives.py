@@ -27,6 +27,7 @@ from chorus.tests.support.gradients import (
     tiny_encoder,
 )
 from chorus.tests.support.seeds import WORDS
+from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -99,8 +100,7 @@ OVERRIDDEN = {
 }
 
 
-@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpointed", "plain"])
-@pytest.mark.parametrize("case", OVERRIDDEN)
+@covering(case=[*OVERRIDDEN], checkpoint={"checkpointed": True, "plain": False})
 def test_gradient_with_an_attention_kernel_without_derivative_is_that_of_exact_attention(case, checkpoint):
     _, expected = gradient(OVERRIDDEN[case](lambda m: m), steps=2, checkpoint=checkpoint)
     _, found = gradient(OVERRIDDEN[case](lambda m: with_override(m, patch_kernel)), steps=2, checkpoint=checkpoint)
@@ -275,9 +275,10 @@ def hard(base, expert):
     return blend(base, expert, *EXPERT_WORDS)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", quick([torch.float16], [torch.float32, torch.float16, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize(
-    "case", ["eps", "v", "flow", "flux", "hard blend", "soft blend", pytest.param("demo", marks=pytest.mark.slow)]
+    "case",
+    quick(["v", "flux", "soft blend"], ["eps", "v", "flow", "flux", "hard blend", "soft blend", "demo"]),
 )
 def test_correct_gradients_are_not_rejected(case, dtype):
     """Finite differences are less accurate in 16 bits and with masks that flip; the check must allow for this."""

@@ -32,6 +32,7 @@ from chorus.tests.support.gradients import (
 )
 from chorus.tests.support.lifecycle import check_unchanged, interrupt_at
 from chorus.tests.support.seeds import WORDS, content, limit_free_memory, with_control
+from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -141,7 +142,7 @@ def test_gradient_of_every_sampler_equals_finite_differences(sampler):
     assert float((found * direction).sum()) == pytest.approx(expected, rel=5e-3)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "demo"])
+@pytest.mark.parametrize("case", quick(["v", "flux", "hooks", "mask"], [c for c in CASES if c != "demo"]))
 def test_checkpointing_changes_gradients_only_by_rounding(case):
     run = CASES[case]()
     (loss, found), (plain_loss, plain) = gradient(run, late=3), gradient(run, late=3, checkpoint=False)
@@ -149,9 +150,7 @@ def test_checkpointing_changes_gradients_only_by_rounding(case):
     assert (found - plain).norm() < 1e-5 * plain.norm()
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("sampler", comfy_session.STEPPERS)
-@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+@covering(kind=["eps", "v", "flow"], sampler=[*comfy_session.STEPPERS], mask={"whole": False, "masked": True})
 def test_session_equals_ksampler_bit_for_bit(kind, sampler, mask):
     if sampler == "ddim" and mask:
         pytest.skip("a session rejects ddim with a noise mask")
@@ -246,6 +245,7 @@ def saved_bytes(steps, checkpoint):
     return session(run, work, steps=steps, checkpoint=checkpoint), out["recorder"].sizes["denoiser"]
 
 
+@pytest.mark.slow
 def test_saved_activations_do_not_grow_with_the_steps():
     """Each step adds only two latents: its input, and values of its output to compare with the recomputed output."""
     one = 4 * 16 * 16 * 4  # bytes of one latent
@@ -453,8 +453,7 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80), (32, 32)], ids=str)
-@pytest.mark.parametrize("name", ENCODERS)
+@covering(name=[*ENCODERS], size=[(64, 64), (48, 80), (32, 32)])
 def test_embeddings_equal_encode_image(name, size):
     with torch.inference_mode():
         encoder = ENCODERS[name]()
@@ -526,8 +525,7 @@ def test_session_decodes_the_same_images_as_the_vae(name):
         assert torch.equal(session(seed_sampler(unet(0)), work, gradients=gradients, vae=vae), expected)
 
 
-@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpointed", "plain"])
-@pytest.mark.parametrize("name", VAES)
+@covering(name=[*VAES], checkpoint={"checkpointed": True, "plain": False})
 def test_gradient_of_decoding_equals_finite_differences(name, checkpoint):
     make, channels = VAES[name]
     with torch.inference_mode():

@@ -12,6 +12,7 @@ from chorus.techniques.seed_select.comfy_progress import SeedProgress
 from chorus.tests.support.gradients import seed_sampler
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.seeds import WORDS, content, limit_free_memory, with_control
+from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
     blend,
     conditioning,
@@ -39,8 +40,10 @@ def model():
     return unet(0)
 
 
-@pytest.mark.parametrize("scheduler", ["normal", "karras", "beta"])
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "uni_pc", "ddim", "euler_ancestral", "dpmpp_2m_sde", "lcm"])
+@covering(
+    sampler=["euler", "dpmpp_2m", "uni_pc", "ddim", "euler_ancestral", "dpmpp_2m_sde", "lcm"],
+    scheduler=["normal", "karras", "beta"],
+)
 def test_seed_equals_ksampler_bit_for_bit(model, sampler, scheduler):
     expected = ksample(model, *WORDS, latent(), sampler=sampler, scheduler=scheduler, seed=7)
     assert torch.equal(generated(model, 7, sampler_name=sampler, scheduler=scheduler), expected)
@@ -121,7 +124,7 @@ def test_demo_checkpoint_equals_ksampler():
     assert torch.equal(run.generate(run.noise_of(9)), expected)
 
 
-@pytest.mark.parametrize("sampler", sorted(DETERMINISTIC))
+@pytest.mark.parametrize("sampler", quick(["euler", "dpmpp_2m", "heun", "uni_pc"], sorted(DETERMINISTIC)))
 def test_deterministic_samplers_generate_noises_in_one_batch(model, sampler):
     run = seed_sampler(model, sampler_name=sampler, steps=4)
     noise = torch.cat([run.noise_of(k) for k in range(3)])
