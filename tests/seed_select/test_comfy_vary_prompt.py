@@ -254,7 +254,7 @@ def test_prompt_variation_0_equals_a_run_without_it(select, demo_sized):
     )
     assert "Vary Prompt" not in off.report and "vary_prompt" not in off.noise.details
     run = seed_sampler(demo_sized)
-    assert run.positive_of(3) is run.inputs.positive
+    assert run.varied(3) is run.inputs
 
 
 def test_candidates_with_different_prompts_run_one_by_one(model):
