@@ -97,12 +97,11 @@ def sampled_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor | N
             f"expected {wanted} for {type(model.model).__name__}, got the size {size_of(first)}{nested}; connect an empty latent"
             " of this model's kind, or use a model of this latent's kind"
         )
-    if first.ndim not in LATENT_AXES or latent.get("type") == "audio":
-        kind = "an audio latent" if latent.get("type") == "audio" else f"the size {size_of(first)}"
+    if first.ndim not in LATENT_AXES:
         raise ValueError(
-            f"expected a latent of an image [1, C, h, w] or a video [1, C, T, h, w] for {type(model.model).__name__}, got"
-            f" {kind}: the candidates are compared with the references as images, and no VAE decodes images from such a"
-            " latent; use an image or video model"
+            f"expected a latent of an image [1, C, h, w] or a video [1, C, T, h, w] for {type(model.model).__name__}, got the"
+            f" size {size_of(first)}: the candidates are compared with the references as images, and no VAE decodes images"
+            " from such a latent; use an image or video model"
         )
     if len(first) != 1:
         raise ValueError(

@@ -190,10 +190,13 @@ def test_optimisation_through_a_vae_that_adds_noise_is_refused(monkeypatch, visi
         small.select(mode="optimize", semantic_weight=10.0, clip_vision=vision)
 
 
-def test_audio_latent_rejected():
-    family = FAMILIES["StableAudio"]
-    small = Small.__new__(Small)
-    small.model, small.words, small.latent, small.vae = family.model(0), family.prompts(10), family.latent, tiny_vae(64)
+def test_audio_latent_and_audio_vae_rejected(monkeypatch):
+    small = Small("ACEStep")
+    small.vae = tiny_vae(8)
+    monkeypatch.setattr(small.vae, "output_channels", 2)
+    with pytest.raises(ValueError, match="decodes audio, not images; connect the VAE of this model"):
+        small.select()
+    small = Small("StableAudio")
     with pytest.raises(
         ValueError, match=r"StableAudio.*no VAE decodes images from such a latent; use an image or video"
     ):
