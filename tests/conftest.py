@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import os
 import sys
+import zlib
 from pathlib import Path
 
 # read when torch loads OpenMP: its waiting threads must not spin on the cores that the other test process needs
@@ -67,13 +68,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Distribute the tests by file, but those of pack/ to one process, so that the quick tests start one server."""
+    """Distribute the tests by file, with two exceptions.
+
+    Those of pack/ run in one process, so that the quick tests start one server. Those of the longest file of the web page,
+    which run last, are divided in two, so that no process waits for the other for many minutes.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
             folder = file.rpartition("/")[0]
+            if file == "tests/browser/test_workflows.py":
+                return f"{file}, part {zlib.crc32(nodeid.encode()) % 2 + 1} of 2"
             return folder if folder == "tests/pack" else file
 
     return ByFile(config, log) if config.getoption("dist") == "loadfile" else None

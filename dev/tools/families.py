@@ -47,6 +47,12 @@ Each node is applied to the base, to the expert, to both, and to the MODEL after
 forced into one half of the image. In this half, the predictions must equal those of the expert in a separate run with
 its nodes. In the other half, they must equal those of the base with its nodes.
 """
+SPACES = """## Latent spaces
+
+Models of one latent space can be blended, whatever their architectures are: each line of the table is one space, with all model
+families of this ComfyUI that have it. The blend converts between their noise processes. It needs a real negative prediction of each
+model, which models that are distilled with guidance lack, see the help of Saliency Noise Blend.
+"""
 NOTE = re.compile(r"^\[\^(\d+)\]: `(.*)`$", re.M)
 CELL = re.compile(r"^(equal|refused|not built|wrong)(?:\[\^(\d+)\])?$")
 
@@ -66,10 +72,18 @@ def table(cells: Cells, notes: dict[str, int]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def page(families: Cells, nodes: Cells, version: str) -> str:
+def space_table(spaces: dict[str, list[str]]) -> str:
+    """A table of the model families (values) of latent spaces (keys) that several families share."""
+    lines = [["latent space", "model families"], ["---"] * 2]
+    lines += [[space, "; ".join(names)] for space, names in spaces.items() if len(names) > 1]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(families: Cells, nodes: Cells, spaces: dict[str, list[str]], version: str) -> str:
     """The text of docs/compatibility.md."""
     notes: dict[str, int] = {}
     tables = [FAMILIES + "\n" + table(families, notes), NODES + "\n" + table(nodes, notes)]
+    tables.append(SPACES + "\n" + space_table(spaces))
     listed = "".join(f"[^{number}]: `{text}`\n" for text, number in notes.items())
     return "\n".join([HEAD, f"Tested with ComfyUI {version}.\n", *tables, listed])
 
@@ -78,7 +92,7 @@ def read(text: str) -> tuple[Cells, Cells]:
     """The cells of the families and of the nodes in the text of docs/compatibility.md."""
     notes = dict(NOTE.findall(text))
     found: list[Cells] = []
-    for part in text.split("\n## ")[1:]:
+    for part in text.split("\n## ")[1:3]:
         rows = [[word.strip() for word in line.strip("| ").split("|")] for line in part.splitlines() if line[:1] == "|"]
         columns, cells = rows[0] if rows else [], {}
         for row in rows[2:]:
@@ -119,7 +133,7 @@ def main(*words: str) -> int:
     """Try the cells, print the differences, and write the file if asked. Returns the number of differences."""
     import comfyui_version
 
-    from chorus.tests.families.family_cells import family_cells
+    from chorus.tests.families.family_cells import family_cells, latent_spaces
     from chorus.tests.families.node_cells import node_cells
 
     write, names = "--write" in words, [word for word in words if word != "--write"]
@@ -139,7 +153,7 @@ def main(*words: str) -> int:
         now.append(found if not names else before | found)
     if write:
         PATH.parent.mkdir(exist_ok=True)
-        PATH.write_text(page(*now, comfyui_version.__version__), encoding="utf-8")
+        PATH.write_text(page(*now, latent_spaces(), comfyui_version.__version__), encoding="utf-8")
         print(f"wrote {Path(PATH).relative_to(ROOT)}")
     elif not problems:
         print(f"{PATH.name}: up to date")

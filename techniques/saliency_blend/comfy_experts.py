@@ -12,13 +12,13 @@ import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
-from comfy.latent_formats import LatentFormat
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...host.attachments import Conditioning
 from ...host.autograd_copies import clone_tensors
 from ...host.injections import move_injections
+from ...host.latent_spaces import LatentSpace
 from ...host.module_copies import copy_module
 from ...host.parametrization import Conversion, latent_format_of, sampling_of
 from ...host.patcher_differences import same_module
@@ -130,20 +130,12 @@ def resolve_patchers(base: ModelPatcher, experts: Sequence[Expert], conds: dict[
 
 def check_latent_space(base: ModelPatcher, expert: ModelPatcher, label: str) -> None:
     """Raise ValueError if the expert has another latent space, or a noise process that cannot be converted."""
-    ours, theirs = (latent_format_of(m) for m in (base, expert))
-
-    def describe(f: LatentFormat) -> str:
-        return f"{type(f).__name__} ({f.latent_channels} channels, scale {getattr(f, 'scale_factor', 1.0):g})"
-
-    same = (
-        type(ours) is type(theirs)
-        and ours.latent_channels == theirs.latent_channels
-        and getattr(ours, "scale_factor", 1.0) == getattr(theirs, "scale_factor", 1.0)
-    )
-    if not same:
+    ours, theirs = (LatentSpace.of(latent_format_of(m)) for m in (base, expert))
+    if ours != theirs:
         raise ValueError(
-            f"the latent format of '{label}' is {describe(theirs)}, that of the base is {describe(ours)}; choose"
-            " an expert with the latent space of the base"
+            f"the latent format of '{label}' is {theirs}, that of the base is {ours}; choose an expert with the latent space of"
+            " the base, or pass the finished image on: decode it, encode it with the expert's VAE, and sample it with the"
+            " expert at a denoise below 1"
         )
     Conversion(sampling_of(base), sampling_of(expert))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...common.shapes import size_of
 from ...host.attachments import Conditioning
 from ...host.autograd_copies import clone_tensors
+from ...host.latent_spaces import LatentSpace
 from ...host.parametrization import latent_format_of, sampling_of
 
 Conds = dict[str, list[dict[str, Any]]]  # conditionings by name, as ComfyUI's guiders hold them
@@ -261,11 +262,10 @@ def _checked_model(guider: CFGGuider, model: ModelPatcher) -> ModelPatcher:
             f"expected a GUIDER with a model for guider, got {type(guider).__name__} without one; connect CFGGuider,"
             " BasicGuider or another guider node with a model"
         )
-    spaces = [latent_format_of(m) for m in (own, model)]
-    ours, theirs = (f"{type(s).__name__} ({s.latent_channels} channels)" for s in spaces)
+    ours, theirs = (LatentSpace.of(latent_format_of(m)) for m in (own, model))
     if ours != theirs:
         raise ValueError(
-            f"the guider's model has latents of {ours}, the model connected to model has latents of {theirs}; connect the"
+            f"the latent format of the guider's model is {ours}, that of the model connected to model is {theirs}; connect the"
             " guider's model to model"
         )
     return own

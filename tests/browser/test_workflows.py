@@ -20,6 +20,11 @@ SAVED = saved_workflows()  # workflows saved at commit d6a205e
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 # all files are opened from the template browser; the other ways differ only in how the page gets the same content
 some_files = pytest.mark.parametrize("file", quick(FILES[::3], FILES, EXHAUSTIVE), ids=lambda file: file.stem)
+# the trainings take minutes; other tests run them on a server, with fewer steps
+TRAININGS = [file for file in FILES if file.stem.startswith("Train a ")]
+short_runs = pytest.mark.parametrize(
+    "file", quick([file for file in FILES if file not in TRAININGS], FILES, EXHAUSTIVE), ids=lambda file: file.stem
+)
 
 PROMPT = "async () => (await window.app.graphToPrompt()).output"
 GRAPH = "() => JSON.stringify(window.app.graph.serialize())"
@@ -209,7 +214,7 @@ def test_opens_when_dropped(page, file):
     check(page, file)
 
 
-@every_file
+@short_runs
 def test_run_shows_its_images(page, runs, comfy, file):
     if needs(file):
         pytest.skip(f"needs {', '.join(needs(file))}")

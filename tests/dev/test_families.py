@@ -10,13 +10,16 @@ FAMILIES = {
     ("SAM3", "blend"): ("not built", "not generative"),
     ("SAM3", "seed search"): ("not built", "not generative"),
 }
+SPACES = {"SD15 (4 channels, scale 0.18215)": ["SD15", "SD20"], "Mochi (12 channels, scale 1)": ["GenmoMochi"]}
 NODES = {("RescaleCFG", "base"): ("equal", ""), ("RescaleCFG", "expert"): ("refused", "put it on the base")}
 
 
 def test_written_cells_are_read_again():
-    text = families.page(FAMILIES, NODES, "0.30.0")
+    text = families.page(FAMILIES, NODES, SPACES, "0.30.0")
     assert families.read(text) == (FAMILIES, NODES)
     assert text.count("`not generative`") == 1, "equal messages must share a note"
+    assert "| SD15 (4 channels, scale 0.18215) | SD15; SD20 |" in text
+    assert "Mochi" not in text, "a latent space of one family is listed"
 
 
 def test_new_changed_wrong_and_missing_cells_are_reported():
@@ -39,4 +42,4 @@ def test_wrong_cell_is_reported_even_if_documented():
 
 def test_unknown_word_in_a_table_is_rejected():
     with pytest.raises(ValueError, match=r"got perfect; run `python run.py families --write`"):
-        families.read(families.page(FAMILIES, NODES, "0.30.0").replace("| equal |", "| perfect |", 1))
+        families.read(families.page(FAMILIES, NODES, SPACES, "0.30.0").replace("| equal |", "| perfect |", 1))

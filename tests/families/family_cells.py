@@ -12,6 +12,7 @@ import comfy.model_sampling
 import numpy as np
 import torch
 
+from chorus.host.latent_spaces import LatentSpace
 from chorus.techniques.saliency_blend.comfy_expert_run import ExpertRun
 from chorus.tests.families.catalogue import FAMILIES, NOT_BUILT
 from chorus.tests.families.family import Family
@@ -31,6 +32,7 @@ from chorus.tests.support.tiny_models import (
 )
 
 CFG, STEPS = 4.0, 2
+IMAGE_TO_IMAGE = ("LotusD", "WAN21_FlowRVS")  # do not start from noise
 SAMPLING = dict(steps=STEPS, cfg=CFG, scheduler="simple")
 STRENGTH = 40.0  # so that the scores do not tie where the saliency is flat, as at the highest noise levels
 BATCH_ROUNDING = 3e-5  # relative, between batches of different sizes, for which torch can choose other kernels
@@ -190,13 +192,21 @@ def partners(family):
     """
 
     def space(other):
-        found = FAMILIES[other].latent_format()
-        return type(found).__name__, found.latent_channels, getattr(found, "scale_factor", None)
+        return LatentSpace.of(FAMILIES[other].latent_format())
 
     group = [name for name in FAMILIES if space(name) == space(family.name)]
     index = group.index(family.name)
     others = [*group[index + 1 :], *group[:index]]
-    return [name for name in others if FAMILIES[name].class_name not in (family.class_name, "LotusD", "WAN21_FlowRVS")]
+    return [name for name in others if FAMILIES[name].class_name not in (family.class_name, *IMAGE_TO_IMAGE)]
+
+
+def latent_spaces() -> dict[str, list[str]]:
+    """The families of each latent space, without those whose blend is refused whatever the expert is."""
+    found: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        if family.class_name not in IMAGE_TO_IMAGE:
+            found.setdefault(str(LatentSpace.of(family.latent_format())), []).append(name)
+    return found
 
 
 def other_family(models):

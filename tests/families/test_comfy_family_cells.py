@@ -4,7 +4,7 @@ import pytest
 
 from chorus.dev.tools import families
 from chorus.tests.families.catalogue import FAMILIES, NOT_BUILT
-from chorus.tests.families.family_cells import CELLS, Models
+from chorus.tests.families.family_cells import CELLS, Models, latent_spaces
 from chorus.tests.families.outcome import outcome_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +37,12 @@ def test_every_family_is_documented(known):
     rows = [*NOT_BUILT, *FAMILIES]
     found = {(row, cell) for row in rows for cell in CELLS}
     assert found == known.keys(), f"families or cells were added or removed; run `{families.COMMAND}`"
+
+
+def test_latent_spaces_are_documented():
+    assert families.space_table(latent_spaces()) in families.PATH.read_text(encoding="utf-8"), (
+        f"the table of latent spaces is out of date; run `{families.COMMAND}`"
+    )
 
 
 @pytest.mark.parametrize(("family", "cell"), QUICK, ids=" ".join)

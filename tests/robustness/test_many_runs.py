@@ -14,6 +14,7 @@ import pytest
 from chorus.tests.robustness.queues import Client
 from chorus.tests.robustness.small_workflows import TECHNIQUES, Graph
 from chorus.tests.support.real_comfyui import fresh_server
+from chorus.tests.support.tiers import EXHAUSTIVE, quick
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures memory with glibc")
 # one round of runs: common techniques are more frequent, and none runs twice in a row
@@ -88,7 +89,13 @@ def growth(sizes: list[float], runs: int) -> float:
     return (sizes[-1] - sizes[WARM - 1]) / (runs * (len(sizes) - WARM))
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+# the trainings of heads and refiners take minutes; their loop is that of the LoRA
+LONG = ("train a head", "train a refiner")
+
+
+@pytest.mark.parametrize(
+    "technique", quick([name for name in TECHNIQUES if name not in LONG], [*TECHNIQUES], EXHAUSTIVE)
+)
 def test_memory_does_not_grow_with_one_technique(client, graph, control, technique, record_property):
     runs = 4 if technique == "optimize" or technique.startswith("train") else 8
     seeds = [range(first, first + runs) for first in range(0, runs * (WARM + 2), runs)]

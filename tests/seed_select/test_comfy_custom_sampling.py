@@ -301,6 +301,6 @@ def test_invalid_inputs_rejected_before_the_search(inputs, message, model):
 def test_guider_of_another_latent_space_rejected(model):
     guider = cfg_guider(flux(0))
     with pytest.raises(
-        ValueError, match=r"guider's model has latents of .*, the model connected to model .* connect the"
+        ValueError, match=r"the guider's model is .* channels.*, that of the model connected to model is .* connect the"
     ):
         select(model, guider=guider)

@@ -3,6 +3,7 @@
 import comfy.nested_tensor
 import comfy.utils
 import comfy_extras.nodes_custom_sampler as custom
+import folder_paths
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,9 @@ def test_several_images_from_a_path():
 
 
 def test_saved_noise_is_loaded_unchanged(small, tmp_path, monkeypatch):
+    for kind in ("input", "output"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"get_{kind}_directory", lambda kind=kind: str(tmp_path / kind))
     noise, *_ = small.select()
     saved = SaveSeed.execute(noise, "seeds/video").ui["seeds"][0]
     loaded = LoadSeed.execute(f"{saved['subfolder']}/{saved['filename']} [output]").args[0]
