@@ -375,7 +375,7 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
     same = partial(torch.allclose, rtol=1e-5, atol=1e-5) if soft else torch.equal
     shape = (4, 4, 2, 6, 5) if video else (4, 4, 6, 5)
 
-    def covering(rows):
+    def sampled(rows):
         settings = [dict(skip_below=0.12, **first), *([second] if two else [])]
         run = new_run(*settings, sigmas=LONG_SIGMAS, **{"blur": 1, **joint})
         outputs = []
@@ -390,10 +390,10 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
         run.finish(torch.zeros(1))
         return run, outputs
 
-    run, together = covering([0, 1, 2, 3])
+    run, together = sampled([0, 1, 2, 3])
     evaluated = []
     for row, expected in enumerate(SKIPPED_FROM):
-        alone, outputs = covering([row])
+        alone, outputs = sampled([row])
         steps = [k for k, s in enumerate(alone.record.steps) if 1 in s.models]
         evaluated.append(len(steps))
         if mode not in ("region", "expert_share of the other", "late expert and momentum"):  # these change the shares
