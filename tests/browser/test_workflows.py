@@ -18,13 +18,12 @@ from chorus.tests.support.tiers import EXHAUSTIVE, quick
 FILES = sorted((ROOT / "example_workflows").glob("*.json"))
 SAVED = saved_workflows()  # workflows saved at commit d6a205e
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+# a training or an optimisation takes more than a minute of the page's time; other tests run them on a server, with fewer steps
+LONG = ("Train a ", "Style from one picture", "Rare concept by optimising")
+SHORT = [file for file in FILES if not file.stem.startswith(LONG)]
+short_runs = pytest.mark.parametrize("file", quick(SHORT, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
 # all files are opened from the template browser; the other ways differ only in how the page gets the same content
-some_files = pytest.mark.parametrize("file", quick(FILES[::3], FILES, EXHAUSTIVE), ids=lambda file: file.stem)
-# the trainings take minutes; other tests run them on a server, with fewer steps
-TRAININGS = [file for file in FILES if file.stem.startswith("Train a ")]
-short_runs = pytest.mark.parametrize(
-    "file", quick([file for file in FILES if file not in TRAININGS], FILES, EXHAUSTIVE), ids=lambda file: file.stem
-)
+some_files = pytest.mark.parametrize("file", quick(SHORT[::3], FILES, EXHAUSTIVE), ids=lambda file: file.stem)
 
 PROMPT = "async () => (await window.app.graphToPrompt()).output"
 GRAPH = "() => JSON.stringify(window.app.graph.serialize())"
