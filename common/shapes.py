@@ -1,13 +1,13 @@
 """Shapes and samples as text for messages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 
-def size_of(x: Tensor) -> str:
-    """The shape of ``x`` as text: 1x4x64x64."""
-    return "x".join(map(str, x.shape))
+def size_of(x: Tensor | Sequence[int]) -> str:
+    """The shape of ``x``, or the shape ``x``, as text: 1x4x64x64."""
+    return "x".join(map(str, x.shape if isinstance(x, Tensor) else x))
 
 
 def named_samples(samples: Iterable[int]) -> str:

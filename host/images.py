@@ -44,7 +44,7 @@ def check_decodes(vae: VAE, shape: Sequence[int], remedy: str) -> None:
     name = type(vae.first_stage_model).__name__
     if vae.latent_dim not in (2, 3) or vae.extra_1d_channel is not None or vae.output_channels < 3:
         raise ValueError(f"the VAE ({name}) decodes audio, not images; {remedy}")
-    size = "x".join(map(str, shape))
+    size = size_of(shape)
     if vae.latent_dim == 3 and len(shape) != 5:
         raise ValueError(
             f"the VAE ({name}) decodes latents of 5 axes [batch, channels, frames, height, width], the model samples"
@@ -101,7 +101,7 @@ def encode(vae: VAE, images: Tensor, shape: Sequence[int]) -> Tensor:
             encoded = encoded.unsqueeze(2)
     if tuple(encoded.shape[1:]) != tuple(shape[1:]):
         raise ValueError(
-            f"the VAE makes latents of {size_of(encoded[:1])} and the model samples {'x'.join(map(str, shape))}; use the VAE of"
+            f"the VAE makes latents of {size_of(encoded[:1])} and the model samples {size_of(shape)}; use the VAE of"
             " this model, and for a video a number of frames that the VAE can make"
         )
     return encoded

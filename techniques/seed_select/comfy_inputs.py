@@ -127,9 +127,9 @@ class KSamplerInputs:
         return replace(self, guider=guider)
 
     @property
-    def further_models(self) -> list[ModelPatcher]:
-        """Models that the guider uses besides ``model``, such as the one for the negative prompt of DualModelGuider."""
-        return [] if self.guider is None else list(further_models(self.guider).values())
+    def models(self) -> list[ModelPatcher]:
+        """``model``, then those that the guider uses besides, such as that for the negative prompt of DualModelGuider."""
+        return [self.model, *([] if self.guider is None else further_models(self.guider).values())]
 
     @property
     def base_sampler(self) -> str | None:

@@ -107,7 +107,7 @@ class ComfySeedSampler:
         seeds = self._checked_seeds(noise, seeds)
         size = self.batch_size(len(noise))
         latents = []
-        with self.counter.counting([self.model, *self.inputs.further_models], self.inputs.conds):
+        with self.counter.counting(self.inputs.models, self.inputs.conds):
             for first in range(0, len(noise), size):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 chunk = slice(first, first + size)

@@ -113,7 +113,7 @@ class Session:
                 " which generates the same images as ddim if there is no mask"
             )
         if settings.gradients:
-            check_differentiable([self.inputs.model, *self.inputs.further_models], self.inputs.conds)
+            check_differentiable(self.inputs.models, self.inputs.conds)
 
     @property
     def layout(self) -> LatentLayout:
@@ -148,8 +148,7 @@ class Session:
         patchers = {name: model.patcher for name, model in wired.items() if model is not None}
         copies = {name: weights(p) if weights else p.clone() for name, p in patchers.items()}
         loaded: list[ModelPatcher] = []
-        models = [inputs.model, *inputs.further_models]
-        compare = {"denoiser": comparison(models)} if settings.gradients else {}
+        compare = {"denoiser": comparison(inputs.models)} if settings.gradients else {}
         checkpoint = settings.checkpoint or not settings.gradients
         recorder = Recorder(checkpoint, self._memory_check(model, loaded, copies), compare)
 

@@ -1,6 +1,5 @@
 """KSampler with the base on one GPU and the experts on another: each step reads only the noise level from a GPU."""
 
-import comfy.model_management
 import comfy_extras.nodes_model_advanced
 import pytest
 import torch
@@ -8,7 +7,6 @@ import torch
 from chorus.techniques.saliency_blend.comfy_expert_run import ExpertRun
 from chorus.techniques.saliency_blend.comfy_kernel_backend import VARIABLE
 from chorus.tests.support.allowed_waits import STEPS, unlisted_step_waits
-from chorus.tests.support.fake_gpu import FakeGPUs
 from chorus.tests.support.heads import apply_head, head_for
 from chorus.tests.support.tiny_models import blend, conditioning, in_inference_mode, ksample, latent, unet
 
@@ -65,19 +63,10 @@ def sample(model, steps):
 
 
 @pytest.fixture
-def gpus(one_thread, monkeypatch):
-    """Fake GPUs for which any code may wait. The tests check afterwards which code has waited."""
+def gpus(waiting_gpus, monkeypatch):
+    """The tests check after a run which code has waited."""
     monkeypatch.setenv(VARIABLE, "torch")  # Triton's interpreter is slow
-
-    class Everywhere(frozenset):
-        def __contains__(self, place):
-            return True
-
-    gpus = FakeGPUs()
-    gpus.allowed = Everywhere()
-    yield gpus
-    with gpus:
-        comfy.model_management.unload_all_models()
+    return waiting_gpus
 
 
 def waits(gpus, case, steps):

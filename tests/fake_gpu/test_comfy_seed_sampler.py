@@ -1,6 +1,5 @@
 """SeedSelect's sampling on a GPU: custom sampling, latents of videos, and nested latents."""
 
-import comfy.model_management
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
@@ -10,25 +9,9 @@ from chorus.techniques.seed_select.comfy_inputs import KSamplerInputs
 from chorus.techniques.seed_select.comfy_latents import LatentLayout
 from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler
 from chorus.tests.families.catalogue import FAMILIES
-from chorus.tests.support.fake_gpu import FakeGPUs
 from chorus.tests.support.tiny_models import in_inference_mode
 
 FAMILY = {"image": "SD15", "video": "WAN21_T2V", "video with audio": "LTXAV"}
-
-
-@pytest.fixture
-def gpus(one_thread):
-    """Fake GPUs for which any code may wait: ComfyUI reads from them at each step."""
-
-    class Everywhere(frozenset):
-        def __contains__(self, place):
-            return True
-
-    gpus = FakeGPUs()
-    gpus.allowed = Everywhere()
-    yield gpus
-    with gpus:
-        comfy.model_management.unload_all_models()
 
 
 @in_inference_mode
@@ -62,19 +45,19 @@ def generated(family, device, guided):
 @pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True], ids=["KSampler", "SamplerCustomAdvanced"])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_samples_equal_those_on_the_cpu(kind, guided, gpus):
+def test_samples_equal_those_on_the_cpu(kind, guided, waiting_gpus):
     family = FAMILIES[FAMILY[kind]]
     expected = generated(family, "cpu", guided)
-    with gpus:
+    with waiting_gpus:
         found = generated(family, "cuda:0", guided)
     assert torch.equal(found.cpu(), expected)
 
 
-def test_frames_and_parts_of_latents_stay_on_their_device_without_waiting(gpus):
-    with gpus:
+def test_frames_and_parts_of_latents_stay_on_their_device_without_waiting(waiting_gpus):
+    with waiting_gpus:
         video, packed = torch.rand(1, 7, 4, 4, 3, device="cuda"), torch.rand(2, 1, 30, device="cuda")
         layout = LatentLayout(((2, 3, 2), (6, 3)))
-        gpus.waits.clear()
+        waiting_gpus.waits.clear()
         found = [evenly_taken_frames(video, 4), layout.pictures(packed), layout.pack(layout.unpack(packed))]
         assert all(str(x.device) == "cuda:0" for x in found)
-        assert not gpus.waits
+        assert not waiting_gpus.waits

@@ -131,18 +131,7 @@ def test_optimized_noise_gives_the_same_bits_with_every_guider(guider, model, ot
 
 @pytest.mark.parametrize("guider", EVERY_GUIDER)
 def test_gradient_equals_finite_differences_with_every_guider(guider, model, other):
-    inputs = KSamplerInputs(
-        model=model,
-        positive=POSITIVE,
-        negative=NEGATIVE,
-        latent_image=latent(),
-        steps=3,
-        cfg=CFG,
-        sampler_name="euler",
-        scheduler="normal",
-        guider=GUIDERS[guider](model, other),
-    )
-    run = ComfySeedSampler(inputs)
+    run = ComfySeedSampler(inputs_with(model, steps=3, guider=GUIDERS[guider](model, other)))
     _, found = gradient(run)
     direction = direction_of(found)
     expected = finite_difference(run, direction, step=1e-2)
@@ -169,13 +158,13 @@ def test_connected_sampler_gives_the_same_bits(name, model):
     assert "sampler connected: sampler_name not used" in report
 
 
-def inputs_with(model, **custom_inputs):
+def inputs_with(model, steps=4, **custom_inputs):
     return KSamplerInputs(
         model=model,
         positive=POSITIVE,
         negative=NEGATIVE,
         latent_image=latent(),
-        steps=4,
+        steps=steps,
         cfg=CFG,
         sampler_name="euler",
         scheduler="normal",
