@@ -36,7 +36,7 @@ PROMPTS = (
     "a burger",
     "an octopus on blue",
 )
-SHEET_STEPS, SHEET_CFG = 25, 3.0
+SHEET_CFG = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,11 @@ class Plan(loop.Plan):
     small_canvases: int = 12000
     ema_decay: float = 0.9995
     prompts: tuple = PROMPTS
+    sheet_steps: int = 25  # sampling steps of the images on the sheet
 
     def small(self, **changes):
-        return super().small(**{"canvases": 32, "small_canvases": 32, "small_batch": 4, **changes})
+        few = dict(canvases=32, small_canvases=32, small_batch=4, sheet_steps=2)
+        return super().small(**{**few, **changes})
 
 
 class Model(nn.Module):
@@ -149,7 +151,7 @@ class Flow:
 
 
 @torch.no_grad()
-def sample(model, prompts, *, seed=0, steps=SHEET_STEPS, cfg=SHEET_CFG, side=SIZE // 8):
+def sample(model, prompts, *, seed=0, steps, cfg=SHEET_CFG, side=SIZE // 8):
     """Latents [B, 8, side, side] sampled from seeded noise (DDIM for v, Euler for a flow), and the saliency [B, side,
     side].
 
@@ -223,7 +225,7 @@ class Task:
         white)."""
         prompts, rows = list(self.plan.prompts), []
         for seed in (0, 1):
-            latents, saliency = sample(network, prompts, seed=seed)
+            latents, saliency = sample(network, prompts, seed=seed, steps=self.plan.sheet_steps)
             shown = saliency / saliency.amax((1, 2), keepdim=True).clamp(min=1e-6)
             rows.append(self.autoencoder.decode(latents))
             rows.append(F.interpolate(shown[:, None].expand(-1, 3, -1, -1), scale_factor=8) * 2 - 1)

@@ -51,7 +51,7 @@ class Plan:
 
     def small(self, **changes):
         """A copy of the plan with a few steps, for the smoke test."""
-        return replace(self, **{"steps": 4, "batch": min(self.batch, 4), "warmup": 1, "evaluated": 12, **changes})
+        return replace(self, **{"steps": 4, "batch": min(self.batch, 4), "warmup": 1, "evaluated": 4, **changes})
 
 
 class Task(Protocol):

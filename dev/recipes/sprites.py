@@ -4,6 +4,7 @@ Style ``glossy``: Fluent emoji in 3D (Microsoft, MIT), images of 256 pixels. Sty
 graphics.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -94,6 +95,7 @@ def _download(package):
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+@functools.cache  # it takes several seconds, and a stage has up to eight collections of scenes of one style
 def read_images(style):
     """{code: premultiplied RGBA image of 256 x 256 pixels} for every concept and skin tone."""
     package, found = PACKAGES[style], {}
