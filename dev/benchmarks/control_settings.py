@@ -401,6 +401,7 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "crop_margin": Control(kind="time", number="evaluations", inputs=dict(region=corner), off=0, at=4),
         "expert_share": Control(kind="area", number="share", off=0, at=0.4),
         "mask_momentum": PICTURE,
+        "mask_refresh": PICTURE,
     },
     "SeedSelect": {
         "seed": Control(kind="selection", inputs=dict(candidates=1)),

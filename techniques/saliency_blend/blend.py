@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .experts import RUN, ExpertParticipant, Participant
-from .extrapolation import Pair
+from .extrapolation import Pair, Sides
+from .held_mask import HeldMask
 from .non_finite import BlendFiniteCheck
 from .rows import blend_by_rows
 from .trace import BlendRecord, BlendStep, BlendTrace, LeadRecorder
@@ -40,6 +41,7 @@ class JointSettings:
     saliency: str = "own"  # own: as in the paper; shared: as in the authors' code
     blur: int = 4
     mask_momentum: float = 0.0  # weight of the earlier steps' saliency in the mask
+    mask_refresh: int = 1  # the mask is computed in every n-th interval between two sampling sigmas
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mask_momentum < 1.0:  # at 1 the first step's saliency would decide the whole run
@@ -49,13 +51,20 @@ class JointSettings:
             )
         if self.softness < 0.0:
             raise ValueError(f"softness {self.softness:g} is negative; use 0 for a hard mask, or 1 for a soft one")
+        if self.mask_refresh < 1:
+            raise ValueError(
+                f"mask_refresh {self.mask_refresh} is below 1; use 1 to compute the mask at every step, or n for every"
+                " n-th step"
+            )
 
     @property
     def depends_on_history(self) -> str:
         """The setting that makes a prediction depend on earlier steps, with the remedy; empty if none does."""
-        if self.mask_momentum == 0.0:
-            return ""
-        return f"mask_momentum {self.mask_momentum:g} uses the saliency of earlier steps; set mask_momentum to 0"
+        if self.mask_momentum != 0.0:
+            return f"mask_momentum {self.mask_momentum:g} uses the saliency of earlier steps; set mask_momentum to 0"
+        if self.mask_refresh != 1:
+            return f"mask_refresh {self.mask_refresh} uses the masks of earlier steps; set mask_refresh to 1"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,16 @@ class Plan(Generic[E]):
     """The experts of one prediction.
 
     Those in ``run`` are evaluated. The predictions of those in ``reuse`` are extrapolated from their last evaluations.
+    If ``held``, the last computed mask is used again, and ``hold`` follows instead of ``blend``. A model then needs only
+    the conditionings that the sampler asks for. An expert also needs the negative if ``needs_negative`` says so, and
+    the base if ``base_negative`` is true. The base is not needed at all if ``base`` is false.
     """
 
     run: list[E] = field(default_factory=list)
     reuse: list[E] = field(default_factory=list)
+    held: bool = False
+    base: bool = True
+    base_negative: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.run or self.reuse)
@@ -110,6 +125,7 @@ class SaliencyBlendRun(Generic[E]):
         self._begun = False
         self._sigma, self._interval = 0.0, 0  # those of the last planned prediction
         self._plan: Plan[E] = Plan()
+        self._mask = HeldMask(joint.mask_refresh)
         self._last_step: BlendStep | None = None
         labels = tuple(p.label for p in self.participants)
         self._finite = BlendFiniteCheck(labels)
@@ -170,14 +186,14 @@ class SaliencyBlendRun(Generic[E]):
             *notes,
             f"joint settings of the chain, from its last node: general_strength {j.general_strength:g},"
             f" mask_mode {j.mask_mode}, softness {j.softness:g}, saliency {j.saliency}, blur {j.blur},"
-            f" mask_momentum {j.mask_momentum:g}",
+            f" mask_momentum {j.mask_momentum:g}, mask_refresh {j.mask_refresh}",
         )
 
-    def plan(self, sigma: float, x: Tensor) -> Plan[E]:
+    def plan(self, sigma: float, x: Tensor, negative: bool = True) -> Plan[E]:
         """The experts that take part in the prediction of ``x`` [B, C, *S] at ``sigma``.
 
         The caller evaluates each expert of ``run`` on its ``box`` of the latent, or on the whole latent if ``box`` is
-        None.
+        None. ``negative``: whether the sampler asks for the prediction with the negative conditioning.
         """
         if not self._begun:
             self._begun = True
@@ -186,19 +202,36 @@ class SaliencyBlendRun(Generic[E]):
                 expert.begin(x)
         self._finite.before(sigma, x)
         self._sigma, self._interval = sigma, self._interval_of(sigma)
-        self._plan = Plan()
-        self._count(0, 1.0)
+        active = [e for e in self.experts if e.takes_part(sigma)]
+        generating = self._mask.generating([self.participants[0], *active], self._interval)
+        held = generating is not None
+        if not held:
+            for expert in active:
+                expert.update_skipping(sigma, self._interval)
+            active = [e for e in active if e.takes_part(sigma)]
+        run: list[E] = []
+        reuse: list[E] = []
         for expert in self.experts:
-            action = expert.next_action(sigma, self._interval)
-            if action == RUN:
-                self._plan.run.append(expert)
-                self._count(expert.index, 1.0 if expert.box is None else expert.box.share_of(x))
-                continue
-            self.record.saved[expert.index] += 1
-            if action is not None:
-                self._plan.reuse.append(expert)
+            if expert not in active or (generating is not None and expert.index not in generating):
+                self.record.saved[expert.index] += 1
+            elif expert.next_action(self._interval) == RUN:
+                run.append(expert)
+                part = 1.0 if expert.box is None else expert.box.share_of(x)
+                negatives = negative or not held or expert.needs_negative(self.cfg)
+                self._count(expert.index, part if negatives else 0.5 * part)
+            else:
+                reuse.append(expert)
+                self.record.saved[expert.index] += 1
+        # the offsets of an expert with refresh are relative to the base
+        base = generating is None or 0 in generating or bool(reuse) or any(e.settings.refresh > 1 for e in run)
+        both = not held or negative or any(e.settings.refresh > 1 and e.cfg_gain(self.cfg) != 1.0 for e in run + reuse)
+        self._plan = Plan(run, reuse, held, base, both)
+        if base:
+            self._count(0, 1.0 if both else 0.5)
+        else:
+            self.record.saved[0] += 1
         if not self._plan:
-            self._remember(BlendStep(sigma, (0,), None))
+            self._remember(BlendStep(sigma, (0,), None, held=held))
         return self._plan
 
     def _count(self, index: int, cost: float) -> None:
@@ -220,13 +253,16 @@ class SaliencyBlendRun(Generic[E]):
         are blended instead of those in ``predicted``, for experts with guidance functions.
         """
         level, joint, cfg = self._sigma, self.joint, self.cfg
-        self.participants[0].prediction = base
+        pairs: dict[Participant, Pair] = {self.participants[0]: base}
         for expert, pair in predicted.items():
-            expert.prediction = expert.complete(level, pair, base, (guided or {}).get(expert))
+            pairs[expert] = expert.complete(level, pair, base, (guided or {}).get(expert))
         for expert in self._plan.reuse:
-            expert.prediction = expert.extrapolate(level, base)
-        present = {self.participants[0], *predicted, *self._plan.reuse}
-        models = [p for p in self.participants if p in present]
+            cond, uncond = expert.extrapolate(level, base)
+            assert uncond is not None  # because base[1] is not
+            pairs[expert] = cond, uncond
+        models = [p for p in self.participants if p in pairs]
+        for model in models:
+            model.prediction = pairs[model]
         shared = joint.saliency == "shared"
         # the authors' code uses the difference times cfg; _check_guidance refuses 'shared' if cfg is None
         scale = cfg if shared and cfg is not None else 1.0
@@ -238,8 +274,8 @@ class SaliencyBlendRun(Generic[E]):
         skipped = tuple(p.skipped for p in models)
         blend = blend_by_rows(
             skipped,
-            [p.prediction[0] for p in models],
-            [p.prediction[1] for p in models],
+            [pairs[p][0] for p in models],
+            [pairs[p][1] for p in models],
             sigma,
             [p.strength * scale for p in models],
             biases,
@@ -260,6 +296,7 @@ class SaliencyBlendRun(Generic[E]):
         indices = tuple(p.index for p in models)
         self._finite.after(indices, blend.partition)
         self._remember(BlendStep(level, indices, blend.weights, None, tuple(biases), tuple(quotas), skipped))
+        self._mask.keep(models, blend.weights, self._interval)
         if self._keeps_steps:
             self._leads.add(len(self.record.steps) - 1, blend)
         hard = blend.weights.dtype == torch.uint8
@@ -271,7 +308,34 @@ class SaliencyBlendRun(Generic[E]):
             return self.mix(base[0], sides[0]), self.mix(base[1], sides[1])
         return blend.cond, blend.uncond
 
-    def mix(self, base: Tensor, predicted: Mapping[E, Tensor]) -> Tensor:
+    def hold(self, base: Sides | None, predicted: Mapping[E, Sides], guided: Mapping[E, Pair] | None = None) -> Sides:
+        """Blend predictions of x0 [B, C, *S] with the last computed mask, if the last ``plan`` is ``held``.
+
+        The arguments are those of ``blend``. The unconditional prediction may be missing; then it is missing in the
+        result, too. ``base`` may be None if ``plan().base`` is false.
+        """
+        level, mask = self._sigma, self._mask
+        skipped = tuple(self.participants[index].skipped for index in mask.models)
+        self._remember(BlendStep(level, mask.models, mask.weights, skipped=skipped, held=True))
+        for expert, sides in predicted.items():
+            expert.prediction = expert.keep(level, sides, base, (guided or {}).get(expert))
+        if base is not None:
+            self.participants[0].prediction = base
+            for expert in self._plan.reuse:
+                expert.prediction = expert.extrapolate(level, base)
+        experts = [*predicted, *self._plan.reuse]
+        for expert in experts:
+            expert.gain = expert.cfg_gain(self.cfg)
+        found = [expert.blended() for expert in experts]
+        # without the base, some expert generates at each position
+        cond, uncond = found[0] if base is None else base
+        shown = [(0, base[0])] if base is not None else []
+        shown += [(expert.index, sides[0]) for expert, sides in zip(experts, found, strict=True)]
+        self._finite.after([index for index, _ in shown], torch.stack([_sums(one) for _, one in shown]))
+        conds, unconds = ({e: sides[k] for e, sides in zip(experts, found, strict=True)} for k in (0, 1))
+        return self.mix(cond, conds), None if uncond is None else self.mix(uncond, unconds)
+
+    def mix(self, base: Tensor, predicted: Mapping[E, Tensor | None]) -> Tensor:
         """Blend predictions [B, C, *S] with the last mask, such as those for an additional conditioning.
 
         ``base``: the base's prediction, also used at the positions of an expert that is missing in ``predicted``.
@@ -287,14 +351,14 @@ class SaliencyBlendRun(Generic[E]):
             return out
         out = torch.zeros_like(base, dtype=torch.float32)
         for weight, model in zip(step.weights, self._last_models, strict=True):
-            out.addcmul_(predicted.get(model, base).float(), weight.unsqueeze(1))
+            found = predicted.get(model)
+            out.addcmul_((base if found is None else found).float(), weight.unsqueeze(1))
         return out.to(base.dtype)
 
     @property
     def active_experts(self) -> list[E]:
-        """The experts of the last prediction."""
-        models = self._last_models
-        return [expert for expert in self.experts if expert in models]
+        """The experts that the last prediction was blended from."""
+        return [expert for expert in self.experts if expert in self._plan.run or expert in self._plan.reuse]
 
     @property
     def _last_models(self) -> list[Participant]:
@@ -320,3 +384,8 @@ class SaliencyBlendRun(Generic[E]):
         self.record.notes += self.record.unmet_shares()
         for trace in self.traces:
             trace.finish(self.record)
+
+
+def _sums(prediction: Tensor) -> Tensor:
+    """The sum of each sample of ``prediction`` [B, C, *S]: [B], non-finite if any value is."""
+    return prediction.detach().flatten(1).sum(1, dtype=torch.float32)

@@ -127,6 +127,10 @@ class ExpertRun(ExpertParticipant):
             self.close()
             raise
 
+    @property
+    def has_guidance(self) -> bool:  # type: ignore[override]
+        return bool(self.guidance)
+
     def can_run(self, sigma: float) -> bool:
         return self.convert.covers(sigma)
 

@@ -3,7 +3,7 @@
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ...host.shape_errors import explain_shape_errors
-from .blend import SaliencyBlendRun
+from .blend import Plan, SaliencyBlendRun
 from .comfy_expert_run import Evaluation, ExpertRun
 from .comfy_workers import Workers
 from .extrapolation import Pair
@@ -62,9 +62,11 @@ class BlendPrediction:
     ) -> list[Tensor]:
         """The prediction of a step: plan, predict, blend."""
         self.technique.cfg = guidance_scale(self.guider)  # nodes such as CFG Override change it between steps
-        plan = self.technique.plan(level, x)
+        plan = self.technique.plan(level, x, negative="negative" in names)
         if not plan:
             return base(conds)
+        if plan.held:
+            return self._hold(base, conds, names, x, sigma, plan)
         # such as the middle conditioning of DualCFG and the empty one of PerpNeg
         others = [n for n in names if n not in (None, "positive", "negative")]
         # in the sampler's order, because the position of a row in a batch can change the last bits of its result
@@ -73,19 +75,12 @@ class BlendPrediction:
         alone = [e for e in plan.run if e not in batched]
 
         guided: dict[ExpertRun, Pair] = {}
-        with self._started(alone, wanted, x, sigma) as results:
+        with self._started(dict.fromkeys(alone, wanted), x, sigma) as results:
             with explain_shape_errors("the base model of the blend, or an expert of the same weights,"):
                 own, predicted, out = self._predict_with_base(base, conds, names, wanted, batched)
-                for expert in batched:
-                    if expert.guidance:
-                        pair = predicted[expert]["positive"], predicted[expert]["negative"]
-                        guided[expert] = expert.own_guidance(pair, x, sigma, self.technique.cfg)
+                guided |= self._guidance(predicted, x, sigma)
             for expert in alone:
-                with explain_shape_errors(f"'{expert.label}'"):
-                    found, pair = results[expert]()
-                    predicted[expert] = dict(zip(wanted, (o.to(x) for o in found), strict=True))
-                    if pair is not None:
-                        guided[expert] = pair[0].to(x), pair[1].to(x)
+                self._collect(expert, wanted, results[expert], x, predicted, guided)
 
         cond, uncond = self.technique.blend(
             sigma,
@@ -98,16 +93,85 @@ class BlendPrediction:
             blended[n] = self.technique.mix(own[n], {expert: p[n] for expert, p in predicted.items()})
         return [blended.get(n, o) for n, o in zip(names, out, strict=True)]
 
+    def _guidance(
+        self, predicted: Mapping[ExpertRun, Mapping[str, Tensor]], x: Tensor, sigma: Tensor
+    ) -> dict[ExpertRun, Pair]:
+        """The guided pairs of the experts that have guidance functions."""
+        return {
+            expert: expert.own_guidance((p["positive"], p["negative"]), x, sigma, self.technique.cfg)
+            for expert, p in predicted.items()
+            if expert.guidance
+        }
+
+    @staticmethod
+    def _collect(
+        expert: ExpertRun,
+        names: list[str],
+        result: Callable[[], Evaluation],
+        x: Tensor,
+        predicted: dict[ExpertRun, dict[str, Tensor]],
+        guided: dict[ExpertRun, Pair],
+    ) -> None:
+        """Add the result of an expert that is evaluated alone, for ``names``, to ``predicted`` and ``guided``."""
+        with explain_shape_errors(f"'{expert.label}'"):
+            found, pair = result()
+            predicted[expert] = dict(zip(names, (o.to(x) for o in found), strict=True))
+            if pair is not None:
+                guided[expert] = pair[0].to(x), pair[1].to(x)
+
+    def _hold(
+        self, base: Base, conds: Conds, names: list[str | None], x: Tensor, sigma: Tensor, plan: Plan[ExpertRun]
+    ) -> list[Tensor]:
+        """The prediction of a step with the last computed mask: only the models and conditionings that it needs."""
+        cfg = self.technique.cfg
+        asked = list(dict.fromkeys(n for n in names if n is not None))
+        wanted = {
+            e: [*asked, "negative"] if "negative" not in asked and e.needs_negative(cfg) else asked for e in plan.run
+        }
+        batched = sorted((e for e in plan.run if e.batched_with_base and e.box is None), key=lambda e: e.sort_key)
+        alone = {e: wanted[e] for e in plan.run if e not in batched}
+        # a conditioning without a name is predicted by the base
+        needs_base = plan.base or any(c and n is None for c, n in zip(conds, names, strict=True))
+        extra = ["negative"] if needs_base and plan.base_negative and "negative" not in asked else []
+        rows = [*(conds if needs_base else ()), *(self.conds[n] for n in extra)]
+        rows += [e.conds[n] for e in batched for n in wanted[e]]
+
+        predicted: dict[ExpertRun, dict[str, Tensor]] = {}
+        guided: dict[ExpertRun, Pair] = {}
+        with self._started(alone, x, sigma) as results:
+            with explain_shape_errors("the base model of the blend, or an expert of the same weights,"):
+                rest = iter(base(rows) if rows else ())
+                out = [next(rest) if needs_base else torch.zeros_like(x) for _ in conds]
+                own = dict(zip(names, out, strict=True)) | {n: next(rest) for n in extra}
+                predicted |= {expert: {n: next(rest) for n in wanted[expert]} for expert in batched}
+                guided |= self._guidance(predicted, x, sigma)
+            for expert, its_names in alone.items():
+                self._collect(expert, its_names, results[expert], x, predicted, guided)
+
+        cond, uncond = self.technique.hold(
+            (own["positive"], own.get("negative")) if needs_base else None,
+            {expert: (p["positive"], p.get("negative")) for expert, p in predicted.items()},
+            guided,
+        )
+        blended: dict[str, Tensor] = {"positive": cond} | ({} if uncond is None else {"negative": uncond})
+        for n in asked:
+            if n not in ("positive", "negative"):
+                found = {expert: p[n] for expert, p in predicted.items()}
+                blended[n] = self.technique.mix(own[n] if needs_base else next(iter(found.values())), found)
+        return [o if n is None else blended.get(n, o) for n, o in zip(names, out, strict=True)]
+
     @contextlib.contextmanager
     def _started(
-        self, experts: list[ExpertRun], wanted: list[str], x: Tensor, sigma: Tensor
+        self, experts: Mapping[ExpertRun, list[str]], x: Tensor, sigma: Tensor
     ) -> Iterator[dict[ExpertRun, Callable[[], Evaluation]]]:
         """Start the experts on other devices; yields for each expert a function that returns the result of ``evaluate``.
+
+        ``experts``: the names of the conditionings that each expert predicts.
 
         When the ``with`` block ends, also by an error, the exit waits until no expert is running.
         """
         results: dict[ExpertRun, Callable[[], Evaluation]] = {
-            expert: partial(expert.evaluate, wanted, x, sigma, self.technique.cfg) for expert in experts
+            expert: partial(expert.evaluate, names, x, sigma, self.technique.cfg) for expert, names in experts.items()
         }
         futures = []
         # autograd records in the thread that computes, so a run with gradients uses only one thread
@@ -160,7 +224,8 @@ class BlendPrediction:
         side = {"positive": 0, "negative": 1}
         predicted: dict[ExpertRun, list[Tensor | None]] = {}
         for expert in experts:
-            if same_input:
+            # with a held mask, the negative may not be known
+            if same_input and not ("negative" in names and expert.blended()[1] is None):
                 predicted[expert] = [expert.blended()[side[n]] if n in side else None for n in names]
             else:
                 predicted[expert] = expert.predict(names, x, sigma)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...common.masks import is_empty_default
 from ...common.shapes import named_samples
-from .extrapolation import Offsets, Pair
+from .extrapolation import Pair, PairOffsets, Sides
 from .regions import Extent, LatentBox, barred_outside, log_region
 from .skipping import Skipping
 
@@ -92,8 +92,8 @@ class ExpertSettings:
 class Participant:
     """One model of a run. The base, which is part of every prediction, uses this class; experts use a subclass."""
 
-    prediction: Pair  # the model's predictions in the last blend that it took part in
-    guided: Pair | None = None  # the pair that is blended instead if the model has guidance functions
+    prediction: Sides  # the model's predictions in the last blend that it took part in
+    guided: Sides | None = None  # the pair that is blended instead if the model has guidance functions
     gain = 1.0  # cfg_gain() in the last blend
     needs_mask = False  # whether observe_mask() must be called
 
@@ -107,12 +107,15 @@ class Participant:
         """Factor on cond - uncond. Its product with the sampler's ``cfg`` is the guidance scale set for this model."""
         return 1.0
 
-    def blended(self) -> Pair:
+    def blended(self) -> Sides:
         """The pair that the last blend used at the model's positions: ``guided``, or ``prediction`` with ``gain``."""
         if self.guided is not None:
             return self.guided
         cond, uncond = self.prediction
-        return (cond if self.gain == 1.0 else uncond + self.gain * (cond - uncond)), uncond
+        if self.gain == 1.0:
+            return cond, uncond
+        assert uncond is not None  # see needs_negative()
+        return uncond + self.gain * (cond - uncond), uncond
 
     def bias(self, sigma: float) -> float:
         """The bias added to the model's log score at ``sigma``, in units of the spread of its lead over the base."""
@@ -163,6 +166,7 @@ class ExpertParticipant(Participant):
     """
 
     can_crop = True  # whether the model can be evaluated on a part of the latent
+    has_guidance = False  # whether guidance functions compute ``guided`` from both predictions
     frame_ratio = 1  # frames of a decoded video per latent frame after the first
 
     def __init__(self, index: int, settings: ExpertSettings, percent_to_sigma: Callable[[float], float]) -> None:
@@ -177,7 +181,7 @@ class ExpertParticipant(Participant):
         self._bounds: LatentBox | None = None  # box around the region
         self._empty = False
         self._without_region: frozenset[int] = frozenset()  # samples whose region is 0 everywhere
-        self._offsets, self._guided_offsets = Offsets(), Offsets()
+        self._offsets, self._guided_offsets = PairOffsets(), PairOffsets()
         self._refreshed: int | None = None
         self._won: Extent | None = None  # the extent of the positions that the expert won in the last mask
         self._samples = 0  # the batch size
@@ -213,18 +217,25 @@ class ExpertParticipant(Participant):
         if s.crop_margin and reachable is not None:
             self._bounds = Extent(reachable).box(s.crop_margin)
 
-    def next_action(self, sigma: float, interval: int) -> str | None:
-        """RUN (evaluate), REUSE (extrapolate) or None (leave the expert out) for a prediction at ``sigma``.
+    def takes_part(self, sigma: float) -> bool:
+        """Whether the expert takes part in a prediction at ``sigma``."""
+        if self.settings.strength == 0.0 or not self.is_inside(sigma) or self._empty or not self.can_run(sigma):
+            return False
+        return self._skipping is None or not self._skipping.everywhere
 
-        ``interval``: the index of the interval between two sampling sigmas that contains ``sigma``.
+    def update_skipping(self, sigma: float, interval: int) -> None:
+        """Decide in which samples the expert is skipped from now on.
+
+        ``interval``: the index of the interval between two sampling sigmas that contains ``sigma``. Called only before
+        a mask is computed: otherwise a sample that begins to be skipped would change the steps at which the masks of
+        the other samples in its batch are computed.
         """
-        s = self.settings
-        if s.strength == 0.0 or not self.is_inside(sigma) or self._empty or not self.can_run(sigma):
-            return None
-        if self._skipping is not None:
+        if self._skipping is not None and self.takes_part(sigma):
             self._skipping.update(sigma, interval)
-            if self._skipping.everywhere:
-                return None
+
+    def next_action(self, interval: int) -> str:
+        """RUN (evaluate) or REUSE (extrapolate) for a prediction in ``interval`` that needs the expert."""
+        s = self.settings
         group = interval // s.refresh
         if s.refresh > 1 and self._offsets and self._refreshed == group:
             return REUSE
@@ -250,7 +261,7 @@ class ExpertParticipant(Participant):
         self.crop_refused |= box is not None and not self.can_crop
         return box if self.can_crop else None
 
-    def complete(self, sigma: float, pair: Pair, base: Pair, guided: Pair | None = None) -> Pair:
+    def complete(self, sigma: float, pair: Pair, base: Pair, guided: Sides | None = None) -> Pair:
         """Fill in ``pair`` outside the box on which it was evaluated, and store the data that later steps need.
 
         ``guided``: the pair to blend in place of ``pair``; None: ``pair`` itself.
@@ -266,21 +277,39 @@ class ExpertParticipant(Participant):
             self._offsets.add(sigma, pair, base)
         return pair
 
+    def keep(self, sigma: float, sides: Sides, base: Sides | None, guided: Sides | None = None) -> Sides:
+        """``complete`` for a prediction with a held mask, which needs no saliency.
+
+        Outside the box the expert's prediction is the base's: in a soft mask it may have small weights there. ``base``
+        may be None only if the expert generates everywhere and its refresh is 1.
+        """
+        self.guided = guided
+        if base is None:
+            return sides
+        if (box := self.box) is not None:
+            cond, uncond = sides
+            # without the base's unconditional prediction, both are equal outside, so that no guidance acts there
+            outside = base[0] if base[1] is None else base[1]
+            sides = _placed(box, cond, base[0]), None if uncond is None else _placed(box, uncond, outside)
+        if self.settings.refresh > 1:
+            if guided is not None:
+                self._guided_offsets.add(sigma, guided, base)
+            self._offsets.add(sigma, sides, base)
+        return sides
+
     def _fill_outside(self, box: LatentBox, sigma: float, pair: Pair, base: Pair) -> Pair:
         """``pair`` inside the box.
 
         Outside it, uncond is the base's, and cond - uncond is that of the last evaluation, in proportion to sigma; it
         is 0 if there was none.
         """
-        cond, uncond = base[1].clone(), base[1].clone()
+        cond = base[1]
         if self._difference is not None:
             last_sigma, difference = self._difference
-            cond += difference * (sigma / last_sigma)
-        for out, new in zip((cond, uncond), pair, strict=True):
-            box.of(out).copy_(box.of(new))
-        return cond, uncond
+            cond = cond + difference * (sigma / last_sigma)
+        return _placed(box, pair[0], cond), _placed(box, pair[1], base[1])
 
-    def extrapolate(self, sigma: float, base: Pair) -> Pair:
+    def extrapolate(self, sigma: float, base: Sides) -> Sides:
         """The predictions at ``sigma`` without an evaluation, from those of the base."""
         if self._guided_offsets:
             self.guided = self._guided_offsets.extrapolate(sigma, base)
@@ -296,6 +325,10 @@ class ExpertParticipant(Participant):
                 " raise the sampler's cfg or set expert_cfg to 0"
             )
         return own / cfg
+
+    def needs_negative(self, cfg: float | None) -> bool:
+        """Whether the blend needs the unconditional prediction even if the sampler does not ask for it (at cfg 1)."""
+        return self.has_guidance or self.cfg_gain(cfg) != 1.0
 
     def log_mask(self, x: Tensor) -> Tensor | None:
         return self._region if self.box is None else barred_outside(self._region, self.box, x)
@@ -391,3 +424,10 @@ class ExpertParticipant(Participant):
                 " to let the expert compete everywhere"
             )
         return note
+
+
+def _placed(box: LatentBox, inside: Tensor, outside: Tensor) -> Tensor:
+    """``outside`` with the positions in ``box`` from ``inside``, both [B, C, *S]."""
+    out = outside.clone()
+    box.of(out).copy_(box.of(inside))
+    return out

@@ -5,41 +5,57 @@ import math
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]  # conditional and unconditional prediction of x0, [B, C, *S] each
+Sides = tuple[Tensor, Tensor | None]  # a pair whose unconditional prediction is None if it was not evaluated
 
 
 class Offsets:
-    """Differences between an expert's and the base's predictions at the expert's last two evaluations."""
+    """Differences between an expert's and the base's predictions of one conditioning at the last two evaluations."""
 
     # Fraction of the first-order step. An offset is noisy, and a full step doubles its noise. On the demo checkpoints,
     # half a step has the highest PSNR to the blend without skipped evaluations (dev/benchmarks/fusion_fidelity.py).
     damping = 0.5
 
     def __init__(self) -> None:
-        self._known: list[tuple[float, Pair]] = []  # (sigma, offset), the newest last
+        self._known: list[tuple[float, Tensor]] = []  # (sigma, offset [B, C, *S]), the newest last
 
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def add(self, sigma: float, expert: Pair, base: Pair) -> None:
+    def add(self, sigma: float, expert: Tensor, base: Tensor) -> None:
         """Store the offset ``expert`` - ``base`` at ``sigma``, and drop all older offsets except the last one."""
-        cond, uncond = (e - b for e, b in zip(expert, base, strict=True))
-        self._known = [*(k for k in self._known[-1:] if k[0] != sigma), (sigma, (cond, uncond))]
+        self._known = [*(k for k in self._known[-1:] if k[0] != sigma), (sigma, expert - base)]
 
-    def reuse(self, base: Pair) -> Pair:
-        """The expert's predictions: ``base`` plus the last offset."""
-        cond, uncond = (b + o for b, o in zip(base, self._known[-1][1], strict=True))
-        return cond, uncond
+    def extrapolate(self, sigma: float, base: Tensor) -> Tensor:
+        """The expert's prediction at ``sigma``: ``base`` plus the offset that is extrapolated from the last two.
 
-    def extrapolate(self, sigma: float, base: Pair) -> Pair:
-        """The expert's predictions at ``sigma``: ``base`` plus the offset that is extrapolated from the last two.
-
-        The extrapolation is of first order in ln sigma.
+        The extrapolation is of first order in ln sigma. With a single offset, or without damping, it is the last one.
         """
+        s1, o1 = self._known[-1]
         if len(self._known) < 2 or self.damping == 0.0:
-            return self.reuse(base)
-        (s0, o0), (s1, o1) = self._known
+            return base + o1
+        s0, o0 = self._known[0]
         steps = math.log(sigma / s1) / math.log(s1 / s0)
         # the undamped step is at most the step between the two evaluations
         t = self.damping * min(max(steps, 0.0), 1.0)
-        cond, uncond = (b + n + t * (n - p) for b, n, p in zip(base, o1, o0, strict=True))
-        return cond, uncond
+        return base + o1 + t * (o1 - o0)
+
+
+class PairOffsets:
+    """The ``Offsets`` of both predictions of a pair. The unconditional one may be evaluated less often."""
+
+    def __init__(self) -> None:
+        self._sides = Offsets(), Offsets()
+
+    def __bool__(self) -> bool:
+        return bool(self._sides[0])
+
+    def add(self, sigma: float, expert: Sides, base: Sides) -> None:
+        """Store the offsets at ``sigma``. Without an unconditional prediction of both, its last offset stays."""
+        self._sides[0].add(sigma, expert[0], base[0])
+        if expert[1] is not None and base[1] is not None:
+            self._sides[1].add(sigma, expert[1], base[1])
+
+    def extrapolate(self, sigma: float, base: Sides) -> Sides:
+        """The expert's predictions at ``sigma``, the unconditional one only if ``base`` has it."""
+        cond = self._sides[0].extrapolate(sigma, base[0])
+        return cond, None if base[1] is None else self._sides[1].extrapolate(sigma, base[1])

@@ -70,6 +70,7 @@ class BlendStep:
     biases: tuple[float, ...] = ()  # of each of ``models``, in units of the spread
     quotas: tuple[Tensor | int | None, ...] = ()  # of each of ``models``: see Participant.quota()
     skipped: tuple[frozenset[int], ...] = ()  # of each of ``models``: the samples that it was left out of; empty: none
+    held: bool = False  # whether ``weights`` are those of an earlier prediction, see held_mask
 
     def samples(self, slot: int) -> list[int]:
         """The samples of the batch in which the model at ``slot`` of ``models`` took part."""
@@ -118,7 +119,8 @@ class BlendRecord:
     steps: list[BlendStep] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)  # evaluations (conditional and unconditional together) per model
     saved: list[int] = field(default_factory=list)  # predictions per model for which it was not evaluated
-    # as ``spent``, but a cropped evaluation counts as the fraction of the latent that its box covers
+    # as ``spent``, but a cropped evaluation counts as the fraction of the latent that its box covers, and with a held
+    # mask an evaluation without the negative conditioning counts as half
     cost: list[float] = field(default_factory=list)
     output: Tensor | None = None  # the finished latent, to recognise the samples that belong to this run
     regions: tuple[Tensor | None, ...] = ()  # ln(region) [B, *S] of each expert; None: no effect
@@ -151,16 +153,16 @@ class BlendRecord:
         """Report for users: shares in percent, evaluations spent and saved, the effect of other biases, and notes."""
         blended = sum(s.weights is not None for s in self.steps)
         lines = [f"{len(self.steps)} predictions, {blended} of them blended, seed {self.seed}"]
+        if held := sum(s.held for s in self.steps):
+            lines.append(f"{held} of them with the mask of an earlier prediction (mask_refresh)")
         over_run, over_window = (self.mean_shares(b).flatten(1).mean(1) for b in (False, True))
         by_sample = self.mean_shares().flatten(2).mean(2)  # [num_models, B]
         for i, label in enumerate(self.labels):
-            cropped = (
-                f" (cropped, as expensive as {self.cost[i]:.1f} full ones)" if self.cost[i] < self.spent[i] else ""
-            )
+            part = f" (as expensive as {self.cost[i]:.1f} full ones)" if self.cost[i] < self.spent[i] else ""
             lines.append(
                 f"{label}: {100 * over_run[i]:.1f} % of the image over the whole run"
                 f" ({100 * over_window[i]:.1f} % while blending),"
-                f" {self.spent[i]} evaluations{cropped}, {self.saved[i]} saved"
+                f" {self.spent[i]} evaluations{part}, {self.saved[i]} saved"
             )
             if self.shape[0] > 1:
                 shares = ", ".join(f"{100 * share:.1f} %" for share in by_sample[i].tolist())
@@ -168,7 +170,7 @@ class BlendRecord:
         for i in range(1, len(self.labels)):
             lines += self._contest_lines(i)
         if (flips := self.flips()) is not None:
-            lines.append(f"from one prediction to the next, the model changed at {100 * flips:.0f} % of the positions")
+            lines.append(f"from one mask to the next, the model changed at {100 * flips:.0f} % of the positions")
         return "\n".join([*lines, *self.notes])
 
     def contested(self, index: int, sample: int | None = None) -> list[BlendStep]:
@@ -205,11 +207,11 @@ class BlendRecord:
         return float(torch.stack(won).mean()) if won else None
 
     def flips(self) -> float | None:
-        """The mean share of positions whose strongest model changes from one blended prediction to the next.
+        """The mean share of positions whose strongest model changes from one computed mask to the next.
 
-        None for fewer than two blended predictions.
+        None for fewer than two masks.
         """
-        owners = [self.shares(i).argmax(0) for i, s in enumerate(self.steps) if s.weights is not None]
+        owners = [self.shares(i).argmax(0) for i, s in enumerate(self.steps) if s.weights is not None and not s.held]
         changed = [(a != b).float().mean() for a, b in pairwise(owners)]
         return float(torch.stack(changed).mean()) if changed else None
 

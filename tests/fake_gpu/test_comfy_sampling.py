@@ -35,6 +35,9 @@ CASES = {
     "soft, skip_below, refresh": lambda base, first, second: blend(
         base, first, *EXPERT_PROMPTS, skip_below=0.45, refresh=2, mask_mode="soft", softness=0.3
     )[0],
+    "mask_refresh": lambda base, first, second: blend(
+        blend(base, first, *EXPERT_PROMPTS, expert_cfg=3.0, refresh=2)[0], second, *OTHER_PROMPTS, mask_refresh=3
+    )[0],
     "crop_margin around the mask, guided expert": lambda base, first, second: blend(
         blend(base, rescaled(first), *EXPERT_PROMPTS, expert_cfg=3.0)[0], second, *OTHER_PROMPTS, crop_margin=1
     )[0],

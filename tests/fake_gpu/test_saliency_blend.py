@@ -47,6 +47,9 @@ MODES = {
     "expert_share, region": (dict(expert_share=0.3, region=region(), ramp="rising"), None, {}),
     "mask_momentum": ({}, dict(start_percent=0.3), dict(mask_momentum=0.7)),
     "mask_momentum, skip_below": (dict(skip_below=0.3), dict(start_percent=0.3), dict(mask_momentum=0.7)),
+    "mask_refresh": (dict(bias=0.2), dict(strength=2.0), dict(mask_refresh=2)),
+    "mask_refresh, soft": (dict(refresh=2), {}, dict(mask_refresh=3, mask_mode="soft")),
+    "mask_refresh, skip_below, crop_margin": (dict(skip_below=0.3, crop_margin=1), {}, dict(mask_refresh=2)),
     "expert_cfg, ramp": (dict(expert_cfg=9.0, bias=0.5, ramp="falling"), None, {}),
     "no blur": ({}, None, dict(blur=1)),
 }
@@ -92,7 +95,8 @@ def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"
             if plan:
                 found = {expert: others[expert.index - 1] for expert in plan.run}
                 own = {e: (p[0] + 1.0, p[1]) for e, p in found.items() if e.index == 1} if guided else None
-                base = run.blend(level, base, found, own)
+                hold = plan.held
+                base = run.hold(base if plan.base else None, found, own) if hold else run.blend(level, base, found, own)
                 # blend one more prediction, as guidance nodes such as PAG need it
                 base = *base, run.mix(x + 1.0, dict.fromkeys(run.active_experts, x))
         outputs.append(base)

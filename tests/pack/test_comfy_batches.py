@@ -181,6 +181,8 @@ CASES = {
     "SaliencyNoiseBlend, shares": blended(with_region=False, expert_share=0.3, mask_momentum=0.5),
     "SaliencyNoiseBlend, skipping": blended(skip_below=0.5),
     "SaliencyNoiseBlend, refresh": blended(refresh=2),
+    "SaliencyNoiseBlend, mask_refresh": blended(mask_refresh=2),
+    "SaliencyNoiseBlend, mask_refresh with skipping": blended(mask_refresh=2, skip_below=0.5),
     # without the empty region of image 0: all sheets of a batch have the same panels
     "SaliencyBlendView": blended(with_region=False, shown=True),
     "CasDMHead": with_head,

@@ -50,13 +50,20 @@ def pair(seed, shape=X.shape, scale=1.0):
     return uncond + scale * torch.randn(shape, generator=generator), uncond
 
 
+def blended(run, plan, sigma, base, predicted, guided=None):
+    """The blend of the predictions that ``plan`` asks for, with a new mask or the held one."""
+    if plan.held:
+        return run.hold(base if plan.base else None, predicted, guided)
+    return run.blend(torch.full((len(base[0]),), sigma), base, predicted, guided)
+
+
 def step(run, sigma, base, *experts, x=X):
     """One sampler call: plan, then blend the predictions of the planned experts. Returns (cond, uncond), actions."""
     plan = run.plan(sigma, x)
     if not plan:
         return base, {}
     predicted = {expert: experts[expert.index - 1] for expert in plan.run}
-    return run.blend(torch.full((len(x),), sigma), base, predicted), actions(plan)
+    return blended(run, plan, sigma, base, predicted), actions(plan)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +371,10 @@ SKIP_MODES = {
     "expert_share of the other": (dict(), dict(expert_share=0.2), dict()),
     "region": (dict(region=torch.rand(1, 6, 5, generator=torch.Generator().manual_seed(5)) + 0.3), dict(), dict()),
     "expert_cfg": (dict(expert_cfg=9.0), dict(), dict()),
+    "mask_refresh": (dict(), dict(bias=0.1), dict(mask_refresh=2)),
 }
+# modes with other shares, or with shares of fewer steps, than LOW_SHARES
+OTHER_SHARES = ("region", "expert_share of the other", "late expert and momentum", "mask_refresh")
 
 
 @covering(mode=[*SKIP_MODES], video={"image": False, "video": True}, guided={"": False, "guided": True})
@@ -385,7 +395,7 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
             if plan:
                 found = {expert: experts[expert.index - 1] for expert in plan.run}
                 other = {e: tuple(p + 1.0 for p in found[e]) for e in plan.run if e.index == 1} if guided else None
-                base = run.blend(torch.full((len(rows),), sigma), base, found, other)
+                base = blended(run, plan, sigma, base, found, other)
             outputs.append(base)
         run.finish(torch.zeros(1))
         return run, outputs
@@ -396,7 +406,7 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
         alone, outputs = sampled([row])
         steps = [k for k, s in enumerate(alone.record.steps) if 1 in s.models]
         evaluated.append(len(steps))
-        if mode not in ("region", "expert_share of the other", "late expert and momentum"):  # these change the shares
+        if mode not in OTHER_SHARES:
             assert steps == list(range(8 if expected is None else expected))
         for k, (a, b) in enumerate(zip(outputs, together, strict=True)):
             assert same(a[0][0], b[0][row])
@@ -404,7 +414,7 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
             assert same(alone.record.shares(k)[:, 0], run.record.shares(k)[:, row])
         if alone.record.contested(1):
             together_leads = [c.leads for c in run.record.contest(1, row)]
-            assert len(together_leads) == len(steps)
+            assert len(together_leads) == sum(not alone.record.steps[k].held for k in steps)
             assert all(torch.equal(c.leads, t) for c, t in zip(alone.record.contest(1), together_leads, strict=True))
     assert len(set(evaluated)) > 1
     assert run.record.spent[1] == max(evaluated)
@@ -677,6 +687,27 @@ def test_momentum_counts_intervals_not_calls():
 def test_momentum_is_reported_as_dependent_on_history():
     assert JointSettings().depends_on_history == ""
     assert "set mask_momentum to 0" in JointSettings(mask_momentum=0.5).depends_on_history
+
+
+def test_mask_refresh_depends_on_history():
+    assert JointSettings().depends_on_history == ""
+    assert "set mask_refresh to 1" in JointSettings(mask_refresh=2).depends_on_history
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_mask_refresh_below_1_rejected(every):
+    with pytest.raises(ValueError, match=f"mask_refresh {every} is below 1; use 1 to compute the mask at every step"):
+        JointSettings(mask_refresh=every)
+
+
+def test_non_finite_prediction_with_a_held_mask_is_named():
+    run, base, expert = new_run({}, mask_refresh=5), pair(0), pair(1)
+    step(run, 8.0, base, expert)
+    broken = (torch.full_like(expert[0], float("nan")), None)
+    plan = run.plan(6.0, X, negative=False)
+    assert plan.held
+    with pytest.raises(ValueError, match=r"'expert 1' is not finite \(NaN or infinite\) at sigma 6"):
+        run.hold((base[0], None), {run.experts[0]: broken})
 
 
 def test_momentum_ignores_steps_without_experts():

@@ -203,7 +203,7 @@ def test_report_shows_the_cost_of_cropped_evaluations(models):
     )
     ksample(blended, *PROMPTS, steps=2)
     line = next(n for n in trace.record.report().splitlines() if n.startswith("expert 1"))
-    assert "2 evaluations (cropped, as expensive as 0.5 full ones), 0 saved" in line
+    assert "2 evaluations (as expensive as 0.5 full ones), 0 saved" in line
 
 
 def test_box_around_the_regions_of_several_samples_is_reported():

@@ -56,7 +56,7 @@ def test_report_names_shares_and_costs(record):
     assert lines[2].startswith("cats: 10.0 %")
     assert "(15.0 % while blending), 1 evaluations, 2 saved" in lines[2]
     assert lines[3].startswith("dogs: 33.3 %")
-    assert lines[3].endswith("2 evaluations (cropped, as expensive as 1.2 full ones), 1 saved")
+    assert lines[3].endswith("2 evaluations (as expensive as 1.2 full ones), 1 saved")
     assert lines[-1] == "joint settings"
 
 
