@@ -299,8 +299,10 @@ class recording_opened_files:
 
     @staticmethod
     def audit(event, arguments):
+        # an audit hook stays until the process ends, when the names of this module are already gone
         if (
-            recording_opened_files.callback is not None
+            recording_opened_files is not None
+            and recording_opened_files.callback is not None
             and event == "open"
             and isinstance(arguments[0], str)
             and os.path.isabs(arguments[0])

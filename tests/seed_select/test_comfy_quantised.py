@@ -32,6 +32,18 @@ def relative(got, expected):
     return float((got - expected).norm() / expected.norm())
 
 
+def assert_same(name, got, expected):
+    """Two gradients of equal models are equal.
+
+    In the formats of ROUNDED, one other last bit of an activation can round it to the next of 255 steps. This happened
+    once in a process that had run many other tests, and changed the gradient by 0.02 %.
+    """
+    if name in ROUNDED:
+        assert relative(got, expected) < 0.01
+    else:
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["alone", "with a LoRA", "two checkpoints", "one checkpoint"])
 @pytest.mark.parametrize("name", SMOOTH)
@@ -77,8 +89,8 @@ def test_blend_of_one_int8_checkpoint_has_the_gradient_of_two_separate_loads(nam
     _, one = gradient(sampler(blend_of_halves(name, same=True)))
     two = blend(lora(load(0, name), 5), lora(load(0, name), 6), *EXPERT_WORDS, **HALF)[0]
     _, expected = gradient(sampler(two))
-    assert torch.equal(one, expected)
-    assert not torch.equal(one, gradient(sampler(lora(load(0, name), 5)))[1])
+    assert_same(name, one, expected)
+    assert relative(gradient(sampler(lora(load(0, name), 5)))[1], one) > 0.1
 
 
 @pytest.mark.slow
@@ -93,7 +105,7 @@ def test_models_can_be_unloaded_and_sampled_after_a_gradient(name, tmp_path):
     with torch.inference_mode():
         comfy.model_management.unload_all_models()
     assert torch.equal(ksample(from_file, *WORDS, latent(1, 12, 10, 16), **SAMPLING), expected)
-    assert torch.equal(gradient(sampler(from_file))[1], first)
+    assert_same(name, gradient(sampler(from_file))[1], first)
 
 
 @pytest.mark.parametrize("place", ["model", "expert"])
