@@ -226,7 +226,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     optional=True,
                     default=1,
                     min=1,
-                    max=20,
+                    max=10,
                     advanced=True,
                     tooltip="Compute the mask at every n-th step only, and use it again in between. These steps evaluate"
                     " only models that generate some part of the image. At cfg 1 they need no negative, which halves"
