@@ -46,8 +46,8 @@ DTYPES = {  # of the weights, and of the computation if it differs
 HEAD = f"""# Memory of a blend
 
 **Does it fit my card?** The tables show how much memory the blends of published models need, and what ComfyUI does on cards of
-common sizes. The command `{COMMAND}` writes this file. **All numbers are computed**; the column *basis* says so until
-a card has measured a row. The last section compares a computed number with a measurement on the CPU.
+common sizes. The command `{COMMAND}` writes this file. **All numbers are computed**; the column *basis* will name the card
+once a row has been measured. One section compares a computed number with a measurement on the CPU.
 
 All sizes are in GiB (2^30 bytes). They are computed as follows:
 

@@ -88,12 +88,12 @@ class DeviceMemory:
 
     def _outcome(self) -> str:
         if self.placement == NONE:
-            return "ComfyUI keeps the weights in main memory, as its option --novram tells it, which is slower"
+            return "because of its option --novram, ComfyUI keeps the weights in main memory, which is slower"
         if self.placement == ALL:
             if self.needed < self.usable:
                 return "all weights stay loaded"
             return (
-                "ComfyUI loads all weights nevertheless, as its start options tell it, so the run may be out of memory;"
+                "because of its start options, ComfyUI loads all weights nevertheless, so the run may be out of memory;"
                 " use fp8 weights, a smaller image or a second device for an expert"
             )
         if self.offloaded <= 0.0:

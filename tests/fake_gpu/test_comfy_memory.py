@@ -114,4 +114,4 @@ def test_start_options_that_load_all_weights_or_none(card, monkeypatch):
     assert "ComfyUI loads all weights nevertheless" in note and loaded == [m.model_size() for m in models]
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
     (note,), loaded = sampled(on(unet(2)), on(unet(3)))
-    assert "as its option --novram tells it" in note and sum(loaded) < sum(m.model_size() for m in models) / 10
+    assert "because of its option --novram" in note and sum(loaded) < sum(m.model_size() for m in models) / 10
