@@ -15,6 +15,8 @@ python run.py screenshot   take a screenshot of a workflow file in ComfyUI's pag
 python run.py locales      write the nodes' English texts and list missing translations (accept LANG [KEY ...])
 python run.py families     try this pack with every model family and node of ComfyUI, and print the differences from
                            docs/compatibility.md (--write: update that file)
+python run.py memory       compute the memory of blends of published models, and print the differences from docs/memory.md
+                           (--write: update that file)
 python run.py texts        print every text that users read: error and log messages, tooltips, help pages
 
 Needs Python 3.10 or newer. The first run downloads packages from the package index. Writes nothing outside this folder.
@@ -144,6 +146,12 @@ def families(options, rest: list[str]) -> int:
     return call(host, module(host, "chorus.dev.tools.families", *rest))
 
 
+def memory(options, rest: list[str]) -> int:
+    host = host_for(options)
+    need_tools(host)  # the memory tool uses the list of model families of the tests
+    return call(host, module(host, "chorus.dev.tools.memory", *rest))
+
+
 def texts(options, rest: list[str]) -> int:
     return call(host := host_for(options), module(host, "chorus.dev.tools.texts", *rest))
 
@@ -167,6 +175,7 @@ COMMANDS = {
     "bench": bench,
     "locales": locales,
     "families": families,
+    "memory": memory,
     "texts": texts,
     "screenshot": screenshot,
 }

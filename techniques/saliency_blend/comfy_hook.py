@@ -32,6 +32,7 @@ from .comfy_experts import (
 )
 from .comfy_guidance import ExpertGuider
 from .comfy_kernel_backend import kernel_backend
+from .comfy_memory import memory_notes
 from .comfy_prediction import BlendPrediction, Conds, guidance_scale
 from .comfy_workers import Workers
 from .experts import ExpertParticipant
@@ -139,9 +140,13 @@ def _prepare_sampling(
             if own and "control" in found:
                 found["control"] = copy_controls(found["control"], own)
             extra.append(found)
+    used = [(e.label, patcher) for e, patcher in zip(experts, patchers, strict=True) if not e.settings.is_off]
+    notes = memory_notes(model, used, noise_shape, {**conds, KEY: extra}, kwargs)  # before the models are loaded
     real_model, _, loaded = executor(model, noise_shape, {**conds, KEY: extra}, *args, **kwargs)
     if (options := kwargs.get("model_options")) is not None:
         options[KEY] = patchers, networks
+        if SCOPE in options:
+            options[SCOPE].notes = notes
     return real_model, conds, loaded
 
 
@@ -155,6 +160,7 @@ class _Scope:
     def __init__(self, guiders: dict[Expert, ExpertGuider]) -> None:
         self.guiders = guiders  # of the experts that are not off
         self.technique: SaliencyBlendRun | None = None
+        self.notes: tuple[str, ...] = ()  # of the preparation of the run, for its record
 
     @classmethod
     def of(cls, chain: BlendChain) -> "_Scope":
@@ -259,6 +265,7 @@ def _sampler_sample(
             run.batched_with_base = run.shares_forward_with(guider, options, KEY)
         guider.inner_model.current_patcher = base  # an expert on the same module has set its own patcher
         technique = chain.begin(participants, schedule)
+        technique.record.notes += scope.notes
         options[KEY] = BlendPrediction(guider, technique, workers)
         output = executor(*args)
         scope.technique = technique
