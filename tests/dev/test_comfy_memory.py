@@ -123,7 +123,7 @@ def test_file_is_up_to_date():
     assert memory.page(comfyui_version.__version__) == memory.PATH.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # a minute, and 9 GiB
 def test_measured_peak_of_a_blend_lies_between_the_computed_weights_and_the_computed_peak():
     setting = Setting("sd15", 32, 1, "fp32", 1)
     if psutil.virtual_memory().available < 9 * GIB:
