@@ -232,6 +232,18 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     " only models that generate some part of the image. At cfg 1 they need no negative, which halves"
                     " their cost. Useful: 2 to 4 at cfg 1. The value of the last node in a chain is used.",
                 ),
+                io.Float.Input(
+                    "temporal_smoothing",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="For videos: smooths the saliency over the frames, so that masks flicker less. It is a"
+                    " standard deviation in latent frames. 0: each frame alone. Useful: 0.5 to 2. The value of the last"
+                    " node in a chain is used.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model"),
@@ -268,6 +280,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
         expert_share: float = 0.0,
         mask_momentum: float = 0.0,
         mask_refresh: int = 1,
+        temporal_smoothing: float = 0.0,
     ) -> io.NodeOutput:
         settings = ExpertSettings(
             label=label.strip() or f"expert {len(blend_chain(model).experts) + 1}",
@@ -284,7 +297,9 @@ class SaliencyNoiseBlend(io.ComfyNode):
             crop_margin=crop_margin,
             expert_share=expert_share,
         )
-        joint = JointSettings(general_strength, mask_mode, softness, saliency, blur, mask_momentum, mask_refresh)
+        joint = JointSettings(
+            general_strength, mask_mode, softness, saliency, blur, mask_momentum, mask_refresh, temporal_smoothing
+        )
         trace = BlendTrace()
 
         blended = add_expert(model, Expert(expert, positive, negative, settings, trace), joint)

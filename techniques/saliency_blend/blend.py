@@ -16,16 +16,19 @@ Shapes: B samples, C channels, S spatial axes: (H, W), or (T, H, W) for video, w
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...common.shapes import size_of
 from .experts import RUN, ExpertParticipant, Participant
 from .extrapolation import Pair, Sides
 from .held_mask import HeldMask
 from .non_finite import BlendFiniteCheck
 from .rows import blend_by_rows
+from .temporal import smoothed_over_frames
 from .trace import BlendRecord, BlendStep, BlendTrace, LeadRecorder
 
 E = TypeVar("E", bound=ExpertParticipant)
@@ -42,6 +45,7 @@ class JointSettings:
     blur: int = 4
     mask_momentum: float = 0.0  # weight of the earlier steps' saliency in the mask
     mask_refresh: int = 1  # the mask is computed in every n-th interval between two sampling sigmas
+    temporal_smoothing: float = 0.0  # of the saliency, a standard deviation in latent frames of a video
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.mask_momentum < 1.0:  # at 1 the first step's saliency would decide the whole run
@@ -55,6 +59,11 @@ class JointSettings:
             raise ValueError(
                 f"mask_refresh {self.mask_refresh} is below 1; use 1 to compute the mask at every step, or n for every"
                 " n-th step"
+            )
+        if not 0.0 <= self.temporal_smoothing < float("inf"):
+            raise ValueError(
+                f"temporal_smoothing {self.temporal_smoothing:g} must be at least 0 and finite; use 0 for masks of each"
+                " frame alone, or 0.5 to 2 latent frames for steadier masks"
             )
 
     @property
@@ -186,7 +195,8 @@ class SaliencyBlendRun(Generic[E]):
             *notes,
             f"joint settings of the chain, from its last node: general_strength {j.general_strength:g},"
             f" mask_mode {j.mask_mode}, softness {j.softness:g}, saliency {j.saliency}, blur {j.blur},"
-            f" mask_momentum {j.mask_momentum:g}, mask_refresh {j.mask_refresh}",
+            f" mask_momentum {j.mask_momentum:g}, mask_refresh {j.mask_refresh}, temporal_smoothing"
+            f" {j.temporal_smoothing:g}",
         )
 
     def plan(self, sigma: float, x: Tensor, negative: bool = True) -> Plan[E]:
@@ -197,6 +207,11 @@ class SaliencyBlendRun(Generic[E]):
         """
         if not self._begun:
             self._begun = True
+            if self.joint.temporal_smoothing and x.ndim != 5:
+                raise ValueError(
+                    f"temporal_smoothing {self.joint.temporal_smoothing:g} needs the latent of a video [B, C, T, H, W],"
+                    f" got {size_of(x)}; set temporal_smoothing to 0"
+                )
             self.record.shape = (x.shape[0], *x.shape[2:])
             for expert in self.experts:
                 expert.begin(x)
@@ -272,7 +287,8 @@ class SaliencyBlendRun(Generic[E]):
         quotas = [p.quota(level, base[0]) for p in models]
 
         skipped = tuple(p.skipped for p in models)
-        blend = blend_by_rows(
+        masked = partial(
+            blend_by_rows,
             skipped,
             [pairs[p][0] for p in models],
             [pairs[p][1] for p in models],
@@ -282,17 +298,23 @@ class SaliencyBlendRun(Generic[E]):
             [p.log_mask(base[0]) for p in models],
             [p.gain for p in models],
             quota=quotas if any(q is not None for q in quotas) else None,
-            memory=[p.memory(self._interval) for p in models] if joint.mask_momentum else None,
-            momentum=joint.mask_momentum,
             blur=joint.blur,
             shared=shared,
             softness=joint.softness if joint.mask_mode == "soft" and joint.softness > 0.0 else None,
             backend=self.schedule.backend,
         )
+        blend = masked(
+            memory=[p.memory(self._interval) for p in models] if joint.mask_momentum else None,
+            momentum=joint.mask_momentum,
+        )
         if joint.mask_momentum:
             alone = frozenset.intersection(*skipped[1:])  # the samples that only the base takes part in
             for model, logits in zip(models, blend.logits, strict=True):
                 model.remember(logits, self._interval, alone)
+        if joint.temporal_smoothing:
+            # a second mask, whose k Λ is entirely that of the first, smoothed
+            smoothed = smoothed_over_frames(blend.logits, joint.temporal_smoothing)
+            blend = masked(memory=list(smoothed), momentum=1.0)
         indices = tuple(p.index for p in models)
         self._finite.after(indices, blend.partition)
         self._remember(BlendStep(level, indices, blend.weights, None, tuple(biases), tuple(quotas), skipped))

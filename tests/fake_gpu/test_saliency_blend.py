@@ -52,6 +52,7 @@ MODES = {
     "mask_refresh, skip_below, crop_margin": (dict(skip_below=0.3, crop_margin=1), {}, dict(mask_refresh=2)),
     "expert_cfg, ramp": (dict(expert_cfg=9.0, bias=0.5, ramp="falling"), None, {}),
     "no blur": ({}, None, dict(blur=1)),
+    "temporal_smoothing": ({}, {}, dict(temporal_smoothing=1.0, mask_momentum=0.5)),  # images have no frames
 }
 
 
@@ -72,6 +73,7 @@ def percent_to_sigma(percent):
 def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"):
     """The blends of every step of a run on ``device``, and its record."""
     first, second, joint = MODES[mode]
+    joint = {name: value for name, value in joint.items() if video or name != "temporal_smoothing"}
     shape = (2, 4, 3, *SIZE) if video else (2, 4, *SIZE)
     settings = [dict(s) for s in (first, second) if s is not None]
     if device != "cpu":  # the regions are on another device
