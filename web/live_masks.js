@@ -22,9 +22,9 @@ function shows(id) {
   return node?.type === NODE && (!id.includes(":") || node.graph === app.canvas.graph);
 }
 
-function show({ detail: { nodes, image } }) {
+function show({ detail: { nodes, type, image } }) {
   if (app.extensionManager.setting.get(SETTING) === false) return;
-  const blob = new Blob([Uint8Array.from(atob(image), letter => letter.charCodeAt(0))], { type: "image/png" });
+  const blob = new Blob([Uint8Array.from(atob(image), letter => letter.charCodeAt(0))], { type });
   // the page's own event for previews; without a job, so that the queue does not show the mask as the job's image
   for (const id of nodes.filter(shows))
     api.dispatchCustomEvent("b_preview_with_metadata", { blob, nodeId: id, displayNodeId: id, realNodeId: id });

@@ -37,16 +37,18 @@ def mask_of_sample(step: BlendStep, shape: Sequence[int]) -> Tensor:
 def mask_image(mask: Tensor, models: Sequence[int]) -> Image.Image:
     """The image of a ``mask`` from ``mask_of_sample``, on the CPU, with each of ``models`` in its colour.
 
-    It is enlarged by a whole number, so that all positions of the latent have the same size.
+    It is enlarged by a whole number, so that all positions of the latent have the same size. The image of a hard mask
+    has a palette (mode P): it is encoded several times faster than an image in RGB.
     """
     palette = np.array([model_colour(i) for i in models], dtype=np.uint8)
     if mask.dtype == torch.uint8:
-        pixels = palette[mask.numpy()]
+        image = Image.fromarray(mask.numpy())
+        image.putpalette(palette.tobytes())
     else:
-        mixed = np.einsum("nhw,nc->hwc", mask.float().numpy(), palette.astype(np.float32))
-        pixels = mixed.round().clip(0, 255).astype(np.uint8)
-    scale = max(1, LONGEST // max(pixels.shape[:2]))
-    return Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1))
+        mixed = np.tensordot(mask.float().numpy(), palette.astype(np.float32), (0, 0))
+        image = Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
+    scale = max(1, LONGEST // max(image.size))
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
 
 
 class LiveMasks:

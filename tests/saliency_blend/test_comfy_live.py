@@ -27,7 +27,6 @@ BLEND = {
     "refresh": 1,
     "label": "",
     "general_strength": 1.0,
-    "mask_mode": "hard",
     "softness": 1.0,
     "saliency": "own",
     "blur": 4,
@@ -38,8 +37,8 @@ def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
-def blend(model, expert):
-    return node("SaliencyNoiseBlend", model=model, expert=expert, **BLEND)
+def blend(model, expert, mask_mode="hard"):
+    return node("SaliencyNoiseBlend", model=model, expert=expert, mask_mode=mask_mode, **BLEND)
 
 
 def sample(model, latent, seed, steps):
@@ -47,7 +46,7 @@ def sample(model, latent, seed, steps):
     return node("KSampler", model=[model, 0], latent_image=[latent, 0], seed=seed, steps=steps, **prompts, **SAMPLER)
 
 
-def api_prompt(seed, steps=60):
+def api_prompt(seed, steps=60, mask_mode="hard"):
     """A chain of two experts, sampled by one sampler; a further blend samples before it."""
     demo = [node("ChorusDemoCheckpoint", name=name) for name in ("general", "expert-animals", "general-4-steps")]
     return {
@@ -60,7 +59,7 @@ def api_prompt(seed, steps=60):
         "earlier": blend(["general", 0], ["student", 0]),
         "draft": sample("earlier", "latent", seed, 1),
         "first": blend(["general", 0], ["animals", 0]),
-        "second": blend(["first", 0], ["student", 0]),
+        "second": blend(["first", 0], ["student", 0], mask_mode),
         "sample": sample("second", "draft", seed, steps),
         "save": node("SaveLatent", samples=["sample", 0], filename_prefix="live"),
     }
@@ -82,7 +81,7 @@ def masks_of(comfy, prompt):
 
 def pixels(message):
     image = Image.open(io.BytesIO(base64.b64decode(message["image"])))
-    assert image.format == "PNG"
+    assert message["type"] == image.get_format_mimetype()
     return np.asarray(image.convert("RGB"))
 
 
@@ -107,6 +106,14 @@ def test_running_blend_sends_its_masks(comfy):
         colours |= {tuple(colour) for colour in image.reshape(-1, 3).tolist()}
     assert colours <= {model_colour(i) for i in range(3)}
     assert model_colour(0) in colours and len(colours) > 1
+
+
+def test_soft_mask_has_mixed_colours(comfy):
+    prompt = api_prompt(7, steps=2, mask_mode="soft")
+    last = pixels(masks_of(comfy, prompt)[-1][2])
+    colours = np.array([model_colour(i) for i in range(3)])
+    assert (last >= colours.min(0) - 8).all() and (last <= colours.max(0) + 8).all()
+    assert len(np.unique(last.reshape(-1, 3), axis=0)) > 20
 
 
 def test_last_mask_is_that_of_the_record(comfy):

@@ -12,14 +12,16 @@ from chorus.techniques.saliency_blend.trace import BlendStep
 from chorus.techniques.saliency_blend.view import colour_shares
 
 
+def pixels(image):
+    return np.asarray(image.convert("RGB"))
+
+
 class Display:
     """LiveMasks with a clock that the test sets; ``shown``: (time, image) pairs."""
 
     def __init__(self, is_watched=lambda: True):
         self.now, self.shown = 100.0, []
-        self.masks = LiveMasks(
-            lambda image: self.shown.append((self.now, np.asarray(image))), is_watched, lambda: self.now
-        )
+        self.masks = LiveMasks(lambda image: self.shown.append((self.now, pixels(image))), is_watched, lambda: self.now)
 
     def run(self, seconds, steps, shape=(1, 4, 4)):
         """Take steps of this duration. The mask of step n has n positions of the expert."""
@@ -116,7 +118,7 @@ def test_run_without_a_step_shows_nothing():
 
 def test_colours_are_those_of_the_models_that_took_part():
     mask = torch.tensor([[0, 1, 2]], dtype=torch.uint8)
-    image = np.asarray(mask_image(mask, (0, 2, 5)))
+    image = pixels(mask_image(mask, (0, 2, 5)))
     assert image.shape == (42, 126, 3)
     assert [tuple(image[21, x]) for x in (21, 63, 105)] == [model_colour(i) for i in (0, 2, 5)]
 
@@ -125,7 +127,7 @@ def test_soft_mask_mixes_the_colours_as_the_view_does():
     weights = torch.rand(3, 2, 8, 8).softmax(0)
     mask = mask_of_sample(BlendStep(1.0, (0, 1, 2), weights), (2, 8, 8))
     expected = 255 * colour_shares(weights[:, 0]).numpy()
-    assert np.abs(np.asarray(mask_image(mask, (0, 1, 2)))[8::16, 8::16] - expected).max() <= 0.51
+    assert np.abs(pixels(mask_image(mask, (0, 1, 2)))[8::16, 8::16] - expected).max() <= 0.51
 
 
 def test_first_sample_and_middle_frame_are_shown():
@@ -139,7 +141,7 @@ def test_first_sample_and_middle_frame_are_shown():
 
 @pytest.mark.parametrize("shape", [(1, 4, 6), (2, 3, 4, 6)])
 def test_step_of_the_base_alone_is_grey(shape):
-    image = np.asarray(mask_image(mask_of_sample(BlendStep(1.0, (0,), None), shape), (0,)))
+    image = pixels(mask_image(mask_of_sample(BlendStep(1.0, (0,), None), shape), (0,)))
     assert image.shape == (84, 126, 3)
     assert (image == model_colour(0)).all()
 
