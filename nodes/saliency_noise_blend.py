@@ -241,8 +241,8 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     step=0.1,
                     advanced=True,
                     tooltip="For videos: smooths the saliency over the frames, so that masks flicker less. It is a"
-                    " standard deviation in latent frames. 0: each frame alone. Useful: 0.5 to 2. The value of the last"
-                    " node in a chain is used.",
+                    " standard deviation in latent frames. 0: each frame alone. Useful: 0.5. The value of the last node"
+                    " in a chain is used.",
                 ),
             ],
             outputs=[

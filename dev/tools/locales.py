@@ -4,9 +4,11 @@ python run.py locales
 python run.py locales accept ja                            mark all Japanese texts as up to date
 python run.py locales accept ja SeedSelect.inputs.seed.tooltip [KEY ...]          only the texts with these keys
 
-ComfyUI serves locales/<language>/nodeDefs.json and main.json at /i18n. Its page looks up the display name and
-description of a node, and the name and tooltip of its inputs (by id) and outputs (by number). This tool writes the
-English texts from the schemas; the other languages are written by hand. Beside each translation, english.json contains
+ComfyUI serves locales/<language>/nodeDefs.json, main.json and settings.json at /i18n. Its page looks up the display name
+and description of a node, and the name and tooltip of its inputs (by id) and outputs (by number). This tool writes the
+English texts of nodes from the schemas. Those of the page's settings and of their categories are written by hand in
+locales/en: they repeat the texts in web/*.js, as a test in tests/browser checks. The other languages are written by
+hand. Beside each translation, english.json contains
 the English texts that were translated. A translation is stale if its English text has changed since; the report shows
 the old and the new wording.
 """
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "locales"
-FILES = ("nodeDefs", "main")  # ComfyUI also reads files for commands and settings, which the pack does not have
+FILES = ("nodeDefs", "main", "settings")  # ComfyUI also reads a file for commands, which the pack does not have
 SOURCE = "english"  # ComfyUI does not read this file
 PROPER = "chorus"  # the category with the name of the pack, which is not translated
 
@@ -66,12 +68,16 @@ def without_empty(texts: dict) -> dict:
 
 
 def english() -> dict[str, dict]:
-    """The texts of the schemas, by file."""
+    """The texts of the schemas and of the page's settings, by file."""
     schemas = [node.define_schema() for node in nodes()]
     categories = sorted({word for schema in schemas for word in schema.category.split("/")} - {PROPER})
     return {
         "nodeDefs": {page_key(schema.node_id): described(schema) for schema in schemas},
-        "main": {"nodeCategories": {word: word for word in categories}},
+        "main": {
+            "nodeCategories": {word: word for word in categories},
+            "settingsCategories": read("en", "main").get("settingsCategories", {}),
+        },
+        "settings": read("en", "settings"),
     }
 
 
@@ -85,7 +91,7 @@ def flat(texts: dict, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def all_texts(files: dict[str, dict]) -> dict[str, str]:
-    """The texts of both files by key. Keys are unique, because no node has the id ``nodeCategories``."""
+    """The texts of all files by key. Keys are unique: no node has the id of a setting or ``nodeCategories``."""
     return {key: text for texts in files.values() for key, text in flat(texts)}
 
 

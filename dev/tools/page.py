@@ -117,13 +117,14 @@ def chromium(path: str) -> Iterator:
             browser.close()
 
 
-def open_page(browser, address: str, language="en", width=1600, height=1000, on_new=lambda page: None):
+def open_page(browser, address: str, language="en", width=1600, height=1000, on_new=lambda page: None, settings=None):
     """Open the page of the server at ``address`` with default settings in ``language``, and wait until it is ready.
 
-    ``on_new(page)`` is called before the page loads, to add listeners.
+    ``on_new(page)`` is called before the page loads, to add listeners. ``settings``: values of further settings by id.
     """
     context = browser.new_context(viewport={"width": width, "height": height}, locale="en-US")
-    context.add_init_script(SETTINGS % json.dumps({"Comfy.Locale": language, "Comfy.TutorialCompleted": True}))
+    settings = {"Comfy.Locale": language, "Comfy.TutorialCompleted": True, **(settings or {})}
+    context.add_init_script(SETTINGS % json.dumps(settings))
     page = context.new_page()
     page.set_default_timeout(SLOW)
     on_new(page)

@@ -14,7 +14,7 @@ Shapes: B samples, C channels, S spatial axes: (H, W), or (T, H, W) for video, w
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -63,7 +63,7 @@ class JointSettings:
         if not 0.0 <= self.temporal_smoothing < float("inf"):
             raise ValueError(
                 f"temporal_smoothing {self.temporal_smoothing:g} must be at least 0 and finite; use 0 for masks of each"
-                " frame alone, or 0.5 to 2 latent frames for steadier masks"
+                " frame alone, or 0.5 latent frames for steadier masks"
             )
 
     @property
@@ -111,7 +111,8 @@ class SaliencyBlendRun(Generic[E]):
 
     ``experts`` are in the order of the chain and have the indices 1, 2, ...; index 0 is the base. ``traces`` receive
     the record of the run at its end. If ``record`` is false, the steps are not recorded. This is for runs with
-    gradients, in which recorded soft masks would keep the graph of every step in memory.
+    gradients, in which recorded soft masks would keep the graph of every step in memory. ``observer`` is called with
+    every step, as soon as its mask is computed, and with the size (B, *S) of the latent.
 
     Errors (ValueError): an ``expert_cfg`` or shared saliency that the sampler's guidance does not allow; shares that
     add up to more than 1.
@@ -124,8 +125,10 @@ class SaliencyBlendRun(Generic[E]):
         schedule: Schedule,
         traces: Sequence[BlendTrace] = (),
         record: bool = True,
+        observer: Callable[[BlendStep, Sequence[int]], None] | None = None,
     ) -> None:
         self.experts, self.joint, self.schedule, self.traces = tuple(experts), joint, schedule, tuple(traces)
+        self._observer = observer
         self.participants = (Participant(0, "base", joint.general_strength), *self.experts)
         self._check_guidance()
         self._check_shares()
@@ -391,6 +394,8 @@ class SaliencyBlendRun(Generic[E]):
         self._last_step = step
         if self._keeps_steps:
             self.record.steps.append(step)
+        if self._observer is not None:
+            self._observer(step, self.record.shape)
 
     def finish(self, output: Tensor) -> None:
         """Write the record of a finished run to the traces. ``output``: the finished latent, on the CPU.

@@ -33,9 +33,11 @@ from .comfy_experts import (
 from .comfy_guidance import ExpertGuider
 from .comfy_kernel_backend import kernel_backend
 from .comfy_memory import memory_notes
+from .comfy_live import live_masks
 from .comfy_prediction import BlendPrediction, Conds, guidance_scale
 from .comfy_workers import Workers
 from .experts import ExpertParticipant
+from .live import LiveMasks
 
 KEY = "chorus_blend"  # key of the attachment, of the wrappers, and of a run's state in model_options
 SCOPE = f"{KEY}_scope"
@@ -80,10 +82,12 @@ class BlendChain(Attachment):
             " connecting the blended MODEL to 'model'"
         )
 
-    def begin(self, experts: list[ExpertParticipant], schedule: Schedule) -> SaliencyBlendRun:
-        """The state of one sampling run."""
+    def begin(
+        self, experts: list[ExpertParticipant], schedule: Schedule, live: LiveMasks | None = None
+    ) -> SaliencyBlendRun:
+        """The state of one sampling run. ``live`` shows its masks while it samples."""
         traces = [expert.trace for expert in self.experts if expert.trace is not None] if self.record else []
-        return SaliencyBlendRun(experts, self.joint, schedule, traces, self.record)
+        return SaliencyBlendRun(experts, self.joint, schedule, traces, self.record, live)
 
 
 def blend_chain(model: ModelPatcher) -> BlendChain:
@@ -264,10 +268,13 @@ def _sampler_sample(
             experts.append(run)
             run.batched_with_base = run.shares_forward_with(guider, options, KEY)
         guider.inner_model.current_patcher = base  # an expert on the same module has set its own patcher
-        technique = chain.begin(participants, schedule)
+        live = live_masks() if chain.record else None
+        technique = chain.begin(participants, schedule, live)
         technique.record.notes += scope.notes
         options[KEY] = BlendPrediction(guider, technique, workers)
         output = executor(*args)
+        if live is not None:
+            live.finish()
         scope.technique = technique
         return output
 

@@ -58,7 +58,10 @@ def page_errors():
 
 @pytest.fixture(scope="session")
 def open_page(server, browser, page_errors):  # noqa: F811
-    """Function open_page(language) that opens ComfyUI in that language, ready for a workflow."""
+    """Function open_page(language, settings) that opens ComfyUI in that language, ready for a workflow.
+
+    ``settings``: values of further settings of the page, by id.
+    """
 
     def listen(page):
         page.on("pageerror", lambda error: page_errors.append(f"exception: {error}"))
@@ -66,7 +69,9 @@ def open_page(server, browser, page_errors):  # noqa: F811
 
     # ComfyUI's input folder has an image of this name
     Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")
-    return lambda language: page_tools.open_page(browser, server.address, language, on_new=listen)
+    return lambda language, settings=None: page_tools.open_page(
+        browser, server.address, language, on_new=listen, settings=settings
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Every mode of the blend on a GPU: no step waits, no operation mixes devices, and the results are those of the CPU."""
 
 import contextlib
+import itertools
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from chorus.techniques.saliency_blend import experts as experts_module
 from chorus.techniques.saliency_blend.blend import JointSettings, SaliencyBlendRun, Schedule
 from chorus.techniques.saliency_blend.experts import ExpertParticipant, ExpertSettings
+from chorus.techniques.saliency_blend.live import LiveMasks
 from chorus.techniques.saliency_blend.trace import BlendTrace
 from chorus.tests.support.fake_gpu import HostWait
 from chorus.tests.support.tiers import covering
@@ -70,8 +72,8 @@ def percent_to_sigma(percent):
     return 1e9 if percent <= 0.0 else 10.0 * (1.0 - percent)
 
 
-def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"):
-    """The blends of every step of a run on ``device``, and its record."""
+def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch", images=None):
+    """The blends of every step of a run on ``device``, and its record. ``images`` receives its masks during the run."""
     first, second, joint = MODES[mode]
     joint = {name: value for name, value in joint.items() if video or name != "temporal_smoothing"}
     shape = (2, 4, 3, *SIZE) if video else (2, 4, *SIZE)
@@ -83,7 +85,9 @@ def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"
         for i, s in enumerate(settings, start=1)
     ]
     trace = BlendTrace()
-    run = SaliencyBlendRun(experts, JointSettings(**joint), Schedule(SIGMAS, 5.0, backend=backend), [trace])
+    schedule = Schedule(SIGMAS, 5.0, backend=backend)
+    live = None if images is None else LiveMasks(images.append, clock=itertools.count().__next__)  # one each step
+    run = SaliencyBlendRun(experts, JointSettings(**joint), schedule, [trace], observer=live)
     move = lambda pair: tuple(p.to(device, non_blocking=True) for p in pair)  # noqa: E731
     outputs, x = [], torch.zeros(shape, dtype=dtype).to(device)
     for k, sigma in enumerate(SIGMAS[:-1]):
@@ -102,6 +106,8 @@ def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"
                 # blend one more prediction, as guidance nodes such as PAG need it
                 base = *base, run.mix(x + 1.0, dict.fromkeys(run.active_experts, x))
         outputs.append(base)
+    if live is not None:
+        live.finish()
     run.finish(torch.zeros(shape))
     return outputs, trace.record
 
@@ -116,14 +122,17 @@ INPUTS = {  # (video, guided, dtype)
 @covering(mode=[*MODES], inputs=INPUTS)
 def test_no_step_waits_and_the_result_is_that_of_the_cpu(mode, inputs, gpus):
     video, guided, dtype = inputs
-    expected, record = sampled(mode, dtype, video, guided)
+    images, images_on_gpu = [], []
+    expected, record = sampled(mode, dtype, video, guided, images=images)
     with gpus:
-        found, on_gpu = sampled(mode, dtype, video, guided, "cuda:0", gpus)
+        found, on_gpu = sampled(mode, dtype, video, guided, "cuda:0", gpus, images=images_on_gpu)
         assert all(str(t.device) == "cuda:0" for step in found for t in step)
     for step, wanted in zip(found, expected, strict=True):
         for got, value in zip(step, wanted, strict=True):
             assert got.dtype == dtype
             assert torch.equal(got, value)
+    assert len(images) == len(images_on_gpu) == len(SIGMAS) - 1
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(images, images_on_gpu, strict=True))
     assert on_gpu.notes == record.notes
     assert on_gpu.spent == record.spent
     assert on_gpu.report() == record.report()

@@ -124,7 +124,9 @@ def test_no_text_contains_message_syntax(language):
 def test_server_serves_the_translations(comfy, language):
     served = comfy.get_json("/i18n")[language]
     assert served["nodeDefs"] == locales.read(language, "nodeDefs")
-    assert served["nodeCategories"] == locales.read(language, "main")["nodeCategories"]
+    assert served["settings"] == locales.read(language, "settings")
+    for name, texts in locales.read(language, "main").items():
+        assert served[name] == texts
 
 
 SOURCE = {"A.inputs.x.tooltip": "new words", "A.inputs.y.tooltip": "same", "A.inputs.z.tooltip": "never seen"}

@@ -16,7 +16,7 @@ from chorus.host import host_version
 ROOT = Path(__file__).parents[2]
 # modules that come with ComfyUI, which also chooses the version of torch and thus of Triton
 HOST_MODULES = {"torch", "triton", "comfy", "comfy_api", "comfy_execution", "comfyui_version"}
-HOST_MODULES |= {"folder_paths", "latent_preview", "node_helpers", "server"}
+HOST_MODULES |= {"folder_paths", "latent_preview", "node_helpers", "nodes", "server"}
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ STEPS = {
 
 RUNS = {
     "common/host_copy.py:tolist": "values whose copy began in an earlier step, or after the last step",
+    "common/host_copy.py:tensor": "values whose copy began in an earlier step, or after the last step",
     "common/finite.py:flush": "values whose copy began in an earlier step, or after the last step",
     # saliency_blend
     "techniques/saliency_blend/experts.py:is_off": "whether a region is empty",
