@@ -32,8 +32,8 @@ from .comfy_experts import (
 )
 from .comfy_guidance import ExpertGuider
 from .comfy_kernel_backend import kernel_backend
-from .comfy_memory import memory_notes
 from .comfy_live import live_masks
+from .comfy_memory import memory_notes
 from .comfy_prediction import BlendPrediction, Conds, guidance_scale
 from .comfy_workers import Workers
 from .experts import ExpertParticipant
