@@ -197,10 +197,32 @@ def found(pattern: str, text: str) -> float:
 
 
 def blend(inputs: dict[str, Any], seed: int) -> Outcome:
+    if inputs.pop("video", False):
+        return blend_of_a_video(inputs, seed)
     model, trace = execute("SaliencyNoiseBlend", {"model": checkpoint()[0], "expert": expert(), **inputs})
     pictures = sample(model, "a dog left of a tree on blue", batch=2, steps=8, seed=seed)
     record = trace.record
     return Outcome(pictures, {"share": 100.0 * float(record.mean_shares()[1].mean()), "evaluations": record.cost[1]})
+
+
+@functools.cache
+def wan():
+    """Two small Wan models with random weights, and the prompts of both."""
+    from chorus.tests.families.catalogue import FAMILIES
+
+    family = FAMILIES["WAN21_T2V"]
+    return family.model(0), family.model(1), family.prompts(10), family.prompts(30)
+
+
+def blend_of_a_video(inputs: dict[str, Any], seed: int) -> Outcome:
+    """*flicker*: positions whose model changes from one frame to the next, in percent. The picture is the latent."""
+    base, expert_model, words, (positive, negative) = wan()
+    wired = dict(model=base, expert=expert_model, positive=positive, negative=negative)
+    model, trace = execute("SaliencyNoiseBlend", {**wired, **inputs})
+    latent = {"samples": torch.zeros(1, 16, 9, 16, 16)}
+    video = host_nodes.common_ksampler(model, seed, 6, 4.0, "euler", "simple", *words, latent)[0]["samples"]
+    mask = torch.stack([trace.record.shares(k)[1] for k in range(len(trace.record.steps))])
+    return Outcome(video, {"flicker": 100.0 * float((mask[:, :, 1:] - mask[:, :, :-1]).abs().mean())})
 
 
 def seed_select(inputs: dict[str, Any], seed: int) -> Outcome:
@@ -402,6 +424,7 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "expert_share": Control(kind="area", number="share", off=0, at=0.4),
         "mask_momentum": PICTURE,
         "mask_refresh": PICTURE,
+        "temporal_smoothing": Control(kind="number", number="flicker", inputs=dict(video=True)),
     },
     "SeedSelect": {
         "seed": Control(kind="selection", inputs=dict(candidates=1)),

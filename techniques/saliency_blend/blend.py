@@ -92,7 +92,7 @@ class Plan(Generic[E]):
 
     Those in ``run`` are evaluated. The predictions of those in ``reuse`` are extrapolated from their last evaluations.
     If ``held``, the last computed mask is used again, and ``hold`` follows instead of ``blend``. A model then needs only
-    the conditionings that the sampler asks for. An expert also needs the negative if ``needs_negative`` says so, and
+    the conditionings that the sampler asks for. An expert also needs the negative if ``needs_negative`` is true, and
     the base if ``base_negative`` is true. The base is not needed at all if ``base`` is false.
     """
 
