@@ -167,6 +167,10 @@ class BlendRecord:
             if self.shape[0] > 1:
                 shares = ", ".join(f"{100 * share:.1f} %" for share in by_sample[i].tolist())
                 lines.append(f"{label}, over the whole run in each sample of the batch: {shares}")
+            if len(self.shape) == 4 and self.shape[1] > 1:
+                by_frame = self.mean_shares()[i].flatten(2).mean((0, 2))
+                shares = ", ".join(f"{100 * share:.0f} %" for share in by_frame.tolist())
+                lines.append(f"{label}, over the whole run in each latent frame: {shares}")
         for i in range(1, len(self.labels)):
             lines += self._contest_lines(i)
         if (flips := self.flips()) is not None:

@@ -1,4 +1,7 @@
-"""Images of a blend's masks over the steps, their mean, each model's share, and histograms of the experts' leads."""
+"""Images of a blend's masks over the steps, their mean, each model's share, and histograms of the experts' leads.
+
+For a video there is also a filmstrip: the mean mask of evenly taken frames, with the experts' share of each.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +9,7 @@ from torch import Tensor
 from ...common.sheets import FAINT, INK, Sheet, model_colour
 from .trace import BlendRecord
 
-TILE, GAP, COLUMNS, MOST_STEPS, CAPTION, NARROWEST = 96, 8, 8, 24, 18, 480
+TILE, GAP, COLUMNS, MOST_STEPS, MOST_FRAMES, CAPTION, NARROWEST = 96, 8, 8, 24, 16, 18, 480
 UNITS, BAR = 4, 0.125  # a histogram shows leads of -UNITS to UNITS spreads, in bars of BAR
 PANEL_WIDTH, PANEL_HEIGHT = 2 * UNITS * 28, 72
 
@@ -43,12 +46,17 @@ def _frame(shares: Tensor, sample: int) -> Tensor:
 
 def draw_blend(record: BlendRecord) -> tuple[Tensor, Tensor]:
     """Images [B, H', W', 3], one sheet per sample, and the mean share of all experts as a mask [B (T), H, W]."""
-    count = len(record.steps)
-    shown = sorted({round(i * (count - 1) / max(1, min(count, MOST_STEPS) - 1)) for i in range(min(count, MOST_STEPS))})
+    shown = evenly(len(record.steps), MOST_STEPS)
     mean = record.mean_shares()
     sheets = [_draw_sample(record, sample, shown, mean) for sample in range(record.shape[0])]
     experts = 1.0 - mean[0]
     return torch.stack(sheets), experts.reshape(-1, *experts.shape[-2:])
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of the numbers 0 to ``count`` - 1, with the first and the last."""
+    taken = min(count, most)
+    return sorted({round(i * (count - 1) / max(1, taken - 1)) for i in range(taken)})
 
 
 def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tensor) -> Tensor:
@@ -62,9 +70,13 @@ def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tenso
     contests = [i for i in range(1, len(record.labels)) if record.contested(i)]  # the same panels for every sample
     width = max(GAP * 4 + big[0] + columns * (tile[0] + GAP), NARROWEST)
     across = max(1, (width - GAP) // (PANEL_WIDTH + 2 * GAP))
+    film_columns = (width - GAP) // (tile[0] + GAP)
+    frames = evenly(record.shape[1], MOST_FRAMES) if len(record.shape) == 4 and record.shape[1] > 1 else []
+    film_height = -(-len(frames) // film_columns) * (tile[1] + CAPTION + GAP) + (CAPTION if frames else 0)
     panels_height = -(-len(contests) // across) * (PANEL_HEIGHT + 2 * CAPTION + GAP)
     masks_height = max(strip_height, big[1] + CAPTION + legend_height)
-    sheet = Sheet(width, 36 + masks_height + panels_height + GAP)
+    below = 36 + masks_height + film_height
+    sheet = Sheet(width, below + panels_height + GAP)
     sheet.text(GAP, GAP, f"Saliency noise blend, {len(record.steps)} predictions, sample {sample + 1}", 15)
 
     sheet.paste(GAP, 36, colour_shares(_frame(mean, sample)), *big)
@@ -81,9 +93,18 @@ def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tenso
         sheet.paste(x, y, colour_shares(_frame(record.shares(index), sample)), *tile)
         sheet.text(x, y + tile[1] + 1, f"{index + 1}: sigma {record.steps[index].sigma:.3g}", 11, FAINT)
 
+    if frames:
+        sheet.text(GAP, 36 + masks_height, "frames: mean of the run, and the experts' share", 12, FAINT)
+    for n, frame in enumerate(frames):
+        x = GAP + (n % film_columns) * (tile[0] + GAP)
+        y = 36 + masks_height + CAPTION + (n // film_columns) * (tile[1] + CAPTION + GAP)
+        parts = mean[:, sample, frame]
+        sheet.paste(x, y, colour_shares(parts), *tile)
+        sheet.text(x, y + tile[1] + 1, f"{frame + 1}: {100 * float(1.0 - parts[0].mean()):.0f} %", 11, FAINT)
+
     for n, index in enumerate(contests):
         x = GAP + (n % across) * (PANEL_WIDTH + 2 * GAP)
-        y = 36 + masks_height + (n // across) * (PANEL_HEIGHT + 2 * CAPTION + GAP)
+        y = below + (n // across) * (PANEL_HEIGHT + 2 * CAPTION + GAP)
         _draw_contest(sheet, x, y, record, sample, index)
     return sheet.tensor()
 

@@ -110,3 +110,25 @@ def test_video_has_a_mask_for_every_frame():
     image, mask = draw_blend(record)
     assert image.shape[0] == 2
     assert mask.shape == (10, 6, 8)
+
+
+def test_filmstrip_shows_the_mask_and_the_share_of_every_frame():
+    """Frame k of 5 belongs to the expert in its first 2 k columns."""
+    owner = torch.zeros(1, 5, 6, 8, dtype=torch.uint8)
+    for frame in range(5):
+        owner[:, frame, :, : 2 * frame] = 1
+    record = make_record(spatial=(5, 6, 8), owner=owner)
+    plain = draw_blend(make_record(spatial=(1, 6, 8), owner=owner[:, 2:3]))[0]
+    sheet = draw_blend(record)[0][0]
+    assert sheet.shape[1] == plain.shape[2]
+    strip = sheet[plain.shape[1] - 8 :]  # below the sheet of a video of one frame, which has no filmstrip
+    for frame in range(5):
+        tile = strip[20:90, 8 + 104 * frame : 8 + 104 * frame + 96]
+        own = (tile - rgb(1)).abs().amax(-1).lt(1e-3).float().mean()
+        assert abs(float(own) - frame / 4) < 0.1, frame
+    assert "expert 1, over the whole run in each latent frame: 0 %, 25 %, 50 %, 75 %, 100 %" in record.report()
+
+
+def test_filmstrip_has_at_most_sixteen_frames():
+    heights = [draw_blend(make_record(spatial=(frames, 6, 8)))[0].shape[1] for frames in (8, 16, 17, 90)]
+    assert heights[0] < heights[1] == heights[2] == heights[3]
