@@ -127,7 +127,7 @@ def card(free: float, state: str = "NORMAL_VRAM") -> Iterator[None]:
     """
 
     def left(device: Any = None, torch_free_too: bool = False) -> Any:
-        loaded = sum(m.loaded_size() for m in management.loaded_models() if m is not None)
+        loaded = sum(m.loaded_size() for m in management.loaded_models() if m is not None and m.load_device == META)
         return (free - loaded, 0.0) if torch_free_too else free - loaded
 
     facts = {

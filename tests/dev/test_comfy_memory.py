@@ -19,6 +19,7 @@ from chorus.dev.tools import memory
 from chorus.dev.tools.published_models import MODELS, PAIRS, Size
 from chorus.tests.families.catalogue import FAMILIES
 from chorus.tests.support.tiers import quick
+from chorus.tests.support.tiny_models import unet
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -103,6 +104,14 @@ def test_nothing_of_the_simulated_card_stays():
         raise KeyError
     assert before == (management.get_free_memory, management.vram_state, management.NUM_STREAMS)
     assert not any(m is not None and m.load_device == memory.META for m in management.loaded_models())
+
+
+def test_models_on_other_devices_do_not_occupy_the_simulated_card():
+    other = unet(0)
+    management.load_models_gpu([other])
+    assert other.loaded_size() > 0 and other in management.loaded_models()
+    with memory.card(8 * GIB):
+        assert management.get_free_memory(memory.META) == 8 * GIB
 
 
 def test_rows_of_the_file_are_up_to_date():
