@@ -353,8 +353,10 @@ class SaliencyBlendView(io.ComfyNode):
     def execute(cls, trace: BlendTrace | None = None, samples: dict[str, Any] | None = None) -> io.NodeOutput:
         if samples is None:
             raise ValueError(NO_SAMPLES)
+        latent = samples["samples"]
+        if latent.is_nested:  # a video with audio; the blend generates the video
+            latent = latent.unbind()[0]
         if trace is None:
-            latent = samples["samples"]
             image = draw_no_blend(len(latent))
             nowhere = torch.zeros(len(latent) * math.prod(latent.shape[2:-2]), *latent.shape[-2:])
             return io.NodeOutput(image, nowhere, "\n".join(NO_BLEND), ui=ui.PreviewImage(image, cls=cls))
@@ -365,7 +367,7 @@ class SaliencyBlendView(io.ComfyNode):
                 " sampler's latent to 'samples'"
             )
         report = record.report()
-        if not record.belongs_to(samples["samples"]):
+        if not record.belongs_to(latent):
             report = (
                 "The samples are not from the run shown here: the sampler's result came from the cache, or was sampled again.\n"
                 + report

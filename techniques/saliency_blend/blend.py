@@ -202,11 +202,12 @@ class SaliencyBlendRun(Generic[E]):
             f" {j.temporal_smoothing:g}",
         )
 
-    def plan(self, sigma: float, x: Tensor, negative: bool = True) -> Plan[E]:
+    def plan(self, sigma: float, x: Tensor, negative: bool = True, needs_base: bool = False) -> Plan[E]:
         """The experts that take part in the prediction of ``x`` [B, C, *S] at ``sigma``.
 
         The caller evaluates each expert of ``run`` on its ``box`` of the latent, or on the whole latent if ``box`` is
-        None. ``negative``: whether the sampler asks for the prediction with the negative conditioning.
+        None. ``negative``: whether the sampler asks for the prediction with the negative conditioning. ``needs_base``:
+        whether the caller needs the base even if the base generates nothing.
         """
         if not self._begun:
             self._begun = True
@@ -241,7 +242,8 @@ class SaliencyBlendRun(Generic[E]):
                 reuse.append(expert)
                 self.record.saved[expert.index] += 1
         # the offsets of an expert with refresh are relative to the base
-        base = generating is None or 0 in generating or bool(reuse) or any(e.settings.refresh > 1 for e in run)
+        relative = bool(reuse) or any(e.settings.refresh > 1 for e in run)
+        base = needs_base or generating is None or 0 in generating or relative
         both = not held or negative or any(e.settings.refresh > 1 and e.cfg_gain(self.cfg) != 1.0 for e in run + reuse)
         self._plan = Plan(run, reuse, held, base, both)
         if base:

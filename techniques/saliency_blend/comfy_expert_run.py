@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,7 @@ class ExpertRun(ExpertParticipant):
         denoise_mask: Tensor | None,
         seed: int | None,
         own_guider: ExpertGuider,
+        latent_shapes: Sequence[Sequence[int]],
         networks: Mapping[nn.Module, Network],
     ) -> None:
         base = guider.model_patcher
@@ -103,6 +104,7 @@ class ExpertRun(ExpertParticipant):
         self.guider = own_guider
         self.options = comfy.model_patcher.create_model_options_clone(self.guider.model_options)
         self._seed = seed
+        self._packed = len(latent_shapes) > 1
         try:
             comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
             self.guidance = guidance_functions(self.options)
@@ -118,7 +120,7 @@ class ExpertRun(ExpertParticipant):
                 None if latent_image is None else latent_image.to(self.device),
                 None if denoise_mask is None else denoise_mask.to(self.device),
                 seed,
-                latent_shapes=[tuple(noise.shape)],
+                latent_shapes=latent_shapes,
             )
             self.guider.model_patcher, self.guider.inner_model = patcher, self.inner
             self.guider.conds, self.guider.model_options = self.conds, self.options
@@ -173,6 +175,8 @@ class ExpertRun(ExpertParticipant):
         It cannot if its conditionings or guidance functions need the whole latent.
         """
         whole = ("area", "control", "default", "gligen")
+        if self._packed:
+            return False
         return not self.guidance and not any(k in c for conds in self.conds.values() for c in conds for k in whole)
 
     def _check_guidance(self, guider: CFGGuider, denoise_mask: Tensor | None) -> None:

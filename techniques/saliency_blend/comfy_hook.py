@@ -38,6 +38,7 @@ from .comfy_prediction import BlendPrediction, Conds, guidance_scale
 from .comfy_workers import Workers
 from .experts import ExpertParticipant
 from .live import LiveMasks
+from .packed import PackedLatent
 
 KEY = "chorus_blend"  # key of the attachment, of the wrappers, and of a run's state in model_options
 SCOPE = f"{KEY}_scope"
@@ -164,6 +165,7 @@ class _Scope:
     def __init__(self, guiders: dict[Expert, ExpertGuider]) -> None:
         self.guiders = guiders  # of the experts that are not off
         self.technique: SaliencyBlendRun | None = None
+        self.latent_shapes: Sequence[Sequence[int]] = ()  # of the parts of the latent; empty: not known
         self.notes: tuple[str, ...] = ()  # of the preparation of the run, for its record
 
     @classmethod
@@ -181,6 +183,7 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tenso
     """Write the record of the run to the traces, with the latent as the sampler node returns it."""
     guider = cast(CFGGuider, executor.class_obj)
     scope = _Scope.of(blend_chain(guider.model_patcher))
+    scope.latent_shapes = kwargs.get("latent_shapes") or ()
     options: dict[str, Any] = guider.model_options
     options[SCOPE] = scope
     try:
@@ -188,11 +191,14 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tenso
     finally:
         options.pop(SCOPE, None)
     if scope.technique is not None:
-        scope.technique.finish(output.detach().to("cpu", copy=True))
+        latent = PackedLatent(scope.latent_shapes or [output.shape])
+        scope.technique.finish(latent.part(output.detach()).to("cpu", copy=True))
     return output
 
 
-def _check_run(guider: CFGGuider, noise: Tensor) -> None:
+def _check_run(guider: CFGGuider, latent: PackedLatent) -> None:
+    """Refuse a guider or a latent that a blend cannot use (ValueError)."""
+    shape = latent.first
     if "positive" not in guider.conds or "negative" not in guider.conds:
         raise ValueError(
             f"{type(guider).__name__} has no negative conditioning, which saliency needs;"
@@ -202,16 +208,18 @@ def _check_run(guider: CFGGuider, noise: Tensor) -> None:
         raise ValueError(
             "a blend does not support context windows, which split the latent; remove the context windows node"
         )
-    if noise.ndim not in (4, 5):
+    if len(shape) not in (4, 5):
         raise ValueError(
-            f"expected a latent of images [B, C, H, W] or video [B, C, T, H, W], got {size_of(noise)}; use an image or"
+            f"expected a latent of images [B, C, H, W] or video [B, C, T, H, W], got {size_of(shape)}; use an image or"
             " video model, and the latent of its empty latent node"
         )
+    if latent.several:
+        return  # the models' latent format describes only one of the parts
     space = latent_format_of(guider.model_patcher)
-    if not noise.numel() or noise.shape[1] != space.latent_channels or noise.ndim < space.latent_dimensions + 2:
+    if 0 in shape or shape[1] != space.latent_channels or len(shape) < space.latent_dimensions + 2:
         raise ValueError(
             f"expected a latent with {space.latent_channels} channels and at least {space.latent_dimensions + 2} axes"
-            f" for the models of the blend, got {size_of(noise)}; use the VAE or the empty latent node of these models"
+            f" for the models of the blend, got {size_of(shape)}; use the VAE or the empty latent node of these models"
         )
 
 
@@ -229,12 +237,14 @@ def _sampler_sample(
     args = (guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
     if len(sigmas) < 2:  # no step to take
         return executor(*args)
-    _check_run(guider, noise)
     base, chain = guider.model_patcher, blend_chain(guider.model_patcher)
     seed = extra_args.get("seed")
     schedule = Schedule(tuple(sigmas.tolist()), guidance_scale(guider), seed, kernel_backend())
     run_options: dict[str, Any] = guider.model_options
     scope: _Scope = run_options.get(SCOPE) or _Scope.of(chain)  # no scope if the guider runs no OUTER_SAMPLE wrapper
+    shapes = scope.latent_shapes or [tuple(noise.shape)]
+    latent = PackedLatent(shapes)
+    _check_run(guider, latent)
     for expert_guider in scope.guiders.values():
         expert_guider.check_noise()
     prepared = run_options.pop(KEY, None)
@@ -262,6 +272,7 @@ def _sampler_sample(
                 denoise_mask,
                 seed,
                 scope.guiders[expert],
+                shapes,
                 own,
             )
             participants.append(run)
@@ -270,8 +281,8 @@ def _sampler_sample(
         guider.inner_model.current_patcher = base  # an expert on the same module has set its own patcher
         live = live_masks() if chain.record else None
         technique = chain.begin(participants, schedule, live)
-        technique.record.notes += scope.notes
-        options[KEY] = BlendPrediction(guider, technique, workers)
+        technique.record.notes += (*scope.notes, *filter(None, [latent.note]))
+        options[KEY] = BlendPrediction(guider, technique, workers, latent)
         output = executor(*args)
         if live is not None:
             live.finish()

@@ -15,6 +15,7 @@ from .blend import Plan, SaliencyBlendRun
 from .comfy_expert_run import Evaluation, ExpertRun
 from .comfy_workers import Workers
 from .extrapolation import Pair
+from .packed import PackedLatent
 
 log = logging.getLogger("comfyui-chorus")
 
@@ -32,7 +33,10 @@ def guidance_scale(guider: CFGGuider) -> float | None:
 class BlendPrediction:
     """Predicts with the base and the experts during one run; called for every prediction of the sampler."""
 
-    def __init__(self, guider: CFGGuider, technique: SaliencyBlendRun[ExpertRun], workers: Workers) -> None:
+    def __init__(
+        self, guider: CFGGuider, technique: SaliencyBlendRun[ExpertRun], workers: Workers, latent: PackedLatent
+    ) -> None:
+        self.latent = latent
         self.guider, self.inner, self.conds = guider, guider.inner_model, guider.conds
         self.technique, self.workers = technique, workers
         self.names = {c[0]["uuid"]: name for name, c in guider.conds.items() if c}
@@ -62,7 +66,9 @@ class BlendPrediction:
     ) -> list[Tensor]:
         """The prediction of a step: plan, predict, blend."""
         self.technique.cfg = guidance_scale(self.guider)  # nodes such as CFG Override change it between steps
-        plan = self.technique.plan(level, x, negative="negative" in names)
+        # the base predicts the other parts of a packed latent, and conditionings without a name
+        needs_base = self.latent.several or any(c and n is None for c, n in zip(conds, names, strict=True))
+        plan = self.technique.plan(level, self.latent.part(x), "negative" in names, needs_base)
         if not plan:
             return base(conds)
         if plan.held:
@@ -82,16 +88,24 @@ class BlendPrediction:
             for expert in alone:
                 self._collect(expert, wanted, results[expert], x, predicted, guided)
 
+        part = self.latent.part
         cond, uncond = self.technique.blend(
             sigma,
-            (own["positive"], own["negative"]),
-            {expert: (p["positive"], p["negative"]) for expert, p in predicted.items()},
-            guided,
+            (part(own["positive"]), part(own["negative"])),
+            {expert: (part(p["positive"]), part(p["negative"])) for expert, p in predicted.items()},
+            {expert: (part(cond), part(uncond)) for expert, (cond, uncond) in guided.items()},
         )
         blended = {"positive": cond, "negative": uncond}
         for n in others:
-            blended[n] = self.technique.mix(own[n], {expert: p[n] for expert, p in predicted.items()})
-        return [blended.get(n, o) for n, o in zip(names, out, strict=True)]
+            blended[n] = self.technique.mix(part(own[n]), {expert: part(p[n]) for expert, p in predicted.items()})
+        return self._outputs(names, out, blended)
+
+    def _outputs(self, names: list[str | None], out: list[Tensor], blended: Mapping[str, Tensor]) -> list[Tensor]:
+        """The base's predictions ``out`` with the ``blended`` ones in place of their first parts."""
+        return [
+            self.latent.replaced(o, blended[n]) if n is not None and n in blended else o
+            for n, o in zip(names, out, strict=True)
+        ]
 
     def _guidance(
         self, predicted: Mapping[ExpertRun, Mapping[str, Tensor]], x: Tensor, sigma: Tensor
@@ -130,10 +144,8 @@ class BlendPrediction:
         }
         batched = sorted((e for e in plan.run if e.batched_with_base and e.box is None), key=lambda e: e.sort_key)
         alone = {e: wanted[e] for e in plan.run if e not in batched}
-        # a conditioning without a name is predicted by the base
-        needs_base = plan.base or any(c and n is None for c, n in zip(conds, names, strict=True))
-        extra = ["negative"] if needs_base and plan.base_negative and "negative" not in asked else []
-        rows = [*(conds if needs_base else ()), *(self.conds[n] for n in extra)]
+        extra = ["negative"] if plan.base and plan.base_negative and "negative" not in asked else []
+        rows = [*(conds if plan.base else ()), *(self.conds[n] for n in extra)]
         rows += [e.conds[n] for e in batched for n in wanted[e]]
 
         predicted: dict[ExpertRun, dict[str, Tensor]] = {}
@@ -141,24 +153,26 @@ class BlendPrediction:
         with self._started(alone, x, sigma) as results:
             with explain_shape_errors("the base model of the blend, or an expert of the same weights,"):
                 rest = iter(base(rows) if rows else ())
-                out = [next(rest) if needs_base else torch.zeros_like(x) for _ in conds]
+                out = [next(rest) if plan.base else torch.zeros_like(x) for _ in conds]
                 own = dict(zip(names, out, strict=True)) | {n: next(rest) for n in extra}
                 predicted |= {expert: {n: next(rest) for n in wanted[expert]} for expert in batched}
                 guided |= self._guidance(predicted, x, sigma)
             for expert, its_names in alone.items():
                 self._collect(expert, its_names, results[expert], x, predicted, guided)
 
+        parts = {n: self.latent.part(o) for n, o in own.items() if n is not None}
+        of_experts = {expert: {n: self.latent.part(o) for n, o in p.items()} for expert, p in predicted.items()}
         cond, uncond = self.technique.hold(
-            (own["positive"], own.get("negative")) if needs_base else None,
-            {expert: (p["positive"], p.get("negative")) for expert, p in predicted.items()},
-            guided,
+            (parts["positive"], parts.get("negative")) if plan.base else None,
+            {expert: (p["positive"], p.get("negative")) for expert, p in of_experts.items()},
+            {expert: (self.latent.part(cond), self.latent.part(uncond)) for expert, (cond, uncond) in guided.items()},
         )
         blended: dict[str, Tensor] = {"positive": cond} | ({} if uncond is None else {"negative": uncond})
         for n in asked:
             if n not in ("positive", "negative"):
-                found = {expert: p[n] for expert, p in predicted.items()}
-                blended[n] = self.technique.mix(own[n] if needs_base else next(iter(found.values())), found)
-        return [o if n is None else blended.get(n, o) for n, o in zip(names, out, strict=True)]
+                found = {expert: p[n] for expert, p in of_experts.items()}
+                blended[n] = self.technique.mix(parts[n] if plan.base else next(iter(found.values())), found)
+        return self._outputs(names, out, blended)
 
     @contextlib.contextmanager
     def _started(
@@ -228,9 +242,10 @@ class BlendPrediction:
             if same_input and not ("negative" in names and expert.blended()[1] is None):
                 predicted[expert] = [expert.blended()[side[n]] if n in side else None for n in names]
             else:
-                predicted[expert] = expert.predict(names, x, sigma)
+                found = expert.predict(names, x, sigma)
+                predicted[expert] = [None if one is None else self.latent.part(one) for one in found]
         for k, n in enumerate(names):
             if n is not None:
                 found = {expert: one for expert, p in predicted.items() if (one := p[k]) is not None}
-                out[k] = self.technique.mix(out[k], found)
+                out[k] = self.latent.replaced(out[k], self.technique.mix(self.latent.part(out[k]), found))
         return out

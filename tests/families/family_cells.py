@@ -9,6 +9,7 @@ from itertools import pairwise
 from unittest import mock
 
 import comfy.model_sampling
+import comfy.utils
 import numpy as np
 import torch
 
@@ -40,6 +41,9 @@ ROUNDING = 1e-5  # relative, of the latents after two steps in float32
 
 
 def parts(samples):
+    """The parts of a latent, or of a list of its parts."""
+    if isinstance(samples, list):
+        return samples
     return samples.unbind() if samples.is_nested else [samples]
 
 
@@ -82,16 +86,27 @@ def blended_equals_definition(models):
 
 
 def check_definition(models, expert, expert_prompts):
-    """Compare masks and predictions of a run with the definition, from the predictions of each model alone."""
+    """Compare masks and predictions of a run with the definition, from the predictions of each model alone.
+
+    Of a latent with several parts, the definition holds for the first (the video), and the others are the base's.
+    """
     strengths = dict(general_strength=STRENGTH, expert_strength=STRENGTH)
     blended, trace = blend(models.base, expert, *expert_prompts, **strengths)
     blended, calls = recording(blended)
     models.sample(blended)
+    shapes = [part.shape for part in parts(models.family.latent()["samples"])]
     alone = [
-        predictions(models.base, *models.prompts, calls),
-        predictions(expert, *expert_prompts, calls, conversion(models.base, expert)),
+        predictions(models.base, *models.prompts, calls, shapes=shapes),
+        predictions(expert, *expert_prompts, calls, conversion(models.base, expert), shapes),
     ]
     assert len(calls) == len(trace.record.steps) == STEPS
+    for call, base in zip(calls, alone[0], strict=True):
+        for ours, cond, uncond in list(zip(*(unpacked(t, shapes) for t in (call.denoised, *pair(base))), strict=True))[
+            1:
+        ]:
+            error = float((ours - uncond - CFG * (cond - uncond)).norm() / ours.norm())
+            assert error < ROUNDING, f"another part than the first differs from the base's by {error:.2g}"
+    calls, *alone = ([of_first_part(call, shapes) for call in found] for found in (calls, *alone))
     for index, call in enumerate(calls):
         expected = definition(
             by_frames(call), [pair(by_frames(a[index])) for a in alone], strengths=[STRENGTH] * 2, guidance=[CFG] * 2
@@ -109,6 +124,18 @@ def check_definition(models, expert, expert_prompts):
 
 def pair(call):
     return call.cond, call.uncond
+
+
+def unpacked(packed, shapes):
+    """The parts of a latent that ComfyUI packs into one tensor [B, 1, N] if there are several."""
+    return comfy.utils.unpack_latents(packed, shapes)
+
+
+def of_first_part(call, shapes):
+    """``call`` with the first part of each latent."""
+    tensors = (call.x, call.cond, call.uncond, call.denoised)
+    x, cond, uncond, denoised = (unpacked(t, shapes)[0] for t in tensors)
+    return Call(x, call.sigma, cond, uncond, denoised)
 
 
 def by_frames(call):
@@ -153,14 +180,24 @@ def expert_everywhere(models):
     """With the expert forced everywhere, the samples are those of the expert alone with its prompts.
 
     The second run is at cfg 1. Its second step uses the mask of the first, so that it needs only the expert's positive.
+    Of a latent with several parts only the first is the expert's, and it depends on the others: these have one step.
     """
-    everywhere = torch.ones(1, *positions(models.family.latent()))
+    latent = models.family.latent()
+    several = len(parts(latent["samples"])) > 1
+    everywhere = torch.ones(1, *positions(latent))
     inputs = dict(region=everywhere, region_mode="force")
     for cfg, refresh, bound in ((CFG, 1, ROUNDING), (1.0, STEPS, BATCH_ROUNDING)):
+        sampling = dict(cfg=cfg, steps=1 if several else STEPS)
         blended, _ = blend(models.base, models.expert, *models.expert_prompts, **inputs, mask_refresh=refresh)
-        found = models.sample(blended, cfg=cfg)
-        error = distance(found, models.sample(models.expert, models.expert_prompts, cfg=cfg))
+        found, base = models.sample(blended, **sampling), models.sample(models.base, **sampling)
+        expected = models.sample(models.expert, models.expert_prompts, **sampling)
+        error = distance(found, of_both(expected, base))
         assert error < bound, f"differs from the expert alone by {error:.2g} at cfg {cfg:g}"
+
+
+def of_both(first, others):
+    """A list of the parts of latents: the first part of one latent, and the other parts of another."""
+    return [parts(first)[0], *parts(others)[1:]]
 
 
 def same_checkpoint(models):
@@ -172,11 +209,11 @@ def same_checkpoint(models):
     half = torch.zeros(1, height, width)
     half[..., : width // 2] = 1.0
     blended, _ = blend(models.base, models.base, *models.expert_prompts, region=half, region_mode="force")
-    together = models.sample(blended, steps=1)  # first, because this call refuses a nested latent
+    together = models.sample(blended, steps=1)
     with mock.patch.object(ExpertRun, "shares_forward_with", return_value=False):
         apart = models.sample(blended, steps=1)
     ours, theirs = (models.sample(models.base, p, steps=1) for p in (models.prompts, models.expert_prompts))
-    expected = torch.where(half.bool(), theirs, ours)
+    expected = of_both(torch.where(half.bool(), parts(theirs)[0], parts(ours)[0]), ours)
     together, apart = distance(together, expected), distance(apart, expected)
     assert apart < ROUNDING, f"with separate batches, differs from the two prompts alone by {apart:.2g}"
     assert together < BATCH_ROUNDING, f"with one batch, differs from the two prompts alone by {together:.2g}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from chorus.tests.families.catalogue import FAMILIES
-from chorus.tests.families.family_cells import CFG, distance, positions
+from chorus.tests.families.family_cells import CFG, distance, parts, positions
 from chorus.tests.families.host_nodes import ATTENTION, TRIED, Node, model_nodes, use_of
 from chorus.tests.families.node_definition import reference
 from chorus.tests.families.outcome import NotBuilt, Outcome, one_line, outcome_of
@@ -67,7 +67,8 @@ class TriedNode:
         base = self.node(self.base) if place in ("base", "both") else self.base
         expert = self.node(self.expert) if place in ("expert", "both") else self.expert
         blended, _ = blend(base, expert, *self.expert_prompts, region=half, region_mode="force")
-        expected = reference(base, expert, self.expert_prompts, half.bool())
+        shapes = [part.shape for part in parts(self.latent()["samples"])]
+        expected = reference(base, expert, self.expert_prompts, half.bool(), shapes)
         if place == "after the blend":
             blended, expected = self.node(blended), self.node(expected)
         error = distance(self.sample(blended), self.sample(expected))

@@ -8,7 +8,9 @@ Everything that a node adds to the expert's MODEL therefore acts as in a run of 
 import queue
 import threading
 
+import comfy.nested_tensor
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -21,18 +23,19 @@ KEY = "reference"
 class Alone:
     """A run of ``model`` alone in a separate thread. It waits for jobs, and each job makes one prediction."""
 
-    def __init__(self, model, prompts, shape, sigmas):
+    def __init__(self, model, prompts, shapes, sigmas):
         self.jobs, self.results = queue.Queue(), queue.Queue()
         self.model, self.calls = recording(model)
         self.guider = comfy.samplers.CFGGuider(self.model)
         self.guider.set_conds(*prompts)
-        self.shape, self.sigmas = shape, sigmas
+        self.shapes, self.sigmas = shapes, sigmas
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
     @in_inference_mode
     def _run(self):
-        zeros = torch.zeros(self.shape)
+        zeros = [torch.zeros(shape) for shape in self.shapes]
+        zeros = zeros[0] if len(zeros) == 1 else comfy.nested_tensor.NestedTensor(zeros)
         sampler = comfy.samplers.KSAMPLER(self._run_jobs)
         try:
             self.guider.sample(zeros, zeros, sampler, self.sigmas, disable_pbar=True, seed=0)
@@ -79,16 +82,20 @@ class Alone:
 
 
 class Reference:
-    """Wrappers of the base. ``region``: booleans [1, h, w], true where the expert generates."""
+    """Wrappers of the base. ``region``: booleans [1, h, w], true where the expert generates.
 
-    def __init__(self, expert, prompts, region):
-        self.expert, self.prompts, self.region = expert, prompts, region
+    ``shapes``: those of the parts of the latent. The expert generates only in the first.
+    """
+
+    def __init__(self, expert, prompts, region, shapes):
+        self.expert, self.prompts, self.region, self.shapes = expert, prompts, region, shapes
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, *args):
         self.guider, self.x = guider, None
         self.convert = conversion(guider.model_patcher, self.expert)
         theirs = torch.cat([self.convert(noise[:1], sigma.reshape(1))[1] for sigma in sigmas])
-        self.alone = Alone(self.expert, self.prompts, noise.shape, theirs)
+        shapes = self.shapes if len(self.shapes) > 1 else [noise.shape]
+        self.alone = Alone(self.expert, self.prompts, shapes, theirs)
         try:
             return executor(guider, sigmas, extra_args, callback, noise, *args)
         finally:
@@ -105,13 +112,19 @@ class Reference:
             self.x = x
         else:
             found = self.alone.raw(*self.convert(x, sigma))
-        return [o if n is None else torch.where(self.region, found[n], o) for o, n in zip(out, wanted, strict=True)]
+        return [o if n is None else self._mixed(found[n], o) for o, n in zip(out, wanted, strict=True)]
+
+    def _mixed(self, experts, base):
+        if len(self.shapes) == 1:
+            return torch.where(self.region, experts, base)
+        (first, *_), (ours, *others) = (comfy.utils.unpack_latents(x, self.shapes) for x in (experts, base))
+        return comfy.utils.pack_latents([torch.where(self.region, first, ours), *others])[0]
 
 
 @in_inference_mode
-def reference(base, expert, prompts, region):
-    """``base`` with the expert in ``region``."""
-    out, wrappers = base.clone(), Reference(expert, prompts, region)
+def reference(base, expert, prompts, region, shapes):
+    """``base`` with the expert in ``region`` of the first part of a latent. ``shapes``: those of its parts."""
+    out, wrappers = base.clone(), Reference(expert, prompts, region, shapes)
     out.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, wrappers.sampler_sample)
     out.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, wrappers.calc_cond_batch)
     return out

@@ -15,6 +15,7 @@ import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.nested_tensor
 import comfy.ops
 import comfy.sample
 import comfy.samplers
@@ -336,10 +337,13 @@ def recording(model):
 
 
 @in_inference_mode
-def predictions(model, positive, negative, calls: list[Call], mapping=lambda x, sigma: (x, sigma)) -> list[Call]:
+def predictions(
+    model, positive, negative, calls: list[Call], mapping=lambda x, sigma: (x, sigma), shapes=()
+) -> list[Call]:
     """The predictions of ``model`` alone at the inputs of ``calls``, through ComfyUI's CFGGuider.
 
-    ``mapping`` maps each (x, sigma) to the input to use instead. Compare only cond and uncond of the result, because
+    ``mapping`` maps each (x, sigma) to the input to use instead. ``shapes``: those of the parts of the latent, if there
+    are several. Compare only cond and uncond of the result, because
     ``denoised`` has the default guidance scale.
     """
     alone, recorded = recording(model)
@@ -354,6 +358,8 @@ def predictions(model, positive, negative, calls: list[Call], mapping=lambda x, 
     guider = comfy.samplers.CFGGuider(alone)
     guider.set_conds(positive, negative)
     zeros = torch.zeros_like(calls[0].x)
+    if len(shapes) > 1:
+        zeros = comfy.nested_tensor.NestedTensor([torch.zeros(shape) for shape in shapes])
     sigmas = torch.stack([c.sigma[0] for c in calls] + [torch.zeros(())])
     guider.sample(zeros, zeros, comfy.samplers.KSAMPLER(predict), sigmas, seed=0)
     return recorded
@@ -363,7 +369,12 @@ def predictions(model, positive, negative, calls: list[Call], mapping=lambda x, 
 def forwards(model):
     """Context that yields a list of the batch sizes of all forward passes through the network of ``model``."""
     rows = []
-    handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+
+    def count(module, args):
+        x = args[0][0] if isinstance(args[0], list) else args[0]  # a list of the parts of a latent with several
+        rows.append(x.shape[0])
+
+    handle = model.model.diffusion_model.register_forward_pre_hook(count)
     try:
         yield rows
     finally:
