@@ -34,11 +34,11 @@ from .comfy_guidance import ExpertGuider
 from .comfy_kernel_backend import kernel_backend
 from .comfy_live import live_masks
 from .comfy_memory import memory_notes
+from .comfy_packed import PackedLatent
 from .comfy_prediction import BlendPrediction, Conds, guidance_scale
 from .comfy_workers import Workers
 from .experts import ExpertParticipant
 from .live import LiveMasks
-from .packed import PackedLatent
 
 KEY = "chorus_blend"  # key of the attachment, of the wrappers, and of a run's state in model_options
 SCOPE = f"{KEY}_scope"
@@ -198,7 +198,7 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tenso
 
 def _check_run(guider: CFGGuider, latent: PackedLatent) -> None:
     """Refuse a guider or a latent that a blend cannot use (ValueError)."""
-    shape = latent.first
+    shape = latent.shapes[0]
     if "positive" not in guider.conds or "negative" not in guider.conds:
         raise ValueError(
             f"{type(guider).__name__} has no negative conditioning, which saliency needs;"

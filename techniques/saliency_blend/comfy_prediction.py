@@ -13,9 +13,9 @@ from torch import Tensor
 from ...host.shape_errors import explain_shape_errors
 from .blend import Plan, SaliencyBlendRun
 from .comfy_expert_run import Evaluation, ExpertRun
+from .comfy_packed import PackedLatent
 from .comfy_workers import Workers
 from .extrapolation import Pair
-from .packed import PackedLatent
 
 log = logging.getLogger("comfyui-chorus")
 

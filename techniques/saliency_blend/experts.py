@@ -224,13 +224,13 @@ class ExpertParticipant(Participant):
         return self._skipping is None or not self._skipping.everywhere
 
     def update_skipping(self, sigma: float, interval: int) -> None:
-        """Decide in which samples the expert is skipped from now on.
+        """Decide in which samples the expert, which takes part, is skipped from now on.
 
         ``interval``: the index of the interval between two sampling sigmas that contains ``sigma``. Called only before
         a mask is computed: otherwise a sample that begins to be skipped would change the steps at which the masks of
         the other samples in its batch are computed.
         """
-        if self._skipping is not None and self.takes_part(sigma):
+        if self._skipping is not None:
             self._skipping.update(sigma, interval)
 
     def next_action(self, interval: int) -> str:

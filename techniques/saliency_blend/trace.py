@@ -155,8 +155,9 @@ class BlendRecord:
         lines = [f"{len(self.steps)} predictions, {blended} of them blended, seed {self.seed}"]
         if held := sum(s.held for s in self.steps):
             lines.append(f"{held} of them with the mask of an earlier prediction (mask_refresh)")
-        over_run, over_window = (self.mean_shares(b).flatten(1).mean(1) for b in (False, True))
-        by_sample = self.mean_shares().flatten(2).mean(2)  # [num_models, B]
+        mean = self.mean_shares()
+        over_run, over_window = (shares.flatten(1).mean(1) for shares in (mean, self.mean_shares(blended_only=True)))
+        by_sample = mean.flatten(2).mean(2)  # [num_models, B]
         for i, label in enumerate(self.labels):
             part = f" (as expensive as {self.cost[i]:.1f} full ones)" if self.cost[i] < self.spent[i] else ""
             lines.append(
@@ -168,7 +169,7 @@ class BlendRecord:
                 shares = ", ".join(f"{100 * share:.1f} %" for share in by_sample[i].tolist())
                 lines.append(f"{label}, over the whole run in each sample of the batch: {shares}")
             if len(self.shape) == 4 and self.shape[1] > 1:
-                by_frame = self.mean_shares()[i].flatten(2).mean((0, 2))
+                by_frame = mean[i].flatten(2).mean((0, 2))
                 shares = ", ".join(f"{100 * share:.0f} %" for share in by_frame.tolist())
                 lines.append(f"{label}, over the whole run in each latent frame: {shares}")
         for i in range(1, len(self.labels)):

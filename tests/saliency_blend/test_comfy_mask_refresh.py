@@ -5,13 +5,21 @@ import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 from comfy_extras.nodes_cfg import CFGNorm
-from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.host_definition import check_mask, run
 from chorus.tests.support.tiers import covering
-from chorus.tests.support.tiny_models import blend, conditioning, forwards, in_inference_mode, ksample, latent, unet
+from chorus.tests.support.tiny_models import (
+    blend,
+    conditioning,
+    forwards,
+    in_inference_mode,
+    ksample,
+    latent,
+    perturbed,
+    self_attention,
+    unet,
+)
 
 PROMPTS, EXPERT_PROMPTS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 HALF = dict(region=(torch.arange(10) < 5).float().expand(1, 12, 10), region_mode="force")
@@ -100,16 +108,6 @@ def with_norm(model):
     return CFGNorm.execute(model, 0.7).args[0]
 
 
-@in_inference_mode
-def with_pag(model):
-    return PerturbedAttentionGuidance.execute(model, 3.0).args[0]
-
-
-@in_inference_mode
-def with_sag(model):
-    return SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]
-
-
 KINDS = {
     "plain": (plain, plain, {}),
     "expert_cfg": (plain, plain, dict(expert_cfg=3.0)),
@@ -119,9 +117,9 @@ KINDS = {
     "crop": (plain, plain, dict(crop_margin=1)),
     "crop and expert_cfg": (plain, plain, dict(crop_margin=1, expert_cfg=3.0)),
     "guidance of the expert": (plain, with_norm, {}),
-    "PAG of the expert": (plain, with_pag, dict(refresh=2)),
-    "PAG of the base": (with_pag, plain, {}),
-    "SAG of the base": (with_sag, plain, {}),
+    "PAG of the expert": (plain, perturbed, dict(refresh=2)),
+    "PAG of the base": (perturbed, plain, {}),
+    "SAG of the base": (self_attention, plain, {}),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chorus.nodes.saliency_noise_blend import SaliencyBlendView
-from chorus.techniques.saliency_blend.packed import PackedLatent
+from chorus.techniques.saliency_blend.comfy_packed import PackedLatent
 from chorus.tests.families.catalogue import FAMILIES, nested
 from chorus.tests.families.family_cells import Models
 from chorus.tests.support.tiny_models import blend, forwards, in_inference_mode, ksample

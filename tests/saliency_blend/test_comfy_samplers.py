@@ -10,8 +10,6 @@ import nodes
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
-from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.host_definition import check_step, run
@@ -23,8 +21,10 @@ from chorus.tests.support.tiny_models import (
     in_inference_mode,
     ksample,
     latent,
+    perturbed,
     predictions,
     recording,
+    self_attention,
     unet,
 )
 
@@ -185,16 +185,6 @@ def test_previews_show_the_blend(models, monkeypatch):
         expected = ((rgb + 1) / 2).clamp(0, 1).mul(255).byte()
         got = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(expected.shape)
         assert (got.int() - expected.int()).abs().max() <= 1
-
-
-@in_inference_mode
-def perturbed(model):
-    return PerturbedAttentionGuidance.execute(model, 3.0).args[0]
-
-
-@in_inference_mode
-def self_attention(model):
-    return SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]
 
 
 @pytest.mark.parametrize("guide", [perturbed, self_attention])

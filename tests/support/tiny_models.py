@@ -23,6 +23,8 @@ import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+import comfy_extras.nodes_pag
+import comfy_extras.nodes_sag
 import nodes
 import torch
 from comfy.model_base import ModelType
@@ -379,3 +381,15 @@ def forwards(model):
         yield rows
     finally:
         handle.remove()
+
+
+@in_inference_mode
+def perturbed(model):
+    """``model`` with ComfyUI's Perturbed-Attention Guidance, which predicts once more in each step."""
+    return comfy_extras.nodes_pag.PerturbedAttentionGuidance.execute(model, 3.0).args[0]
+
+
+@in_inference_mode
+def self_attention(model):
+    """``model`` with ComfyUI's Self-Attention Guidance, which predicts once more in each step."""
+    return comfy_extras.nodes_sag.SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]

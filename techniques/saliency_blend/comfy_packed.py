@@ -3,10 +3,9 @@
 A blend generates the first part, the video or image. The base generates the others.
 """
 
-import math
 from collections.abc import Sequence
 
-import torch
+import comfy.utils
 from torch import Tensor
 
 
@@ -14,20 +13,18 @@ class PackedLatent:
     """The layout of a latent. ``shapes``: those of its parts; one part means that the latent is not packed."""
 
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
-        self.first = tuple(shapes[0])  # [B, C, *S]
+        self.shapes = shapes
         self.several = len(shapes) > 1
 
     def part(self, x: Tensor) -> Tensor:
         """The first part [B, C, *S] of the latent ``x``; ``x`` itself if it has only one part."""
-        if not self.several:
-            return x
-        return x[:, :, : math.prod(self.first[1:])].reshape(len(x), *self.first[1:])
+        return comfy.utils.unpack_latents(x, self.shapes)[0]
 
     def replaced(self, x: Tensor, part: Tensor) -> Tensor:
         """The latent ``x`` with ``part`` as its first part."""
         if not self.several:
             return part
-        return torch.cat([part.reshape(len(part), 1, -1), x[:, :, math.prod(self.first[1:]) :]], 2)
+        return comfy.utils.pack_latents([part, *comfy.utils.unpack_latents(x, self.shapes)[1:]])[0]
 
     @property
     def note(self) -> str:
