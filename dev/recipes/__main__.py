@@ -23,6 +23,9 @@ def main(argv=None):
     parser.add_argument(
         "--bundle", metavar="DIR", help="write a folder in which one stage trains offline with torch and numpy only"
     )
+    parser.add_argument(
+        "--export", action="store_true", help="save the weights of one unfinished stage in demo/weights, and exit"
+    )
     parser.add_argument("--collect", metavar="DIR", help="import the weights and the state of a bundle")
     parser.add_argument(
         "--old",
@@ -63,6 +66,11 @@ def run(options):
             )
         size = bundle.write(chosen[0], options.bundle)
         report(f"{options.bundle}: {size / 1e6:.1f} MB; copy this folder and run `python train.py` in the copy")
+        return 0
+    if options.export:
+        if len(chosen) != 1:
+            raise RecipeError(f"--export: expected one stage, got {len(chosen)}; name the stage")
+        chain.export(chosen[0], report)
         return 0
     loop.use_all_cores()
     if options.smoke:

@@ -78,6 +78,19 @@ def find(names):
     return [stage for stage in STAGES if not names or stage.name in names]
 
 
+def export(stage, report=print):
+    """Save the weights of an unfinished stage, so that the training can go on elsewhere without its state."""
+    if not stage.plan:
+        raise RecipeError(f"--export: expected a stage with one training, got {stage.name}, which has several steps")
+    (plan,) = stage.plans
+    with state.locked():
+        found = loop.Run(plan, stage.load().Task(plan), report)
+        if not found.step:
+            raise RecipeError(f"--export: {stage.name} has not been trained yet")
+        found.export()
+    report(f"{stage.name}: saved the weights of step {found.step}")
+
+
 def run(chosen, *, smoke=False, report=print):
     """Run the unfinished stages."""
     with state.locked():

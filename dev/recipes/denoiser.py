@@ -252,12 +252,12 @@ GENERAL = Plan(
     network=denoisers.GENERAL,
     style="glossy",
     trains_text=True,
-    small_until=0.07,
-    steps=45000,
+    small_until=0.19,
+    steps=16000,
     batch=32,
     lr=1e-3,
     seed=1,
-    hours=4.5,
+    hours=2.4,
 )
 ANIMAL_PROMPTS = (
     *(
