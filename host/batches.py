@@ -2,8 +2,9 @@
 
 from comfy.model_patcher import ModelPatcher
 
-# model classes of ComfyUI: SeedVR2 treats the rows as parts of one video, MiniMaxH3 accepts only one row
-RELATED_ROWS = ("SeedVR2", "MiniMaxH3")
+# model classes of ComfyUI: SeedVR2 treats the rows as parts of one video, MiniMaxH3 accepts only one row, and ACEStep15
+# adds the timbres of all rows to the first
+RELATED_ROWS = ("SeedVR2", "MiniMaxH3", "ACEStep15")
 
 
 def relates_rows(model: ModelPatcher) -> bool:

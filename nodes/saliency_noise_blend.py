@@ -12,6 +12,7 @@ from ..host.attachments import Conditioning
 from ..techniques.saliency_blend.blend import JointSettings
 from ..techniques.saliency_blend.comfy_experts import Expert
 from ..techniques.saliency_blend.comfy_hook import add_expert, blend_chain
+from ..techniques.saliency_blend.comfy_layout import as_image
 from ..techniques.saliency_blend.experts import ExpertSettings
 from ..techniques.saliency_blend.trace import BlendTrace
 from ..techniques.saliency_blend.view import NO_BLEND, draw_blend, draw_no_blend
@@ -356,6 +357,7 @@ class SaliencyBlendView(io.ComfyNode):
         latent = samples["samples"]
         if latent.is_nested:  # a video with audio; the blend generates the video
             latent = latent.unbind()[0]
+        latent = as_image(latent)
         if trace is None:
             image = draw_no_blend(len(latent))
             nowhere = torch.zeros(len(latent) * math.prod(latent.shape[2:-2]), *latent.shape[-2:])

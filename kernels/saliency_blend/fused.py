@@ -57,6 +57,12 @@ def _pick(values: tl.tuple, n: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _box(n: tl.tensor, blur: tl.tensor) -> tl.tensor:
+    """The side of the box along an axis of ``n`` positions: 1 for a single position, which is not smoothed."""
+    return tl.where(n == 1, 1, tl.minimum(blur, n + (blur - 1) // 2 * 2))
+
+
+@triton.jit
 def _band(i: tl.tensor, s: tl.tensor, n: tl.tensor, blur: tl.tensor) -> tl.tensor:
     """R times the side of the box: the weight of input position ``s`` in the smoothed position ``i``, along one axis.
 
@@ -64,8 +70,8 @@ def _band(i: tl.tensor, s: tl.tensor, n: tl.tensor, blur: tl.tensor) -> tl.tenso
     stretch back to ``n`` positions interpolates position i between the averages i - 1 and i. The average i - 1 has the
     weight (i + 1/2) / n.
     """
-    pad = (blur - 1) // 2
-    box = tl.minimum(blur, n + 2 * pad)
+    pad = tl.where(n == 1, 0, (blur - 1) // 2)
+    box = _box(n, blur)
     even = 1 - blur % 2
     last = tl.maximum(n - 1 - even, 0)
     share = even * (i + 0.5) / n
@@ -162,8 +168,7 @@ def _measure(
         rows = _band(y[:, None], window_y[None, :], height, blur)  # [BLOCK_H, STEP_H]
         smoothed = tl.dot(rows, along_x, smoothed, input_precision="ieee")
 
-    pad = (blur - 1) // 2
-    area = tl.minimum(blur, height + 2 * pad) * tl.minimum(blur, width + 2 * pad)
+    area = _box(height, blur) * _box(width, blur)
     sigma = tl.load(sigma_ptr + sample // frames).to(tl.float32)
     logits = smoothed * (tl.cast(_pick(strength, model), tl.float32) / (sigma * area * CHANNELS))
     mine = ((y < height) & (y < top + tile_height))[:, None] & ((x < width) & (x < left + TILE_W))[None, :]

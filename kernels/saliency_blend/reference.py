@@ -19,15 +19,18 @@ ROUNDING = 1e-6  # bound on the rounding error of k Λ in float32, relative to t
 def smooth(saliency: Tensor, blur: int) -> Tensor:
     """Average ``saliency`` [B, C, H, W] over ``blur`` x ``blur`` positions at the same size, with zeros as padding.
 
+    An image of one row or column is averaged only along the other axis.
+
     A box with an even side has no centre, so its map is one position shorter. As in the authors' code, the map is
     stretched back to the full size.
     """
     if blur <= 1:
         return saliency
-    pad = (blur - 1) // 2
     size = saliency.shape[-2:]
-    box = [min(blur, n + 2 * pad) for n in size]  # an image smaller than the box is averaged as a whole
-    pooled = F.avg_pool2d(saliency, box, stride=1, padding=pad)
+    pads = [(blur - 1) // 2 if n > 1 else 0 for n in size]
+    # an image smaller than the box is averaged as a whole
+    box = [min(blur, n + 2 * pad) for n, pad in zip(size, pads, strict=True)]
+    pooled = F.avg_pool2d(saliency, box, stride=1, padding=pads)
     return F.interpolate(pooled, size=size, mode="bilinear", align_corners=False)
 
 

@@ -104,7 +104,8 @@ class ExpertRun(ExpertParticipant):
         self.guider = own_guider
         self.options = comfy.model_patcher.create_model_options_clone(self.guider.model_options)
         self._seed = seed
-        self._packed = len(latent_shapes) > 1
+        # a box of the first part would need a box of the packed latent; and audio that is cut out begins at time 0
+        self._whole_latent = len(latent_shapes) > 1 or len(latent_shapes[0]) == 3
         try:
             comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
             self.guidance = guidance_functions(self.options)
@@ -175,7 +176,7 @@ class ExpertRun(ExpertParticipant):
         It cannot if its conditionings or guidance functions need the whole latent.
         """
         whole = ("area", "control", "default", "gligen")
-        if self._packed:
+        if self._whole_latent:
             return False
         return not self.guidance and not any(k in c for conds in self.conds.values() for c in conds for k in whole)
 
@@ -219,9 +220,8 @@ class ExpertRun(ExpertParticipant):
         """The expert's x0 [B, C, *S] for each of ``names`` at the base's ``x`` and ``sigma``, on the expert's device.
 
         ``box``: the part of the latent to evaluate; the results are 0 elsewhere. At cfg 1, ComfyUI evaluates only the
-        positive, but the blend also needs the negative. The result of a patch can depend on which rows are in the
-        batch. For a model with patches, the negative is therefore evaluated in a separate call, so that the positive is
-        the same as without a blend.
+        positive, but the blend also needs the negative. For a model whose rows can depend on each other, the negative is
+        therefore evaluated in a separate call, so that the positive is the same as without a blend.
         """
         x_own, sigma_own = self._own_input(x, sigma)
         conds = [self.conds[n] for n in names]
@@ -247,7 +247,7 @@ class ExpertRun(ExpertParticipant):
 
     def _splits(self, cfg: float | None) -> bool:
         """Whether the negative is evaluated in a separate call if the sampler's scale is ``cfg``, see ``_predict``."""
-        return self.has_patches and leaves_out_negative(self.own_cfg(cfg), self.options)
+        return self.relates_rows and leaves_out_negative(self.own_cfg(cfg), self.options)
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
@@ -263,9 +263,10 @@ class ExpertRun(ExpertParticipant):
         return self.settings.expert_cfg or cfg
 
     @cached_property
-    def has_patches(self) -> bool:
-        """Whether the expert's MODEL has patches or wrappers; their results may depend on the other rows of a batch."""
-        return _has_patches(self.options, None)
+    def relates_rows(self) -> bool:
+        """Whether a row that the expert predicts may depend on the other rows of the batch: its model, or one of its
+        patches and wrappers, may relate them."""
+        return relates_rows(self.patcher) or _has_patches(self.options, None)
 
     def own_guidance(self, pair: Pair, x: Tensor, sigma: Tensor, cfg: float | None) -> Pair:
         """The guided pair for ``pair``, the expert's raw predictions at the base's x and sigma.
@@ -289,7 +290,7 @@ class ExpertRun(ExpertParticipant):
                 pair,
                 cfg,
                 joint=not split,
-                separate=split or not self.has_patches,
+                separate=split or not self.relates_rows,
                 seed=self._seed,
             )
 

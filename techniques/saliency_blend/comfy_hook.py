@@ -32,9 +32,9 @@ from .comfy_experts import (
 )
 from .comfy_guidance import ExpertGuider
 from .comfy_kernel_backend import kernel_backend
+from .comfy_layout import LatentLayout
 from .comfy_live import live_masks
 from .comfy_memory import memory_notes
-from .comfy_packed import PackedLatent
 from .comfy_prediction import BlendPrediction, Conds, guidance_scale
 from .comfy_workers import Workers
 from .experts import ExpertParticipant
@@ -191,12 +191,12 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tenso
     finally:
         options.pop(SCOPE, None)
     if scope.technique is not None:
-        latent = PackedLatent(scope.latent_shapes or [output.shape])
+        latent = LatentLayout(scope.latent_shapes or [output.shape])
         scope.technique.finish(latent.part(output.detach()).to("cpu", copy=True))
     return output
 
 
-def _check_run(guider: CFGGuider, latent: PackedLatent) -> None:
+def _check_run(guider: CFGGuider, latent: LatentLayout) -> None:
     """Refuse a guider or a latent that a blend cannot use (ValueError)."""
     shape = latent.shapes[0]
     if "positive" not in guider.conds or "negative" not in guider.conds:
@@ -208,10 +208,10 @@ def _check_run(guider: CFGGuider, latent: PackedLatent) -> None:
         raise ValueError(
             "a blend does not support context windows, which split the latent; remove the context windows node"
         )
-    if len(shape) not in (4, 5):
+    if len(shape) not in (3, 4, 5):
         raise ValueError(
-            f"expected a latent of images [B, C, H, W] or video [B, C, T, H, W], got {size_of(shape)}; use an image or"
-            " video model, and the latent of its empty latent node"
+            "expected a latent of images [B, C, H, W], video [B, C, T, H, W] or audio [B, C, L], got"
+            f" {size_of(shape)}; use the empty latent node of the models of the blend"
         )
     if latent.several:
         return  # the models' latent format describes only one of the parts
@@ -243,7 +243,7 @@ def _sampler_sample(
     run_options: dict[str, Any] = guider.model_options
     scope: _Scope = run_options.get(SCOPE) or _Scope.of(chain)  # no scope if the guider runs no OUTER_SAMPLE wrapper
     shapes = scope.latent_shapes or [tuple(noise.shape)]
-    latent = PackedLatent(shapes)
+    latent = LatentLayout(shapes)
     _check_run(guider, latent)
     for expert_guider in scope.guiders.values():
         expert_guider.check_noise()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...host.shape_errors import explain_shape_errors
 from .blend import Plan, SaliencyBlendRun
 from .comfy_expert_run import Evaluation, ExpertRun
-from .comfy_packed import PackedLatent
+from .comfy_layout import LatentLayout
 from .comfy_workers import Workers
 from .extrapolation import Pair
 
@@ -34,7 +34,7 @@ class BlendPrediction:
     """Predicts with the base and the experts during one run; called for every prediction of the sampler."""
 
     def __init__(
-        self, guider: CFGGuider, technique: SaliencyBlendRun[ExpertRun], workers: Workers, latent: PackedLatent
+        self, guider: CFGGuider, technique: SaliencyBlendRun[ExpertRun], workers: Workers, latent: LatentLayout
     ) -> None:
         self.latent = latent
         self.guider, self.inner, self.conds = guider, guider.inner_model, guider.conds

@@ -407,7 +407,7 @@ class ExpertParticipant(Participant):
         if self.crop_refused:
             found.append(
                 f"'{s.label}' was not cropped: its conditioning has an area, a ControlNet or GLIGEN, or is a default"
-                " conditioning, or its MODEL has a guidance node, or the latent also has audio; all of these need the"
+                " conditioning, or its MODEL has a guidance node, or the latent is or has audio; all of these need the"
                 " whole latent"
             )
         return tuple(found)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...common.host_copy import HostCopy
 from ...common.sheets import model_colour
-from .trace import BlendStep
+from .trace import BlendStep, shown
 
 INTERVAL = 0.25  # least seconds between two images
 LONGEST = 128  # longest side of an image in pixels
@@ -30,6 +30,7 @@ def mask_of_sample(step: BlendStep, shape: Sequence[int]) -> Tensor:
         mask = weights[0] if weights.dtype == torch.uint8 else weights[:, 0]
     if len(shape) == 4:
         mask = mask.select(-3, shape[1] // 2)
+    mask = shown(mask)
     stride = -(-max(shape[-2:]) // LONGEST)
     return mask[..., stride // 2 :: stride, stride // 2 :: stride]
 

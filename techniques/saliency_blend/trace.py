@@ -29,6 +29,12 @@ def middle(leads: Tensor) -> Tensor:
     return (leads.float() + 0.5) / LEAD_STEPS
 
 
+def shown(maps: Tensor) -> Tensor:
+    """``maps`` [..., H, W] to look at: those of one row, such as of audio, become bands a sixth as high as they are
+    long."""
+    return maps if maps.shape[-2] > 1 else maps.expand(*maps.shape[:-2], max(1, maps.shape[-1] // 6), -1)
+
+
 class LeadRecorder:
     """The leads of the steps of a run. Steps with few values are quantised together at the end."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...common.sheets import FAINT, INK, Sheet, model_colour
-from .trace import BlendRecord
+from .trace import BlendRecord, shown
 
 TILE, GAP, COLUMNS, MOST_STEPS, MOST_FRAMES, CAPTION, NARROWEST = 96, 8, 8, 24, 16, 18, 480
 UNITS, BAR = 4, 0.125  # a histogram shows leads of -UNITS to UNITS spreads, in bars of BAR
@@ -41,14 +41,14 @@ def colour_shares(shares: Tensor) -> Tensor:
 def _frame(shares: Tensor, sample: int) -> Tensor:
     """The shares [N, H, W] of one sample from ``shares`` [N, B, *S]; for a video, those of the middle frame."""
     shares = shares[:, sample]
-    return shares if shares.ndim == 3 else shares[:, shares.shape[1] // 2]
+    return shown(shares if shares.ndim == 3 else shares[:, shares.shape[1] // 2])
 
 
 def draw_blend(record: BlendRecord) -> tuple[Tensor, Tensor]:
     """Images [B, H', W', 3], one sheet per sample, and the mean share of all experts as a mask [B (T), H, W]."""
-    shown = evenly(len(record.steps), MOST_STEPS)
+    steps = evenly(len(record.steps), MOST_STEPS)
     mean = record.mean_shares()
-    sheets = [_draw_sample(record, sample, shown, mean) for sample in range(record.shape[0])]
+    sheets = [_draw_sample(record, sample, steps, mean) for sample in range(record.shape[0])]
     experts = 1.0 - mean[0]
     return torch.stack(sheets), experts.reshape(-1, *experts.shape[-2:])
 
@@ -59,12 +59,12 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / max(1, taken - 1)) for i in range(taken)})
 
 
-def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tensor) -> Tensor:
-    height, width = record.shape[-2:]
+def _draw_sample(record: BlendRecord, sample: int, steps: list[int], mean: Tensor) -> Tensor:
+    height, width = shown(mean).shape[-2:]
     scale = TILE / max(height, width)
     tile, big = ((max(1, round(width * s)), max(1, round(height * s))) for s in (scale, 2 * scale))
-    columns = min(COLUMNS, len(shown))
-    rows = -(-len(shown) // columns)
+    columns = min(COLUMNS, len(steps))
+    rows = -(-len(steps) // columns)
     strip_height = rows * (tile[1] + CAPTION + GAP)
     legend_height = 24 * len(record.labels) + GAP
     contests = [i for i in range(1, len(record.labels)) if record.contested(i)]  # the same panels for every sample
@@ -88,7 +88,7 @@ def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tenso
         sheet.text(GAP + 20, top + 24 * i - 1, f"{100 * share[i]:.0f} %  {label[:24]}", 13)
 
     left = GAP * 3 + big[0]
-    for n, index in enumerate(shown):
+    for n, index in enumerate(steps):
         x, y = left + (n % columns) * (tile[0] + GAP), 36 + (n // columns) * (tile[1] + CAPTION + GAP)
         sheet.paste(x, y, colour_shares(_frame(record.shares(index), sample)), *tile)
         sheet.text(x, y + tile[1] + 1, f"{index + 1}: sigma {record.steps[index].sigma:.3g}", 11, FAINT)
@@ -98,7 +98,7 @@ def _draw_sample(record: BlendRecord, sample: int, shown: list[int], mean: Tenso
     for n, frame in enumerate(frames):
         x = GAP + (n % film_columns) * (tile[0] + GAP)
         y = 36 + masks_height + CAPTION + (n // film_columns) * (tile[1] + CAPTION + GAP)
-        parts = mean[:, sample, frame]
+        parts = shown(mean[:, sample, frame])
         sheet.paste(x, y, colour_shares(parts), *tile)
         sheet.text(x, y + tile[1] + 1, f"{frame + 1}: {100 * float(1.0 - parts[0].mean()):.0f} %", 11, FAINT)
 

@@ -54,6 +54,7 @@ MODES = {
     "mask_refresh, skip_below, crop_margin": (dict(skip_below=0.3, crop_margin=1), {}, dict(mask_refresh=2)),
     "expert_cfg, ramp": (dict(expert_cfg=9.0, bias=0.5, ramp="falling"), None, {}),
     "no blur": ({}, None, dict(blur=1)),
+    "one row": (dict(region=region()), {}, {}),  # audio
     "temporal_smoothing": ({}, {}, dict(temporal_smoothing=1.0, mask_momentum=0.5)),  # images have no frames
 }
 
@@ -76,7 +77,8 @@ def sampled(mode, dtype, video, guided, device="cpu", gpus=None, backend="torch"
     """The blends of every step of a run on ``device``, and its record. ``images`` receives its masks during the run."""
     first, second, joint = MODES[mode]
     joint = {name: value for name, value in joint.items() if video or name != "temporal_smoothing"}
-    shape = (2, 4, 3, *SIZE) if video else (2, 4, *SIZE)
+    size = (1, 40) if mode == "one row" else SIZE
+    shape = (2, 4, 3, *size) if video else (2, 4, *size)
     settings = [dict(s) for s in (first, second) if s is not None]
     if device != "cpu":  # the regions are on another device
         settings = [s | ({"region": s["region"].to("cuda:1")} if "region" in s else {}) for s in settings]

@@ -132,9 +132,9 @@ def unpacked(packed, shapes):
 
 
 def of_first_part(call, shapes):
-    """``call`` with the first part of each latent."""
-    tensors = (call.x, call.cond, call.uncond, call.denoised)
-    x, cond, uncond, denoised = (unpacked(t, shapes)[0] for t in tensors)
+    """``call`` with the first part of each latent; that of audio [B, C, L] as an image of one row."""
+    tensors = (unpacked(t, shapes)[0] for t in (call.x, call.cond, call.uncond, call.denoised))
+    x, cond, uncond, denoised = (t.unsqueeze(2) if t.ndim == 3 else t for t in tensors)
     return Call(x, call.sigma, cond, uncond, denoised)
 
 

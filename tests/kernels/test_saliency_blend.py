@@ -103,8 +103,9 @@ def test_matches_the_definition(kernel, shape, models, shared, softness):
 
 
 @pytest.mark.parametrize("blur", [1, 2, 3, 4, 5, 8])
-def test_blur_matches_the_definition(kernel, blur):
-    cond, uncond, sigma = random_predictions(2, (2, 4, 11, 14))
+@pytest.mark.parametrize("size", [(11, 14), (1, 40), (40, 1)], ids=["image", "row", "column"])
+def test_blur_matches_the_definition(kernel, size, blur):
+    cond, uncond, sigma = random_predictions(2, (2, 4, *size))
     check(kernel, cond, uncond, sigma, blur=blur)
 
 

@@ -156,6 +156,7 @@ CASES = [
     (5, (2, 1, 6, 5), FLOAT16, {"softness": 0.5}),
     (3, (2, 4, 3, 9, 8), FLOAT32, {}),
     (2, (1, 4, 2, 8, 9), FLOAT16, {"softness": 1.0}),
+    (2, (2, 4, 1, 70), FLOAT32, {}),
     (3, (2, 4, 24, 20), BFLOAT16, {}),
     (3, (2, 4, 24, 20), BFLOAT16, {"softness": 1.0}),
 ]
@@ -186,7 +187,7 @@ def test_wide_blur_over_several_tiles(monkeypatch, blur, device):
     check_random(2, (1, 1, 40, 70), torch.float32, device, blur=blur)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 9), (3, 3)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (2, 9), (3, 3)], ids=str)
 def test_latent_smaller_than_the_blur_matches_the_reference(size, device):
     """The kernel averages over the whole latent. The reference covers this case; the float64 definition does not."""
     cond, uncond, sigma = random_predictions(2, (1, 4, *size), torch.float32, device)

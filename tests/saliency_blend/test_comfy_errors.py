@@ -148,10 +148,18 @@ def test_context_windows_rejected(models):
         sample(model)
 
 
-def test_latent_with_3_axes_rejected(models):
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        ((1, 4, 120), "expected a latent with 4 channels and at least 4 axes for the models of the blend, got 1x4x120"),
+        ((1, 4, 2, 2, 6, 5), r"images \[B, C, H, W\], video \[B, C, T, H, W\] or audio \[B, C, L\], got 1x4x2x2x6x5;"),
+    ],
+    ids=["audio for an image model", "6 axes"],
+)
+def test_latent_of_other_axes_rejected(models, size, message):
     model = blend(*models, *EXPERT_PROMPTS)[0]
-    with pytest.raises(ValueError, match=r"expected a latent of images \[B, C, H, W\] or video"):
-        sample(model, {"samples": torch.zeros(1, 4, 120)})
+    with pytest.raises(ValueError, match=message):
+        sample(model, {"samples": torch.zeros(size)})
 
 
 def test_failed_run_leaves_the_models_unchanged(models):

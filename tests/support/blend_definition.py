@@ -20,13 +20,15 @@ def smooth(maps, blur):
     """Mean of ``maps`` [..., H, W] over a box of blur x blur positions, with zeros outside the map.
 
     An even ``blur`` makes the averaged map one position shorter along each axis, so it is stretched back bilinearly.
+    An axis of one position is not averaged.
     """
-    pad = (blur - 1) // 2
-    padded = np.pad(maps, [(0, 0)] * (maps.ndim - 2) + [(pad, pad)] * 2)
-    height, width = (n - blur + 1 for n in padded.shape[-2:])
-    total = sum(padded[..., i : i + height, j : j + width] for i in range(blur) for j in range(blur))
+    sides = [blur if n > 1 else 1 for n in maps.shape[-2:]]
+    pads = [((side - 1) // 2,) * 2 for side in sides]
+    padded = np.pad(maps, [(0, 0)] * (maps.ndim - 2) + pads)
+    height, width = (n - side + 1 for n, side in zip(padded.shape[-2:], sides, strict=True))
+    total = sum(padded[..., i : i + height, j : j + width] for i in range(sides[0]) for j in range(sides[1]))
     rows, columns = stretch(height, maps.shape[-2]), stretch(width, maps.shape[-1])
-    return rows @ (total / blur**2) @ columns.T
+    return rows @ (total / (sides[0] * sides[1])) @ columns.T
 
 
 def stretch(short, long):
@@ -34,6 +36,8 @@ def stretch(short, long):
 
     Pixel centres are at 0.5, 1.5, 2.5, ...
     """
+    if short == 1:
+        return np.ones((long, 1))
     matrix = np.zeros((long, short))
     for i in range(long):
         at = np.clip((i + 0.5) * short / long - 0.5, 0, short - 1)
