@@ -84,6 +84,7 @@ class SaveFaceRefiner(io.ComfyNode):
             display_name="Save Face Refiner",
             category="chorus",
             description="Saves a face refiner to the output folder as safetensors, with a new number each time.",
+            search_aliases=["export face refiner", "CycleGAN", "pix2pix"],
             is_output_node=True,
             inputs=[
                 FaceRefinerSocket.Input("refiner", tooltip="From Load Face Refiner or Train Face Refiner."),
@@ -111,7 +112,15 @@ class FaceRefiner(io.ComfyNode):
                 "Refines faces in one pass of a light network. Connect bboxes (Detect Face Landmarks), a mask, or neither"
                 " for the whole image. All other pixels stay unchanged, bit for bit."
             ),
-            search_aliases=["face detailer", "face restore", "plastic skin", "ADetailer", "CycleGAN", "pix2pix"],
+            search_aliases=[
+                "fix faces",
+                "face detailer",
+                "face restore",
+                "plastic skin",
+                "ADetailer",
+                "CycleGAN",
+                "pix2pix",
+            ],
             inputs=[
                 io.Image.Input("image", tooltip="The images, RGB."),
                 FaceRefinerSocket.Input("refiner", tooltip="From Load Face Refiner or Train Face Refiner."),

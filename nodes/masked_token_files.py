@@ -20,6 +20,7 @@ class SaveMaskedTokens(io.ComfyNode):
             display_name="Save Masked Tokens",
             category="chorus",
             description="Saves token ids to a new numbered file in the output folder.",
+            search_aliases=["aMUSEd", "export tokens", "VQ codes"],
             is_output_node=True,
             inputs=[
                 TokensSocket.Input(
@@ -47,6 +48,7 @@ class LoadMaskedTokens(io.ComfyNode):
             display_name="Load Masked Tokens",
             category="chorus",
             description="Loads token ids saved by Save Masked Tokens.",
+            search_aliases=["aMUSEd", "saved tokens", "VQ codes"],
             inputs=[
                 io.Combo.Input(
                     "file",

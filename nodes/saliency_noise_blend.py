@@ -33,7 +33,14 @@ class SaliencyNoiseBlend(io.ComfyNode):
                 " generates the positions where its guidance is strongest (MagicFusion). Chain several nodes for more"
                 " experts."
             ),
-            search_aliases=["MagicFusion", "SNB", "model fusion", "blend checkpoints"],
+            search_aliases=[
+                "MagicFusion",
+                "SNB",
+                "model fusion",
+                "blend checkpoints",
+                "merge checkpoints per step",
+                "mix models",
+            ],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -323,6 +330,7 @@ class SaliencyBlendView(io.ComfyNode):
             category="chorus",
             description="Shows the masks of the last run of a blended model: the mask of every step, their mean, and"
             " each model's share.",
+            search_aliases=["MagicFusion", "blend masks", "which model generates where"],
             is_output_node=True,
             inputs=[
                 # ``trace`` is optional, because the page drops the link of a bypassed node. ``samples`` is optional,

@@ -45,7 +45,15 @@ class SeedSelect(io.ComfyNode):
                 " searches among seeds, optimises the noise by gradient descent, or does both. The model is not changed. If you"
                 " cancel the run, the best result so far is used."
             ),
-            search_aliases=["SeedSelect", "NAO", "best seed", "seed search", "noise optimisation", "rare concept"],
+            search_aliases=[
+                "SeedSelect",
+                "NAO",
+                "best seed",
+                "find a seed",
+                "seed search",
+                "noise optimisation",
+                "rare concept",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model, with its LoRAs, patches or blend. It is not changed."),
                 io.Conditioning.Input("positive", tooltip="The prompt that names the concept."),

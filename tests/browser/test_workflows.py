@@ -22,9 +22,11 @@ every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 LONG = ("Train a ", "Style from one picture", "Rare concept by optimising")
 SHORT = [file for file in FILES if not file.stem.startswith(LONG)]
 short_runs = pytest.mark.parametrize("file", quick(SHORT, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
-# all files are opened from the template browser; the other ways differ only in how the page gets the same content
+# every file is dropped into the page; the other ways to open it differ only in how the page gets the same content
 SOME = SHORT[::3]
 some_files = pytest.mark.parametrize("file", quick(SOME, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
+OTHERS = FILES[1::3]
+other_files = pytest.mark.parametrize("file", quick(OTHERS, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
 
 PROMPT = "async () => (await window.app.graphToPrompt()).output"
 GRAPH = "() => JSON.stringify(window.app.graph.serialize())"
@@ -100,6 +102,11 @@ def needs(file) -> list[str]:
     return read(file).get("extra", {}).get("chorus", {}).get("needs", [])
 
 
+def listed(file) -> list[str]:
+    """The files that the page lists if they are missing; it does not list folders."""
+    return [path for path in needs(file) if "." in path.rsplit("/", 1)[1]]
+
+
 def shown(page) -> dict:
     return json.loads(page.evaluate(GRAPH))
 
@@ -112,6 +119,15 @@ def colours(page) -> dict[str, int]:
         node: len(screenshot.crop(place).getcolors(screenshot.width * screenshot.height))
         for node, place in page.evaluate(PLACES).items()
     }
+
+
+def shows(element) -> bool:
+    """Whether ``element`` is visible, or becomes visible within a second."""
+    for _ in range(10):
+        if element.is_visible():
+            return True
+        element.page.wait_for_timeout(100)
+    return False
 
 
 def wait_until_drawn(page, nodes, before: dict[str, int]) -> dict[str, int]:
@@ -156,7 +172,7 @@ def check(page, file) -> None:
     workflow, saved = shown(page), read(file)
     assert essence(workflow) == essence(saved)
     assert no_node_shrank(workflow, saved)
-    if needs(file):  # the page looks for models after opening the graph
+    if listed(file):  # the page looks for models after opening the graph
         page.wait_for_function(
             f"() => ({PROBLEMS})().models.length && ({PROBLEMS})().nodes.length", polling=page_tools.REST
         )
@@ -164,7 +180,7 @@ def check(page, file) -> None:
     missing = problems.pop("models"), problems.pop("nodes")
     assert not any(problems.values()), problems
     models = [model for node in saved["nodes"] if node["properties"].get("models") for model in [node["type"]]]
-    assert missing == (needs(file), models)
+    assert missing == (listed(file), models)
 
 
 def after_a_run(widgets: dict) -> dict:
@@ -197,33 +213,60 @@ def runs(page, server):
     return run
 
 
-@every_file
-def test_opens_from_the_template_browser(page, file):
-    before = page_tools.loads(page)
+def open_templates(page):
+    """Open the template browser, and in it the templates of this pack."""
     page.evaluate("() => void window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_test_id("template-workflows-content").wait_for()
-    folder = page.get_by_role("button", name="ComfyUI-Chorus", exact=True)
-    if not folder.is_visible():
-        page.get_by_text("Extensions", exact=True).click()
-    folder.click()
-    card = page.get_by_test_id(f"template-workflow-{file.stem}")
-    card.scroll_into_view_if_needed()
-    assert file.stem in card.inner_text()
-    picture = card.locator("img").first
-    size = picture.evaluate(
-        "async image => { await image.decode(); return [image.naturalWidth, image.naturalHeight]; }"
+    folder, group = (
+        page.get_by_role("button", name="ComfyUI-Chorus", exact=True),
+        page.get_by_text("Extensions", exact=True),
     )
-    assert tuple(size) == Image.open(file.with_suffix(".jpg")).size
-    card.click()
+    group.wait_for()
+    while not shows(folder):  # the group may be closed; a click while it opens would close it again
+        group.click()
+    folder.click()
+
+
+def card_of(page, file):
+    """The card of a workflow in the template browser, found by its search: of many cards, only the first are loaded."""
+    page.get_by_role("dialog").get_by_role("textbox").fill(file.stem)
+    page.wait_for_function(
+        "name => document.querySelector('[data-testid^=\"template-workflow-\"]')?.dataset.testid === name",
+        arg=f"template-workflow-{file.stem}",
+        polling=page_tools.REST,
+    )
+    return page.get_by_test_id(f"template-workflow-{file.stem}")
+
+
+def test_template_browser_shows_every_workflow(page):
+    open_templates(page)
+    for file in FILES:
+        card = card_of(page, file)
+        assert file.stem in card.inner_text()
+        size = card.locator("img").first.evaluate(
+            "async image => { await image.decode(); return [image.naturalWidth, image.naturalHeight]; }"
+        )
+        assert tuple(size) == Image.open(file.with_suffix(".jpg")).size
+    page.keyboard.press("Escape")
+    page.get_by_test_id("template-workflows-content").wait_for(state="detached")
+
+
+@some_files
+def test_opens_from_the_template_browser(page, file):
+    before = page_tools.loads(page)
+    open_templates(page)
+    card_of(page, file).click()
     page_tools.wait_for_load(page, before)
     page.get_by_test_id("template-workflows-content").wait_for(state="detached")
     check(page, file)
 
 
-@some_files
-def test_opens_when_dropped(page, file):
+@every_file
+def test_opens_when_dropped(page, comfy, file):
+    """The page shows the graph of the file, and queues the same prompt as dev/tools/run_workflows.py."""
     page_tools.drop(page, file, file.read_bytes())
     check(page, file)
+    assert page.evaluate(PROMPT) == comfy.to_api(read(file))
 
 
 @short_runs
@@ -284,7 +327,7 @@ def test_opens_from_a_saved_image(page, runs, comfy, file):
     check(page, file)
 
 
-@every_file
+@other_files
 def test_saved_workflow_opens_unchanged(page, server, file):
     page_tools.drop(page, file, file.read_bytes())
     page.keyboard.press("Control+s")
@@ -300,13 +343,6 @@ def test_saved_workflow_opens_unchanged(page, server, file):
     assert {node["id"]: node["size"] for node in shown(page)["nodes"]} == {
         n["id"]: n["size"] for n in read(saved)["nodes"]
     }
-
-
-@every_file
-def test_client_converts_to_the_prompt_of_the_page(page, comfy, file):
-    """dev/tools/run_workflows.py queues the same prompt as the page."""
-    page_tools.drop(page, file, file.read_bytes())
-    assert page.evaluate(PROMPT) == comfy.to_api(read(file))
 
 
 @pytest.mark.parametrize("file", SAVED, ids=lambda file: file.stem)

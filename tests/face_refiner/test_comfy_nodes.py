@@ -539,6 +539,7 @@ def test_image_too_large_for_the_gpu_is_refined_on_the_cpu(monkeypatch):
     model, image = in_float32(refiner()), torch.rand(2, 8, 200, 3)
     expected = refine(image, model)[0]
     monkeypatch.setattr(comfy_model, "SMALL", 8 * 199)
+    monkeypatch.setattr(comfy_model, "compute_dtype", lambda device: torch.float32)  # bfloat16 on some CPUs
     monkeypatch.setattr(model.patcher, "get_free_memory", lambda device: 1000)
     devices, real = [], model.patcher.model.refine
     record = lambda x, *args: (devices.append(x.device.type), real(x, *args))[1]  # noqa: E731

@@ -35,6 +35,19 @@ def test_server_offers_the_node(node, object_info):
     assert info["python_module"] == "custom_nodes.ComfyUI-Chorus"
 
 
+def test_every_node_is_found_by_other_words(object_info):
+    """The page's search looks for these words, too."""
+    for node in nodes.NODES:
+        name = node.define_schema().node_id
+        assert len(object_info[name].get("search_aliases") or []) >= 2, name
+    for words, name in (
+        ("merge checkpoints per step", "SaliencyNoiseBlend"),
+        ("best seed", "SeedSelect"),
+        ("fix faces", "FaceRefiner"),
+    ):
+        assert words in object_info[name]["search_aliases"]
+
+
 def test_node_ids_are_unique():
     ids = [node.define_schema().node_id for node in nodes.NODES]
     assert len(ids) == len(set(ids))
