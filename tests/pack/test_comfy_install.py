@@ -156,7 +156,7 @@ def test_comfy_cli_validates_and_packs(clone, tmp_path):
     with zipfile.ZipFile(archive) as file:
         packed = {name.split("/")[0] for name in file.namelist()}
     archive.unlink()
-    assert packed >= {"__init__.py", "nodes", "techniques", "demo", "example_workflows", "web", "locales"}
+    assert packed >= {"__init__.py", "nodes", "techniques", "demo", "example_workflows", "subgraphs", "web", "locales"}
     assert not packed & {"dev", "tests", "run.py", ".ci", ".github"}
 
     # the registry scans the archive with ruff and ignores noqa comments

@@ -15,7 +15,6 @@ from PIL import Image
 from chorus.dev.tools.client import Comfy
 from chorus.dev.tools.setup import ROOT
 from chorus.tests.support import masked_token_folder, small_files
-from chorus.tests.support.real_comfyui import fresh_server
 
 FOLDER = "masked_token/amused-512"  # a folder with several files
 KNOWN = {*small_files.FILES, FOLDER}
@@ -28,12 +27,8 @@ LOWER |= {"checkpoint_every": 2, "batch_size": 2, "gradient_accumulation": 2, "c
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory):
     base = tmp_path_factory.mktemp("published")
-    (base / "custom_nodes").mkdir()
-    models = base / "models"
     names = sorted({name for file in FILES for name in small_files.needs(file) if name != FOLDER})
-    node = small_files.NODE.format(root=str(ROOT), models=str(models), names=names)
-    (base / "custom_nodes" / "small_files.py").write_text(node, encoding="utf-8")
-    masked_token_folder.write(models / FOLDER)
+    masked_token_folder.write(base / "models" / FOLDER)
     pictures = np.random.default_rng(0)
     for folder, count in (("references", 4), ("train", 4)):
         (base / "input" / folder).mkdir(parents=True)
@@ -45,7 +40,7 @@ def own_server(tmp_path_factory):
     picture = Image.linear_gradient("L").convert("RGBA")
     picture.putalpha(Image.linear_gradient("L").rotate(90).point(lambda value: 255 if value > 128 else 0))
     picture.save(base / "input" / "example.png")
-    with fresh_server(base) as running:
+    with small_files.server(base, names) as running:
         yield running
 
 

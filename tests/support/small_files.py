@@ -4,7 +4,7 @@ ComfyUI recognises a published file by its sizes, and some sizes are fixed in it
 has an additional tensor, ``MARK``, that names the network; ``install`` makes ComfyUI read it. Everything else is
 ComfyUI's own: its loader nodes, its classes, the keys of the files, its tokenizers.
 
-``NODE`` is the code of a custom node that does both in a server.
+``NODE`` is the code of a custom node that does both in a server; ``server`` starts one.
 """
 
 import dataclasses
@@ -25,8 +25,10 @@ import comfy.text_encoders.t5
 import safetensors.torch
 import torch
 
+from chorus.dev.tools.setup import ROOT
 from chorus.tests.families.catalogue import FAMILIES
 from chorus.tests.families.family import fill
+from chorus.tests.support.real_comfyui import fresh_server
 
 MARK = "chorus_small_network"  # uint8 [n], the name of the network
 NODE = """
@@ -248,6 +250,14 @@ def write(folder: Path, names):
             checkpoint(path, make)
         else:
             safetensors.torch.save_file(make(), path)
+
+
+def server(base, names):
+    """A context with a new server that has the files ``names`` of ``FILES``, with its folders in ``base``."""
+    (base / "custom_nodes").mkdir()
+    node = NODE.format(root=str(ROOT), models=str(base / "models"), names=list(names))
+    (base / "custom_nodes" / "small_files.py").write_text(node, encoding="utf-8")
+    return fresh_server(base)
 
 
 def needs(workflow):
