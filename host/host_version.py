@@ -6,7 +6,10 @@ from pkgutil import resolve_name
 
 log = logging.getLogger("comfyui-chorus")
 
-TESTED = "0.30.0"  # the ComfyUI version that the pack is tested with; equals requires-comfyui in pyproject.toml
+# The ComfyUI versions that the pack is tested with: the oldest, which run.py installs and pyproject.toml requires, and
+# the newest. README.md and dev/tools/setup.py state the same, see tests/common/test_host_version.py.
+TESTED, NEWEST_TESTED = "0.30.0", "0.33.0"
+FRONTENDS = ("1.47.12", "1.58.1")  # the versions of the web page that the tests of the page passed with
 
 # The most recent ComfyUI features that the pack uses. Without this check, most of them would be missed only in the
 # middle of a run. ComfyUI 0.27.0 is the first version with all of them.

@@ -46,7 +46,7 @@ spec.loader.exec_module(sys.modules["chorus_run"])  # makes the repository the p
 
 if os.environ.get("COMFYUI_PATH"):
     from chorus.dev import headless  # ComfyUI as a library in this process
-    from chorus.tests.support.real_comfyui import comfy, server  # noqa: F401 (fixtures: one real server)
+    from chorus.tests.support.real_comfyui import client, server  # noqa: F401 (fixtures: one real server)
 
     headless.start()
 

@@ -4,6 +4,7 @@ They are the general demo checkpoint, or networks with random weights of the siz
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def sd_vae() -> comfy.sd.VAE:
 
 def clip_vit_l():
     """A CLIP_VISION of the size and structure of CLIP ViT-L/14, with random weights."""
-    config = Path(comfy.clip_vision.__file__).with_name("clip_vision_config_vitl.json")
+    config = Path(inspect.getfile(comfy.clip_vision)).with_name("clip_vision_config_vitl.json")
     encoder = comfy.clip_vision.ClipVisionModel(config)
     fill(encoder.model, torch.Generator().manual_seed(4))
     return encoder

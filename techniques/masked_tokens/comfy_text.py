@@ -5,6 +5,7 @@ and the projected sentence embedding. Conditionings of Stable Diffusion's CLIP-L
 conditioning of this encoder contains a mark.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,7 +83,9 @@ class _Target:
 
 def openai_clip_l() -> dict[str, Any]:
     """ComfyUI's config of OpenAI's CLIP-L, for a weight file without a config.json."""
-    return json.loads((Path(comfy.sd1_clip.__file__).parent / "sd1_clip_config.json").read_text(encoding="utf-8"))
+    return json.loads(
+        Path(inspect.getfile(comfy.sd1_clip)).with_name("sd1_clip_config.json").read_text(encoding="utf-8")
+    )
 
 
 def load_clip(state_dict: dict[str, Tensor], config: Mapping[str, Any]) -> comfy.sd.CLIP:

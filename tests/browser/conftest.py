@@ -35,7 +35,7 @@ class Reader(Comfy):
 
 
 @pytest.fixture
-def comfy(server):  # noqa: F811
+def client(server):  # noqa: F811
     """Client with get(path), get_json(path), to_api(workflow)."""
     return Reader(server.address)
 

@@ -262,21 +262,21 @@ def test_opens_from_the_template_browser(page, file):
 
 
 @every_file
-def test_opens_when_dropped(page, comfy, file):
+def test_opens_when_dropped(page, client, file):
     """The page shows the graph of the file, and queues the same prompt as dev/tools/run_workflows.py."""
     page_tools.drop(page, file, file.read_bytes())
     check(page, file)
-    assert page.evaluate(PROMPT) == comfy.to_api(read(file))
+    assert page.evaluate(PROMPT) == client.to_api(read(file))
 
 
 @short_runs
-def test_run_shows_its_images(page, runs, comfy, file):
+def test_run_shows_its_images(page, runs, client, file):
     if needs(file):
         pytest.skip(f"needs {', '.join(needs(file))}")
     # most of the time is sampling, and the page shows the images of few steps in the same way
     run = runs(file, steps=None if file in SOME else 4)
     assert run["end"] == "execution_success", run
-    outputs = comfy.get_json(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"]
+    outputs = client.get_json(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"]
     expected = {node: len(output["images"]) for node, output in outputs.items() if output.get("images")}
     pictures = page.evaluate(SHOWN_IMAGES)
     assert expected
@@ -291,7 +291,7 @@ def test_run_shows_its_images(page, runs, comfy, file):
     assert not any(page.evaluate(PROBLEMS).values())
 
 
-def test_workflow_with_a_bypassed_blend_runs(page, comfy):
+def test_workflow_with_a_bypassed_blend_runs(page, client):
     """SaliencyBlendView shows why there is no blend.
 
     The page drops a link from a bypassed node if no input of that node has the type of the link.
@@ -302,13 +302,13 @@ def test_workflow_with_a_bypassed_blend_runs(page, comfy):
     page_tools.place(page)
     run = page_tools.run(page)
     assert run["end"] == "execution_success", run
-    outputs = comfy.get_json(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"]
+    outputs = client.get_json(f"/history/{run['prompt_id']}")[run["prompt_id"]]["outputs"]
     assert len(page.evaluate(SHOWN_IMAGES)[view]) == len(outputs[view]["images"])
     assert not any(page.evaluate(PROBLEMS).values())
 
 
 @some_files
-def test_opens_from_a_saved_image(page, runs, comfy, file):
+def test_opens_from_a_saved_image(page, runs, client, file):
     """The image is saved by a run. For a workflow that cannot run, it is made with the same metadata."""
     if needs(file):
         text, picture = PngInfo(), io.BytesIO()
@@ -317,12 +317,12 @@ def test_opens_from_a_saved_image(page, runs, comfy, file):
         content = picture.getvalue()
     else:
         run = runs(file)["prompt_id"]
-        entry = comfy.get_json(f"/history/{run}")[run]
+        entry = client.get_json(f"/history/{run}")[run]
         # a cached image has the metadata of the workflow that generated it
         cached = {n for kind, data in entry["status"]["messages"] if kind == "execution_cached" for n in data["nodes"]}
         outputs = [output for node, output in entry["outputs"].items() if node not in cached]
         saved = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
-        content = comfy.get("/view?" + urllib.parse.urlencode(saved[0]))
+        content = client.get("/view?" + urllib.parse.urlencode(saved[0]))
     page_tools.drop(page, "picture.png", content)
     check(page, file)
 
@@ -346,11 +346,11 @@ def test_saved_workflow_opens_unchanged(page, server, file):
 
 
 @pytest.mark.parametrize("file", SAVED, ids=lambda file: file.stem)
-def test_old_workflows_keep_their_meaning(page, comfy, file):
+def test_old_workflows_keep_their_meaning(page, client, file):
     """Renamed inputs have their new names, links and values are unchanged, and no socket has an old name."""
     page_tools.drop(page, file, file.read_bytes())
     prompt = page.evaluate(PROMPT)
-    assert renamed(prompt) == renamed(comfy.to_api(read(file)))
+    assert renamed(prompt) == renamed(client.to_api(read(file)))
     ours = [node for node in shown(page)["nodes"] if node["type"] in RENAMED_INPUTS]
     assert not [i["name"] for node in ours for i in node["inputs"] if i["name"] in RENAMED_INPUTS[node["type"]]]
 

@@ -91,9 +91,9 @@ def training(folder: str = FEW, **widgets) -> dict:
 
 
 @pytest.fixture
-def run(comfy):
+def run(client):
     """Function that queues a prompt with previews, as the web page does."""
-    return lambda prompt, on_event=None: comfy.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
+    return lambda prompt, on_event=None: client.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_shipped_head_acts_and_neutral_settings_are_exact(run, newest):
 
 
 @pytest.mark.slow
-def test_trained_head_works_before_and_after_saving(run, comfy, newest, heads, server):
+def test_trained_head_works_before_and_after_saving(run, client, newest, heads, server):
     before = heads()
     prompt = {
         **base(),
@@ -154,7 +154,7 @@ def test_trained_head_works_before_and_after_saving(run, comfy, newest, heads, s
     assert progress == sorted(progress) and {2, 4, 6} <= set(progress) and progress[-1] == 6
     report = "".join(result.outputs["report"]["text"])
     assert "6 steps of 2 x 1" in report and "clip_vision: model" in report
-    shown = {node: data for node, _, data in comfy.images(result, "temp")}
+    shown = {node: data for node, _, data in client.images(result, "temp")}
     assert {"train", "graph"} <= set(shown) and all(data[:4] == b"\x89PNG" for data in shown.values())
     samplers = {name for name in prompt if name.startswith("sample")} - result.cached()
     assert (
@@ -178,7 +178,7 @@ def test_trained_head_works_before_and_after_saving(run, comfy, newest, heads, s
 
 
 @pytest.mark.slow
-def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, comfy, newest, heads):
+def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, client, newest, heads):
     use = {**base(), **loaded(SHIPPED), **sampled("plain", ["load", 0]), **with_head("full", ["head", 0])}
     run(use)
     first, stopped = {name: newest(name) for name in ("plain", "full")}, []
@@ -186,7 +186,7 @@ def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, comfy, n
     def interrupt(kind, data):
         if kind == "progress" and data["node"] == "train" and data["value"] >= 3 and not stopped:
             stopped.append(data["value"])
-            comfy.interrupt()
+            client.interrupt()
 
     before = heads()
     result = run({**base(), **training(steps=400, checkpoint_prefix="cas_dm/cancelled")}, interrupt)
@@ -194,7 +194,7 @@ def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, comfy, n
     (name,) = sorted(set(heads()) - set(before))
     assert name.startswith("cas_dm/cancelled_interrupted_step")
 
-    comfy.free()  # otherwise the results would come from the cache
+    client.free()  # otherwise the results would come from the cache
     result = run({**use, **with_head("kept", ["kept", 0]), **nodes(kept=("LoadCasDMHead", {"file": name}))})
     assert not {"sample plain", "sample full"} & result.cached()
     assert all(torch.equal(newest(name), latents) for name, latents in first.items())
@@ -268,9 +268,9 @@ def test_invalid_input_rejected_at_its_node(case, run, server, heads):
     assert heads() == sorted(before)
 
 
-def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
+def example(client, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
     """The prompt of an example workflow with ``changed`` widgets of its training, and the ids of its nodes by class."""
-    prompt = comfy.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
+    prompt = client.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
     ids: dict[str, list[str]] = {}
     for node, entry in prompt.items():
         ids.setdefault(entry["class_type"], []).append(node)
@@ -280,22 +280,22 @@ def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_example_shows_the_effect_of_the_shipped_head(run, comfy):
-    prompt, ids = example(comfy, "Cas-DM head")
-    images = comfy.images(run(prompt))
+def test_example_shows_the_effect_of_the_shipped_head(run, client):
+    prompt, ids = example(client, "Cas-DM head")
+    images = client.images(run(prompt))
     assert {node for node, _, _ in images} == set(ids["SaveImage"]) and len(ids["CasDMHead"]) == 1
     assert len({data for _, _, data in images}) == len(images) == 3
 
 
 @pytest.mark.slow
-def test_example_trains_from_its_folder_and_uses_the_result(run, comfy, heads):
+def test_example_trains_from_its_folder_and_uses_the_result(run, client, heads):
     before = heads()
-    prompt, ids = example(comfy, "Train a Cas-DM head", steps=4, batch_size=2, preview_every=2)
+    prompt, ids = example(client, "Train a Cas-DM head", steps=4, batch_size=2, preview_every=2)
     result = run(prompt)
-    images = comfy.images(result)
+    images = client.images(result)
     assert {node for node, _, _ in images} == set(ids["SaveImage"]) and len(images) == 2
     assert images[0][2] != images[1][2]
-    shown = {node for node, _, _ in comfy.images(result, "temp")}
+    shown = {node for node, _, _ in client.images(result, "temp")}
     assert {*ids["TrainCasDMHead"], *ids["LossGraphNode"]} <= shown
     (report,) = ids["PreviewAny"]
     assert "4 steps of 2 x 1" in "".join(result.outputs[report]["text"])

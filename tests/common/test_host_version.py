@@ -33,6 +33,18 @@ def install_fake_comfyui(monkeypatch, version: str | None, names: tuple[str, ...
         setattr(sys.modules[".".join(parts[:-1])], parts[-1], object())
 
 
+def test_readme_and_packaging_state_the_tested_versions():
+    oldest, newest = host_version.TESTED, host_version.NEWEST_TESTED
+    page = " and ".join(host_version.FRONTENDS)
+    row = f"| {oldest} and {newest} | tested, with versions {page} of the web page |"
+    assert row in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f'requires-comfyui = ">={oldest}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    setup = (ROOT / "dev" / "tools" / "setup.py").read_text(encoding="utf-8")
+    assert f'HOST_VERSION = "{oldest}"' in setup
+    locks = (ROOT / "dev" / "tools" / "locks").glob("*.txt")
+    assert all(f"comfyui-frontend-package=={host_version.FRONTENDS[0]}\n" in path.read_text() for path in locks)
+
+
 def import_error() -> str:
     """Text of the ImportError that loading the pack raises."""
     with pytest.raises(ImportError) as error:

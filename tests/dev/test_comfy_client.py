@@ -41,35 +41,35 @@ def workflow_file(folder, name: str, color: int = RED, blur: int = 1, extra: str
     return file
 
 
-def test_run_returns_images_events_and_time(comfy):
-    result = comfy.run(blurred_image())
-    images = comfy.images(result)
+def test_run_returns_images_events_and_time(client):
+    result = client.run(blurred_image())
+    images = client.images(result)
     assert result.status == "success" and result.seconds > 0
     assert [node for node, _, _ in images] == ["3", "3"]
     assert images[0][2].startswith(b"\x89PNG")
     assert {"execution_start", "executing", "executed", "execution_success"} <= {kind for kind, _ in result.events}
 
 
-def test_run_reports_cached_nodes(comfy):
-    comfy.run(blurred_image(color=1))
-    assert {"1", "2"} <= comfy.run(blurred_image(color=1)).cached()
+def test_run_reports_cached_nodes(client):
+    client.run(blurred_image(color=1))
+    assert {"1", "2"} <= client.run(blurred_image(color=1)).cached()
 
 
-def test_error_of_rejected_workflow_names_node_value_and_limit(comfy):
+def test_error_of_rejected_workflow_names_node_value_and_limit(client):
     with pytest.raises(WorkflowError, match=r"node 2 \(ImageBlur\): .*1000.*31"):
-        comfy.run(blurred_image(blur=1000))
+        client.run(blurred_image(blur=1000))
 
 
-def test_error_names_the_failed_node(comfy):
+def test_error_names_the_failed_node(client):
     with pytest.raises(WorkflowError, match=r"node 2 \(ImageBlur\): RuntimeError: .*[Pp]adding"):
-        comfy.run(blurred_image(blur=31))  # valid, but the padding exceeds the image
+        client.run(blurred_image(blur=31))  # valid, but the padding exceeds the image
 
 
 @pytest.mark.slow
-def test_images_are_saved_under_numbered_names(comfy, tmp_path, capsys):
+def test_images_are_saved_under_numbered_names(client, tmp_path, capsys):
     file = workflow_file(tmp_path, "Two reds")
     for _ in range(2):
-        run_file(comfy, file, tmp_path)
+        run_file(client, file, tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["Two reds - red_00001.png", "Two reds - red_00002.png"]
     assert Image.open(tmp_path / "Two reds - red_00002.png").getpixel((4, 4))[0] > 250
     assert "Two reds - red_00002.png" in capsys.readouterr().out

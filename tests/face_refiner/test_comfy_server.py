@@ -126,17 +126,17 @@ def text(result, node: str) -> str:
 
 
 @pytest.fixture
-def run(comfy):
+def run(client):
     """Queue a prompt with previews, as the web page does."""
-    return lambda prompt, on_event=None: comfy.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
+    return lambda prompt, on_event=None: client.run(prompt, on_event, extra_data={"preview_method": "latent2rgb"})
 
 
 @pytest.fixture
-def shown_images(comfy):
+def shown_images(client):
     """The preview images of ``show <name>``: uint8 [N, H, W, 3]."""
 
     def of(result, name: str) -> np.ndarray:
-        found = [data for node, _, data in comfy.images(result, "temp") if node == f"show {name}"]
+        found = [data for node, _, data in client.images(result, "temp") if node == f"show {name}"]
         return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in found])
 
     return of
@@ -223,7 +223,7 @@ def test_shipped_refiner_acts_inside_the_mask_and_neutral_settings_are_exact(run
 
 
 @pytest.mark.slow
-def test_pairs_continue_after_an_interrupt(run, comfy, server, shown_images):
+def test_pairs_continue_after_an_interrupt(run, client, server, shown_images):
     folder, name = server.base / "output" / "pairs", "pairs/faces"
 
     def lines():
@@ -235,7 +235,7 @@ def test_pairs_continue_after_an_interrupt(run, comfy, server, shown_images):
 
     def interrupt(kind, data):
         if kind == "progress" and data["node"] == "sample general" and data["value"] == 2:
-            comfy.interrupt()
+            client.interrupt()
 
     # another number of steps, so that the next run does not use the cache
     stopped = run(built(name, 1, {**TEACHER, "steps": 500}), interrupt)
@@ -264,7 +264,7 @@ def test_pairs_continue_after_an_interrupt(run, comfy, server, shown_images):
 
 
 @pytest.mark.slow
-def test_trained_refiner_works_unsaved_and_from_its_file(run, comfy, shown_images, saved, server):
+def test_trained_refiner_works_unsaved_and_from_its_file(run, client, shown_images, saved, server):
     before = saved()
     prompt = {**student(), **training(preview_every=2), **shown("plain"), **refined("unsaved", ("train", 0))}
     result = run(prompt)
@@ -272,7 +272,7 @@ def test_trained_refiner_works_unsaved_and_from_its_file(run, comfy, shown_image
     progress = [data["value"] for kind, data in result.events if kind == "progress" and data["node"] == "train"]
     assert progress == sorted(progress) and {2, 4, 6} <= set(progress) and progress[-1] == 6
     assert "6 steps" in text(result, "report")
-    images = {node: data for node, _, data in comfy.images(result, "temp")}
+    images = {node: data for node, _, data in client.images(result, "temp")}
     assert {"train", "graph"} <= set(images) and all(data[:4] == b"\x89PNG" for data in images.values())
     (name,) = saved() - before
     assert name.startswith("face_refiner/learned_")
@@ -293,7 +293,7 @@ def test_trained_refiner_works_unsaved_and_from_its_file(run, comfy, shown_image
 
 
 @pytest.mark.slow
-def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, comfy, shown_images, saved):
+def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, client, shown_images, saved):
     use = {**student(), **loaded(), **shown("plain"), **refined("full", ("refiner", 0))}
     result, stopped, before = run(use), [], saved()
     first = {name: shown_images(result, name) for name in ("plain", "full")}
@@ -301,14 +301,14 @@ def test_cancel_saves_a_checkpoint_and_leaves_the_server_unchanged(run, comfy, s
     def interrupt(kind, data):
         if kind == "progress" and data["node"] == "train" and data["value"] >= 2 and not stopped:
             stopped.append(data["value"])
-            comfy.interrupt()
+            client.interrupt()
 
     result = run(training(steps=400, checkpoint_prefix="face_refiner/cancelled"), interrupt)
     assert result.status == "interrupted" and stopped[0] < 100 and "keep" not in result.outputs
     (name,) = saved() - before
     assert name.startswith("face_refiner/cancelled_interrupted_step")
 
-    comfy.free()  # otherwise the results would come from the cache
+    client.free()  # otherwise the results would come from the cache
     result = run({**use, "kept": loaded(name)["refiner"], **refined("kept", ("kept", 0))})
     assert not {FAST, "refine full"} & result.cached()
     assert all(np.array_equal(shown_images(result, name), images) for name, images in first.items())
@@ -389,9 +389,9 @@ def test_invalid_input_rejected_at_its_node(case, run, saved):
 # ---- the example workflows ----
 
 
-def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
+def example(client, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
     """An example workflow with 12 pairs and ``changed`` widgets of its training; and its node ids by class."""
-    prompt = comfy.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
+    prompt = client.to_api(json.loads((ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8")))
     ids: dict[str, list[str]] = {}
     for node, entry in prompt.items():
         ids.setdefault(entry["class_type"], []).append(node)
@@ -402,21 +402,21 @@ def example(comfy, title: str, **changed) -> tuple[dict, dict[str, list[str]]]:
     return prompt, ids
 
 
-def sheets(comfy, result) -> dict[str, np.ndarray]:
+def sheets(client, result) -> dict[str, np.ndarray]:
     """The saved images by prefix."""
     return {
         name.rsplit("_", 2)[0]: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)
-        for _, name, data in comfy.images(result)
+        for _, name, data in client.images(result)
     }
 
 
 @pytest.mark.slow
-def test_example_by_mask_leaves_the_right_faces_unchanged(run, comfy):
-    prompt, ids = example(comfy, "Refine faces by mask")
+def test_example_by_mask_leaves_the_right_faces_unchanged(run, client):
+    prompt, ids = example(client, "Refine faces by mask")
     (refiner,) = ids["FaceRefiner"]
     assert "bboxes" not in prompt[refiner]["inputs"]  # the input is not connected
     result = run(prompt)
-    found = sheets(comfy, result)
+    found = sheets(client, result)
     assert found.keys() == {FEW, "left faces refined", MANY}
     changed = (found[FEW] != found["left faces refined"]).any(axis=(0, 2))  # whether a pixel of a column differs
     cell, wide = 3 * 64, 3 * 66  # images of 64 pixels with 2 pixels between them, enlarged threefold
@@ -429,14 +429,14 @@ def test_example_by_mask_leaves_the_right_faces_unchanged(run, comfy):
 
 
 @pytest.mark.slow
-def test_example_trains_and_uses_the_result(run, comfy, saved):
+def test_example_trains_and_uses_the_result(run, client, saved):
     before = saved()
-    prompt, ids = example(comfy, "Train a face refiner", steps=4, batch_size=2, preview_every=2)
+    prompt, ids = example(client, "Train a face refiner", steps=4, batch_size=2, preview_every=2)
     result = run(prompt)
-    found = sheets(comfy, result)
+    found = sheets(client, result)
     assert found.keys() == {FEW, "refined", MANY}
     assert (found[FEW] != found["refined"]).any()
-    images = {node for node, _, _ in comfy.images(result, "temp")}
+    images = {node for node, _, _ in client.images(result, "temp")}
     assert {*ids["TrainFaceRefiner"], *ids["LossGraphNode"]} <= images
     assert len(saved() - before) == 1
 
@@ -449,9 +449,9 @@ def test_workflow_that_needs_a_download_is_skipped_with_the_reason(server, tmp_p
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_shipped_refiner_is_listed(comfy):
+def test_shipped_refiner_is_listed(client):
     assert (FOLDER / MODELS / REFINER_FILE).is_file()
     assert (
         REFINER_FILE
-        in comfy.get_json("/object_info/LoadFaceRefiner")["LoadFaceRefiner"]["input"]["required"]["file"][1]["options"]
+        in client.get_json("/object_info/LoadFaceRefiner")["LoadFaceRefiner"]["input"]["required"]["file"][1]["options"]
     )

@@ -531,7 +531,7 @@ def test_transformer_without_mask_id_rejected(folder):
 # ---- in a real server ----
 
 
-def test_running_server_lists_and_loads_new_folder(server, comfy, original):
+def test_running_server_lists_and_loads_new_folder(server, client, original):
     def prompt(text):
         return {
             "load": {"class_type": "LoadMaskedTokenModel", "inputs": {**defaults(LoadMaskedTokenModel), **text}},
@@ -541,20 +541,20 @@ def test_running_server_lists_and_loads_new_folder(server, comfy, original):
         }
 
     def listed():
-        inputs = comfy.get_json("/object_info/LoadMaskedTokenModel")["LoadMaskedTokenModel"]["input"]["required"]
+        inputs = client.get_json("/object_info/LoadMaskedTokenModel")["LoadMaskedTokenModel"]["input"]["required"]
         return inputs["model_folder"][1]["options"]
 
     assert listed() == [DEMO]
     with pytest.raises(WorkflowError, match="tiny"):
-        comfy.run(prompt({"model_folder": "tiny"}))
+        client.run(prompt({"model_folder": "tiny"}))
     folder = server.base / "models" / "masked_token" / "tiny"
     shutil.copytree(original, folder)
     try:
         assert listed() == [DEMO, "tiny"]
-        comfy.run(prompt({"model_folder": "tiny"}))
+        client.run(prompt({"model_folder": "tiny"}))
         shutil.rmtree(folder / "vqvae")
         with pytest.raises(WorkflowError, match=r"the model folder .*tiny lacks vqvae/diffusion"):
-            comfy.run(
+            client.run(
                 prompt(
                     {"model_folder": "tiny", "transformer_file": f"tiny/transformer/{written.WEIGHTS['transformer']}"}
                 )

@@ -504,14 +504,14 @@ def node(kind, **inputs):
     return {"class_type": schema.node_id if schema else kind, "inputs": {**widgets, **inputs}}
 
 
-def shown(comfy, result):
+def shown(client, result):
     """The pixels of the only preview image; its file also contains the workflow."""
-    (data,) = [data for name, _, data in comfy.images(result, "temp") if name == "show"]
+    (data,) = [data for name, _, data in client.images(result, "temp") if name == "show"]
     return Image.open(io.BytesIO(data)).tobytes()
 
 
 @pytest.mark.slow
-def test_server_trains_saves_and_samples(comfy, server):
+def test_server_trains_saves_and_samples(client, server):
     """A connected LoRA needs no file, and a saved LoRA can be selected immediately."""
     training = {"model": ["load", 0], "images": ["image", 0], "positive": ["positive", 0], "steps": 3, "rank": 2}
     prompt = {
@@ -528,7 +528,7 @@ def test_server_trains_saves_and_samples(comfy, server):
         "show": node("PreviewImage", images=["sample", 0]),
         "report": node("PreviewAny", source=["train", 2]),
     }
-    result = comfy.run(prompt)
+    result = client.run(prompt)
     assert result.status == "success"
     assert len(result.previews) == 1
     assert "loss on fixed masks" in str(result.outputs["report"])
@@ -537,8 +537,8 @@ def test_server_trains_saves_and_samples(comfy, server):
         del prompt[name]
     del prompt["put"]["inputs"]["lora"]
     prompt["put"]["inputs"]["lora_name"] = file.name
-    again = comfy.run(prompt)
-    assert shown(comfy, again) == shown(comfy, result)
+    again = client.run(prompt)
+    assert shown(client, again) == shown(client, result)
     prompt["put"]["inputs"]["lora_name"] = "none"
     with pytest.raises(WorkflowError, match="choose a file as 'lora_name', or connect 'lora'"):
-        comfy.run(prompt)
+        client.run(prompt)

@@ -44,11 +44,11 @@ def queue(seed=1, steps=6, prefix="server/a") -> dict:
 
 
 @pytest.fixture
-def run(server, comfy):
+def run(server, client):
     """A function that runs the workflow and returns its ids and its result."""
 
     def run(method="none", **options):
-        result = comfy.run(queue(**options), extra_data={"preview_method": method})
+        result = client.run(queue(**options), extra_data={"preview_method": method})
         [saved] = result.outputs["save"]["tokens"]
         return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["ids"], result
 
@@ -56,29 +56,29 @@ def run(server, comfy):
 
 
 @pytest.mark.slow
-def test_previews_follow_requested_method(run, comfy):
+def test_previews_follow_requested_method(run, client):
     ids = {}
     for method, previews in {"none": 0, "latent2rgb": 6, "taesd": 6, "auto": 6}.items():
-        comfy.free()
+        client.free()
         ids[method], result = run(method)
         assert len(result.previews) == previews, method
-        assert len(comfy.images(result, "temp")) == 2
+        assert len(client.images(result, "temp")) == 2
     assert ids["none"].shape == (2, 12, 16) and len(ids["none"].unique()) > 1
     assert all(torch.equal(ids["none"], other) for other in ids.values())
 
 
 @pytest.mark.slow
-def test_interrupt_does_not_affect_next_run(run, comfy):
+def test_interrupt_does_not_affect_next_run(run, client):
     first, _ = run(seed=7)
 
     def interrupt(kind, data):
         if kind == "progress" and data["node"] == "sample" and data["value"] == 2:
-            comfy.interrupt()
+            client.interrupt()
 
     # with previews, every step is reported
-    stopped = comfy.run(queue(seed=8, steps=500), interrupt, extra_data={"preview_method": "latent2rgb"})
+    stopped = client.run(queue(seed=8, steps=500), interrupt, extra_data={"preview_method": "latent2rgb"})
     assert stopped.status == "interrupted" and "save" not in stopped.outputs
-    comfy.free()
+    client.free()
     assert torch.equal(run(seed=7, prefix="server/b")[0], first)
 
 

@@ -207,13 +207,13 @@ def test_server_saves_and_reloads_changed_file(server):
     def saved():
         return sorted((server.base / "output" / "t").glob("x_*.tokens.safetensors"))
 
-    with Comfy(server.address) as comfy:
-        comfy.run(graph)
+    with Comfy(server.address) as client:
+        client.run(graph)
         assert len(saved()) == 1
-        comfy.run(graph)
+        client.run(graph)
         assert len(saved()) == 1  # cached
         write(server.base / "input", {"ids": IDS.flip(1)}, name="server")
-        comfy.run(graph)
+        client.run(graph)
     first, second = saved()
     assert torch.equal(safetensors.torch.load_file(second)["ids"], IDS.flip(1))
     assert torch.equal(safetensors.torch.load_file(first)["ids"], IDS)

@@ -173,9 +173,9 @@ def test_papers_of_the_readme_are_named_on_help_pages():
     assert not missing
 
 
-def test_server_serves_the_picture(comfy):
+def test_server_serves_the_picture(client):
     file = DOCS / "pictures" / "SaliencyNoiseBlend.jpg"
-    assert comfy.get("/extensions/ComfyUI-Chorus/docs/pictures/SaliencyNoiseBlend.jpg") == file.read_bytes()
+    assert client.get("/extensions/ComfyUI-Chorus/docs/pictures/SaliencyNoiseBlend.jpg") == file.read_bytes()
 
 
 def test_only_punctuation_before_a_space_ends_a_sentence():

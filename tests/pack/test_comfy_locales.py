@@ -121,8 +121,8 @@ def test_no_text_contains_message_syntax(language):
 
 
 @pytest.mark.parametrize("language", ["en", *LANGUAGES])
-def test_server_serves_the_translations(comfy, language):
-    served = comfy.get_json("/i18n")[language]
+def test_server_serves_the_translations(client, language):
+    served = client.get_json("/i18n")[language]
     assert served["nodeDefs"] == locales.read(language, "nodeDefs")
     assert served["settings"] == locales.read(language, "settings")
     for name, texts in locales.read(language, "main").items():

@@ -107,13 +107,13 @@ def outputs(images, before, mask):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
-def test_outputs_fit_the_nodes_that_save_preview_compare_and_film(comfy, server, kind):
+def test_outputs_fit_the_nodes_that_save_preview_compare_and_film(client, server, kind):
     nodes, images, before, mask = SOURCES[kind]
     prompt = {
         name: {"class_type": node, "inputs": inputs}
         for name, (node, inputs) in {**nodes, **outputs(images, before, mask)}.items()
     }
-    result = comfy.run(prompt)
+    result = client.run(prompt)
     assert result.status == "success"
     shown = result.outputs
     assert len(shown["masks"]["images"]) in (1, FRAMES)

@@ -28,16 +28,16 @@ def test_every_saving_node_outputs_its_sockets():
 
 
 @pytest.mark.slow
-def test_passed_values_are_the_saved_values(server, comfy):
+def test_passed_values_are_the_saved_values(server, client):
     """A second node that saves the output of the first writes the same values."""
-    graph = Graph(comfy.get_json("/object_info"))
+    graph = Graph(client.get_json("/object_info"))
     prompt = graph.prompt(*PASSED)
     for id, names in PASSED.items():
         place = "folder" if id == "SaveTrainingPairs" else "filename_prefix"
         prompt[id]["inputs"][place] = f"passed/{id}"
         links = {name: [id, slot] for slot, name in enumerate(names)}
         prompt[f"{id} again"] = {"class_type": id, "inputs": {**links, place: f"again/{id}"}}
-    comfy.run(prompt)
+    client.run(prompt)
     output = server.base / "output"
     for id in PASSED.keys() - {"SaveTrainingPairs"}:
         assert digest(output, f"passed/{id}") == digest(output, f"again/{id}"), id

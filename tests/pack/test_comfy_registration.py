@@ -11,8 +11,8 @@ from chorus.dev.tools.setup import ROOT
 
 @pytest.fixture(scope="module")
 def object_info(server):
-    with Comfy(server.address) as comfy:
-        return comfy.get_json("/object_info")
+    with Comfy(server.address) as client:
+        return client.get_json("/object_info")
 
 
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
@@ -58,10 +58,10 @@ def test_every_node_checks_its_inputs():
 
 
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
-def test_help_is_served(node, comfy):
+def test_help_is_served(node, client):
     file = ROOT / "web" / "docs" / f"{node.define_schema().node_id}.md"
     assert file.is_file(), f"no help page; write {file}"
-    page = comfy.get(f"/extensions/ComfyUI-Chorus/docs/{node.define_schema().node_id}.md").decode()
+    page = client.get(f"/extensions/ComfyUI-Chorus/docs/{node.define_schema().node_id}.md").decode()
     assert page == file.read_text(encoding="utf-8")
 
 

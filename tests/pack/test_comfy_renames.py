@@ -37,9 +37,9 @@ def test_renamed_inputs_exist_and_old_ones_do_not():
             assert set(values.values()) <= set(options[name]) and not set(values) & set(options[name])
 
 
-def test_old_workflows_use_known_inputs_after_renaming(comfy):
+def test_old_workflows_use_known_inputs_after_renaming(client):
     workflows = [json.loads(file.read_text(encoding="utf-8")) for file in FIXTURES]
-    for file, prompt in zip(FIXTURES, comfy.all_to_api(workflows), strict=True):
+    for file, prompt in zip(FIXTURES, client.all_to_api(workflows), strict=True):
         now = renamed(prompt)
         assert renamed(with_old_names(prompt)) == now != {}
         for node in now.values():
@@ -52,8 +52,8 @@ def test_server_runs_a_prompt_with_old_names(server):
         "1": {"class_type": "ChorusDemoReferences", "inputs": {"sign": "all signs"}},  # saved names; plain: ok
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     }
-    with Comfy(server.address) as comfy:
-        result = comfy.run(prompt)
+    with Comfy(server.address) as client:
+        result = client.run(prompt)
         assert len(result.outputs["2"]["images"]) == 392
 
 

@@ -311,7 +311,7 @@ class recording_opened_files:
 
 
 @pytest.mark.parametrize("name", LOADING)
-def test_server_rejects_names_that_it_does_not_offer(comfy, name):
+def test_server_rejects_names_that_it_does_not_offer(client, name):
     id, ending = LOADING[name]
     needs = {"LoadTrainingPairs": dict(first=0, count=0), "LoadMaskedTokenModel": {}}
     prompt = {
@@ -326,11 +326,11 @@ def test_server_rejects_names_that_it_does_not_offer(comfy, name):
         prompt["3"] = {"class_type": "LoadMaskedTokenModel", "inputs": {"model_folder": "chorus-demo", **model}}
         prompt["1"]["inputs"] |= {"model": ["3", 0], "strength": 1.0, "alpha": 0.0}
     with pytest.raises(WorkflowError, match="passwd"):
-        comfy.run(prompt)
+        client.run(prompt)
 
 
 @pytest.mark.parametrize("prefix", ["../x", "/etc/x", "x\0y", "x" * 5000, ".."])
-def test_error_about_the_prefix_reaches_the_user(server, comfy, prefix):
+def test_error_about_the_prefix_reaches_the_user(server, client, prefix):
     before = tree(Path(server.base))
     prompt = {
         "1": {
@@ -340,7 +340,7 @@ def test_error_about_the_prefix_reaches_the_user(server, comfy, prefix):
         "2": {"class_type": "SaveSeed", "inputs": {"noise": ["1", 0], "filename_prefix": prefix}},
     }
     with pytest.raises(WorkflowError, match="filename_prefix"):
-        comfy.run(prompt)
+        client.run(prompt)
     seeds = [
         key for key in tree(Path(server.base)).keys() - before.keys() if key.endswith((".seed.safetensors", ".part"))
     ]

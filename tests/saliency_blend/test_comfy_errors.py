@@ -171,14 +171,14 @@ def test_failed_run_leaves_the_models_unchanged(models):
     assert all(torch.equal(sample(m), b) for m, b in zip(models, before, strict=True))
 
 
-def test_missing_expert_rejected_by_comfyui(comfy):
+def test_missing_expert_rejected_by_comfyui(client):
     prompt = {
         "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "none.safetensors", "weight_dtype": "default"}},
         "2": {"class_type": "SaliencyNoiseBlend", "inputs": {"model": ["1", 0]}},
         "3": {"class_type": "SaliencyBlendView", "inputs": {"trace": ["2", 1]}},
     }
     with pytest.raises(WorkflowError, match=r"SaliencyNoiseBlend.*expert|expert.*SaliencyNoiseBlend"):
-        comfy.run(prompt)
+        client.run(prompt)
 
 
 @pytest.mark.parametrize("mode", ["compete", "force"])

@@ -65,7 +65,7 @@ def api_prompt(seed, steps=60, mask_mode="hard"):
     }
 
 
-def masks_of(comfy, prompt):
+def masks_of(client, prompt):
     """Run a prompt; returns (arrival time, running node, message) of its masks."""
     found, running = [], [""]
 
@@ -75,7 +75,7 @@ def masks_of(comfy, prompt):
         if kind == EVENT:
             found.append((time.monotonic(), running[0], data))
 
-    assert comfy.run(prompt, receive).status == "success"
+    assert client.run(prompt, receive).status == "success"
     return found
 
 
@@ -86,14 +86,14 @@ def pixels(message):
 
 
 @pytest.fixture
-def setting(comfy):
+def setting(client):
     """Function that changes the page's setting; it is on again after the test."""
-    yield lambda value: comfy.post("/settings", {SETTING: value})
-    comfy.post("/settings", {SETTING: True})
+    yield lambda value: client.post("/settings", {SETTING: value})
+    client.post("/settings", {SETTING: True})
 
 
-def test_running_blend_sends_its_masks(comfy):
-    masks = [(at, data) for at, running, data in masks_of(comfy, api_prompt(1)) if running == "sample"]
+def test_running_blend_sends_its_masks(client):
+    masks = [(at, data) for at, running, data in masks_of(client, api_prompt(1)) if running == "sample"]
     assert len(masks) >= 2
     assert all(sorted(data["nodes"]) == ["first", "second"] for _, data in masks)
     seconds = masks[-1][0] - masks[0][0]
@@ -108,15 +108,15 @@ def test_running_blend_sends_its_masks(comfy):
     assert model_colour(0) in colours and len(colours) > 1
 
 
-def test_soft_mask_has_mixed_colours(comfy):
+def test_soft_mask_has_mixed_colours(client):
     prompt = api_prompt(7, steps=2, mask_mode="soft")
-    last = pixels(masks_of(comfy, prompt)[-1][2])
+    last = pixels(masks_of(client, prompt)[-1][2])
     colours = np.array([model_colour(i) for i in range(3)])
     assert (last >= colours.min(0) - 8).all() and (last <= colours.max(0) + 8).all()
     assert len(np.unique(last.reshape(-1, 3), axis=0)) > 20
 
 
-def test_last_mask_is_that_of_the_record(comfy):
+def test_last_mask_is_that_of_the_record(client):
     """The mean mask of a run of one step, in the view, is the mask of that step."""
     prompt = api_prompt(2, steps=1)
     prompt["view"] = node("SaliencyBlendView", trace=["first", 1], samples=["sample", 0])
@@ -128,21 +128,21 @@ def test_last_mask_is_that_of_the_record(comfy):
         if kind == EVENT and "first" in data["nodes"]:
             masks.append(data)
 
-    result = comfy.run(prompt, receive)
+    result = client.run(prompt, receive)
     (image,) = result.outputs["shown"]["images"]
-    experts = Image.open(io.BytesIO(comfy.get(f"/view?filename={image['filename']}&type=temp"))).convert("L")
+    experts = Image.open(io.BytesIO(client.get(f"/view?filename={image['filename']}&type=temp"))).convert("L")
     shown = (pixels(masks[-1]) != model_colour(0)).any(-1)[4::8, 4::8]
     assert np.array_equal(shown, np.asarray(experts) > 127)
 
 
-def test_setting_turns_masks_off(comfy, setting):
+def test_setting_turns_masks_off(client, setting):
     setting(False)
-    assert not masks_of(comfy, api_prompt(3, steps=2))
+    assert not masks_of(client, api_prompt(3, steps=2))
     setting(True)
-    assert masks_of(comfy, api_prompt(4, steps=2))
+    assert masks_of(client, api_prompt(4, steps=2))
 
 
-def test_prompt_without_a_client_sends_no_mask(comfy, server):
+def test_prompt_without_a_client_sends_no_mask(client, server):
     """An API request without client_id: the server would send events without a recipient to all clients."""
     with Comfy(server.address) as other:
         prompt_id = other.post("/prompt", {"prompt": api_prompt(5, steps=2)})["prompt_id"]
@@ -152,10 +152,10 @@ def test_prompt_without_a_client_sends_no_mask(comfy, server):
     assert EVENT not in received
 
 
-def test_seed_select_shows_none_of_its_runs(comfy):
+def test_seed_select_shows_none_of_its_runs(client):
     prompt = api_prompt(6)
     del prompt["sample"], prompt["draft"]
-    required = comfy.get_json("/object_info/SeedSelect")["SeedSelect"]["input"]["required"]
+    required = client.get_json("/object_info/SeedSelect")["SeedSelect"]["input"]["required"]
     values = {name: spec[1]["default"] for name, spec in required.items() if "default" in spec[1]}
     prompt["samples"] = node(
         "SeedSelect",
@@ -166,13 +166,13 @@ def test_seed_select_shows_none_of_its_runs(comfy):
         references=["image", 0],
         vae=["general", 2],
     )
-    concepts = comfy.get_json("/object_info/ChorusDemoReferences")["ChorusDemoReferences"]["input"]["required"][
+    concepts = client.get_json("/object_info/ChorusDemoReferences")["ChorusDemoReferences"]["input"]["required"][
         "concept"
     ]
     options = concepts[1]["options"] if concepts[0] == "COMBO" else concepts[0]
     prompt["image"] = node("ChorusDemoReferences", concept=options[0])
     prompt["save"] = node("SaveLatent", samples=["samples", 2], filename_prefix="live")
-    assert not masks_of(comfy, prompt)
+    assert not masks_of(client, prompt)
 
 
 def test_library_use_has_no_display():

@@ -82,29 +82,29 @@ def test_latent_is_finite_and_of_the_batch_shape(first):
 
 
 @pytest.mark.slow
-def test_same_bits_after_freeing_all_models(server, comfy, first):
-    assert not torch.equal(run(comfy, server.base, seed=6)[0], first)
-    comfy.free()
-    again, cached = run(comfy, server.base)
+def test_same_bits_after_freeing_all_models(server, client, first):
+    assert not torch.equal(run(client, server.base, seed=6)[0], first)
+    client.free()
+    again, cached = run(client, server.base)
     assert "sample" not in cached
     assert torch.equal(again, first)
 
 
 @pytest.mark.slow
-def test_same_bits_after_an_interrupted_run(server, comfy, first):
+def test_same_bits_after_an_interrupted_run(server, client, first):
     steps = []
 
     def stop(kind, data):
         state = data["nodes"].get("sample", {}) if kind == "progress_state" else {}
         if not steps and state.get("state") == "running" and state["value"] >= 2:
             steps.append(state["value"])
-            comfy.interrupt()
+            client.interrupt()
 
-    status = comfy.run(api_prompt(seed=7, steps=200), stop).status
-    comfy.free()
+    status = client.run(api_prompt(seed=7, steps=200), stop).status
+    client.free()
     assert status == "interrupted"
     assert steps[0] < 100
-    assert torch.equal(run(comfy, server.base)[0], first)
+    assert torch.equal(run(client, server.base)[0], first)
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def without_blend() -> dict:
     return prompt
 
 
-def test_view_of_a_bypassed_blend_shows_why_and_the_prompt_runs(comfy, server):
-    result = comfy.run(without_blend())
+def test_view_of_a_bypassed_blend_shows_why_and_the_prompt_runs(client, server):
+    result = client.run(without_blend())
     expected = (255 * draw_no_blend(1)[0].numpy()).astype(np.uint8)
     shown = result.outputs["view"]["images"]
     assert len(shown) == 2  # one sheet per sample
@@ -131,12 +131,12 @@ def test_view_of_a_bypassed_blend_shows_why_and_the_prompt_runs(comfy, server):
         assert np.array_equal(np.asarray(pixels), expected)
 
 
-def test_view_without_samples_is_refused_before_the_prompt_runs(comfy):
+def test_view_without_samples_is_refused_before_the_prompt_runs(client):
     prompt = api_prompt(seed=9)
     del prompt["view"]["inputs"]["samples"], prompt["save"]
     with pytest.raises(WorkflowError, match="expected LATENT for samples, got null; connect a latent"):
-        comfy.run(prompt)
+        client.run(prompt)
 
 
-def test_previews_of_a_blend_are_sent(comfy):
-    assert comfy.run(api_prompt(seed=8), extra_data={"preview_method": "latent2rgb"}).previews
+def test_previews_of_a_blend_are_sent(client):
+    assert client.run(api_prompt(seed=8), extra_data={"preview_method": "latent2rgb"}).previews

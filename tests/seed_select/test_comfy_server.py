@@ -57,11 +57,11 @@ def workflow(**inputs) -> dict:
 
 
 @pytest.fixture
-def run(server, comfy):
+def run(server, client):
     """Function that runs ``workflow`` and returns its three latents by name, and the result with all events."""
 
     def run(on_event=None, **inputs):
-        result = comfy.run(workflow(**inputs), on_event, extra_data={"preview_method": "latent2rgb"})
+        result = client.run(workflow(**inputs), on_event, extra_data={"preview_method": "latent2rgb"})
         folder, latents = server.base / "output" / "seed", {}
         for name in ("select", "plain", "advanced"):
             newest = max(folder.glob(f"{name}_*.latent"), key=lambda file: file.name)
@@ -72,11 +72,11 @@ def run(server, comfy):
 
 
 @pytest.mark.slow
-def test_seed_and_noise_reproduce_the_samples_bit_for_bit(run, comfy):
+def test_seed_and_noise_reproduce_the_samples_bit_for_bit(run, client):
     latents, result = run()
     assert torch.equal(latents["plain"], latents["select"])
     assert torch.equal(latents["advanced"], latents["select"])
-    [(_, _, image)] = comfy.images(result, "temp")
+    [(_, _, image)] = client.images(result, "temp")
     assert image[:4] == b"\x89PNG"
     progress = [data for kind, data in result.events if kind == "progress" and data["node"] == "select"]
     # two rounds: four candidates with 2 steps, then one survivor with 4 steps
@@ -101,13 +101,13 @@ def test_only_the_optimised_noise_reproduces_the_samples(run):
 
 
 @pytest.mark.slow
-def test_cancel_returns_the_best_so_far_and_the_queue_continues(run, comfy):
+def test_cancel_returns_the_best_so_far_and_the_queue_continues(run, client):
     stopped = []
 
     def interrupt(kind, data):
         if kind == "progress" and data["node"] == "select" and data["value"] >= 2 * 2 and not stopped:
             stopped.append(data["value"])
-            comfy.interrupt()
+            client.interrupt()
 
     latents, result = run(interrupt, candidates=1024, sampler_name="euler_ancestral", seed=90)
     assert result.status == "success" and stopped[0] < 100
@@ -117,7 +117,7 @@ def test_cancel_returns_the_best_so_far_and_the_queue_continues(run, comfy):
 
 
 @pytest.mark.exhaustive
-def test_two_servers_find_the_best_seed_of_one(run, comfy, tmp_path):
+def test_two_servers_find_the_best_seed_of_one(run, client, tmp_path):
     """With all steps in the first round, no candidate is dropped early, so the best is the same."""
 
     def found(result) -> tuple[set[int], int, float]:

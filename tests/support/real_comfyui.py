@@ -26,7 +26,7 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def comfy(server):
+def client(server):
     """A client of the server: run(prompt), to_api(workflow), images(result), interrupt(), free()."""
     with Comfy(server.address) as client:
         yield client

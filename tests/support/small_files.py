@@ -97,9 +97,9 @@ def install():
         config.unet_config.update(family.config)
         return config
 
-    def detect_te_model(state_dict):
-        name = mark_of(state_dict)
-        return encoder_of(state_dict) if name is None else comfy.sd.TEModel[name]
+    def detect_te_model(sd):
+        name = mark_of(sd)
+        return encoder_of(sd) if name is None else comfy.sd.TEModel[name]
 
     def load_clipvision_from_sd(state_dict, *args, **kwargs):
         if mark_of(state_dict) is None:
