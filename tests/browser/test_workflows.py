@@ -152,6 +152,7 @@ def essence(workflow: dict) -> dict:
     for node in workflow["nodes"]:
         del node["order"]  # the page recomputes it; independent nodes may change places
         del node["size"]  # depends on the installed fonts; checked by ``no_node_shrank``
+        node.pop("widgets_values_named", None)  # the same values by name, which pages since 1.58 add
         if node.get("widgets_values") == []:
             del node["widgets_values"]  # present or not, depending on whether the node was run
     return workflow
