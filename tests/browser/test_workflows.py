@@ -23,9 +23,9 @@ LONG = ("Train a ", "Style from one picture", "Rare concept by optimising")
 SHORT = [file for file in FILES if not file.stem.startswith(LONG)]
 short_runs = pytest.mark.parametrize("file", quick(SHORT, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
 # every file is dropped into the page; the other ways to open it differ only in how the page gets the same content
-SOME = SHORT[::3]
+SOME = SHORT[::4]
 some_files = pytest.mark.parametrize("file", quick(SOME, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
-OTHERS = FILES[1::3]
+OTHERS = FILES[1::4]
 other_files = pytest.mark.parametrize("file", quick(OTHERS, FILES, EXHAUSTIVE), ids=lambda file: file.stem)
 
 PROMPT = "async () => (await window.app.graphToPrompt()).output"
@@ -239,9 +239,10 @@ def card_of(page, file):
     return page.get_by_test_id(f"template-workflow-{file.stem}")
 
 
-def test_template_browser_shows_every_workflow(page):
+def test_template_browser_shows_the_pictures(page):
+    """tests/pack/test_comfy_install.py compares the server's list of all templates."""
     open_templates(page)
-    for file in FILES:
+    for file in SOME:
         card = card_of(page, file)
         assert file.stem in card.inner_text()
         size = card.locator("img").first.evaluate(

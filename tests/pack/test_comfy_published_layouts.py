@@ -3,7 +3,7 @@
 tests/dev/test_comfy_memory.py compares the layouts with those that ComfyUI detects; tests/masked_tokens/ has aMUSEd's.
 """
 
-import comfy.lora
+import comfy.model_base
 import comfy.sd
 import pytest
 import torch
@@ -92,6 +92,14 @@ LORAS = [
 NAMES = list(dict.fromkeys(name for name, *_ in LORAS))
 
 
+def published(name):
+    """The MODEL without weights. Its noise levels are real, because nodes read them."""
+    patcher = memory.built(name, "16 bit")
+    model = patcher.model
+    model.model_sampling = comfy.model_base.model_sampling(model.model_config, model.model_type)
+    return patcher
+
+
 def lora_file(model, names, layers):
     """A LoRA file for these layers, in the layout of a trainer."""
     weights = model.model.state_dict()
@@ -108,7 +116,7 @@ def lora_file(model, names, layers):
     "name, trainer, names, layers", LORAS, ids=[f"{name}, {trainer}" for name, trainer, *_ in LORAS]
 )
 def test_lora_of_a_trainer_makes_an_expert_of_the_same_checkpoint(name, trainer, names, layers):
-    base = memory.built(name, "16 bit")
+    base = published(name)
     expert, _ = comfy.sd.load_lora_for_models(base, None, lora_file(base, names, layers), 1.0, 0.0)
     changed = {key if isinstance(key, str) else key[0] for key in expert.patches}
     assert changed == {f"diffusion_model.{target}.weight" for target in layers.values()}
@@ -119,7 +127,7 @@ def test_lora_of_a_trainer_makes_an_expert_of_the_same_checkpoint(name, trainer,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_head_fits_the_published_model(name):
-    model = memory.built(name, "16 bit")
+    model = published(name)
     head = head_for(model)
     patched = apply_head(model, head)
     assert patched.attachments and head.config.channels == model.model.latent_format.latent_channels
@@ -129,4 +137,4 @@ def test_head_fits_the_published_model(name):
 def test_head_of_another_latent_space_rejected(name):
     other = "SDXL" if name != "SDXL" else "SD 1.5"
     with pytest.raises(ValueError, match="the head was trained on"):
-        apply_head(memory.built(name, "16 bit"), head_for(memory.built(other, "16 bit")))
+        apply_head(published(name), head_for(published(other)))

@@ -20,7 +20,7 @@ FOLDER = "masked_token/amused-512"  # a folder with several files
 KNOWN = {*small_files.FILES, FOLDER}
 FILES = [file for file in sorted((ROOT / "example_workflows").glob("*.json")) if set(small_files.needs(file)) & KNOWN]
 # the largest value of a widget
-LOWER = {"steps": 4, "width": 128, "height": 128, "length": 5, "candidates": 4, "first_steps": 1, "crop": 64}
+LOWER = {"steps": 3, "width": 64, "height": 64, "length": 5, "candidates": 4, "first_steps": 1, "crop": 32}
 LOWER |= {"checkpoint_every": 2, "batch_size": 2, "gradient_accumulation": 2, "cached_steps": 4}
 
 
