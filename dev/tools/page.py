@@ -17,6 +17,8 @@ RUN = 3_600_000  # timeout of a run in ms; the longest example takes 40 s, and m
 REST = 100  # ms between two polls; polling every frame would make the page redraw every frame
 
 STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia.state.value"
+# the page's errors; newer pages do not keep them in the state of the store
+ERRORS = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('executionError')"
 # True if no overlay covers the page. The functions below wait for this before they continue: if an overlay opened while
 # the previous one fades, the page would never remove one of them.
 CALM = f"!{STORES}.workspace.spinner && !document.querySelector('.p-blockui-mask')"
@@ -90,7 +92,7 @@ UNSEEN = """
 # the server's errors if it rejected any part of the graph after a click on Run
 REFUSED = f"""
 () => {{
-  const {{ lastNodeErrors, lastPromptError }} = {STORES}.executionError;
+  const {{ lastNodeErrors, lastPromptError }} = {ERRORS};
   return Object.keys(lastNodeErrors ?? {{}}).length ? lastNodeErrors : lastPromptError;
 }}
 """

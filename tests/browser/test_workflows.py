@@ -42,7 +42,7 @@ PROBLEMS = f"""
     unknown: window.chorus.missing,
     models: (stores.missingModel.missingModelCandidates ?? []).map(({{ directory, name }}) => `models/${{directory}}/${{name}}`),
     media: (stores.missingMedia.missingMediaCandidates ?? []).map(({{ name }}) => name),
-    reported: Object.values(stores.executionError.lastNodeErrors ?? {{}}).length,
+    reported: Object.values({page_tools.ERRORS}.lastNodeErrors ?? {{}}).length,
   }};
 }}
 """
