@@ -151,6 +151,13 @@ def drop(page, file: Path | str, content: bytes) -> None:
     file, before = Path(file), loads(page)
     page.evaluate(DROP, [file.name, TYPES[file.suffix], base64.b64encode(content).decode()])
     wait_for_load(page, before)
+    if file.suffix == ".json":  # the load that was counted may be a late one of an earlier graph
+        nodes = sorted(f"{node['id']} {node['type']}" for node in json.loads(content)["nodes"])
+        page.wait_for_function(
+            "nodes => window.app.graph._nodes.map(({ id, type }) => `${id} ${type}`).sort().join() === nodes.join()",
+            arg=nodes,
+            polling=REST,
+        )
 
 
 def run(page) -> dict:

@@ -88,9 +88,14 @@ def page(browser, own_server):
 def insert(page, name):
     """Search for a blueprint in the empty page, insert it, and compare it with its file."""
     page.evaluate("() => window.app.graph.clear()")
-    page.mouse.dblclick(900, 600)
     dialog = page.get_by_role("dialog")
-    dialog.get_by_role("combobox").or_(dialog.get_by_role("textbox")).first.fill(name)
+    box = dialog.get_by_role("combobox").or_(dialog.get_by_role("textbox")).first
+    for _ in range(20):  # a page that is still busy ignores the first double click
+        page.mouse.dblclick(900, 600)
+        page.wait_for_timeout(1000)
+        if box.is_visible():
+            break
+    box.fill(name)
     page.get_by_text(name, exact=True).first.wait_for()
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length === 1", polling=page_tools.REST)
