@@ -25,6 +25,11 @@ from .server import urlopen_no_proxy
 ENDS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
+def needs(workflow: dict) -> list[str]:
+    """Files that a workflow (in UI format) needs but the pack does not contain, relative to ComfyUI's folder."""
+    return workflow.get("extra", {}).get("chorus", {}).get("needs", [])
+
+
 class WorkflowError(Exception):
     """ComfyUI rejected a workflow, or one of its nodes failed; the message names the node."""
 

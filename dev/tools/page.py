@@ -16,9 +16,10 @@ SLOW = 180_000  # timeout in ms; the page starts in 5 s on a machine that is not
 RUN = 3_600_000  # timeout of a run in ms; the longest example takes 40 s, and many times as long on a busy machine
 REST = 100  # ms between two polls; polling every frame would make the page redraw every frame
 
-STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia.state.value"
+PINIA = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia"
+STORES = f"{PINIA}.state.value"
 # the page's errors; newer pages do not keep them in the state of the store
-ERRORS = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('executionError')"
+ERRORS = f"{PINIA}._s.get('executionError')"
 # True if no overlay covers the page. The functions below wait for this before they continue: if an overlay opened while
 # the previous one fades, the page would never remove one of them.
 CALM = f"!{STORES}.workspace.spinner && !document.querySelector('.p-blockui-mask')"

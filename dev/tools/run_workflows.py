@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .client import Comfy, WorkflowError
+from .client import Comfy, WorkflowError, needs
 
 
 def progress_bar(title: str, prompt: dict):
@@ -48,8 +48,8 @@ def save(image: bytes, folder: Path, stem: str) -> Path:
 
 def run_file(comfy: Comfy, file: Path, folder: Path) -> None:
     workflow = json.loads(file.read_text(encoding="utf-8"))
-    if needs := workflow.get("extra", {}).get("chorus", {}).get("needs"):
-        print(f"{file.stem}: skipped, it needs {', '.join(needs)}")
+    if files := needs(workflow):
+        print(f"{file.stem}: skipped, it needs {', '.join(files)}")
         return
     prompt = comfy.to_api(workflow)
     bar, listen = progress_bar(file.stem, prompt)

@@ -35,6 +35,7 @@ from pathlib import Path
 from PIL import Image
 
 from . import page as comfy
+from .client import needs
 from .server import urlopen_no_proxy
 
 WINDOW = {"width": 1800, "height": 2100}
@@ -67,7 +68,7 @@ def missing_models(address: str, workflow: dict) -> list[str]:
         with urlopen_no_proxy(f"http://{address}/models/{folder}", timeout=120) as response:
             return name in json.loads(response.read())
 
-    return [path for path in workflow.get("extra", {}).get("chorus", {}).get("needs", []) if not found(path)]
+    return [path for path in needs(workflow) if not found(path)]
 
 
 def screenshot(browser, address: str, file: Path, nodes: Sequence[int] = ()) -> Image.Image:

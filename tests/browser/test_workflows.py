@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from chorus.dev.tools import client as client_tools
 from chorus.dev.tools import page as page_tools
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import RENAMED_INPUTS, RENAMED_VALUES, renamed
@@ -99,7 +100,7 @@ def read(file) -> dict:
 
 
 def needs(file) -> list[str]:
-    return read(file).get("extra", {}).get("chorus", {}).get("needs", [])
+    return client_tools.needs(read(file))
 
 
 def listed(file) -> list[str]:

@@ -12,13 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from chorus.dev.tools.client import Comfy
+from chorus.dev.tools.client import Comfy, needs
 from chorus.dev.tools.setup import ROOT
 from chorus.tests.support import masked_token_folder, small_files
 
+
+def read(file) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def models_of(file) -> list[str]:
+    """The model files that a workflow needs, relative to the folder of models."""
+    return [path.removeprefix("models/") for path in needs(read(file))]
+
+
 FOLDER = "masked_token/amused-512"  # a folder with several files
 KNOWN = {*small_files.FILES, FOLDER}
-FILES = [file for file in sorted((ROOT / "example_workflows").glob("*.json")) if set(small_files.needs(file)) & KNOWN]
+FILES = [file for file in sorted((ROOT / "example_workflows").glob("*.json")) if set(models_of(file)) & KNOWN]
 # the largest value of a widget
 LOWER = {"steps": 3, "width": 64, "height": 64, "length": 5, "candidates": 4, "first_steps": 1, "crop": 32}
 LOWER |= {"checkpoint_every": 2, "batch_size": 2, "gradient_accumulation": 2, "cached_steps": 4}
@@ -27,7 +37,7 @@ LOWER |= {"checkpoint_every": 2, "batch_size": 2, "gradient_accumulation": 2, "c
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory):
     base = tmp_path_factory.mktemp("published")
-    names = sorted({name for file in FILES for name in small_files.needs(file) if name != FOLDER})
+    names = sorted({name for file in FILES for name in models_of(file) if name != FOLDER})
     masked_token_folder.write(base / "models" / FOLDER)
     pictures = np.random.default_rng(0)
     for folder, count in (("references", 4), ("train", 4)):
@@ -80,20 +90,20 @@ def check_run(client, server, prompt) -> None:
 def test_every_workflow_with_published_models_is_tried():
     assert len(FILES) >= 6
     for file in FILES:
-        assert set(small_files.needs(file)) <= KNOWN, file.stem
+        assert set(models_of(file)) <= KNOWN, file.stem
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_runs_with_small_models(client, own_server, file):
-    check_run(client, own_server, shortened(client.to_api(json.loads(file.read_text(encoding="utf-8")))))
+    check_run(client, own_server, shortened(client.to_api(read(file))))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_runs_unchanged(client, own_server, file):
-    workflow = json.loads(file.read_text(encoding="utf-8"))
+    workflow = read(file)
     if not torch.cuda.is_available() and any(node["type"].startswith("Train") for node in workflow["nodes"]):
         pytest.skip("a training of this length needs a GPU")
     check_run(client, own_server, client.to_api(workflow))
@@ -103,7 +113,7 @@ def test_runs_unchanged(client, own_server, file):
 def test_masks_of_both_models(client, own_server):
     """In a blend of two architectures, both models generate a part of the image."""
     file = ROOT / "example_workflows" / "Z-Image with Chroma.json"
-    prompt = shortened(client.to_api(json.loads(file.read_text(encoding="utf-8"))))
+    prompt = shortened(client.to_api(read(file)))
     (view,) = (id for id, node in prompt.items() if node["class_type"] == "SaliencyBlendView")
     prompt["report"] = {"class_type": "PreviewAny", "inputs": {"source": [view, 2]}}
     result = client.run(prompt)

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from chorus.dev.tools.client import Comfy
+from chorus.dev.tools.client import Comfy, needs
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import renamed
 from chorus.tests.support.old_workflows import saved_workflows
@@ -20,11 +20,6 @@ MAX_SIDE, MAX_BYTES = 1600, 400_000  # of a picture; at present the largest has 
 
 def read(file) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def needs(workflow: dict) -> list[str]:
-    """Files that a workflow needs but the pack does not contain, relative to ComfyUI's folder."""
-    return workflow.get("extra", {}).get("chorus", {}).get("needs", [])
 
 
 def saved_widgets(node: dict) -> dict:

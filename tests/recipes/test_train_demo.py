@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,27 @@ def test_training_resumes_from_the_snapshot_alone(folder):
     assert start[1] == 16
     assert all(torch.isfinite(v).all() for v in start[0].values())
     assert loop.rate(longer, 12, 12) == pytest.approx(loop.rate(longer, 12) / loop.RESTART_WARMUP)
+
+
+def test_stopped_stage_is_exported(folder):
+    stage = SimpleNamespace(
+        name="line", plan="PLAN", plans=(PLAN,), load=lambda: SimpleNamespace(Task=lambda plan: LinearTask())
+    )
+    with pytest.raises(RecipeError, match="line has not been trained yet"):
+        chain.export(stage)
+    with pytest.raises(loop.Interrupted):
+        train(at=5)
+    assert snapshots.load("line") is None
+    lines = []
+    chain.export(stage, lines.append)
+    assert lines == ["line: saved the weights of step 6"]
+    saved, step = snapshots.load("line")
+    assert step == 6
+    average = state.load("line", print)["average"]
+    for name, value in saved.items():
+        torch.testing.assert_close(value, average[name], rtol=1e-3, atol=1e-3)  # float16
+    with pytest.raises(RecipeError, match="one training, got student"):
+        chain.export(chain.find(["student"])[0])
 
 
 def test_halfway_snapshot_is_written(folder):

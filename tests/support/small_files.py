@@ -9,8 +9,8 @@ ComfyUI's own: its loader nodes, its classes, the keys of the files, its tokeniz
 
 import dataclasses
 import io
-import json
 from pathlib import Path
+from pkgutil import resolve_name
 
 import comfy.clip_vision
 import comfy.ldm.wan.vae
@@ -115,7 +115,7 @@ def install():
     for family in SMALL_FAMILIES.values():
         for path, part in family.smaller.items():
             module, _, attribute = path.rpartition(".")
-            setattr(__import__(module, fromlist=[attribute]), attribute, part)
+            setattr(resolve_name(module), attribute, part)
 
 
 def _shrink_text_encoders():
@@ -258,9 +258,3 @@ def server(base, names):
     node = NODE.format(root=str(ROOT), models=str(base / "models"), names=list(names))
     (base / "custom_nodes" / "small_files.py").write_text(node, encoding="utf-8")
     return fresh_server(base)
-
-
-def needs(workflow):
-    """The model files that a workflow needs, relative to the folder of models."""
-    content = json.loads(Path(workflow).read_text(encoding="utf-8"))
-    return [path.removeprefix("models/") for path in content.get("extra", {}).get("chorus", {}).get("needs", [])]
