@@ -167,7 +167,11 @@ def capture(run: Callable) -> Callable | None:
     except RuntimeError as error:
         print(f"CUDA graph not captured: {error}", flush=True)
         return None
-    return graph.replay
+
+    def replay(constants: Constants = constants) -> None:  # the graph reads the constants, so they must stay alive
+        graph.replay()
+
+    return replay
 
 
 def eager_gpu(run: Callable) -> float:

@@ -29,14 +29,14 @@ SHOWN = (900, 700, 500, 300)  # timesteps on the sample sheet
 class Plan(loop.Plan):
     name: str = "cas_dm"
     snapshot: str = "cas_dm/chorus-emoji-general"
-    steps: int = 2000
-    batch: int = 32
+    steps: int = 1550
+    batch: int = 64
     lr: float = 1.5e-3
     warmup: int = 50
     seed: int = 21
-    hours: float = 0.4
+    hours: float = 0.6
     cfg: float = guided.CFG
-    canvases: int = 16000
+    canvases: int = 30000
     evaluated: int = 64
     metric_weight: float = 2.0
     # share of a batch for which the metric is computed; decoding for the metric takes most of a step's time

@@ -44,7 +44,7 @@ class Plan(loop.Plan):
     """Settings of a denoiser's training; ``domain``, ``balanced``, ``bystanders`` and ``alone`` are those of
     ``Scenes``.
 
-    ``small_until``: in this first share of the steps, three of four steps use small canvases of one concept, which train
+    ``small_steps``: in this number of first steps, three of four steps use small canvases of one concept, which train
     several times faster. Every fourth step uses large canvases.
     """
 
@@ -55,16 +55,16 @@ class Plan(loop.Plan):
     bystanders: float = 0.0
     alone: float = 0.45
     trains_text: bool = False
-    small_until: float = 0.0
-    small_batch: int = 64
-    canvases: int = 40000
-    small_canvases: int = 12000
-    ema_decay: float = 0.9995
+    small_steps: int = 0
+    small_batch: int = 1024
+    canvases: int = 160000
+    small_canvases: int = 40000
+    ema_decay: float = 0.999
     prompts: tuple = PROMPTS
     sheet_steps: int = 25  # sampling steps of the images on the sheet
 
     def small(self, **changes):
-        few = dict(canvases=32, small_canvases=32, small_batch=4, sheet_steps=2)
+        few = dict(canvases=32, small_canvases=32, small_batch=4, small_steps=2, sheet_steps=2)
         return super().small(**{**few, **changes})
 
 
@@ -184,7 +184,7 @@ class Task:
         large = dict(alone=plan.alone, bystanders=plan.bystanders)
         self.large_bank = banks.bank(f"{plan.name}", self.autoencoder, plan.canvases, report, **options, **large)
         self.small_bank = None
-        if plan.small_until:
+        if plan.small_steps:
             name = f"{plan.name}-small"
             self.small_bank = banks.bank(name, self.autoencoder, plan.small_canvases, report, size=SMALL, **options)
 
@@ -198,7 +198,7 @@ class Task:
 
     def chosen(self, step):
         """(bank, batch size) of a step."""
-        small = self.small_bank is not None and step < self.plan.small_until * self.plan.steps
+        small = self.small_bank is not None and step < self.plan.small_steps
         if small and step % 4 != 3:
             return self.small_bank, self.plan.small_batch
         return self.large_bank, self.plan.batch
@@ -206,15 +206,18 @@ class Task:
     def batch_size(self, step):
         return self.chosen(step)[1]
 
-    def loss(self, step):
+    def batch(self, step):
+        """A batch on the CPU: latents [B, 8, h, w], tokens [B, 20], timesteps [B] and noise."""
         bank, count = self.chosen(step)
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
         rows = torch.randint(len(bank["latents"]), (count,), generator=generator)
         x0, tokens = bank["latents"][rows].float(), bank["tokens"][rows].clone()
         tokens[torch.rand(count, generator=generator) < DROP] = torch.tensor([START, *[PAD] * (tokens.shape[1] - 1)])
         t = self.network.noise.times(count, generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        x0, tokens, t, noise = (part.to(device()) for part in (x0, tokens, t, noise))
+        return x0, tokens, t, torch.randn(x0.shape, generator=generator)
+
+    def loss(self, step):
+        x0, tokens, t, noise = (part.to(device()) for part in self.batch(step))
         x, target = self.network.noise.noisy(x0, noise, t)
         with autocast():
             prediction = self.network(x, t, tokens)
@@ -252,12 +255,12 @@ GENERAL = Plan(
     network=denoisers.GENERAL,
     style="glossy",
     trains_text=True,
-    small_until=0.19,
-    steps=16000,
-    batch=32,
-    lr=1e-3,
+    small_steps=800,
+    steps=2600,
+    batch=512,
+    lr=1.5e-3,
     seed=1,
-    hours=2.4,
+    hours=5.3,
 )
 ANIMAL_PROMPTS = (
     *(
@@ -283,15 +286,15 @@ ANIMALS = Plan(
     domain="animal",
     balanced=True,
     bystanders=0.5,
-    small_until=0.15,
-    steps=16000,
-    batch=32,
-    lr=1e-3,
+    small_steps=600,
+    steps=1950,
+    batch=512,
+    lr=1.5e-3,
     seed=2,
-    canvases=20000,
-    small_canvases=6000,
+    canvases=80000,
+    small_canvases=20000,
     prompts=ANIMAL_PROMPTS,
-    hours=1.5,
+    hours=3.0,
 )
 FOOD_PROMPTS = (
     *(
@@ -305,5 +308,5 @@ FOOD_PROMPTS = (
     *("a carrot below an umbrella on orange", "cherries above an egg", "a watermelon on blue"),
 )
 FOOD = replace(
-    ANIMALS, name="expert-food", network=denoisers.FOOD, domain="food", seed=3, prompts=FOOD_PROMPTS, hours=1.2
+    ANIMALS, name="expert-food", network=denoisers.FOOD, domain="food", seed=3, prompts=FOOD_PROMPTS, hours=2.4
 )

@@ -10,6 +10,11 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def name_of_device():
+    """The name of the GPU, or 'CPU' and the number of threads."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
 def has_bfloat16():
     """Whether the processor multiplies bfloat16 natively. Emulated bfloat16 takes about 12 times as long as float32."""
     if torch.cuda.is_available():

@@ -31,8 +31,8 @@ CROP = SIZE
 class Plan(loop.Plan):
     name: str = "face_refiner"
     snapshot: str = face_pairs.REFINER
-    steps: int = 4000
-    batch: int = 8
+    steps: int = 2000
+    batch: int = 16
     lr: float = 1e-3
     warmup: int = 50
     decay_from: float = 0.5

@@ -24,6 +24,7 @@ from .muon import Muon
 SAVE_SECONDS = 300
 SHEET_SECONDS = 1200
 REPORT_SECONDS = 60
+CHECK_EVERY = 20  # steps between two checks of the loss; reading it from a GPU makes the processor wait
 RESTART_WARMUP = 100  # warm-up steps after a restart from a snapshot, which has weights but no optimizer state
 
 
@@ -106,7 +107,8 @@ class Run:
         self.plan, self.task, self.report = plan, task, report
         self.network = task.network.to(device())
         self.optimizers = make_optimizers(self.network, plan)
-        self.step, self.restarted_at, self.samples, self.seconds, self.mean, self.log = 0, 0, 0, 0.0, None, []
+        self.step, self.restarted_at, self.samples, self.seconds, self.log = 0, 0, 0, 0.0, []
+        self.loss: torch.Tensor | None = None  # the smoothed loss
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         state.remove_parts(plan.name)
         self._resume()
@@ -126,7 +128,8 @@ class Run:
             optimizer.load_state_dict(kept)
         self.average = {k: v.to(device()) for k, v in found["average"].items()}
         self.step, self.restarted_at, self.samples = found["step"], found["restarted_at"], found["samples"]
-        self.seconds, self.mean, self.log = found["seconds"], found["mean"], found["log"]
+        self.seconds, self.log = found["seconds"], found["log"]
+        self.loss = None if found["mean"] is None else torch.tensor(found["mean"], device=device())
         if hasattr(self.task, "load_extra"):
             self.task.load_extra(found["extra"])
 
@@ -155,13 +158,21 @@ class Run:
         self.samples += self.task.batch_size(self.step) if hasattr(self.task, "batch_size") else self.plan.batch
         self.step += 1
         self._update_average()
-        value = loss.item()
+        self.loss = loss.detach() if self.loss is None else self.loss.lerp(loss.detach(), 0.02)
+        if self.step % CHECK_EVERY == 0:
+            self.mean()
+
+    def mean(self) -> float | None:
+        """The smoothed loss, or None before the first step. Raises RecipeError if it is not finite."""
+        if self.loss is None:
+            return None
+        value = self.loss.item()
         if not math.isfinite(value):
             raise RecipeError(
                 f"{self.plan.name}: expected a finite loss, got {value} at step {self.step}; lower the plan's"
                 f" learning rate ({self.plan.lr}) and run again to resume from the last saved state"
             )
-        self.mean = value if self.mean is None else 0.98 * self.mean + 0.02 * value
+        return value
 
     @torch.no_grad()
     def _update_average(self):
@@ -193,7 +204,7 @@ class Run:
                 "restarted_at": self.restarted_at,
                 "samples": self.samples,
                 "seconds": self.seconds,
-                "mean": self.mean,
+                "mean": self.mean(),
                 "log": self.log,
                 "extra": self.task.extra() if hasattr(self.task, "extra") else {},
             },
@@ -201,12 +212,13 @@ class Run:
 
     def facts(self):
         """Metadata for the snapshot."""
+        loss = self.mean()
         return {
             "step": self.step,
             "steps": self.plan.steps,
             "samples": self.samples,
             "seconds": round(self.seconds),
-            "loss": "" if self.mean is None else round(self.mean, 5),
+            "loss": "" if loss is None else round(loss, 5),
             "seed": self.plan.seed,
         }
 
@@ -216,7 +228,7 @@ class Run:
 
     def write_progress(self, speed, left):
         facts = {"seconds": round(self.seconds), "log": self.log}
-        state.write_progress(self.plan, self.step, self.plan.steps, self.mean, speed, left, **facts)
+        state.write_progress(self.plan, self.step, self.plan.steps, self.mean(), speed, left, **facts)
 
     def write_sheet(self):
         with self.averaged() as network:
@@ -262,9 +274,10 @@ def train(plan, task, *, halfway=False, report=print):
                 speed = (run.samples - samples) / (now - reported)
                 # hours left, by the mean speed since the start: on a busy machine the speed of one minute varies
                 left = (plan.steps - run.step) * (now - began - paused) / (run.step - start) / 3600
-                run.log.append([run.step, round(run.mean, 5)])
+                loss = run.mean()
+                run.log.append([run.step, round(loss, 5)])
                 report(
-                    f"{plan.name}: step {run.step} of {plan.steps}, loss {run.mean:.4f}, {speed:.1f} samples/s, {left:.1f} h left"
+                    f"{plan.name}: step {run.step} of {plan.steps}, loss {loss:.4f}, {speed:.1f} samples/s, {left:.1f} h left"
                 )
                 samples, reported = run.samples, now
                 run.write_progress(speed, left)

@@ -56,14 +56,14 @@ ZEROED = (
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
     name: str = NAME
-    steps: int = 20000
-    batch: int = 48
+    steps: int = 4500
+    batch: int = 192
     lr: float = 2e-3
     muon: float = 3.0  # on images of the older demo (64 pixels), Muon was better than AdamW for all weights
     warmup: int = 200
     seed: int = 31
-    hours: float = 1.1
-    canvases: int = 16000
+    hours: float = 1.0
+    canvases: int = 60000
     alone: float = 0.6
 
     def small(self, **changes):

@@ -7,16 +7,21 @@ resume from it without the training state. In a bundle, which needs only torch, 
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 import torch
 
 from . import state
-from .device import device
+from .device import device, name_of_device
 from .errors import RecipeError
 
 FOLDER = "emoji"  # subfolder of demo/weights
 PLAIN = "CHORUS_SNAPSHOTS"  # environment variable: folder of the torch files
+IMAGES = {
+    "glossy": "canvases of Fluent emoji in 3D (Microsoft, MIT)",
+    "flat": "canvases of Twemoji (CC-BY-4.0) and, for networks of both styles, Fluent emoji in 3D (Microsoft, MIT)",
+}
 LICENSES = {"glossy": "Apache-2.0", "flat": "CC-BY-4.0"}  # licences of weights by style; Twemoji requires attribution
 
 
@@ -62,11 +67,11 @@ def facts(stage):
 def save(stage, state_dict, *, style, **found):
     """Write the snapshot of a stage to demo/weights/emoji/<stage>.safetensors."""
     if folder := plain_folder():
-        write_plain(folder / f"{stage}.pt", state_dict, {"style": style, **found})
+        write_plain(folder / f"{stage}.pt", state_dict, {**provenance(style), **found})
         return
     from .. import weights
 
-    weights.save_weights(f"{FOLDER}/{stage}", state_dict, **{**found, "style": style, "license": LICENSES[style]})
+    weights.save_weights(f"{FOLDER}/{stage}", state_dict, **{**provenance(style), **found})
 
 
 def load_network(folder):
@@ -90,9 +95,30 @@ def save_network(folder, state_dict, config, *, style, **found):
     """Write weights and config.json in diffusers' layout to demo/weights/emoji/<folder>."""
     from .. import weights
 
-    weights.save_network(
-        f"{FOLDER}/{folder}", state_dict, config, **{**found, "style": style, "license": LICENSES[style]}
-    )
+    weights.save_network(f"{FOLDER}/{folder}", state_dict, config, **{**provenance(style), **found})
+
+
+def provenance(style):
+    """Metadata of every weight file: how, where and from which images it was made, and its licence."""
+    return {
+        "recipe": "python run.py train-demo",
+        "commit": commit(),
+        "trained_on": name_of_device(),
+        "images": IMAGES[style],
+        "style": style,
+        "license": LICENSES[style],
+    }
+
+
+def commit():
+    """The commit of this checkout, or 'unknown' if the folder is not a checkout, such as in a bundle."""
+    if not (state.ROOT / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(state.ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_plain(path, state_dict, found):

@@ -66,7 +66,7 @@ class Plan(loop.Plan):
     start: "Plan | None" = None
     rank: int = 8  # the LoRA's file has 0.85 MB
     trajectories: TrajectoryPlan = TrajectoryPlan()
-    batch: int = 64
+    batch: int = 128
     lr: float = 2e-3
     warmup: int = 30
     ema_decay: float = 0.995
@@ -77,16 +77,16 @@ class Plan(loop.Plan):
 
 
 TRAJECTORIES = TrajectoryPlan()
-FOUR = Plan(name="student-general-4-steps", snapshot="student/general-4-steps", passes=4, steps=1600, hours=0.35)
-TWO = Plan(name="student-general-2-steps", passes=2, start=FOUR, steps=800, lr=1e-3, hours=0.2)
+FOUR = Plan(name="student-general-4-steps", snapshot="student/general-4-steps", passes=4, steps=200, hours=0.1)
+TWO = Plan(name="student-general-2-steps", passes=2, start=FOUR, steps=200, lr=1e-3, hours=0.1)
 ONE = Plan(
     name="student-general-1-step",
     snapshot="student/general-1-step",
     passes=1,
     start=TWO,
-    steps=1600,
+    steps=300,
     lr=1e-3,
-    hours=0.35,
+    hours=0.15,
 )
 STUDENTS = (FOUR, TWO, ONE)
 PLANS = (TRAJECTORIES, *STUDENTS)

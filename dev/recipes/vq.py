@@ -42,15 +42,15 @@ class Plan(loop.Plan):
     """
 
     name: str = NAME
-    steps: int = 10000
-    batch: int = 16
+    steps: int = 3800
+    batch: int = 32
     lr: float = 2e-3
     warmup: int = 100
     ema_decay: float = 0.995
     seed: int = 21
-    hours: float = 0.9
+    hours: float = 0.7
     evaluated: int = 256
-    canvases: int = 8000
+    canvases: int = 24000
     codes_from: int = 400
     code_decay: float = 0.98
     dead: float = 0.25

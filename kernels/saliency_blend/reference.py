@@ -131,7 +131,9 @@ def saliency_blend(
     unit = torch.where(unit <= ROUNDING * torch.maximum(largest, largest[:1]), 0.0, unit)
     scores = torch.where(unit[..., None, None] == 0.0, scores[:1], scores)
     regions = [
-        torch.zeros(scores.shape[1:]) if r is None else r.float().cpu().expand(positions).reshape(scores.shape[1:])
+        scores.new_zeros(scores.shape[1:])
+        if r is None
+        else r.to(scores.device).float().expand(positions).reshape(scores.shape[1:])
         for r in region
     ]
     forced = torch.zeros_like(scores, dtype=torch.bool)

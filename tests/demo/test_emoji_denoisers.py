@@ -64,7 +64,7 @@ def task(tmp_path, monkeypatch):
         return {"latents": latents, "tokens": token_rows(["a cat on blue"] * count)}
 
     monkeypatch.setattr(banks, "bank", bank)
-    return denoiser.Task(denoiser.GENERAL.small(steps=40, small_until=0.2, batch=2, small_batch=3))
+    return denoiser.Task(denoiser.GENERAL.small(steps=40, small_steps=8, batch=2, small_batch=3))
 
 
 def test_training_starts_with_small_images_and_some_large_ones(task):
