@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Try and test ComfyUI-Chorus.
 
-python run.py demo         start a real ComfyUI, run the example workflows, write their images to output/
+python run.py demo         start a real ComfyUI, run ten example workflows, write their images and a page that shows them
+                           to output/. --all: all example workflows that need no download
 python run.py serve        start ComfyUI with this pack and keep it running; arguments such as --listen are passed to it
 python run.py test         run the linter, the type checks and the quick tests, in parallel. --all: also the slow tests,
                            the robustness tests and the tests of the web page. --exhaustive: every test, before a
                            release. Other arguments are passed to pytest, for example paths that select tests
-python run.py train-demo   train the weights of demo/ again, stage by stage (--status, --smoke, --help).
-                           --old NAME: train a stage of the older demo checkpoints, which generate images of 64 pixels
+python run.py train-demo   train the weights of demo/ again, stage by stage (--status, --smoke, --help)
 python run.py bench NAME   run the benchmark dev/benchmarks/NAME.py; further arguments are passed to it.
                            bench report writes the tables of BENCHMARKS.md and README.md from the result files
 python run.py screenshot   take a screenshot of a workflow file in ComfyUI's page, see dev/tools/screenshot.py
@@ -64,9 +64,25 @@ def call(host: Host, command: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT, env=environment(host)).returncode
 
 
+# the workflows of `python run.py demo`, in this order
+DEMO = (
+    "Plain blend",
+    "Across architectures",
+    "Region mask",
+    "Two styles",
+    "Three models",
+    "Rare concept by search",
+    "Cas-DM head",
+    "Refine faces by mask",
+    "Masked tokens",
+    "Inpaint with masked tokens",
+)
+
+
 def demo(options, rest: list[str]) -> int:
     known = sorted((ROOT / "example_workflows").glob("*.json"))
-    workflows = [w for w in known if w.stem in options.only] if options.only else known
+    chosen = [ROOT / "example_workflows" / f"{name}.json" for name in DEMO]
+    workflows = [w for w in known if w.stem in options.only] if options.only else known if options.all else chosen
     if not workflows:
         got, names = ", ".join(options.only or []), ", ".join(w.stem for w in known)
         raise SetupError(f"expected a workflow of {ROOT / 'example_workflows'}, got {got}; choose from {names}")
@@ -205,6 +221,7 @@ def main(argv: list[str]) -> int:
             help="run every test, and cancel runs at every interrupt point; required before a release",
         )
     if command == "demo":
+        parser.add_argument("--all", action="store_true", help="run all example workflows that need no download")
         parser.add_argument("--only", action="append", metavar="NAME", help="run this workflow; may be repeated")
     if command == "screenshot":
         parser.add_argument("--server", metavar="HOST:PORT", help="use this running server (default: start a new one)")

@@ -10,36 +10,33 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ..common.settings import check_choice
+from ..techniques.masked_tokens.comfy_files import read_networks
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
-from . import face_pairs, references, text, weights
-from .emoji.modules import STUDENTS, read_masked_tokens
-from .latent import DemoVAE, PatchPCA, make_vae
-from .text import make_clip
-from .unet import make_model
+from . import face_pairs, references, weights
+from .autoencoder import Autoencoder
+from .comfy_denoisers import NETWORKS, make_model
+from .comfy_latent import make_vae
+from .comfy_text import KIND, make_clip
 
 if TYPE_CHECKING:
-    from .emoji.comfy_vision import ChorusEmojiVision
+    from .comfy_vision import ChorusEmojiVision
 
-CHECKPOINTS = ("general", "expert-animals")
+CHECKPOINTS = tuple(NETWORKS)
+STUDENTS = {  # few-step checkpoints: base checkpoint and LoRA
+    "general-4-steps": ("general", "student/general-4-steps"),
+    "general-1-step": ("general", "student/general-1-step"),
+}
 ALL_CONCEPTS = "all concepts"
 FACE_PAIRS = "chorus-demo faces"  # the name of the shipped face pairs in the node LoadTrainingPairs
 SEEDS = weights.FOLDER.parent / "seeds"
+MASKED_TOKENS_CFG = 3.0
 
 
-def load_pca() -> PatchPCA:
-    pca = PatchPCA()
-    with weights.errors_naming("pca"):
-        pca.load_state_dict(weights.load("pca"))
-    return pca
-
-
-def load_vae_module() -> DemoVAE:
-    """The encoder and decoder of the latent space."""
-    module = DemoVAE()
-    module.pca = load_pca()
-    with weights.errors_naming("decoder"):
-        module.cleaner.load_state_dict(weights.load("decoder"))
-    return module
+def load_autoencoder() -> Autoencoder:
+    model = Autoencoder()
+    with weights.errors_naming("autoencoder"):
+        model.load_state_dict(weights.load("autoencoder"))
+    return model
 
 
 def load_model(
@@ -47,22 +44,14 @@ def load_model(
 ) -> ModelPatcher:
     """The MODEL ``name``. ComfyUI calls this function again when it needs a copy with separate weights."""
     check_choice("the demo checkpoint", name, (*CHECKPOINTS, *STUDENTS))
-    with weights.errors_naming(name if name in CHECKPOINTS else STUDENTS[name][1]):
-        patcher = make_model(_denoiser(name), load_pca(), disable_dynamic)
+    base, lora = STUDENTS.get(name, (name, None))
+    with weights.errors_naming(lora or base):
+        state = weights.load(base)
+        if lora:
+            state = weights.with_lora(state, weights.load(lora))
+        patcher = make_model(base, state, load_autoencoder(), disable_dynamic)
     patcher.cached_patcher_init = (load_model, (name,))
     return patcher
-
-
-def _denoiser(name: str) -> dict[str, Tensor]:
-    if name in CHECKPOINTS:
-        return weights.load(name)
-    base, lora = STUDENTS[name]
-    return weights.with_lora(weights.load(base), weights.load(lora))
-
-
-def load_checkpoint(name: str) -> tuple[ModelPatcher, CLIP, VAE]:
-    """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
-    return load_model(name), load_text(), make_vae(load_vae_module())
 
 
 def load_text() -> CLIP:
@@ -71,18 +60,32 @@ def load_text() -> CLIP:
         return make_clip(weights.load("text"))
 
 
-def load_masked_tokens() -> tuple[MaskedTokenModel, CLIP]:
-    """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model. The CLIP is the text encoder of the demo
-    checkpoints."""
-    return read_masked_tokens(weights.FOLDER / "masked_token", text.KIND), load_text()
+def load_checkpoint(name: str) -> tuple[ModelPatcher, CLIP, VAE]:
+    """(model, clip, vae) of a demo checkpoint. All checkpoints share the text encoder and the latent space."""
+    return load_model(name), load_text(), make_vae(load_autoencoder())
 
 
 def load_vision() -> "ChorusEmojiVision":
     """The image-text encoder as a CLIP_VISION."""
-    from .vision import make_clip_vision
+    from .comfy_vision import make_clip_vision
 
     with weights.errors_naming("vision"):
         return make_clip_vision(weights.load("vision"))
+
+
+def read_masked_tokens(folder: Path, kind: str = KIND) -> MaskedTokenModel:
+    """The small masked token model in ``folder``. ``kind``: the text encoder that it was trained with, see
+    ``comfy_text.KIND``."""
+    for part in ("transformer", "vqvae"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part} is missing; {weights.REMEDY}")
+    return read_networks(folder, kind, name="chorus-demo", cfg=MASKED_TOKENS_CFG)
+
+
+def load_masked_tokens() -> tuple[MaskedTokenModel, CLIP]:
+    """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model. The CLIP is the text encoder of the demo
+    checkpoints."""
+    return read_masked_tokens(weights.FOLDER / "masked_token"), load_text()
 
 
 def reference_names() -> list[str]:
@@ -91,13 +94,13 @@ def reference_names() -> list[str]:
 
 
 def load_references(concept: str) -> tuple[Tensor, list[str]]:
-    """(IMAGE, prompts) of renderings that are not used in training: [4, 64, 64, 3] for a concept, [4 N, 64, 64, 3] for
-    all N."""
+    """(IMAGE, prompts) of renderings that are not used in training: [4, 128, 128, 3] for a concept, [4 N, 128, 128, 3]
+    for all N."""
     return references.load_references(*(references.names() if concept == ALL_CONCEPTS else [concept]))
 
 
 def load_face_pairs() -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """The source images, target images (each [1, 64, 64, 3] in 0..1) and prompts of the shipped pairs."""
+    """The source images, target images (each [1, 128, 128, 3] in 0..1) and prompts of the shipped pairs."""
     *sides, prompts = face_pairs.load_face_pairs()
     source, target = ([torch.from_numpy(image).float()[None] / 255 for image in side] for side in sides)
     return source, target, prompts

@@ -1,18 +1,43 @@
-"""The image-text encoder of the 64-pixel checkpoints: that of demo/emoji, for smaller images and another vocabulary."""
+"""Sizes and stem of the image-text encoder: CLIP's vision transformer on a convolutional stem, and a text tower for
+retrieval.
 
-from functools import partial
+The weight names are those of ComfyUI's CLIPVisionModelProjection.
+"""
 
-from .emoji import comfy_vision
-from .emoji.vision import CONFIG, WIDTH
-from .text import TextModel
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..common.operations import Operations
+
+WIDTH, EMBED, LAYERS, HEADS, GRID = 96, 64, 3, 3, 8
+STEM = (16, 32, 64, WIDTH)
+CONFIG = {
+    "model_type": "clip_vision_model",
+    "image_size": 128,
+    "patch_size": 16,
+    "num_channels": 3,
+    "hidden_size": WIDTH,
+    "intermediate_size": 3 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": EMBED,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 
-class ChorusDemoClipVision(comfy_vision.ChorusEmojiVision):
-    """A CLIP_VISION for images [B, 3, 64, 64]."""
+class Stem(nn.Sequential):
+    """[B, 3, H, W] -> [B, 96, 8, 8], in place of CLIP's patch projection.
 
-    settings = {**CONFIG, "image_size": 64, "patch_size": 8}
-    widths = (32, 64, WIDTH)
-    text_model = TextModel
+    Consists of strided convolutions with the output channels ``widths`` and a final convolution without stride.
+    """
 
-
-make_clip_vision = partial(comfy_vision.make_clip_vision, kind=ChorusDemoClipVision)
+    def __init__(self, operations: Operations = nn, widths: Sequence[int] = STEM) -> None:
+        layers, last = [], 3
+        for c in widths:
+            layers += [operations.Conv2d(last, c, 3, stride=2, padding=1), operations.GroupNorm(8, c), nn.SiLU()]
+            last = c
+        super().__init__(*layers, operations.Conv2d(last, WIDTH, 3, padding=1))

@@ -17,25 +17,27 @@ class ChorusDemoCheckpoint(io.ComfyNode):
             node_id="ChorusDemoCheckpoint",
             display_name="Chorus Demo Checkpoint",
             category="chorus/demo",
-            description="A small diffusion checkpoint included in the pack; generates emoji in images of 64x64 pixels.",
+            description="A small diffusion checkpoint included in the pack; generates emoji in images of 128x128 pixels.",
             search_aliases=["chorus", "demo", "tiny model", "emoji"],
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=[*modules.CHECKPOINTS, *modules.STUDENTS],
                     default=modules.CHECKPOINTS[0],
-                    tooltip="general: all concepts, in Noto style. expert-animals: animals only, in Twemoji style."
-                    " general-4-steps and general-1-step are distilled from general: use 4 steps or 1 step, sampler"
-                    " euler, scheduler simple and cfg 1. All checkpoints share one text encoder and one latent space."
-                    " Use prompts like 'a cat left of a tree on blue' and images of 64x64 pixels.",
+                    tooltip="general: 80 concepts, as glossy 3D emoji. expert-animals: animals only, as flat emoji."
+                    " expert-food: food only, as flat emoji; a Flux transformer with flow matching, the others are"
+                    " U-Nets. general-4-steps and general-1-step are distilled from general: use 4 steps or 1 step,"
+                    " sampler euler, scheduler simple and cfg 1. All checkpoints share one text encoder and one latent"
+                    " space. Use prompts like 'a cat left of a tree on blue' and images of 128x128 pixels.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
-                    tooltip="A v-prediction model with 12 latent channels. A latent position covers 4x4 pixels."
+                    tooltip="A model with 8 latent channels. A latent position covers 8x8 pixels. It predicts v, and"
+                    " expert-food the velocity of a flow."
                 ),
                 io.Clip.Output(tooltip="Knows the words of the demo captions. Unknown words are listed in the log."),
-                io.Vae.Output(tooltip="A fixed PCA of patches of 4x4 pixels."),
+                io.Vae.Output(tooltip="An autoencoder with 8 channels, trained on the images of all checkpoints."),
             ],
         )
 
@@ -56,7 +58,7 @@ class ChorusDemoVision(io.ComfyNode):
             search_aliases=["chorus", "demo", "clip vision", "image encoder"],
             inputs=[],
             outputs=[
-                io.ClipVision.Output(tooltip="For images of 64x64 pixels. The image embedding has 64 dimensions.")
+                io.ClipVision.Output(tooltip="For images of 128x128 pixels. The image embedding has 64 dimensions.")
             ],
         )
 
@@ -86,7 +88,7 @@ class ChorusDemoReferences(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="Images of 64x64 pixels: 4 of one concept, or 392 of all concepts."),
+                io.Image.Output(tooltip="Images of 128x128 pixels: 4 of one concept, or 320 of all concepts."),
                 io.String.Output(
                     "prompt", display_name="prompt", is_output_list=True, tooltip="One prompt for each image."
                 ),

@@ -16,7 +16,9 @@ RENAMED_INPUTS = {
     "TrainFaceRefiner": _TRAINING,
 }
 RENAMED_VALUES: dict[str, dict[str, dict[str, str]]] = {
-    "ChorusDemoReferences": {"concept": {"all signs": "all concepts"}}
+    "ChorusDemoReferences": {"concept": {"all signs": "all concepts"}},
+    # the seed of the earlier demo checkpoints, whose latents had another size
+    "LoadSeed": {"file": {"chorus-demo carrot": "chorus-demo rabbit"}},
 }
 
 

@@ -10,7 +10,10 @@ const INPUTS = {
   TrainCasDMHead: { ...TRAINING, sees_x: "condition_on_x_t" }, // the saved name; plain: ok
   TrainFaceRefiner: TRAINING,
 };
-const VALUES = { ChorusDemoReferences: { "all signs": "all concepts" } }; // the saved value; plain: ok
+const VALUES = {
+  ChorusDemoReferences: { "all signs": "all concepts" }, // the saved value; plain: ok
+  LoadSeed: { "chorus-demo carrot": "chorus-demo rabbit" },
+};
 
 function rename(nodes) {
   for (const node of nodes ?? []) {

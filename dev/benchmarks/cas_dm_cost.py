@@ -40,12 +40,12 @@ from ...nodes.cas_dm import CasDMHead  # noqa: E402
 from ...techniques.cas_dm.comfy_hook import CASTING, head_target  # noqa: E402
 from ...techniques.cas_dm.mix import refine  # noqa: E402
 from ...techniques.cas_dm.network import CasDMHeadConfig, CasDMHeadNet, Head, HeadFacts, new_head  # noqa: E402
-from ..old_world.evaluate import encode, sample  # noqa: E402
 from .environment import busy_percent, publish, script_parser  # noqa: E402
 from .fresh_process import allocated, in_fresh_process, reset_peak  # noqa: E402
 from .fusion_case import DTYPES, GIB, RESERVE  # noqa: E402
 from .fusion_cost import verdict  # noqa: E402
 from .random_models import SD15, SD15_PARAMETERS, conditioning, sd15  # noqa: E402
+from .sampling import encode, sample  # noqa: E402
 from .stopwatch import Stopwatch, Timing, median  # noqa: E402
 
 TIME_TARGET, MEMORY_TARGET = 0.05, 0.02

@@ -138,7 +138,7 @@ def training_latents() -> dict[str, Tensor]:
 
 
 def empty(batch: int = 1) -> dict[str, Tensor]:
-    return {"samples": torch.zeros(batch, 12, 16, 16)}
+    return {"samples": torch.zeros(batch, 8, 16, 16)}
 
 
 def reference_latent() -> dict[str, Tensor]:
@@ -146,19 +146,19 @@ def reference_latent() -> dict[str, Tensor]:
 
 
 def left_half() -> Tensor:
-    return (torch.arange(64) < 32).float().expand(1, 64, 64).clone()
+    return (torch.arange(128) < 64).float().expand(1, 128, 128).clone()
 
 
 def corner() -> Tensor:
-    mask = torch.zeros(1, 64, 64)
-    mask[:, :20, :20] = 1.0
+    mask = torch.zeros(1, 128, 128)
+    mask[:, :40, :40] = 1.0
     return mask
 
 
-def sample(model, positive: str, batch: int, steps: int, seed: int, sampler: str = "dpmpp_2m") -> Tensor:
-    """Images [batch, 64, 64, 3] of a prompt."""
+def sample(model, positive: str, batch: int, steps: int, seed: int, sampler: str = "euler") -> Tensor:
+    """Images [batch, 128, 128, 3] of a prompt."""
     words = prompt(positive), prompt("")
-    latent = host_nodes.common_ksampler(model, seed, steps, 4.0, sampler, "karras", *words, empty(batch))[0]
+    latent = host_nodes.common_ksampler(model, seed, steps, 4.0, sampler, "normal", *words, empty(batch))[0]
     return vae().decode(latent["samples"])
 
 
@@ -361,7 +361,7 @@ def combine_prompts(inputs: dict[str, Any], seed: int) -> Outcome:
 
 def score(inputs: dict[str, Any], seed: int) -> Outcome:
     source, target, _ = modules.load_face_pairs()
-    wired = dict(refined=source[:100], target=target[:100], clip_vision=vision())
+    wired = dict(refined=source, target=target, clip_vision=vision())
     _, report = execute("FaceRealismScore", {**wired, **inputs}, lists=True)
     low, high = (float(x) for x in re.search(r"95 %: (\S+) to (\S+)\)", report).groups())
     return Outcome(None, {"interval": high - low})
@@ -538,8 +538,8 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "preview_every": PREVIEWS,
     },
     "LoadTrainingPairs": {
-        "first": Control(kind="selection", inputs=dict(count=1), most=127),
-        "count": Control(kind="number", number="pairs", off=0, at=4, most=128),
+        "first": Control(kind="selection", inputs=dict(count=1), most=95),
+        "count": Control(kind="number", number="pairs", off=0, at=4, most=96),
     },
     "PromptCombinations": {
         "index": SEED,

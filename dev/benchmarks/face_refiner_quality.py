@@ -2,30 +2,29 @@
 
 Prompts have one face each. All ways use the same noise, which is not used in training:
   student:               1 step, cfg 1
-  student, paired:       the student, then one pass of the refiner that was trained on pairs
-  student, unpaired:     the student, then one pass of the refiner that was trained without pairs
-  ..., color_lock:       each of these two with color_lock (the default), which preserves the student's colours over
-                         wide areas
-  teacher in 2 steps:    needs 1.5 times the compute of student and refiner
+  student, refined:      the student, then one pass of the refiner
+  ..., color_lock:       with color_lock (the default), which preserves the student's colours over wide areas
+  teacher in 2 steps:    needs about as much compute as student and refiner
   student of 4 steps:    another student, which needs the same compute as the teacher in 2 steps
   teacher, other noise:  20 steps from other noise; its distance is the smallest that a refiner is expected to reach
   teacher:               20 steps, cfg 4; the target
 
 Metrics, also computed for each skin tone, on the concepts that have skin tones:
-  Fréchet distance to the teacher's images, in the features of both evaluators. The refiners were trained or selected
-    with the image-text encoder; no training used the classifier.
+  Fréchet distance to the teacher's images, in the features of both evaluators. The refiner was trained with the
+    image-text encoder; no training used the classifier.
   FIDdiff (our definition): the student's distance minus the distance after refining
   closed: the share of the student's distance that refining removes, with both distances corrected for the bias of
     finite sets
   LPIPS-like distance (in the encoder's layers) to the teacher's image from the same noise
   accuracy by both evaluators
 
-Cost is measured in evaluations of the network (by FLOPs) and in seconds.
+Cost is measured in evaluations of the network (by FLOPs) and in seconds. Images are cached in the folder of the
+training state.
 """
 
+import functools
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,62 +38,94 @@ import comfy.ops  # noqa: E402
 import comfy.utils  # noqa: E402
 
 from ...demo import weights  # noqa: E402
-from ...demo.concepts import load_concepts  # noqa: E402
-from ...demo.emoji.concepts import TONES  # noqa: E402
+from ...demo.concepts import TONES, load_concepts  # noqa: E402
+from ...demo.text import token_rows  # noqa: E402
 from ...nodes.face_refiner import FaceRefiner  # noqa: E402
 from ...techniques.face_refiner.comfy_model import FaceRefinerModel, wrap  # noqa: E402
 from ...techniques.face_refiner.frechet import frechet, frechet_both  # noqa: E402
 from ...techniques.face_refiner.networks.image_generators import load_generator  # noqa: E402
-from ..old_world.evaluate import encode, save_rows  # noqa: E402
-from ..old_world.face_pairs import (  # noqa: E402
-    CHUNK,
-    HELD_OUT,
-    STUDENT,
-    TEACHER,
-    Generator,
-    canvases,
-    captions,
-    generate_all,
-    load,
-    load_pairs,
-)
-from ..old_world.face_refiner import PAIRED, UNPAIRED  # noqa: E402
+from ..recipes import autoencoder, face_pairs, guided, student  # noqa: E402
+from ..recipes.lists import FACES  # noqa: E402
+from ..recipes.scenes import SIZE, Scenes  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import RESULTS, publish, script_parser  # noqa: E402
 from .evaluators import Evaluators  # noqa: E402
+from .sampling import LATENT, save_rows  # noqa: E402
 from .stopwatch import median  # noqa: E402
 
+PLAN = face_pairs.PLAN
+HELD_OUT = 1_000_000  # number of the first chunk, after those for training and those that ship
+SHIFT = 100_000  # added to a chunk's number for other noise
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A checkpoint with its sampling settings. ``shift``: the noise is that of another chunk."""
+
+    stage: str
+    steps: int
+    cfg: float
+    shift: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Forward passes of the network for an image."""
+        return self.steps * (1 if self.cfg == 1 else 2)
+
+
+STUDENT = Sampling(student.ONE.snapshot, 1, 1.0)
+TEACHER = Sampling(guided.GENERAL, PLAN.passes, PLAN.cfg)
 BASELINES = {
     "teacher in 2 steps": replace(TEACHER, steps=2),
-    "student of 4 steps": replace(STUDENT, checkpoint="general-4-steps", steps=4),
-    "teacher, other noise": replace(TEACHER, shift=HELD_OUT // 10),
+    "student of 4 steps": Sampling(student.FOUR.snapshot, 4, 1.0),
+    "teacher, other noise": replace(TEACHER, shift=SHIFT),
 }
+WAYS = {"student, refined": False, "student, refined, color_lock": True}  # color_lock of each way
 SCORES = ("distance", "classifier", "encoder")
 SHOWN = 14  # images of each way in the sheet
 TIMED = 16  # batch size for the timing
 
 
-@dataclass(frozen=True)
-class Way:
-    name: str
-    refiner: str  # file name as in demo/weights.py
-    color_lock: bool = False
+class Images(face_pairs.Side):
+    """Chunks of images that a model generates from the prompts and the noise of the face pairs."""
+
+    def __init__(self, sampling: Sampling):
+        levels = guided.normal if sampling.cfg != 1 else guided.simple
+        model = guided.load(sampling.stage, "student")
+        name = f"face-benchmark-{sampling.shift}"
+        super().__init__(name, PLAN, model, sampling.cfg, levels(sampling.steps), autoencoder.load())
+        self.shift = sampling.shift
+
+    def compute(self, number: int) -> dict[str, torch.Tensor]:
+        noise = face_pairs.noise(PLAN, number + self.shift)
+        images = self.generate(face_pairs.captions(PLAN, number), noise)
+        return {"pictures": (images * 255).round().byte()}
+
+    def generate(self, captions: list[str], noise: torch.Tensor) -> torch.Tensor:
+        """Images [N, 128, 128, 3] in 0..1 of N captions."""
+        latents = self.guided.sample(noise, token_rows(captions), self.levels)
+        return (self.autoencoder.decode(latents).clamp(-1, 1) / 2 + 0.5).movedim(1, -1).cpu()
 
 
-WAYS = (
-    Way("student, paired", PAIRED.file),
-    Way("student, unpaired", UNPAIRED.file),
-    Way("student, paired, color_lock", PAIRED.file, True),
-    Way("student, unpaired, color_lock", UNPAIRED.file, True),
-)
+@functools.cache
+def source(sampling: Sampling) -> Images:
+    return Images(sampling)
 
 
-def refiner(file: str) -> FaceRefinerModel:
-    return wrap(file, load_generator(weights.load(file), comfy.ops.manual_cast), weights.metadata(file))
+def images_of(sampling: Sampling, numbers: list[int]) -> torch.Tensor:
+    """Images [N, 128, 128, 3] in 0..1 of the chunks ``numbers``; missing chunks are generated."""
+    for number in numbers:
+        source(sampling).make(number, source(sampling).compute)
+    return torch.cat([source(sampling).load(number)["pictures"] for number in numbers]).float() / 255
+
+
+def refiner() -> FaceRefinerModel:
+    name = face_pairs.REFINER
+    return wrap(name, load_generator(weights.load(name), comfy.ops.manual_cast), weights.metadata(name))
 
 
 def refined(images: torch.Tensor, model: FaceRefinerModel, color_lock: bool) -> torch.Tensor:
-    """Images [N, 64, 64, 3] refined by the FaceRefiner node."""
+    """Images [N, 128, 128, 3] refined by the FaceRefiner node."""
     limits = dict(strength=1.0, padding=0.0, feather=0, identity_guard=0.0)
     return FaceRefiner.execute(images, model, color_lock=color_lock, **limits)[0]
 
@@ -104,14 +135,12 @@ def concepts_and_tones(numbers: list[int]) -> tuple[torch.Tensor, dict[str, np.n
 
     The mask selects the images with this tone. Images of concepts without tones are in no mask.
     """
-    plan, concepts = canvases(numbers[0]), load_concepts()
-    items = [plan.scene(number * CHUNK + k).items[0] for number in numbers for k in range(CHUNK)]
-    toned, tones = (
-        np.array([bool(concepts[item.sign].tones) for item in items]),
-        np.array([item.tone for item in items]),
-    )
+    scenes, concepts = Scenes("glossy", seed=PLAN.seed, names=FACES, balanced=True, alone=1.0), load_concepts()
+    items = [scenes.scene(number * PLAN.batch + k).items[0] for number in numbers for k in range(PLAN.batch)]
+    toned = np.array([bool(concepts[item.concept].tones) for item in items])
+    tones = np.array([item.tone for item in items])
     chosen = {tone or "as they are": toned & (tones == tone) for tone in ("", *TONES)}
-    return torch.tensor([item.sign for item in items]), chosen
+    return torch.tensor([item.concept for item in items]), chosen
 
 
 FEATURES = ("encoder features", "classifier features")
@@ -169,43 +198,51 @@ HEADER = (
 
 def cost(rounds: int) -> dict:
     """Cost per image: evaluations of the network (by FLOPs), and seconds with batch sizes 1 and TIMED."""
-    student, teacher, head = Generator(STUDENT), Generator(TEACHER), refiner(PAIRED.file)
-    model, clip, _ = student.checkpoint
-    network, [[states, options]] = model.model.diffusion_model, encode(clip, "a man")
-    with FlopCounterMode(display=False) as of_step:
-        network(torch.zeros(1, 12, 16, 16), torch.tensor([500.0]), context=states, y=options["pooled_output"])
+    head, step = refiner(), flops_of_step()
     with FlopCounterMode(display=False) as of_refiner:
-        head.patcher.model(torch.zeros(1, 3, 64, 64))
-    step, once = of_step.get_total_flops(), of_refiner.get_total_flops()
-    head_evaluations = once / step
+        head.patcher.model(torch.zeros(1, 3, SIZE, SIZE))
+    once = of_refiner.get_total_flops()
+    both = STUDENT.evaluations + once / step
     found = {
         "flops": {"evaluation": step, "refiner": once},
         "evaluations": {
             "student": STUDENT.evaluations,
-            "refiner": head_evaluations,
-            "student and refiner": STUDENT.evaluations + head_evaluations,
+            "refiner": once / step,
+            "student and refiner": both,
             "teacher": TEACHER.evaluations,
         },
-        "less compute": 1 - (STUDENT.evaluations + head_evaluations) / TEACHER.evaluations,
-        "seconds": {},
+        "less compute": 1 - both / TEACHER.evaluations,
     }
-    for count in (1, TIMED):
-        words, taken = captions(HELD_OUT)[:count], {"student": [], "refiner": [], "teacher": []}
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            images = student.pictures(words, 1)
-            middle = time.perf_counter()
-            refined(images, head, False)
-            end = time.perf_counter()
-            teacher.pictures(words, 1)
-            for name, seconds in zip(taken, (middle - start, end - middle, time.perf_counter() - end)):
-                taken[name].append(seconds / count)
-        taken = {name: values[1:] for name, values in taken.items()}  # the first round loads the models
-        both = [a + b for a, b in zip(taken["student"], taken["refiner"])]
-        saved = median([1 - a / b for a, b in zip(both, taken["teacher"])])
-        medians = {name: median(values) for name, values in taken.items()}
-        found["seconds"][f"{count} at once"] = {**medians, "less time": saved}
-    return found
+    return found | {"seconds": {f"{count} at once": seconds(head, count, rounds) for count in (1, TIMED)}}
+
+
+def flops_of_step() -> int:
+    """FLOPs of one evaluation of the student's network for one image."""
+    model = source(STUDENT).guided
+    text = model.encode(token_rows(["a man"]))
+    with FlopCounterMode(display=False) as counted:
+        model.model.net(torch.zeros(1, *LATENT), torch.tensor([500]), *text)
+    return counted.get_total_flops()
+
+
+def seconds(head: FaceRefinerModel, count: int, rounds: int) -> dict:
+    """Seconds per image, with ``count`` images at once: medians of student, refiner and teacher."""
+    words, noise = face_pairs.captions(PLAN, HELD_OUT)[:count], face_pairs.noise(PLAN, HELD_OUT)[:count]
+    taken = {"student": [], "refiner": [], "teacher": []}
+    for _ in range(rounds + 1):
+        times = [time.perf_counter()]
+        images = source(STUDENT).generate(words, noise)
+        times.append(time.perf_counter())
+        refined(images, head, False)
+        times.append(time.perf_counter())
+        source(TEACHER).generate(words, noise)
+        times.append(time.perf_counter())
+        for values, spent in zip(taken.values(), np.diff(times)):
+            values.append(float(spent) / count)
+    taken = {name: values[1:] for name, values in taken.items()}  # the first round loads the models
+    both = [a + b for a, b in zip(taken["student"], taken["refiner"])]
+    saved = median([1 - a / b for a, b in zip(both, taken["teacher"])])
+    return {name: median(values) for name, values in taken.items()} | {"less time": saved}
 
 
 def cost_text(found: dict) -> str:
@@ -224,29 +261,25 @@ def cost_text(found: dict) -> str:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--pictures", type=int, default=1024, help=f"number of images of each way, in parts of {CHUNK}")
-    parser.add_argument("--workers", type=int, default=2, help="processes that generate the pairs, one thread each")
+    parser.add_argument(
+        "--pictures", type=int, default=320, help=f"number of images of each way, in parts of {PLAN.batch}"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="rounds of the timing")
     parser.add_argument("--name", default="face_refiner_quality", help="name of the result files")
     options = parser.parse_args()
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    numbers = [HELD_OUT + k for k in range(-(-options.pictures // CHUNK))]
-    samplings = TEACHER, STUDENT, *BASELINES.values()
-    generate_all([(sampling, number) for sampling in samplings for number in numbers], workers=options.workers)
+    numbers, head = [HELD_OUT + k for k in range(-(-options.pictures // PLAN.batch))], refiner()
     with torch.inference_mode():
-        source, target = (side.float() / 255 for side in load_pairs(numbers))
-        shown = {"student": source}
-        for way in WAYS:
-            if weights.path(way.refiner).exists():
-                shown[way.name] = refined(source, refiner(way.refiner), way.color_lock)
-        shown |= {name: load(sampling, numbers).float() / 255 for name, sampling in BASELINES.items()}
-        shown["teacher"] = target
+        shown = {"student": images_of(STUDENT, numbers)}
+        shown |= {name: refined(shown["student"], head, color_lock) for name, color_lock in WAYS.items()}
+        shown |= {name: images_of(sampling, numbers) for name, sampling in BASELINES.items()}
+        shown["teacher"] = images_of(TEACHER, numbers)
         evaluators, (concepts, tones) = Evaluators(), concepts_and_tones(numbers)
         measured = {name: evaluators.measure(images, concepts) for name, images in shown.items()}
         groups = concepts.numpy()
         print(HEADER)
         found = {"all": table(measured, np.ones(len(groups), bool), groups)}
-        few = {name: measured[name] for name in ("student", "student, paired", "teacher")}
+        few = {name: measured[name] for name in ("student", "student, refined", "teacher")}
         for tone, chosen in tones.items():
             print(f"\n{tone}: {chosen.sum()} images\n{HEADER}")
             found[tone] = table(few, chosen, groups)
@@ -255,9 +288,8 @@ def main() -> None:
         costs = cost(options.rounds)
     settings = vars(options) | {"pictures": len(groups), "student": vars(STUDENT), "teacher": vars(TEACHER)}
     counts = {tone: int(chosen.sum()) for tone, chosen in tones.items()}
-    heads = {Path(way.refiner).name: weights.metadata(way.refiner) for way in WAYS if way.name in shown}
-    results = {"settings": settings, "heads": heads, "tones": counts, "tables": found, "cost": costs}
-    publish(options.name, results, f"\n{cost_text(costs)}")
+    results = {"settings": settings, "refiner": weights.metadata(face_pairs.REFINER), "tones": counts}
+    publish(options.name, results | {"tables": found, "cost": costs}, f"\n{cost_text(costs)}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ the full blend, which has the node's defaults, and is compared with it:
   cost:      number of evaluations of both models, relative to the base alone; a cropped evaluation counts by its share
              of the latent
   PSNR:      PSNR to the images of the full blend in dB, median with quartiles (120: equal)
-  retrieval: the encoder's mean probability of the animal in the expert's style and of the other concept, relative to
-             the full blend, with a 95 % interval by bootstrap over prompts
+  retrieval: the encoder's mean probability of the animal in the expert's style and of the other concept, where the
+             prompt places them, relative to the full blend, with a 95 % interval by bootstrap over pairs
   both:      share of images with both concepts and the animal in the expert's style, as in saliency_effect.py
 
 With skip_below and crop_margin, images are generated one by one. The reason is that crop_margin acts on a whole batch,
@@ -26,20 +26,20 @@ from .. import headless
 
 headless.start()
 
-from ...demo.modules import load_checkpoint, load_vision  # noqa: E402
+from ...demo.modules import load_checkpoint  # noqa: E402
 from ...techniques.saliency_blend.extrapolation import Offsets  # noqa: E402
-from ..old_world.lists import RELATIONS  # noqa: E402
 from ..statistics import quartiles, ratio_of_means, wilson  # noqa: E402
 from .environment import facts, write_results  # noqa: E402
+from .evaluators import PairEvaluators  # noqa: E402
 from .saliency_effect import (  # noqa: E402
+    EXPERT_STYLE,
     blend,
     compositions,
-    concept_numbers,
     encode,
-    evaluate,
     generate,
     noises,
-    window_probabilities,
+    pairs_of,
+    subject_halves,
 )
 
 TARGET_COST, TARGET_RETRIEVAL = 1.35, 0.98
@@ -55,7 +55,7 @@ class Setting:
     region: bool = False
     against: str = FULL  # name of the setting with which this one is compared
     scores: list[float] = field(default_factory=list)
-    hits: list[bool] = field(default_factory=list)
+    hits: dict[str, list[bool]] = field(default_factory=dict)  # by evaluator
     psnr: list[float] = field(default_factory=list)
     cost: list[float] = field(default_factory=list)
 
@@ -82,21 +82,12 @@ def settings() -> list[Setting]:
     return plan
 
 
-def animal_half(prompt: str) -> torch.Tensor:
-    """Mask [1, 16, 16] of the half of the latent in which the prompt places the animal, its first concept."""
-    relation = next(r for r in RELATIONS if f" {r} " in prompt)
-    mask = torch.zeros(1, 16, 16)
-    half = {"left of": mask[:, :, :8], "right of": mask[:, :, 8:], "above": mask[:, :8], "below": mask[:, 8:]}
-    half[relation].fill_(1.0)
-    return mask
-
-
 class Models(NamedTuple):
     general: Any
     expert: Any
     clip: Any
     vae: Any
-    vision: Any
+    evaluators: PairEvaluators
 
 
 def measure(setting: Setting, models: Models, tasks: list, noise: torch.Tensor, images: dict, options) -> None:
@@ -105,31 +96,29 @@ def measure(setting: Setting, models: Models, tasks: list, noise: torch.Tensor, 
     size = 1 if setting.one_by_one else len(tasks)
     found = []
     for k in range(0, len(tasks), size):
-        animals, others, prompts = (list(column) for column in zip(*tasks[k : k + size], strict=True))
-        positive, negative = encode(models.clip, prompts), encode(models.clip, [""] * size)
-        region = torch.cat([animal_half(p) for p in prompts]) if setting.region else None
-        inputs = {**setting.inputs, "region": region}
+        part = tasks[k : k + size]
+        positive, negative = encode(models.clip, [task.prompt for task in part]), encode(models.clip, [""] * size)
+        inputs = {**setting.inputs, "region": subject_halves(part) if setting.region else None}
         blended, trace = blend(models.general, models.expert, positive, negative, inputs)
         found.append(models.vae.decode(generate(blended, positive, negative, noise[k : k + size], options)))
         setting.cost += [sum(trace.record.cost) / trace.record.cost[0]] * size
-        probabilities = window_probabilities(models.vision, found[-1])
-        score = probabilities.styled.gather(1, concept_numbers(animals))
-        score = score + probabilities.plain.gather(1, concept_numbers(others))
-        setting.scores += (0.5 * score.squeeze(1)).tolist()
-        setting.hits += evaluate(probabilities, animals, others, prompts)["both"].tolist()
     images[setting.name] = torch.cat(found)
+    subjects, others, relations, _ = zip(*tasks)
+    asked = images[setting.name], subjects, others, relations, EXPERT_STYLE
+    setting.scores += models.evaluators.probability(*asked).tolist()
+    for evaluator, hits in models.evaluators.measure(*asked).items():
+        setting.hits.setdefault(evaluator, []).extend(hits["both"].tolist())
     error = (images[setting.name] - images[setting.against]).square().flatten(1).mean(1)
     setting.psnr += (-10 * error.clamp(min=1e-12).log10()).tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=100, help="number of unseen compositions")
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--count", type=int, default=100, help="images of each setting")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--scheduler", default="karras")
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--scheduler", default="normal")
     parser.add_argument(
         "--batch", type=int, default=25, help="images per batch, except in settings that generate images one by one"
     )
@@ -139,15 +128,15 @@ def main() -> None:
     parser.add_argument("--name", default="fusion_fidelity", help="name of the result file")
     options = parser.parse_args()
 
-    tasks = compositions(options.prompts) * options.seeds
-    groups = np.tile(np.arange(options.prompts), options.seeds)
+    tasks = compositions(options.count)
+    groups = pairs_of(tasks)
     plan = settings()
     if options.only:
         selected = [s for s in plan if any(s.name.startswith(o) for o in options.only)]
         plan = [s for s in plan if s in selected or s.name == FULL or s.name in {w.against for w in selected}]
     with torch.inference_mode():
         general, clip, vae = load_checkpoint("general")
-        models = Models(general, load_checkpoint("expert-animals")[0], clip, vae, load_vision())
+        models = Models(general, load_checkpoint("expert-animals")[0], clip, vae, PairEvaluators())
         channels = general.get_model_object("latent_format").latent_channels
         for start in range(0, len(tasks), options.batch):
             part = tasks[start : start + options.batch]
@@ -167,7 +156,6 @@ def main() -> None:
 def summary(setting: Setting, reference: Setting, groups: np.ndarray) -> dict:
     ratio = ratio_of_means(np.array(setting.scores), np.array(reference.scores), groups)
     psnr = None if setting is reference else quartiles(setting.psnr)
-    hits = sum(setting.hits)
     return {
         "name": setting.name,
         "against": setting.against,
@@ -176,23 +164,24 @@ def summary(setting: Setting, reference: Setting, groups: np.ndarray) -> dict:
         "psnr": psnr,
         "score": float(np.mean(setting.scores)),
         "retrieval": ratio,
-        "both": {"share": hits / len(setting.hits), "interval": wilson(hits, len(setting.hits))},
+        "both": {
+            evaluator: {"share": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits))}
+            for evaluator, hits in setting.hits.items()
+        },
     }
 
 
 def markdown(rows: list[dict], count: int) -> str:
     lines = [
-        f"| {count} images | cost (base alone = 1) | PSNR to full blend, dB (quartiles) | retrieval (95 %) | both |",
+        f"| {count} images | cost (base alone = 1) | PSNR to full blend, dB (quartiles) | retrieval (95 %) | both, by classifier / templates |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
         psnr = "" if row["psnr"] is None else "{1:.1f} ({0:.1f}-{2:.1f})".format(*row["psnr"])
         ratio, low, high = row["retrieval"]
         interval = "" if row["psnr"] is None else f" ({100 * low:.0f}-{100 * high:.0f})"
-        lines.append(
-            f"| {row['name']} | {row['cost']:.2f} | {psnr} | {100 * ratio:.1f} %{interval}"
-            f" | {100 * row['both']['share']:.1f} % |"
-        )
+        both = " / ".join(f"{100 * figure['share']:.1f} %" for figure in row["both"].values())
+        lines.append(f"| {row['name']} | {row['cost']:.2f} | {psnr} | {100 * ratio:.1f} %{interval} | {both} |")
     cheap = [r for r in rows if r["cost"] <= TARGET_COST + 1e-9 and r["against"] == FULL]
     if cheap:
         best = max(cheap, key=lambda r: r["retrieval"][0])

@@ -7,26 +7,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..old_world.canvas import Canvases
-from ..old_world.concept_network import ConceptClassifier as Classifier
-from ..recipes.scenes import first_of_each
+from ..recipes.networks.classifier import ConceptClassifier
+from ..recipes.scenes import Scenes, first_of_each
 
 STEPS, BATCH, RATE, REPEATS = 200, 64, 3e-3, 3
-EACH = "pictures of each sign"  # plain: ok, a key of the result file
+EACH = "images of each concept"
 
 
 def renderings(concepts: list[str], each: int, unseen: bool, seed: int) -> torch.Tensor:
-    """Images [concepts, each, 64, 64, 3] in 0..1 of single concepts on white, as in the bare prompts."""
-    canvases = Canvases("noto", seed=seed, balanced=True, unseen=unseen, one=1.0)
-    index = {concept.name: n for n, concept in enumerate(canvases.signs)}
-    numbers = [index[name] for name in concepts]
-    found = first_of_each(canvases, numbers, each)
-    drawn = [[canvases.draw(replace(scene, colors=("white",))) for scene in shown] for shown in found]
+    """Images [concepts, each, 128, 128, 3] in 0..1 of single concepts on white, as in the bare prompts."""
+    scenes = Scenes("glossy", seed=seed, balanced=True, unseen=unseen, alone=1.0)
+    index = {concept.name: n for n, concept in enumerate(scenes.concepts)}
+    found = first_of_each(scenes, [index[name] for name in concepts], each)
+    drawn = [[scenes.draw(replace(scene, colors=("white",))) for scene in shown] for shown in found]
     return torch.from_numpy(np.array(drawn)).float() / 255
 
 
 def augmented(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images [B, 3, 64, 64] with random shifts, zoom, brightness and noise."""
+    """Images [B, 3, 128, 128] with random shifts, zoom, brightness and noise."""
     n = len(x)
     uniform = lambda *s: torch.rand(*s, generator=generator) - 0.5  # noqa: E731
     theta = torch.zeros(n, 2, 3)
@@ -44,11 +42,11 @@ def augmented(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def train(images: torch.Tensor, seed: int) -> Classifier:
-    """A classifier of ``images`` [concepts, n, 64, 64, 3]. Its first logits belong to these concepts, in this order."""
+def train(images: torch.Tensor, seed: int) -> ConceptClassifier:
+    """A classifier of ``images`` [concepts, n, 128, 128, 3]. Its first logits belong to these concepts, in this order."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = Classifier()
+    model = ConceptClassifier()
     x = images.flatten(0, 1).movedim(-1, 1).clone()
     truth = torch.arange(len(images)).repeat_interleave(images.shape[1])
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02)
@@ -67,7 +65,7 @@ def train(images: torch.Tensor, seed: int) -> Classifier:
 def accuracies(images: dict[str, torch.Tensor], concepts: list[str]) -> dict:
     """Top-1 accuracy on unseen renderings by training images: mean, lowest and highest of the repeats.
 
-    The training images are ``images``, {way: [concepts, n, 64, 64, 3]}, or as many real renderings.
+    The training images are ``images``, {way: [concepts, n, 128, 128, 3]}, or as many real renderings.
     """
     each = next(iter(images.values())).shape[1]
     test = renderings(concepts, 20, unseen=True, seed=6).flatten(0, 1).movedim(-1, 1)

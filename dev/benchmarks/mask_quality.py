@@ -8,7 +8,7 @@ of WAYS, a variant of the blend, computes masks from these predictions. The mask
   on subject   balanced accuracy: mean of the expert's share of the animal and the base's share of the rest; chance 0.5
   ranking      area under the ROC curve: probability that a position of the animal has a larger lead than a position of
     the rest
-`python run.py bench saliency_effect --blend mask_momentum=0.8` measures the effect of one variant on images.
+saliency_effect.py measures the effect of such variants on images (RULES).
 """
 
 import argparse
@@ -31,14 +31,14 @@ import comfy.samplers  # noqa: E402
 
 from ...demo.modules import load_checkpoint  # noqa: E402
 from ...kernels.saliency_blend import fused_torch, saliency_blend  # noqa: E402
-from ..old_world.canvas import Canvases, Item, Scene  # noqa: E402
-from ..old_world.lists import RELATIONS  # noqa: E402
+from ..recipes.scenes import CELL  # noqa: E402
 from .blend_controls import Step, flips, recorded_steps  # noqa: E402
 from .environment import facts, write_results  # noqa: E402
-from .saliency_effect import TwoStyles, blend, compositions, encode, noises  # noqa: E402
+from .saliency_effect import Task, blend, composed, compositions, encode, noises  # noqa: E402
 
 CFG, STEPS = 4.0, 20
-# options of the kernel; by_mean divides each model's saliency by its mean over the image
+# Options of the kernel. by_mean divides each model's saliency by its mean over the image. content is another saliency:
+# the difference of a model's prediction from its median over the image, which is the background, divided by its mean.
 WAYS: dict[str, dict[str, Any]] = {
     "paper": {},
     "momentum 0.5": {"momentum": 0.5},
@@ -50,48 +50,28 @@ WAYS: dict[str, dict[str, Any]] = {
     "blur 8, momentum 0.8": {"blur": 8, "momentum": 0.8},
     "shared": {"shared": True},
     "shared, momentum 0.8": {"shared": True, "momentum": 0.8},
+    "content": {"content": True},
+    "content, momentum 0.8": {"content": True, "momentum": 0.8},
 }
 
 
-def canvases(tasks: Sequence[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
-    """Composed images [B, 64, 64, 3] in 0..1, and the coverage [B, 64, 64] of their animals.
-
-    ``tasks``: (animal, other concept, prompt) of each image.
-    """
-    drawn = Canvases("noto", draw=False)
-    sprites = drawn.sprites = TwoStyles(drawn.signs)
-    index, plain = {s.name: n for n, s in enumerate(drawn.signs)}, sprites.get
-    images, coverage = [], []
-    for animal, other, prompt in tasks:
-        relation = next(r for r in RELATIONS if f" {r} " in prompt)
-        items = tuple(Item(index[name], "", 29, (4, 4), False) for name in (animal, other))
-        scene = Scene(items, relation, (prompt.rsplit(" ", 1)[1],))
-        sprites.get = plain
-        images.append(drawn.draw(scene))
-        silhouettes = []
-        for level in (255, 0):  # the difference between images with a white and a black animal is its coverage
-
-            def silhouette(item: Item, level: int = level, animal: str = animal) -> np.ndarray:
-                sprite = plain(item).copy()
-                if item.sign == index[animal]:
-                    sprite[..., :3] = sprite[..., 3:].astype(int) * level // 255
-                return sprite
-
-            sprites.get = silhouette
-            silhouettes.append(drawn.draw(scene)[..., 0].astype(float))
-        coverage.append((silhouettes[0] - silhouettes[1]) / 255.0)
-    return torch.from_numpy(np.stack(images)).float() / 255.0, torch.from_numpy(np.stack(coverage)).float()
-
-
-def predictions(tasks: Sequence[tuple[str, str, str]]) -> tuple[list[Step], Tensor]:
-    """Both models' predictions for the noisy canvases at every sigma, and masks of the animals, bool [B, H, W]."""
+def predictions(tasks: Sequence[Task]) -> tuple[list[Step], Tensor]:
+    """Both models' predictions for the noisy canvases at every sigma, and masks of the subjects, bool [B, H, W]."""
     general, clip, vae = load_checkpoint("general")
     expert, _, _ = load_checkpoint("expert-animals")
-    images, coverage = canvases(tasks)
+    images, coverage = composed(tasks)
+    subject = F.avg_pool2d(coverage[:, None], CELL)[:, 0] > 0.5
+    prompts = encode(clip, [task.prompt for task in tasks]), encode(clip, [""] * len(tasks))
+    return noisy_predictions(general, expert, vae, images, *prompts), subject
+
+
+def noisy_predictions(
+    general: Any, expert: Any, vae: Any, images: Tensor, positive: list, negative: list
+) -> list[Step]:
+    """Both models' predictions for images [B, 128, 128, 3] with noise, at every sigma of the scheduler "normal"."""
     with torch.inference_mode():
         latent = vae.encode(images)
-    subject = F.adaptive_avg_pool2d(coverage[:, None], latent.shape[-2:])[:, 0] > 0.5
-    clean, noise = general.model.process_latent_in(latent), noises(latent.shape[1], range(len(tasks)))
+    clean, noise = general.model.process_latent_in(latent), noises(latent.shape[1], range(len(images)))
 
     def noised(
         model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any, **_: Any
@@ -101,23 +81,28 @@ def predictions(tasks: Sequence[tuple[str, str, str]]) -> tuple[list[Step], Tens
         return clean
 
     sampler = comfy.samplers.KSAMPLER(noised)
-    sigmas = comfy.samplers.calculate_sigmas(general.get_model_object("model_sampling"), "karras", STEPS)
-    prompts = encode(clip, [prompt for *_, prompt in tasks]), encode(clip, [""] * len(tasks))
+    sigmas = comfy.samplers.calculate_sigmas(general.get_model_object("model_sampling"), "normal", STEPS)
     model, _ = blend(general, expert, None, None, {})
     with recorded_steps() as found:
-        comfy.sample.sample_custom(model, noise, CFG, sampler, sigmas, *prompts, latent, disable_pbar=True)
-    return found, subject
+        comfy.sample.sample_custom(model, noise, CFG, sampler, sigmas, positive, negative, latent, disable_pbar=True)
+    return found
 
 
 def masks(
-    steps: Sequence[Step], *, momentum: float = 0.0, shared: bool = False, by_mean: bool = False, blur: int = 4
+    steps: Sequence[Step],
+    *,
+    momentum: float = 0.0,
+    shared: bool = False,
+    by_mean: bool = False,
+    content: bool = False,
+    blur: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """The expert's mask, bool [steps, B, H, W], and its lead over the base in standard deviations of the lead."""
     plain, memory, found = fused_torch._logits, None, []
 
-    def logits(*args: Any) -> Tensor:
-        out = plain(*args)
-        return out / out.mean((-2, -1), keepdim=True) if by_mean else out
+    def logits(cond: list[Tensor], against: list[Tensor], *args: Any) -> Tensor:
+        out = plain(cond, [medians(c) for c in cond] if content else against, *args)
+        return out / out.mean((-2, -1), keepdim=True) if by_mean or content else out
 
     with mock.patch.object(fused_torch, "_logits", logits):
         for step in steps:
@@ -128,6 +113,11 @@ def masks(
             memory = list(out.logits)
             found.append((out.weights == 1, out.lead()[0]))
     return torch.stack([m for m, _ in found]), torch.stack([lead for _, lead in found])
+
+
+def medians(prediction: Tensor) -> Tensor:
+    """The median of each channel over the positions, in the shape [B, C, H, W] of the prediction."""
+    return prediction.flatten(2).median(2).values[..., None, None].expand_as(prediction)
 
 
 def contiguity(mask: Tensor) -> float:

@@ -9,8 +9,8 @@ prompts and noise as mask_refresh 1 with the same mask_momentum, and is compared
   forwards:  rows that pass through the networks of both models, for each image and step
   agreement: share of the positions, over all steps, that have the same model as with mask_refresh 1
   PSNR:      of the images to those of mask_refresh 1, in dB, median with quartiles
-  retrieval: the encoder's mean probability of the animal in the expert's style and of the other concept, relative to
-             mask_refresh 1, with a 95 % interval by bootstrap over prompts
+  retrieval: the encoder's mean probability of the animal in the expert's style and of the other concept, where the
+             prompt places them, relative to mask_refresh 1, with a 95 % interval by bootstrap over pairs
 """
 
 import argparse
@@ -25,18 +25,11 @@ from .. import headless
 
 headless.start()
 
-from ...demo.modules import load_checkpoint, load_vision  # noqa: E402
+from ...demo.modules import load_checkpoint  # noqa: E402
 from ..statistics import quartiles, ratio_of_means  # noqa: E402
 from .environment import facts, write_results  # noqa: E402
-from .saliency_effect import (  # noqa: E402
-    blend,
-    compositions,
-    concept_numbers,
-    encode,
-    generate,
-    noises,
-    window_probabilities,
-)
+from .evaluators import PairEvaluators  # noqa: E402
+from .saliency_effect import EXPERT_STYLE, blend, compositions, encode, generate, noises, pairs_of  # noqa: E402
 
 AIM_AGREEMENT, AIM_FORWARDS = 0.98, 2.0
 
@@ -57,8 +50,8 @@ class Sampling:
 SAMPLINGS = (
     Sampling("student, 4 steps", "general-4-steps", 4, 1.0, "euler", "normal", (1, 2, 4)),
     Sampling("student, 8 steps", "general-4-steps", 8, 1.0, "euler", "normal", (1, 2, 4, 8)),
-    Sampling("20 steps, cfg 1", "general", 20, 1.0, "dpmpp_2m", "karras", (1, 2, 4, 10)),
-    Sampling("20 steps, cfg 4", "general", 20, 4.0, "dpmpp_2m", "karras", (1, 2, 4)),
+    Sampling("20 steps, cfg 1", "general", 20, 1.0, "euler", "normal", (1, 2, 4, 10)),
+    Sampling("20 steps, cfg 4", "general", 20, 4.0, "euler", "normal", (1, 2, 4)),
 )
 MOMENTA = (0.0, 0.8)
 
@@ -96,16 +89,16 @@ def owners(record: Any) -> torch.Tensor:
 
 
 def measure(
-    sampling: Sampling, momentum: float, options: argparse.Namespace, expert: Any, vision: Any
+    sampling: Sampling, momentum: float, options: argparse.Namespace, expert: Any, evaluators: PairEvaluators
 ) -> dict[int, Result]:
     base, clip, vae = load_checkpoint(sampling.checkpoint)
-    tasks = compositions(options.prompts) * options.seeds
+    tasks = compositions(options.count)
     channels = base.get_model_object("latent_format").latent_channels
     results = {n: Result() for n in sampling.refreshes}
     for start in range(0, len(tasks), options.batch):
         part = tasks[start : start + options.batch]
-        animals, others, prompts = (list(column) for column in zip(*part, strict=True))
-        positive, negative = encode(clip, prompts), encode(clip, [""] * len(part))
+        subjects, others, relations, _ = zip(*part)
+        positive, negative = encode(clip, [task.prompt for task in part]), encode(clip, [""] * len(part))
         noise = noises(channels, range(1000 + start, 1000 + start + len(part)))
         first_owners = first_images = None
         for n, result in results.items():
@@ -119,27 +112,24 @@ def measure(
             result.agreement += (found == first_owners).float().mean((0, 2, 3)).tolist()
             error = (images - first_images).square().flatten(1).mean(1)
             result.psnr += (-10 * error.clamp(min=1e-12).log10()).tolist()
-            probabilities = window_probabilities(vision, images)
-            score = probabilities.styled.gather(1, concept_numbers(animals))
-            score = score + probabilities.plain.gather(1, concept_numbers(others))
-            result.scores += (0.5 * score.squeeze(1)).tolist()
+            asked = images, subjects, others, relations, EXPERT_STYLE
+            result.scores += evaluators.probability(*asked).tolist()
         print(f"{sampling.name}: {start + len(part)} of {len(tasks)} images", flush=True)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=100, help="number of unseen compositions")
-    parser.add_argument("--seeds", type=int, default=1, help="images of each prompt")
+    parser.add_argument("--count", type=int, default=100, help="images of each setting")
     parser.add_argument("--batch", type=int, default=25, help="images per batch")
     parser.add_argument("--name", default="mask_refresh", help="name of the result file")
     options = parser.parse_args()
-    groups = np.tile(np.arange(options.prompts), options.seeds)
+    groups = pairs_of(compositions(options.count))
     rows = []
     with torch.inference_mode():
-        expert, vision = load_checkpoint("expert-animals")[0], load_vision()
+        expert, evaluators = load_checkpoint("expert-animals")[0], PairEvaluators()
         for sampling, momentum in itertools.product(SAMPLINGS, MOMENTA):
-            results = measure(sampling, momentum, options, expert, vision)
+            results = measure(sampling, momentum, options, expert, evaluators)
             first = np.array(results[1].scores)
             for n, result in results.items():
                 rows.append(

@@ -35,16 +35,15 @@ from ...demo.concepts import load_concepts, phrase  # noqa: E402
 from ...demo.modules import load_checkpoint, load_references  # noqa: E402
 from ...techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs  # noqa: E402
 from ...techniques.seed_select.comfy_scoring import ScoringSettings  # noqa: E402
-from ..old_world.evaluate import encode  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference, ratio_of_means  # noqa: E402
 from .environment import publish, script_parser  # noqa: E402
 from .evaluators import Evaluators  # noqa: E402
+from .sampling import LATENT, encode  # noqa: E402
 
 SHARE = 0.3
 TEACHER = dict(steps=20, cfg=4.0, scheduler="normal")
 STUDENT = dict(steps=4, cfg=1.0, scheduler="simple")
 METRICS = ("variety", "variety by the classifier", "best score", "mean score", "accuracy")
-SIDE = 64  # pixels
 
 
 def insensitive(model: ModelPatcher) -> ModelPatcher:
@@ -74,7 +73,7 @@ def measure(
 ) -> dict[str, float]:
     """The metrics of one concept."""
     model, clip, vae = models
-    latent = {"samples": torch.zeros(1, 4, SIDE // 8, SIDE // 8), "downscale_ratio_spacial": 8}
+    latent = {"samples": torch.zeros(1, *LATENT)}
     prompts = dict(positive=encode(clip, phrase(concept)), negative=encode(clip, ""))
     inputs = KSamplerInputs(model=model, **prompts, latent_image=latent, sampler_name="euler", **sampling)
     scoring = ScoringSettings(references=load_references(concept)[0], vae=vae, clip_vision=evaluators.vision)
@@ -125,8 +124,8 @@ def markdown(table: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--concepts", type=int, default=12, help="number of concepts")
-    parser.add_argument("--seeds", type=int, default=10, help="candidates of each concept")
+    parser.add_argument("--concepts", type=int, default=10, help="number of concepts")
+    parser.add_argument("--seeds", type=int, default=8, help="candidates of each concept")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--name", default="prompt_variation", help="name of the result file")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Renders the tables of BENCHMARKS.md, README.md and a help page from result files; other text is written by hand.
+"""Renders the tables of BENCHMARKS.md, README.md, docs/results.md and a help page from result files; other text is written by hand.
 
 python run.py bench report              write the tables of all pages
 python run.py bench report --check      write nothing; exit code 1 if a page is out of date
@@ -50,7 +50,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "BENCHMARKS.md", ROOT / "README.md", ROOT / "web/docs/SaliencyNoiseBlend.md")
+PAGES = tuple(
+    ROOT / page for page in ("BENCHMARKS.md", "README.md", "docs/results.md", "web/docs/SaliencyNoiseBlend.md")
+)
 TABLES = Path(__file__).with_name("tables.json")
 BEGIN, END = "<!-- table: ", "<!-- end table -->"
 REDUCE = {"sum": sum, "min": min, "max": max, "median": statistics.median}

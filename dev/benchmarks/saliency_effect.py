@@ -1,83 +1,149 @@
 """Effect of the blend on images: the demo checkpoints on compositions that are not used in training.
 
-Every prompt names an animal (the expert's domain) and another concept. The general model was trained on all concepts in
-Noto style, the expert on animals in Twemoji style. The demo's image-text encoder, trained on single concepts, scores
-sliding windows of every image:
-  subject: the animal in the expert's style is among the two most likely of all pairs of concept and style
-  scene:   both concepts of the prompt are the two most likely of all concepts, whatever their style
-  placed:  scene holds, and the positions of both concepts have the relation that the prompt names
-  both:    subject and scene hold for the same image
+Every prompt names a subject, a concept of the expert's domain, and another concept. No training saw the two together.
+The general checkpoint was trained on all concepts in glossy style, each expert on one domain in flat style:
+expert-animals is a U-Net like general, expert-food is a small Flux with flow matching. An image is measured by two
+evaluators that no training and no score uses, an independent classifier and template matching (evaluators.py):
+  subject: the subject is in the image, in the expert's style
+  scene:   both concepts are in the image, side by side or one above the other
+  both:    scene, with the subject in the expert's style
+  placed:  both, and the concepts are where the prompt places them
+The ways of generation:
+  general, expert: one checkpoint alone
+  blend:           SaliencyNoiseBlend with its default values
+  recommended:     SaliencyNoiseBlend with the values of RULES[RECOMMENDED]
+  region:          SaliencyNoiseBlend with the subject's half as a forced region; no saliency decides. It shows what
+                   these two checkpoints can reach together; the results of the blends are also given relative to it.
+
+`python run.py bench saliency_effect --rules` compares RULES, with other seeds than those of the reported images. The
+rule with the most images with "placed", averaged over both evaluators, is RECOMMENDED.
 """
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from .. import headless
 
 headless.start()
 
 import comfy.sample  # noqa: E402
-import comfy.utils  # noqa: E402
 
+from ...demo.autoencoder import CHANNELS  # noqa: E402
 from ...demo.concepts import load_concepts, phrase  # noqa: E402
-from ...demo.modules import load_checkpoint, load_vision  # noqa: E402
+from ...demo.modules import load_checkpoint  # noqa: E402
 from ...nodes.saliency_noise_blend import SaliencyNoiseBlend  # noqa: E402
-from ..old_world.canvas import Canvases, Item, Scene, Sprites  # noqa: E402
-from ..old_world.lists import RELATIONS, load_heldout  # noqa: E402
-from ..statistics import paired_difference, wilson  # noqa: E402
-from .environment import facts, write_results  # noqa: E402
+from ..recipes.lists import RELATIONS, load_held_out  # noqa: E402
+from ..recipes.scenes import CELL, SIZE, Item, Scene, background, corner, paste, region_of  # noqa: E402
+from ..recipes.sprites import Sprites  # noqa: E402
+from ..statistics import paired_difference, ratio_of_means, wilson  # noqa: E402
+from .environment import publish, script_parser  # noqa: E402
+from .evaluators import PairEvaluators, numbers_of  # noqa: E402
 
+DOMAINS = {"expert-animals": "animal", "expert-food": "food"}
+EXPERT_STYLE, BASE_STYLE = "flat", "glossy"
 METRICS = {
     "subject": "subject in the expert's style",
     "scene": "both concepts",
-    "placed": "both concepts, placed as in the prompt",
-    "both": "both concepts, subject in style",
+    "both": "both, subject in style",
+    "placed": "both, subject in style, placed as in the prompt",
 }
 BACKGROUNDS = ("blue", "green", "yellow", "pink", "grey")
+EMOJI = 60  # side of an emoji in composed images, in pixels
+LATENT = SIZE // CELL  # side of a latent
+FIRST_SEED, FIRST_TUNING_SEED = 1000, 50_000
+AREA = "area"  # stands for the mean area of a subject, as a share of the image
+# not inputs of the node: the expert's prompt names only the subject; the number of sampling steps
+SUBJECT_PROMPT, STEPS = "expert's prompt", "steps"
+# inputs of the node. With mask_refresh 20 and 20 steps, the first mask that is computed is used in all later steps.
+RULES: dict[str, dict[str, Any]] = {
+    "own": {},
+    "shared": {"saliency": "shared"},
+    "own, momentum 0.8": {"mask_momentum": 0.8},
+    "shared, momentum 0.8": {"saliency": "shared", "mask_momentum": 0.8},
+    "own, share": {"expert_share": AREA},
+    "own, start 0.1": {"start_percent": 0.1},
+    "own, end 0.8": {"end_percent": 0.8},
+    "own, first mask held": {"mask_refresh": 20},
+    "own, mask held from 0.05": {"mask_refresh": 20, "start_percent": 0.05},
+    "own, mask held from 0.1": {"mask_refresh": 20, "start_percent": 0.1},
+    "own, mask held from 0.15": {"mask_refresh": 20, "start_percent": 0.15},
+    "shared, mask held from 0.1": {"saliency": "shared", "mask_refresh": 20, "start_percent": 0.1},
+}
+RECOMMENDED = "own, mask held from 0.05"
 
 
-def compositions(count: int) -> list[tuple[str, str, str]]:
-    """(animal, other concept, prompt) of ``count`` unseen pairs, with alternating relations and backgrounds."""
-    domain = {s.name: s.domain for s in load_concepts()}
-    pairs = [p for p in load_heldout()["pairs"] if (domain[p[0]] == "animal") != (domain[p[1]] == "animal")]
-    picked = np.random.default_rng(5).permutation(len(pairs))[:count]
-    out = []
-    for n, k in enumerate(picked):
-        animal, other = sorted(pairs[k], key=lambda name: domain[name] != "animal")
-        prompt = f"{phrase(animal)} {RELATIONS[n % 4]} {phrase(other)} on {BACKGROUNDS[n % 5]}"
-        out.append((animal, other, prompt))
-    return out
+class Task(NamedTuple):
+    """An image to generate."""
+
+    subject: str
+    other: str
+    relation: str
+    color: str
+
+    @property
+    def prompt(self) -> str:
+        return f"{phrase(self.subject)} {self.relation} {phrase(self.other)} on {self.color}"
 
 
-class TwoStyles:
-    """Sprites for ``Canvases``: animals in Twemoji style, everything else in Noto style."""
+def compositions(count: int, domain: str = "animal", shift: int = 0) -> list[Task]:
+    """``count`` compositions of a subject of ``domain`` and another concept that no training saw together.
 
-    def __init__(self, concepts):
-        self.concepts = concepts
-        self.sprites = {True: Sprites("twemoji", concepts), False: Sprites("noto", concepts)}
-
-    def get(self, item):
-        return self.sprites[self.concepts[item.sign].domain == "animal"].get(item)
-
-
-def composed(tasks: list[tuple[str, str, str]]) -> torch.Tensor:
-    """Images composed of the emoji themselves. Their scores are the upper limit of the evaluation."""
-    canvases = Canvases("noto", draw=False)
-    canvases.sprites = TwoStyles(canvases.signs)
-    index = {s.name: n for n, s in enumerate(canvases.signs)}
-    images = []
-    for animal, other, prompt in tasks:
-        relation = next(r for r in RELATIONS if f" {r} " in prompt)
-        items = tuple(Item(index[name], "", 29, (4, 4), False) for name in (animal, other))
-        images.append(canvases.draw(Scene(items, relation, (prompt.rsplit(" ", 1)[1],))))
-    return torch.from_numpy(np.stack(images)).float() / 255.0
+    Every pass through the pairs has other relations. ``shift`` changes relations and backgrounds.
+    """
+    domains = {c.name: c.domain for c in load_concepts()}
+    pairs = [p for p in load_held_out()["pairs"] if (domains[p[0]] == domain) != (domains[p[1]] == domain)]
+    order = np.random.default_rng(5).permutation(len(pairs))
+    found = []
+    for n in range(count):
+        subject, other = sorted(pairs[order[n % len(pairs)]], key=lambda name: domains[name] != domain)
+        turn = n + n // len(pairs) + shift
+        found.append(Task(subject, other, RELATIONS[turn % 4], BACKGROUNDS[turn % 5]))
+    return found
 
 
-def encode(clip, texts: list[str]):
+def pairs_of(tasks: Sequence[Task]) -> np.ndarray:
+    """The number [N] of each task's pair, for intervals in which the images of a pair are resampled together."""
+    names = [(task.subject, task.other) for task in tasks]
+    return np.unique([" ".join(pair) for pair in names], return_inverse=True)[1]
+
+
+def composed(tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
+    """Images [N, 128, 128, 3] in 0..1 composed of the emoji, and the coverage [N, 128, 128] of their subjects.
+
+    Subjects are in the expert's style, the other concepts in the base's.
+    """
+    sprites = [Sprites(EXPERT_STYLE), Sprites(BASE_STYLE)]
+    images, coverage = [], []
+    for task in tasks:
+        numbers = numbers_of([task.subject, task.other]).tolist()
+        items = tuple(Item(number, "", EMOJI, (0.5, 0.5)) for number in numbers)
+        scene = Scene(items, task.relation, (task.color,))
+        canvas, covered = background(scene.colors, SIZE), np.zeros((SIZE, SIZE), np.float32)
+        for n, (item, style) in enumerate(zip(items, sprites)):
+            sprite, (x, y) = style.get(item.concept, "", EMOJI), corner(scene, n, SIZE)
+            paste(canvas, sprite, x, y)
+            if n == 0:
+                covered[y : y + EMOJI, x : x + EMOJI] = sprite[..., 3] / 255
+        images.append(canvas)
+        coverage.append(covered)
+    return torch.from_numpy(np.stack(images)).float() / 255, torch.from_numpy(np.stack(coverage))
+
+
+def subject_halves(tasks: Sequence[Task]) -> Tensor:
+    """Masks [N, 16, 16] of the halves in which the prompts place the subjects."""
+    masks = torch.zeros(len(tasks), LATENT, LATENT)
+    for mask, task in zip(masks, tasks):
+        x0, y0, x1, y1 = region_of(task.relation, 0, LATENT)
+        mask[y0:y1, x0:x1] = 1
+    return masks
+
+
+def encode(clip, texts: Sequence[str]):
     """One CONDITIONING with a row for each text."""
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(t))[0] for t in texts]
     options = dict(encoded[0][1])
@@ -86,12 +152,13 @@ def encode(clip, texts: list[str]):
     return [[torch.cat([e[0] for e in encoded]), options]]
 
 
-def noises(channels: int, seeds: range) -> torch.Tensor:
+def noises(channels: int, seeds: range) -> Tensor:
     """Noise [B, channels, 16, 16], with a seed for each image."""
-    return torch.cat([torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    make = torch.Generator
+    return torch.cat([torch.randn(1, channels, LATENT, LATENT, generator=make().manual_seed(s)) for s in seeds])
 
 
-def generate(model, positive, negative, noise, options) -> torch.Tensor:
+def generate(model, positive, negative, noise, options) -> Tensor:
     return comfy.sample.sample(
         model,
         noise,
@@ -107,159 +174,7 @@ def generate(model, positive, negative, noise, options) -> torch.Tensor:
     )
 
 
-WINDOW, STRIDE, SIZE = 36, 7, 64  # in pixels; 5 x 5 windows, each as large as a concept in an image of two
-
-
-def highest_probabilities(embeds: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest probability [B, n] of each text over all windows, and the number [B, n] of the window that has it.
-
-    ``embeds`` [B, windows, D] and ``texts`` [n, D] are unit vectors. 16 is the inverse temperature of the encoder's
-    training.
-    """
-    return torch.softmax(16.0 * embeds @ texts.T, dim=-1).max(dim=1)
-
-
-@dataclass
-class Probabilities:
-    """The encoder's probabilities of all concepts in B images."""
-
-    plain: torch.Tensor  # [B, concepts], of each concept by its name; the highest over all windows
-    styled: torch.Tensor  # [B, 2 x concepts], of each concept in Twemoji style, then in Noto style
-    where: torch.Tensor  # [B, concepts], number of the window with the probability ``plain``
-
-
-def corners() -> list[tuple[int, int]]:
-    return [(i, j) for i in range(0, SIZE - WINDOW + 1, STRIDE) for j in range(0, SIZE - WINDOW + 1, STRIDE)]
-
-
-def window_probabilities(vision, images: torch.Tensor) -> Probabilities:
-    names = [s.name for s in load_concepts()]
-    x = images.movedim(3, 1)
-    windows = torch.stack([x[..., i : i + WINDOW, j : j + WINDOW] for i, j in corners()], 1)
-    large = F.interpolate(windows.flatten(0, 1), size=SIZE, mode="bicubic", antialias=True).clamp(0, 1)
-    embeds = F.normalize(vision.encode_image(large.movedim(1, 3))["image_embeds"].float().cpu(), dim=-1)
-    embeds = embeds.unflatten(0, windows.shape[:2])
-    plain, where = highest_probabilities(embeds, vision.text_embeds([phrase(n) for n in names]))
-    styles = [f"{phrase(n)} in {style} style" for style in ("twemoji", "noto") for n in names]
-    styled, _ = highest_probabilities(embeds, vision.text_embeds(styles))
-    return Probabilities(plain, styled, where)
-
-
-def concept_numbers(names: list[str]) -> torch.Tensor:
-    """The numbers [B, 1] of concepts by name. They are also indices of ``styled``, in which Twemoji comes first."""
-    numbers = {concept.name: n for n, concept in enumerate(load_concepts())}
-    return torch.tensor([numbers[name] for name in names])[:, None]
-
-
-def evaluate(found: Probabilities, animals: list[str], others: list[str], prompts: list[str]) -> dict[str, np.ndarray]:
-    animal, other = concept_numbers(animals), concept_numbers(others)
-    subject = (found.styled.topk(2).indices == animal).any(1)
-    top = found.plain.topk(2).indices
-    scene = (top == animal).any(1) & (top == other).any(1)
-    place = torch.tensor(corners())
-    offset = place[found.where.gather(1, other)[:, 0]] - place[found.where.gather(1, animal)[:, 0]]  # (down, right)
-    expected = {"left of": (1, 1), "right of": (1, -1), "above": (0, 1), "below": (0, -1)}
-    axis, direction = zip(*(next(expected[r] for r in RELATIONS if f" {r} " in p) for p in prompts), strict=True)
-    placed = scene & (offset.gather(1, torch.tensor(axis)[:, None])[:, 0] * torch.tensor(direction) > 0)
-    hits = {"subject": subject, "scene": scene, "placed": placed, "both": subject & scene}
-    return {metric: values.numpy() for metric, values in hits.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=100, help="number of unseen compositions")
-    parser.add_argument("--seeds", type=int, default=3, help="images of each prompt")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--sampler", default="dpmpp_2m")
-    parser.add_argument("--scheduler", default="karras")
-    parser.add_argument("--batch", type=int, default=25, help="images per batch; affects the images only by rounding")
-    parser.add_argument(
-        "--expert-prompt", choices=("scene", "subject"), default="scene", help="prompt of the expert in the blend"
-    )
-    parser.add_argument(
-        "--blend",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an input of SaliencyNoiseBlend; may be repeated",
-    )
-    parser.add_argument("--name", default="saliency_effect", help="name of the result file")
-    options = parser.parse_args()
-    inputs = {k: parsed(v) for k, v in (item.split("=", 1) for item in options.blend)}
-
-    tasks = compositions(options.prompts) * options.seeds
-    groups = np.tile(np.arange(options.prompts), options.seeds)
-    with torch.inference_mode():
-        general, clip, vae = load_checkpoint("general")
-        expert, _, _ = load_checkpoint("expert-animals")
-        vision = load_vision()
-        latent = general.get_model_object("latent_format")
-        scores = {name: {m: [] for m in METRICS} for name in ("general", "expert", "fused")}
-        shares = []
-        for start in range(0, len(tasks), options.batch):
-            part = tasks[start : start + options.batch]
-            animals, others, prompts = (list(column) for column in zip(*part, strict=True))
-            noise = noises(latent.latent_channels, range(1000 + start, 1000 + start + len(part)))
-            positive, negative = encode(clip, prompts), encode(clip, [""] * len(part))
-            own = positive if options.expert_prompt == "scene" else encode(clip, [phrase(a) for a in animals])
-            blended, trace = blend(general, expert, own, negative, inputs)
-            for name, model, prompt in (
-                ("general", general, positive),
-                ("expert", expert, positive),
-                ("fused", blended, positive),
-            ):
-                images = vae.decode(generate(model, prompt, negative, noise, options))
-                for metric, hits in evaluate(window_probabilities(vision, images), animals, others, prompts).items():
-                    scores[name][metric] += hits.tolist()
-            shares += trace.record.mean_shares()[1].flatten(1).mean(1).tolist()
-            print(f"{start + len(part)} of {len(tasks)} images of each model", flush=True)
-
-    with torch.inference_mode():
-        distinct = compositions(options.prompts)
-        animals, others, prompts = (list(column) for column in zip(*distinct, strict=True))
-        ceiling = {
-            m: float(v.mean())
-            for m, v in evaluate(window_probabilities(vision, composed(distinct)), animals, others, prompts).items()
-        }
-
-    arrays = {name: {m: np.array(v) for m, v in found.items()} for name, found in scores.items()}
-    table = {
-        name: {m: {"share": float(v.mean()), "interval": wilson(int(v.sum()), len(v))} for m, v in found.items()}
-        for name, found in arrays.items()
-    }
-    gains = {
-        f"fused - {name}": {m: paired_difference(arrays["fused"][m], arrays[name][m], groups) for m in arrays[name]}
-        for name in ("general", "expert")
-    }
-    expert_share = {"mean": float(np.mean(shares)), "lowest": min(shares), "highest": max(shares)}
-    path = write_results(
-        options.name,
-        {
-            "settings": vars(options),
-            "pairs": len(tasks),
-            "scores": table,
-            "ceiling": ceiling,
-            "gains": gains,
-            "expert_share": expert_share,
-        },
-    )
-    print(markdown(table, ceiling, gains, expert_share, len(tasks)))
-    print(f"\n{facts()['device']}; written to {path.name}")
-
-
-def parsed(text: str):
-    """The value of a ``--blend`` option as int, float or text."""
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-
-def blend(general, expert, positive, negative, inputs: dict):
+def blend(general, expert, positive, negative, inputs: Mapping[str, Any]):
     """(MODEL, BLEND_TRACE) of SaliencyNoiseBlend with ``inputs``, and defaults for all other widgets."""
     schema = {
         i.id: i.default for i in SaliencyNoiseBlend.define_schema().inputs if getattr(i, "default", None) is not None
@@ -269,25 +184,249 @@ def blend(general, expert, positive, negative, inputs: dict):
     ).args
 
 
-def markdown(table: dict, ceiling: dict, gains: dict, expert_share: dict, pairs: int) -> str:
-    lines = [f"| {pairs} images | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 1) + "|"]
-    for name, found in table.items():
-        cells = [
-            f"{100 * v['share']:.1f} % ({100 * v['interval'][0]:.1f}-{100 * v['interval'][1]:.1f})"
-            for v in found.values()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(
-        f"| composed from the emoji (upper limit) | {' | '.join(f'{100 * v:.1f} %' for v in ceiling.values())} |"
+class Found:
+    """Hits of one way of generation, collected over the batches."""
+
+    def __init__(self) -> None:
+        self.hits: dict[str, dict[str, list[bool]]] = {}
+        self.shares: list[float] = []  # of the expert in the blend's mask
+        self.costs: list[float] = []  # evaluations of both models, relative to those of the base alone with --steps
+
+    def add(self, measured: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        for evaluator, metrics in measured.items():
+            mine = self.hits.setdefault(evaluator, {metric: [] for metric in METRICS})
+            for metric, values in metrics.items():
+                mine[metric] += values.tolist()
+
+    def arrays(self) -> dict[str, dict[str, np.ndarray]]:
+        return {e: {m: np.array(v) for m, v in metrics.items()} for e, metrics in self.hits.items()}
+
+    def table(self) -> dict[str, Any]:
+        """{evaluator: {metric: share with its interval}}"""
+        return {
+            e: {m: {"share": float(v.mean()), "interval": wilson(int(v.sum()), len(v))} for m, v in metrics.items()}
+            for e, metrics in self.arrays().items()
+        }
+
+    def mean(self, metric: str) -> float:
+        """The share of images with ``metric``, averaged over the evaluators."""
+        return float(np.mean([metrics[metric].mean() for metrics in self.arrays().values()]))
+
+
+class Experiment:
+    """The two checkpoints of a blend, the evaluators, and the sampling options."""
+
+    def __init__(self, expert: str, evaluators: PairEvaluators, options: Any) -> None:
+        self.general, self.clip, self.vae = load_checkpoint("general")
+        self.expert, self.evaluators, self.options = load_checkpoint(expert)[0], evaluators, options
+        self.domain = DOMAINS[expert]
+
+    def area(self) -> float:
+        """The mean area of the domain's subjects, as a share of a composed image."""
+        return round(float(composed(compositions(100, self.domain))[1].mean()), 2)
+
+    def run(self, ways: Mapping[str, Mapping[str, Any] | None], tasks: Sequence[Task], seed: int) -> dict[str, Found]:
+        """Generate all tasks in each of ``ways``, from the same noise: inputs of the blend, or None for the checkpoint
+        of this name alone."""
+        found = {name: Found() for name in ways}
+        for start in range(0, len(tasks), self.options.batch):
+            part = tasks[start : start + self.options.batch]
+            noise = noises(CHANNELS, range(seed + start, seed + start + len(part)))
+            for name, inputs in ways.items():
+                images = self._images(name, inputs, part, noise, found[name])
+                found[name].add(self.measure(images, part))
+            print(f"{self.domain}: {start + len(part)} of {len(tasks)} images in {len(ways)} ways", flush=True)
+        return found
+
+    def measure(self, images: Tensor, tasks: Sequence[Task]) -> dict[str, dict[str, np.ndarray]]:
+        subjects, others, relations, _ = zip(*tasks)
+        return self.evaluators.measure(images, subjects, others, relations, EXPERT_STYLE)
+
+    def _images(self, name: str, inputs: Any, tasks: Sequence[Task], noise: Tensor, found: Found) -> Tensor:
+        positive = encode(self.clip, [task.prompt for task in tasks])
+        negative = encode(self.clip, [""] * len(tasks))
+        if inputs is None:
+            model = {"general": self.general, "expert": self.expert}[name]
+            return self.vae.decode(generate(model, positive, negative, noise, self.options))
+        inputs = dict(inputs)
+        alone, steps = inputs.pop(SUBJECT_PROMPT, None), inputs.pop(STEPS, self.options.steps)
+        own = encode(self.clip, [phrase(task.subject) for task in tasks]) if alone else positive
+        if inputs.get("region_mode") == "force":
+            inputs["region"] = subject_halves(tasks)
+        if inputs.get("expert_share") == AREA:
+            inputs["expert_share"] = self.area()
+        model, trace = blend(self.general, self.expert, own, negative, inputs)
+        sampling = argparse.Namespace(**{**vars(self.options), "steps": steps})
+        images = self.vae.decode(generate(model, positive, negative, noise, sampling))
+        found.shares += trace.record.mean_shares()[1].flatten(1).mean(1).tolist()
+        base = trace.record.cost[0] / steps  # the cost of the base in each step
+        found.costs.append(sum(trace.record.cost) / base / self.options.steps)
+        return images
+
+
+def compare_rules(options: argparse.Namespace) -> None:
+    """Measure RULES with seeds that are not reported, and write the result file."""
+    experiment = Experiment(options.expert, PairEvaluators(), options)
+    found = experiment.run(RULES, compositions(options.count, experiment.domain, shift=3), FIRST_TUNING_SEED)
+    best = max(found, key=lambda name: found[name].mean("placed"))
+    rules = {
+        name: {
+            "scores": f.table(),
+            "placed": f.mean("placed"),
+            "share": float(np.mean(f.shares)),
+            "cost": float(np.mean(f.costs)),
+        }
+        for name, f in found.items()
+    }
+    results = {"settings": vars(options), "images": options.count, "area": experiment.area(), "best": best}
+    publish(
+        options.name or "saliency_effect_rules", {**results, "rules": rules}, rule_markdown(rules, options.count, best)
     )
-    for name, found in gains.items():
-        cells = [f"{100 * d:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" for d, low, high in found.values()]
-        lines.append(f"| {name}, points | {' | '.join(cells)} |")
-    share = expert_share
-    lines.append(
-        f"\nThe expert's share of the mask: mean {100 * share['mean']:.0f} %, {100 * share['lowest']:.0f} to {100 * share['highest']:.0f} %."
+
+
+def report(experiment: Experiment, ways: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The reported results of one expert."""
+    tasks = compositions(count, experiment.domain)
+    found = experiment.run(ways, tasks, FIRST_SEED)
+    limit, groups = Found(), pairs_of(tasks)
+    for start in range(0, count, experiment.options.batch):
+        part = tasks[start : start + experiment.options.batch]
+        limit.add(experiment.measure(composed(part)[0], part))
+    arrays = {name: f.arrays() for name, f in found.items()}
+    evaluators = list(arrays["blend"])
+
+    def compared(way: str, other: str, statistic: Any) -> dict[str, Any]:
+        return {e: {m: statistic(arrays[way][e][m], arrays[other][e][m], groups) for m in METRICS} for e in evaluators}
+
+    blends = [name for name, inputs in ways.items() if inputs is not None]
+    chosen = [name for name in blends if name != "region"]
+    return {
+        "images": count,
+        "pairs": len(set(groups.tolist())),
+        "area": experiment.area(),
+        "scores": {name: f.table() for name, f in found.items()},
+        "ceiling": {e: {m: v["share"] for m, v in metrics.items()} for e, metrics in limit.table().items()},
+        "gains": {
+            f"{way} - {other}": compared(way, other, paired_difference)
+            for way in chosen
+            for other in ("general", "expert")
+        },
+        "share of region": {way: compared(way, "region", share_of) for way in chosen},
+        "expert_share": {
+            n: {
+                "mean": float(np.mean(found[n].shares)),
+                "lowest": min(found[n].shares),
+                "highest": max(found[n].shares),
+            }
+            for n in blends
+        },
+    }
+
+
+def share_of(a: np.ndarray, b: np.ndarray, groups: np.ndarray) -> tuple[float, float, float] | None:
+    """Ratio of the means and its interval; None if no image of ``b`` is a hit."""
+    return ratio_of_means(a.astype(float), b.astype(float), groups) if b.any() else None
+
+
+def parsed(text: str) -> int | float | str:
+    """The value of a ``--blend`` option as int, float or text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    found = script_parser(__doc__)
+    found.add_argument("--rules", action="store_true", help="compare RULES, with other seeds")
+    found.add_argument("--count", type=int, default=300, help="images of each way or rule")
+    found.add_argument("--expert", choices=tuple(DOMAINS), default="expert-animals")
+    found.add_argument("--steps", type=int, default=20)
+    found.add_argument("--cfg", type=float, default=4.0)
+    found.add_argument("--sampler", default="euler")
+    found.add_argument("--scheduler", default="normal")
+    found.add_argument("--batch", type=int, default=20, help="images per batch; affects the images only by rounding")
+    found.add_argument(
+        "--blend",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an input of SaliencyNoiseBlend in the way 'blend'; may be repeated",
     )
+    found.add_argument("--name", help="name of the result file")
+    return found
+
+
+def main() -> None:
+    options = parser().parse_args()
+    with torch.inference_mode():
+        if options.rules:
+            compare_rules(options)
+            return
+        inputs = {k: parsed(v) for k, v in (item.split("=", 1) for item in options.blend)}
+        ways: dict[str, Any] = {
+            "general": None,
+            "expert": None,
+            "blend": inputs,
+            "recommended": RULES[RECOMMENDED],
+            "region": {"region_mode": "force"},
+        }
+        if ways["recommended"] == inputs:
+            del ways["recommended"]
+        found = report(Experiment(options.expert, PairEvaluators(), options), ways, options.count)
+    recommended = {"name": RECOMMENDED, "inputs": RULES[RECOMMENDED]}
+    names = {"expert-animals": "saliency_effect", "expert-food": "saliency_effect_food"}
+    publish(
+        options.name or names[options.expert],
+        {"settings": vars(options), "recommended": recommended, **found},
+        markdown(options.expert, found),
+    )
+
+
+def percent(figure: Mapping[str, Any]) -> str:
+    low, high = figure["interval"]
+    return f"{100 * figure['share']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def rule_markdown(rules: Mapping[str, Any], count: int, best: str) -> str:
+    lines = [f"| rule, {count} images | evaluator | {' | '.join(METRICS.values())} | expert's share | cost |"]
+    lines.append("|---" * (len(METRICS) + 4) + "|")
+    for name, row in rules.items():
+        for evaluator, metrics in row["scores"].items():
+            cells = " | ".join(percent(v) for v in metrics.values())
+            lines.append(f"| {name} | {evaluator} | {cells} | {100 * row['share']:.0f} % | {row['cost']:.2f} |")
+    return "\n".join([*lines, f"\nrecommended: {best}"])
+
+
+def markdown(expert: str, found: Mapping[str, Any]) -> str:
+    head = f"| {expert}, {found['images']} images of {found['pairs']} pairs, % | evaluator |"
+    lines = [f"{head} {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 2) + "|"]
+    for way, evaluators in found["scores"].items():
+        for evaluator, metrics in evaluators.items():
+            lines.append(f"| {way} | {evaluator} | {' | '.join(percent(v) for v in metrics.values())} |")
+    for evaluator, metrics in found["ceiling"].items():
+        cells = " | ".join(f"{100 * v:.1f}" for v in metrics.values())
+        lines.append(f"| composed of the emoji (upper limit) | {evaluator} | {cells} |")
+    for title, part, plus in (("", "gains", "+"), ("share of region: ", "share of region", "")):
+        for name, evaluators in found[part].items():
+            for evaluator, metrics in evaluators.items():
+                cells = " | ".join(bounds(v, plus) for v in metrics.values())
+                lines.append(f"| {title}{name} | {evaluator} | {cells} |")
+    for way, share in found["expert_share"].items():
+        lines.append(
+            f"\nThe expert's share of the mask, {way}: mean {100 * share['mean']:.0f} %, {100 * share['lowest']:.0f} to"
+            f" {100 * share['highest']:.0f} %."
+        )
     return "\n".join(lines)
+
+
+def bounds(figure: Sequence[float] | None, plus: str) -> str:
+    if figure is None:
+        return ""
+    middle, low, high = (f"{100 * v:{plus}.1f}" for v in figure)
+    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

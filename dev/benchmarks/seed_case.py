@@ -24,11 +24,11 @@ from ...techniques.seed_select.comfy_scoring import ScoringSettings
 from ...techniques.seed_select.comfy_session import SessionSettings
 from ...techniques.seed_select.optimize import OptimizeSettings
 from ...techniques.seed_select.select import SeedSelect, SeedSelectSettings
-from ..old_world.evaluate import encode
 from .random_models import conditioning, fill, sd15
+from .sampling import encode
 
 PLAIN, OPTIMIZE, KEPT = "one picture", "optimize", "optimize, activations of all steps kept"
-CONCEPT, SEED, CFG = "cherries", 1000, {"demo": 4.0, "sd15": 7.5}
+CONCEPT, SEED, CFG = "rabbit", 1000, {"demo": 4.0, "sd15": 7.5}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class Models:
 
     def sampler(self, pixels: int, **widgets) -> ComfySeedSampler:
         """A sampler for images of ``pixels`` x ``pixels``, with the values ``widgets`` of KSampler's widgets."""
-        latent = {"samples": torch.zeros(1, 4, pixels // 8, pixels // 8), "downscale_ratio_spacial": 8}
+        channels = self.model.get_model_object("latent_format").latent_channels
+        latent = {"samples": torch.zeros(1, channels, pixels // 8, pixels // 8), "downscale_ratio_spacial": 8}
         inputs = dict(model=self.model, positive=self.prompts[0], negative=self.prompts[1], latent_image=latent)
         scoring = ScoringSettings(references=self.references, vae=self.vae, clip_vision=self.vision)
         return ComfySeedSampler(KSamplerInputs(**inputs, **widgets), scoring)

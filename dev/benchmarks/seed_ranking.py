@@ -1,7 +1,7 @@
 """Rank correlation between short and full runs.
 
 SeedSelect's search compares seeds by short runs with few steps. This script measures how well their order agrees with
-the order by full runs, for several numbers of steps and schedulers. For some rare concepts, 64 seeds are sampled with
+the order by full runs, for several numbers of steps and schedulers. For some rare concepts, the same seeds are sampled with
 all steps and with few steps, and scored against the references as in the search. The result is Spearman's rank
 correlation (1: same order, 0: chance), as a mean over concepts with a 95 % bootstrap interval.
 """
@@ -24,11 +24,12 @@ from ..statistics import mean_of_groups  # noqa: E402
 from . import seed_rare_concepts as rare_concepts  # noqa: E402
 from .environment import publish, script_parser  # noqa: E402
 
+SETTING = rare_concepts.Setting(steps=20)
 SCHEDULERS = ("normal", "karras", "simple", "beta")
 
 
 def rank_correlations(concept: str, seeds: int, steps: list[int]) -> dict[tuple[str, int], float]:
-    generator = rare_concepts.Generator(rare_concepts.Setting(), concept)
+    generator = rare_concepts.Generator(SETTING, concept)
     sampler = generator.sampler(rare_concepts.GROUP)
     noise = torch.cat([sampler.noise_of(rare_concepts.GROUP + k) for k in range(seeds)])
     sampling = sampler.model.get_model_object("model_sampling")
@@ -48,9 +49,9 @@ def rank_correlations(concept: str, seeds: int, steps: list[int]) -> dict[tuple[
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--concepts", type=int, default=8, help="number of concepts")
-    parser.add_argument("--seeds", type=int, default=64)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 6])
+    parser.add_argument("--concepts", type=int, default=6, help="number of concepts")
+    parser.add_argument("--seeds", type=int, default=24)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 6])
     parser.add_argument("--name", default="seed_ranking", help="name of the result file")
     options = parser.parse_args()
     comfy.utils.PROGRESS_BAR_ENABLED = False
@@ -72,8 +73,8 @@ def main() -> None:
     for scheduler, row in table.items():
         cells = [f"{mean:.2f} ({low:.2f}-{high:.2f})" for mean, low, high in row.values()]
         lines.append(f"| {scheduler} | {' | '.join(cells)} |")
-    settings = vars(options) | {"sampling": dataclasses.asdict(rare_concepts.Setting())}
-    results = dict(settings=settings, signs=list(found)) | {"rank correlation": table}
+    settings = vars(options) | {"sampling": dataclasses.asdict(SETTING)}
+    results = dict(settings=settings, concepts=list(found)) | {"rank correlation": table}
     publish(options.name, results, "\n".join(lines))
 
 

@@ -113,7 +113,7 @@ def markdown(setting: Setting, found: dict) -> str:
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--models", choices=("demo", "sd15"), default="demo")
-    parser.add_argument("--pixels", type=int, help="side of the image (default 64; sd15: 512, or 256 on a CPU)")
+    parser.add_argument("--pixels", type=int, help="side of the image (default 128; sd15: 512, or 256 on a CPU)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=10)
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--name", help="name of the result file (default seed_select_<models>)")
     options = parser.parse_args()
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    pixels = options.pixels or {"demo": 64, "sd15": 512 if torch.cuda.is_available() else 256}[options.models]
+    pixels = options.pixels or {"demo": 128, "sd15": 512 if torch.cuda.is_available() else 256}[options.models]
     setting = Setting(
         options.models,
         pixels,

@@ -21,19 +21,18 @@ from .. import headless
 headless.start()
 
 import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
 
 from ...demo.modules import load_checkpoint  # noqa: E402
 from ...techniques.saliency_blend.blend import JointSettings, SaliencyBlendRun, Schedule  # noqa: E402
 from ...techniques.saliency_blend.experts import ExpertParticipant, ExpertSettings  # noqa: E402
 from .blend_controls import Step, recorded_steps  # noqa: E402
 from .environment import facts, write_results  # noqa: E402
-from .mask_quality import canvases  # noqa: E402
-from .saliency_effect import blend, compositions, encode, noises  # noqa: E402
+from .mask_quality import noisy_predictions  # noqa: E402
+from .saliency_effect import blend, composed, compositions, encode  # noqa: E402
 
 WIDTHS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 2.0, 4.0)
-FRAMES, STEP = 9, 2
-CFG, STEPS = 4.0, 20
+FRAMES, STEP = 9, 4
+CFG = 4.0
 AIM_SHARE, AIM_AGREEMENT = 0.02, 0.9
 
 
@@ -42,24 +41,11 @@ def demo_steps(scenes: int) -> list[Step]:
     general, clip, vae = load_checkpoint("general")
     expert, _, _ = load_checkpoint("expert-animals")
     tasks = compositions(scenes)
-    still = canvases(tasks)[0]
+    still = composed(tasks)[0]
     moving = torch.stack([still.roll(STEP * t, 2) for t in range(FRAMES)], 1).flatten(0, 1)
-    with torch.inference_mode():
-        latent = vae.encode(moving)
-    clean, noise = general.model.process_latent_in(latent), noises(latent.shape[1], range(len(moving)))
-
-    def noised(model, x, sigmas, extra_args, callback, disable, **_):
-        for sigma in sigmas[:-1]:
-            model(clean + sigma * noise, sigma * torch.ones(len(clean)), **extra_args)
-        return clean
-
-    sigmas = comfy.samplers.calculate_sigmas(general.get_model_object("model_sampling"), "karras", STEPS)
-    prompts = [prompt for *_, prompt in tasks for _ in range(FRAMES)]
+    prompts = [task.prompt for task in tasks for _ in range(FRAMES)]
     words = encode(clip, prompts), encode(clip, [""] * len(prompts))
-    model, _ = blend(general, expert, None, None, {})
-    with recorded_steps() as found:
-        sampler = comfy.samplers.KSAMPLER(noised)
-        comfy.sample.sample_custom(model, noise, CFG, sampler, sigmas, *words, latent, disable_pbar=True)
+    found = noisy_predictions(general, expert, vae, moving, *words)
 
     def as_video(frames: Tensor) -> Tensor:
         return frames.unflatten(0, (scenes, FRAMES)).movedim(1, 2)

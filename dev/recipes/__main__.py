@@ -27,12 +27,6 @@ def main(argv=None):
         "--export", action="store_true", help="save the weights of one unfinished stage in demo/weights, and exit"
     )
     parser.add_argument("--collect", metavar="DIR", help="import the weights and the state of a bundle")
-    parser.add_argument(
-        "--old",
-        metavar="NAME",
-        nargs=argparse.REMAINDER,
-        help="run recipes of the first demo (images of 64 pixels), with their options",
-    )
     options = parser.parse_args(argv)
     try:
         return run(options)
@@ -47,11 +41,6 @@ def run(options):
     def report(line):
         print(line, flush=True)
 
-    if options.old is not None:
-        from ..old_world.__main__ import main as old
-
-        old(options.old)
-        return 0
     if options.status:
         report(chain.status())
         return 0

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...demo.emoji.autoencoder import Autoencoder
-from ...demo.emoji.concepts import STYLES
+from ...demo.autoencoder import Autoencoder
+from ...demo.concepts import STYLES
 from . import loop, sheets, snapshots
 from .device import autocast, device
 from .discriminator import Adversary

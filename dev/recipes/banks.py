@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from ...demo.emoji.text import token_rows
+from ...demo.text import token_rows
 from . import autoencoder, state
 from .scenes import Scenes
 

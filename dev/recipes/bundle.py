@@ -52,9 +52,9 @@ def write(stage, folder):
             f"{stage.name} needs the weights of {' and '.join(missing)}; train the stages that make them first"
         )
     root = state.ROOT
-    code = [*(root / "dev" / "recipes").rglob("*.py"), *(root / "demo" / "emoji").rglob("*.py")]
+    code = [*(root / "dev" / "recipes").rglob("*.py"), *(root / "demo").rglob("*.py")]
     code += [root / "demo" / "__init__.py", root / "dev" / "__init__.py"]
-    code += (root / "demo" / "emoji" / "data").glob("*.json")
+    code += (root / "demo" / "data").glob("*.json")
     for path in code:
         target = folder / "chorus" / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)

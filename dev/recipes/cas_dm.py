@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...demo.emoji.autoencoder import CHANNELS
-from ...demo.emoji.text import token_rows
+from ...demo.autoencoder import CHANNELS
+from ...demo.text import token_rows
 from ...techniques.cas_dm.mix import losses, mix, predict, total
 from ...techniques.cas_dm.network import CasDMHeadConfig, Head, HeadFacts, new_head, to_file
 from ...training.metrics import feature_distance
@@ -28,7 +28,7 @@ SHOWN = (900, 700, 500, 300)  # timesteps on the sample sheet
 @dataclass(frozen=True, kw_only=True)
 class Plan(loop.Plan):
     name: str = "cas_dm"
-    snapshot: str = "cas_dm/chorus-emoji-general"
+    snapshot: str = "cas_dm/chorus-demo-general"
     steps: int = 1550
     batch: int = 64
     lr: float = 1.5e-3

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...demo.emoji.concepts import STYLES
+from ...demo.concepts import STYLES
 from . import autoencoder, loop, sheets, snapshots
 from .autoencoder import to_tensor
 from .device import autocast, device

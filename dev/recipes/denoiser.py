@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...demo.emoji import denoisers
-from ...demo.emoji.concepts import PAD, START
-from ...demo.emoji.text import TextModel, token_rows
+from ...demo import denoisers
+from ...demo.concepts import PAD, START
+from ...demo.text import TextModel, token_rows
 from . import autoencoder, banks, loop, sheets, snapshots
 from .device import autocast, device
 from .errors import RecipeError

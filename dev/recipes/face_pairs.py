@@ -1,7 +1,7 @@
 """Generates image pairs of faces for the face refiner.
 
 The 1-step student generates the source images. Its teacher generates the target images from the same prompts and noise.
-The pairs for training are in the state folder. 96 other pairs ship with the pack, see demo/emoji/face_pairs.py.
+The pairs for training are in the state folder. 96 other pairs ship with the pack, see demo/face_pairs.py.
 """
 
 import functools
@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from ...demo.emoji import face_pairs
-from ...demo.emoji.autoencoder import CHANNELS
-from ...demo.emoji.concepts import DATA
-from ...demo.emoji.text import token_rows
+from ...demo import face_pairs
+from ...demo.autoencoder import CHANNELS
+from ...demo.concepts import DATA
+from ...demo.text import token_rows
 from . import autoencoder, banks, chunks, guided, loop, references, snapshots, state, student
 from .errors import RecipeError
 from .lists import FACES
@@ -25,7 +25,7 @@ from .scenes import CELL, SIZE, Scenes
 SHIPPED = 500_000  # number of the first chunk that ships with the pack
 SOURCE, TARGET = "face-sources", "face-targets"
 LIMIT = 2_500_000  # bytes of the shipped file; if lossless compression exceeds this limit, lossy compression is used
-REFINER = "face_refiner/chorus-emoji-faces"  # the snapshot of the refiner that is trained on the pairs
+REFINER = "face_refiner/chorus-demo-faces"  # the snapshot of the refiner that is trained on the pairs
 
 
 @dataclass(frozen=True, kw_only=True)

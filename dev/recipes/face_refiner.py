@@ -31,7 +31,7 @@ CROP = SIZE
 class Plan(loop.Plan):
     name: str = "face_refiner"
     snapshot: str = face_pairs.REFINER
-    steps: int = 2000
+    steps: int = 900
     batch: int = 16
     lr: float = 1e-3
     warmup: int = 50

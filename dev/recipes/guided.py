@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...demo.emoji import denoisers
-from ...demo.emoji.text import token_rows
+from ...demo import denoisers
+from ...demo.text import token_rows
 from . import denoiser, snapshots
 from .device import autocast, device
 from .errors import RecipeError

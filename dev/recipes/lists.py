@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...demo.emoji.concepts import DATA, Concept, load_concepts
+from ...demo.concepts import DATA, Concept, load_concepts
 
 RELATIONS = ("left of", "right of", "above", "below")
 # concepts with a human or humanlike face; the first six have skin tones

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...demo.emoji.autoencoder import CHANNELS, PATCH, Autoencoder, ResidualBlock
+from ...demo.autoencoder import CHANNELS, PATCH, Autoencoder, ResidualBlock
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Writes demo/emoji/data/references.webp: four canvases of each concept in glossy style.
+"""Writes demo/data/references.webp: four canvases of each concept in glossy style.
 
 The canvases show a single emoji, with sizes and backgrounds that are excluded from training. They have no skin tones,
 because the prompts of the references do not name them.
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ...demo.emoji import references
-from ...demo.emoji.concepts import load_concepts
+from ...demo import references
+from ...demo.concepts import load_concepts
 from . import chunks, loop, state
 from .errors import RecipeError
 from .scenes import Scenes, first_of_each
@@ -42,8 +42,13 @@ def images(plan):
     """The references of N concepts, uint8 [N, 4, 128, 128, 3]."""
     names = [c.name for c in load_concepts()[: plan.concepts]]
     scenes = Scenes("glossy", seed=plan.seed, names=names, balanced=True, unseen=True, alone=1.0, tones=False)
-    found = first_of_each(scenes, range(plan.concepts), references.EACH)
-    return np.array([[scenes.draw(scene) for scene in shown] for shown in found])
+    found = first_of_each(scenes, range(plan.concepts), 4 * references.EACH)  # some of the scenes look the same
+    return np.array([distinct([scenes.draw(scene) for scene in shown])[: references.EACH] for shown in found])
+
+
+def distinct(images):
+    """The images without repetitions, in order."""
+    return list({image.tobytes(): image for image in images}.values())
 
 
 def save_below(image, file, limit):

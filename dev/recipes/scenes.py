@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...demo.emoji.concepts import COLORS, TONES, load_concepts, load_frequency, phrase
+from ...demo.concepts import COLORS, TONES, load_concepts, load_frequency, phrase
 from .lists import RELATIONS, load_held_out, zipf
 from .sprites import Sprites
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...demo.emoji.autoencoder import CHANNELS
-from ...demo.emoji.concepts import DATA, load_concepts, load_frequency
-from ...demo.emoji.text import token_rows
+from ...demo.autoencoder import CHANNELS
+from ...demo.concepts import DATA, load_concepts, load_frequency
+from ...demo.text import token_rows
 from . import autoencoder, banks, chunks, classifier, features, guided, loop, snapshots, state
 from .networks.classifier import ConceptClassifier
 from .scenes import CELL, SIZE

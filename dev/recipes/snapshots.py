@@ -16,7 +16,6 @@ from . import state
 from .device import device, name_of_device
 from .errors import RecipeError
 
-FOLDER = "emoji"  # subfolder of demo/weights
 PLAIN = "CHORUS_SNAPSHOTS"  # environment variable: folder of the torch files
 IMAGES = {
     "glossy": "canvases of Fluent emoji in 3D (Microsoft, MIT)",
@@ -36,10 +35,9 @@ def load(stage):
         return found and ({k: v.float() for k, v in found["weights"].items()}, int(found["facts"].get("step", 0)))
     from ...demo import weights
 
-    name = f"{FOLDER}/{stage}"
-    if not weights.path(name).exists():
+    if not weights.path(stage).exists():
         return None
-    return weights.load(name), int(weights.metadata(name).get("step", 0))
+    return weights.load(stage), int(weights.metadata(stage).get("step", 0))
 
 
 def frozen(module, found, what, recipe):
@@ -60,42 +58,41 @@ def facts(stage):
         return found["facts"] if found else {}
     from ...demo import weights
 
-    name = f"{FOLDER}/{stage}"
-    return weights.metadata(name) if weights.path(name).exists() else {}
+    return weights.metadata(stage) if weights.path(stage).exists() else {}
 
 
 def save(stage, state_dict, *, style, **found):
-    """Write the snapshot of a stage to demo/weights/emoji/<stage>.safetensors."""
+    """Write the snapshot of a stage to demo/weights/<stage>.safetensors."""
     if folder := plain_folder():
         write_plain(folder / f"{stage}.pt", state_dict, {**provenance(style), **found})
         return
     from .. import weights
 
-    weights.save_weights(f"{FOLDER}/{stage}", state_dict, **{**provenance(style), **found})
+    weights.save_weights(stage, state_dict, **{**provenance(style), **found})
 
 
 def load_network(folder):
-    """(fp32 state dict, step) of the network in diffusers' layout in demo/weights/emoji/<folder>, or None."""
+    """(fp32 state dict, step) of the network in diffusers' layout in demo/weights/<folder>, or None."""
     found = network_facts(folder)
     if not found:
         return None
     from ...demo import weights
 
-    return weights.load_network(f"{FOLDER}/{folder}")[0], int(found.get("step", 0))
+    return weights.load_network(folder)[0], int(found.get("step", 0))
 
 
 def network_facts(folder):
     from ...demo import weights
 
-    name = f"{FOLDER}/{folder}/{weights.NETWORK}"
+    name = f"{folder}/{weights.NETWORK}"
     return weights.metadata(name) if weights.path(name).exists() else {}
 
 
 def save_network(folder, state_dict, config, *, style, **found):
-    """Write weights and config.json in diffusers' layout to demo/weights/emoji/<folder>."""
+    """Write weights and config.json in diffusers' layout to demo/weights/<folder>."""
     from .. import weights
 
-    weights.save_network(f"{FOLDER}/{folder}", state_dict, config, **{**provenance(style), **found})
+    weights.save_network(folder, state_dict, config, **{**provenance(style), **found})
 
 
 def provenance(style):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...demo.emoji.concepts import load_concepts
+from ...demo.concepts import load_concepts
 from .errors import RecipeError
 
 CACHE = Path(os.environ.get("CHORUS_EMOJI_CACHE") or Path(__file__).resolve().parents[2] / ".cache" / "emoji")
@@ -110,9 +110,7 @@ def read_images(style):
                 except KeyError:
                     continue
             if member is None:
-                raise RecipeError(
-                    f"{package.spec} has no image of {code}; correct the code in demo/emoji/data/concepts.json"
-                )
+                raise RecipeError(f"{package.spec} has no image of {code}; correct the code in demo/data/concepts.json")
             found[code] = _rasterise(member.read(), package.suffix)
     return found
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ...demo.emoji.autoencoder import CHANNELS
-from ...demo.emoji.text import token_rows
+from ...demo.autoencoder import CHANNELS
+from ...demo.text import token_rows
 from ...training.metrics import huber
 from . import autoencoder, banks, chunks, guided, loop, sheets, snapshots, state
 from .device import device

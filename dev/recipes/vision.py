@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...demo.emoji.concepts import STYLES, load_concepts, phrase
-from ...demo.emoji.text import token_rows
+from ...demo.concepts import STYLES, load_concepts, phrase
+from ...demo.text import token_rows
 from . import autoencoder, loop, snapshots
 from .autoencoder import to_tensor
 from .classifier import evaluation_sets

@@ -1,4 +1,7 @@
-"""Runs workflow files on a ComfyUI server and saves their images. Arguments: ADDRESS OUTPUT_FOLDER WORKFLOW.json ..."""
+"""Runs workflow files on a ComfyUI server, and saves their images and a page that shows them.
+
+Arguments: ADDRESS OUTPUT_FOLDER WORKFLOW.json ...
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from . import gallery
 from .client import Comfy, WorkflowError, needs
 
 
@@ -46,11 +50,14 @@ def save(image: bytes, folder: Path, stem: str) -> Path:
     return path
 
 
-def run_file(comfy: Comfy, file: Path, folder: Path) -> None:
+def run_file(comfy: Comfy, file: Path, folder: Path) -> gallery.Entry:
+    """Run a workflow, unless it needs models that are not in the pack, and save its images."""
     workflow = json.loads(file.read_text(encoding="utf-8"))
+    entry = gallery.Entry(file.stem, gallery.first_paragraph(workflow))
     if files := needs(workflow):
         print(f"{file.stem}: skipped, it needs {', '.join(files)}")
-        return
+        entry.remark = f"Skipped: it needs {', '.join(files)}."
+        return entry
     prompt = comfy.to_api(workflow)
     bar, listen = progress_bar(file.stem, prompt)
     try:
@@ -59,28 +66,36 @@ def run_file(comfy: Comfy, file: Path, folder: Path) -> None:
     finally:
         bar.close()
     print(f"{file.stem}: {result.seconds:.1f} s")
+    entry.seconds = result.seconds
     for _, name, image in comfy.images(result):
         # ComfyUI's file name ends in a counter, which is removed; the prefix distinguishes several images of one
         # workflow
         prefix = re.sub(r"_\d+_?$", "", Path(name).stem)
-        stem = file.stem if prefix in ("ComfyUI", file.stem) else f"{file.stem} - {prefix}"
-        print(f"    {save(image, folder, stem)}")
+        plain = prefix in ("ComfyUI", file.stem)
+        path = save(image, folder, file.stem if plain else f"{file.stem} - {prefix}")
+        entry.pictures.append((path, "" if plain else prefix))
+        print(f"    {path}")
     for node, _, image in comfy.images(result, kind="temp"):  # preview images
         shown_by = prompt[node]["class_type"]
-        print(f"    {save(image, folder, f'{file.stem} - {shown_by}')}")
+        path = save(image, folder, f"{file.stem} - {shown_by}")
+        entry.pictures.append((path, shown_by))
+        print(f"    {path}")
+    return entry
 
 
 def main(address: str, output: str, *files: str) -> int:
-    folder, failed = Path(output), []
+    folder, failed, entries = Path(output), [], []
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     folder.mkdir(exist_ok=True)
     with Comfy(address) as comfy:
         for file in map(Path, files):
             try:
-                run_file(comfy, file, folder)
+                entries.append(run_file(comfy, file, folder))
             except (WorkflowError, OSError) as error:  # OSError: the server ended or timed out
                 print(f"{file.stem} failed: {error}", file=sys.stderr)
+                entries.append(gallery.Entry(file.stem, "", remark=f"Failed: {error}"))
                 failed.append(file.stem)
+    print(f"\nAll pictures: {gallery.write(entries, folder)}")
     if failed:
         print(f"{len(failed)} of {len(files)} workflows failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

@@ -61,7 +61,7 @@ def folders(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def vae():
     with torch.inference_mode():
-        return modules.make_vae(modules.load_vae_module())
+        return modules.make_vae(modules.load_autoencoder())
 
 
 def same(a, b):
@@ -198,7 +198,7 @@ def test_latents_of_several_sizes_with_one_prompt_each():
 @pytest.mark.parametrize("metric", ["clip_vision", "l1", "huber"])
 def test_metrics_on_images_are_trained_and_reported(vae, metric, checkpointing):
     model = unet(0, latent_format=Scaled)
-    samples = latents(channels=12, size=(8, 6))
+    samples = latents(channels=8, size=(8, 6))
     result = train(model, samples, metric=metric, vae=vae, clip_vision=tiny_encoder(), crop=24, metric_weight=2.0,
                    gradient_checkpointing=checkpointing)  # fmt: skip
     assert len(result.loss_map["metric"]) == 6 and all(v > 0 for v in result.loss_map["metric"])
@@ -222,7 +222,7 @@ def test_features_and_images_match_comfyui(vae, encoder):
     model = unet(0, latent_format=Scaled)
     with torch.inference_mode():
         encoder = make()
-        z = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(1))
+        z = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
         expected = vae.decode(model.model.process_latent_out(z)).clone()
         encoder.return_all_hidden_states = True
         outputs = [encoder.encode_image(p) for p in expected.split(1)]
@@ -429,7 +429,7 @@ def test_validation_images_are_shown(vae, with_vae, monkeypatch):
     rows, sheet = sheets[-1]
     assert sheet.ndim == 3 and sheet.shape[-1] == 3 and 0 <= sheet.min() < sheet.max() <= 1
     assert len(rows) == 4 and all(len(images) == 4 for _, _, images in rows)
-    assert rows[0][2][0].shape == ((32, 32, 3) if with_vae else (8, 8, 3))
+    assert rows[0][2][0].shape == ((64, 64, 3) if with_vae else (8, 8, 3))
 
 
 @in_inference_mode

@@ -79,7 +79,9 @@ def test_images_are_saved_under_numbered_names(client, tmp_path, capsys):
 def test_failed_workflow_does_not_stop_the_others(server, tmp_path, capsys):
     files = [workflow_file(tmp_path, "Bad", blur=1000), workflow_file(tmp_path, "Good")]
     assert main(server.address, str(tmp_path / "out"), *map(str, files)) == 1
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["Good - red_00001.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Good - red_00001.png", "index.html"]
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert 'src="Good%20-%20red_00001.png"' in page and "Failed: node 2 (ImageBlur)" in page
     assert "Bad failed: node 2 (ImageBlur)" in capsys.readouterr().err
 
 

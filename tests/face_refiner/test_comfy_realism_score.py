@@ -71,7 +71,7 @@ def test_fiddiff_is_the_reduction_of_the_distance(encoder, sets, distances):
 
 
 def test_source_similar_to_the_target_leaves_no_distance_to_close(encoder, sets):
-    result, report = score(encoder, [sets["refined"]], [sets["target"]], [images(110, 5)])
+    result, report = score(encoder, [sets["source"]], [sets["target"]], [images(110, 5)])
     assert result < 0
     assert "there is no distance to close" in report and "closed" not in report
 

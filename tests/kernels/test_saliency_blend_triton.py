@@ -318,7 +318,7 @@ class FakeKernel:
 
 @pytest.mark.parametrize("softness", [None, 1.0])
 @pytest.mark.parametrize(("side", "count"), [(64, 1), (72, 3)])
-def test_few_launches_without_device_sync(monkeypatch, side, count, softness):
+def test_few_launches_without_device_sync(monkeypatch, side, count, softness, device):
     """Reading a value would wait for the device. Fake tensors hold no values, so that reading one fails."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -326,8 +326,8 @@ def test_few_launches_without_device_sync(monkeypatch, side, count, softness):
     for name in ("_saliency_blend_kernel", "_saliency_kernel", "_lead_kernel", "_select_kernel"):
         monkeypatch.setattr(fused, name, kernel)
     with FakeTensorMode():
-        cond, uncond, sigma = random_predictions(3, (2, 4, 3, side, side), torch.float32, "cpu")
-        run(cond, uncond, sigma, region=regions(3, cond[0].shape, "cpu"), softness=softness)
+        cond, uncond, sigma = random_predictions(3, (2, 4, 3, side, side), torch.float32, device)
+        run(cond, uncond, sigma, region=regions(3, cond[0].shape, device), softness=softness)
     assert len(kernel.grids) == count
 
 

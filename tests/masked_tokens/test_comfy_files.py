@@ -16,7 +16,7 @@ from comfy.cli_args import args
 from utils.extra_config import load_extra_path_config
 
 from chorus.demo import weights
-from chorus.demo.emoji.modules import MASKED_TOKENS_CFG
+from chorus.demo.modules import MASKED_TOKENS_CFG
 from chorus.dev.tools.client import WorkflowError
 from chorus.nodes.masked_token_model import DEMO, LoadMaskedTokenModel
 from chorus.techniques.masked_tokens import comfy_files as files

@@ -152,15 +152,17 @@ def test_links_are_https_and_papers_are_known(id):
 
 @functools.cache
 def known_papers() -> set[str]:
-    """arXiv numbers in the README's table of nodes or in the module docstrings of the pack."""
-    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    """arXiv numbers in the table of docs/nodes.md or in the module docstrings of the pack."""
+    table = [
+        line for line in (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     files = [path for folder in ("nodes", "techniques", "training") for path in (ROOT / folder).rglob("*.py")]
     docstrings = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in files]
     return set(re.findall(r"\d{4}\.\d{5}", "\n".join([*table, *docstrings])))
 
 
-def test_papers_of_the_readme_are_named_on_help_pages():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_papers_of_the_table_of_nodes_are_named_on_help_pages():
+    lines = (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     papers = {id: row[-1] for row in cells if len(row) == 4 for id in row[0].split(", ") if id in SCHEMAS}
     assert set(papers) == set(SCHEMAS)

@@ -66,4 +66,4 @@ def test_shipped_files_are_read():
     assert shipped_seeds()
     for name, file in shipped_seeds().items():
         assert torch.isfinite(read_seed(file, name).noise).all()
-    assert len(load_face_pairs()[2]) == 128
+    assert len(load_face_pairs()[2]) == 96

@@ -54,7 +54,7 @@ def test_server_runs_a_prompt_with_old_names(server):
     }
     with Comfy(server.address) as client:
         result = client.run(prompt)
-        assert len(result.outputs["2"]["images"]) == 392
+        assert len(result.outputs["2"]["images"]) == 320
 
 
 def test_value_under_the_new_name_wins_over_the_old_name():

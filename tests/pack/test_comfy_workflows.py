@@ -149,7 +149,7 @@ def test_seeds_do_not_change_between_runs():
         assert not {"randomize", "decrement"} & {value for value in values if isinstance(value, str)}, file.stem
 
 
-def test_readme_shows_every_workflow():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_documentation_shows_every_workflow():
+    text = (ROOT / "docs" / "workflows.md").read_text(encoding="utf-8")
     for file in FILES:
         assert file.with_suffix(".jpg").name.replace(" ", "%20").replace(",", "%2C") in text, file.stem

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from chorus.demo import weights
-from chorus.demo.emoji.concepts import load_concepts
+from chorus.demo.concepts import load_concepts
 from chorus.dev.recipes import autoencoder, bundle, chain, loop, snapshots, sprites, state
 from chorus.dev.recipes.errors import RecipeError
 from chorus.dev.recipes.muon import orthogonalise
@@ -132,7 +132,7 @@ def test_finished_stage_is_not_trained_again(folder):
 
 def test_stage_killed_before_its_export_is_exported_by_the_next_run(folder):
     train()
-    weights.path("emoji/line").unlink()
+    weights.path("line").unlink()
     task, _ = train()
     assert task.seen == [] and task.exported == [12]
 
@@ -450,7 +450,7 @@ def test_positions_match_the_relation_of_the_caption(discs):
 
 def test_initial_autoencoder_is_the_exact_pca():
     """The reconstruction equals that of numpy's singular value decomposition of the patches."""
-    from chorus.demo.emoji.autoencoder import Autoencoder
+    from chorus.demo.autoencoder import Autoencoder
     from chorus.dev.recipes.pca import start_as_pca
 
     generator = torch.Generator().manual_seed(0)

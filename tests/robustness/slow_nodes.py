@@ -82,7 +82,7 @@ def seeds(count=1, **inputs) -> Callable[[], Case]:
     def make() -> Case:
         model, vision = unet(0, latent_format=Scaled), tiny_encoder()
         with torch.inference_mode():
-            vae = modules.make_vae(modules.load_vae_module())
+            vae = modules.make_vae(modules.load_autoencoder())
         coarse = torch.rand(count, 3, 5, 4, generator=torch.Generator().manual_seed(4))
         reference = torch.nn.functional.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
         wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=latent(height=4, width=4), vae=vae)
@@ -138,7 +138,7 @@ def tokens_trained() -> Case:
 def head_trained() -> Case:
     model, vision = unet(0, latent_format=Scaled), tiny_encoder()
     with torch.inference_mode():
-        vae = modules.make_vae(modules.load_vae_module())
+        vae = modules.make_vae(modules.load_autoencoder())
     arguments = dict(
         steps=3, metric="clip_vision", vae=vae, clip_vision=vision, crop=16, validation_fraction=0.0, cached_steps=1
     )

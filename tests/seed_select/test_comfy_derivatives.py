@@ -85,7 +85,7 @@ def demo_run(change=lambda model: model):
     with torch.inference_mode():
         model, clip, _ = modules.load_checkpoint("general")
         words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a cat", "")]
-        return seed_sampler(change(model), latent(channels=12), words, cfg=4.0)
+        return seed_sampler(change(model), latent(channels=8), words, cfg=4.0)
 
 
 def blended(base, expert):
@@ -343,8 +343,8 @@ def fp16_intermediates(monkeypatch):
 def test_decoding_with_fp16_intermediates_rounds_as_the_vae_and_has_the_gradient_of_float32(monkeypatch):
     with torch.inference_mode():
         vae = modules.load_checkpoint("general")[2]
-    latents = 0.3 * torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(1))
-    weights = torch.randn(1, 32, 32, 3, generator=torch.Generator().manual_seed(2))
+    latents = 0.3 * torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
 
     def work(s):
         z = latents.clone().requires_grad_(True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chorus.demo import modules
-from chorus.demo.latent import ChorusDemoLatent
+from chorus.demo.comfy_latent import ChorusEmojiLatent
 from chorus.nodes.seed_select import SeedSelect
 from chorus.nodes.vary_prompt import VaryPrompt
 from chorus.techniques.seed_select.prompt_variation import MARGIN, vary_prompt
@@ -59,7 +59,7 @@ def model():
 @pytest.fixture(scope="module")
 def wired():
     with torch.inference_mode():
-        vae, vision = modules.make_vae(modules.load_vae_module()), modules.load_vision()
+        vae, vision = modules.make_vae(modules.load_autoencoder()), modules.load_vision()
     references = torch.rand(2, 40, 40, 3, generator=torch.Generator().manual_seed(4))
     return dict(vae=vae, clip_vision=vision, references=references)
 
@@ -67,7 +67,7 @@ def wired():
 @pytest.fixture(scope="module")
 def demo_sized():
     """A model with the latent space of the demo checkpoints."""
-    return unet(0, latent_format=ChorusDemoLatent)
+    return unet(0, latent_format=ChorusEmojiLatent)
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_images_on_a_path_share_the_variation_of_the_best(demo_sized, select):
 
 def test_negative_prompt_and_prompts_of_experts_are_not_varied(demo_sized, select):
     expert_words = conditioning(30), conditioning(31)
-    mixed = blend(demo_sized, unet(1, latent_format=ChorusDemoLatent), *expert_words)[0]
+    mixed = blend(demo_sized, unet(1, latent_format=ChorusEmojiLatent), *expert_words)[0]
     found = select(model=mixed, candidates=1)
     expected = ksample(mixed, vary(WORDS[0], 5), WORDS[1], latent(1, 8, 8), steps=4, cfg=3.0, seed=5)
     assert torch.equal(found.samples["samples"], expected)

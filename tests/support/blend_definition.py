@@ -76,18 +76,21 @@ def definition(call, pairs, *, strengths, guidance, saliency="own", blur=4, extr
     pairs = [(c.double().numpy(), u.double().numpy()) for c, u in pairs]
     noises = [((x - c) / sigma, (x - u) / sigma) for c, u in pairs]  # ε(x|y), ε(x|∅)
 
-    scores = []
+    scores, largest = [], 0.0
     for (conditional, unconditional), k in zip(noises, strengths, strict=True):
         if saliency == "own":
             difference = np.abs(conditional - unconditional)
         else:
             difference = np.abs(guidance[0] * (conditional - noises[0][1]))
-        scores.append(log_softmax(k * smooth(difference, blur).mean(1), (-2, -1)))
+        logits = k * smooth(difference, blur).mean(1)
+        largest = max(largest, np.abs(logits).max())
+        scores.append(log_softmax(logits, (-2, -1)))
     scores = np.stack(scores)
     scores = scores + np.log(
         scores[0, 0].size
     )  # log softmax + ln(H W) = ln(exp / mean of exp); the same constant for all models
-    rounding, plain = 8 * FLOAT32 * np.abs(scores).max(), scores
+    # in float32, a score is the difference of two numbers as large as k · saliency, so its error is relative to these
+    rounding, plain = 8 * FLOAT32 * max(np.abs(scores).max(), largest), scores
     unit = (scores - scores[0]).std((-2, -1))[..., None, None]  # [N, B, 1, 1]
     if extra is not None:
         scores = scores + np.where(np.isinf(extra), extra, np.where(np.isinf(extra), 0.0, extra) * unit)

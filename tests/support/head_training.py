@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import torch
 
-from chorus.demo.latent import ChorusDemoLatent
+from chorus.demo.comfy_latent import ChorusEmojiLatent
 from chorus.nodes.cas_dm_train import TrainCasDMHead
 from chorus.tests.support.heads import PROMPTS, channels_of
 from chorus.tests.support.tiny_models import defaults, in_inference_mode
@@ -13,7 +13,7 @@ Result = namedtuple("Result", "head loss_map report ui")
 QUICK = dict(steps=6, batch_size=2, learning_rate=3e-3, metric="none", size="small", ema_decay=0.5, seed=3)
 
 
-class Scaled(ChorusDemoLatent):
+class Scaled(ChorusEmojiLatent):
     """A latent format in which the latents of the VAE and of the model have different scales, as in real models."""
 
     scale_factor = 0.5

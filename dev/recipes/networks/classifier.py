@@ -4,7 +4,7 @@ image-text encoder."""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ....demo.emoji.concepts import load_concepts
+from ....demo.concepts import load_concepts
 
 CHANNELS = (16, 32, 64, 96)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ....demo.emoji.text import TextModel, read
-from ....demo.emoji.vision import EMBED, GRID, HEADS, LAYERS, WIDTH, Stem
+from ....demo.text import TextModel, read
+from ....demo.vision import EMBED, GRID, HEADS, LAYERS, WIDTH, Stem
 
 
 class Embeddings(nn.Module):

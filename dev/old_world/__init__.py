@@ -1,1 +1,0 @@
-"""The recipes that made the weights: `python run.py train-demo --old [names]`. Never imported by the pack itself."""
