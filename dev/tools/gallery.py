@@ -21,7 +21,7 @@ section { border-top: 1px solid #8886; padding: 1rem 0; }
 h2 { margin: 0; }
 small { opacity: .7; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; }
-img { max-width: 100%; min-width: 8rem; image-rendering: auto; }
+img { max-width: 100%; max-height: 20rem; min-width: 8rem; }
 figcaption { font-size: .8rem; opacity: .7; }
 </style>
 <h1>ComfyUI-Chorus: demo</h1>

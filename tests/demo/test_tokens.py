@@ -179,7 +179,7 @@ def assert_same_run(first, second):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", (2, 3, 9))  # before k-means, after it, with the discriminator
 def test_vq_resumes_exactly(trained, one_thread, monkeypatch, tmp_path, stop_at):
-    weights.path(f"emoji/{vq.SNAPSHOT}/{weights.NETWORK}").unlink()  # without an initial snapshot
+    weights.path(f"{vq.SNAPSHOT}/{weights.NETWORK}").unlink()  # without an initial snapshot
     changes = {"steps": 12, "codes_from": 3, "restarts_until": 1.0, "dead": 1.0}
     plan = vq.PLAN.small(batch=2, canvases=6, **changes)
     whole = trained_to_the_end(plan, lambda: vq.Task(plan), monkeypatch, tmp_path / "whole")
