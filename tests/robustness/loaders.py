@@ -21,7 +21,6 @@ from PIL import Image
 
 from chorus.demo import modules
 from chorus.demo import weights as demo_weights
-from chorus.dev.recipes.seeds import load_classifier
 from chorus.techniques.cas_dm.network import CasDMHeadConfig, HeadFacts, new_head, to_file
 from chorus.techniques.face_refiner import comfy_pairs
 from chorus.techniques.face_refiner.networks.image_generators import NETWORKS
@@ -212,7 +211,6 @@ class Demo(Loader):
     # functions with which the nodes load weights, for the files that load quickly
     loads: dict[str, Callable] = {
         "autoencoder": modules.load_autoencoder,
-        "classifier": load_classifier,
         "text": modules.load_text,
         "vision": modules.load_vision,
     }

@@ -144,7 +144,7 @@ def head_trained() -> Case:
     )
 
     def run():
-        trained = train.__wrapped__(model, latents(2, 12, (4, 4)), **arguments)
+        trained = train.__wrapped__(model, latents(2, 8, (4, 4)), **arguments)
         return [trained.head.weights, trained.loss_map, trained.report]
 
     return Case(run, (model, vae, vision), True, is_training=True, slow=True)

@@ -16,7 +16,7 @@ from chorus.tests.robustness.slow_nodes import CASES, folders, small  # noqa: F4
 
 pytestmark = pytest.mark.usefixtures("one_thread", "folders", "small")
 # networks of the demo's VAE; ComfyUI's VAE decodes and encodes in tiles when memory is insufficient
-VAE = {"Cleaner", "Sequential"}
+VAE = {"Encoder", "Decoder"}
 NETWORKS = {name: make for name, make in CASES.items() if name != "SaveTrainingPairs"}
 
 

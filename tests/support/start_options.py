@@ -57,7 +57,7 @@ def results(parts=PARTS):
         return comfy_nodes.KSampler().sample(model, 5, 4, 4.0, "euler", "normal", *words, latent)[0]["samples"]
 
     words = encode("a carrot on blue"), encode("")
-    latent = comfy_nodes.EmptyLatentImage().generate(64, 64, 1)[0]
+    latent = comfy_nodes.EmptyLatentImage().generate(128, 128, 1)[0]
     references = call(demo.ChorusDemoReferences, concept="carrot")[0]
     plain = sample(model)
     image = comfy_nodes.VAEDecode().decode(vae, {"samples": plain})[0]
@@ -72,7 +72,7 @@ def results(parts=PARTS):
         clip_vision=call(demo.ChorusDemoVision)[0],
         steps=4,
         cfg=4.0,
-        seed=1022,
+        seed=3,
         iterations=1,
         candidates=4,
     )
@@ -102,7 +102,9 @@ def results(parts=PARTS):
         folders = next(i for i in LoadMaskedTokenModel.define_schema().inputs if i.id == "model_folder").options
         tokens, text = call(LoadMaskedTokenModel, model_folder=next(f for f in folders if "chorus-demo" in f))
         prompts = [comfy_nodes.CLIPTextEncode().encode(text, t)[0] for t in ("a carrot on blue", "")]
-        wired = dict(model=tokens, positive=prompts[0], negative=prompts[1], seed=3, steps=4, width=64, height=64)
+        wired = dict(
+            model=tokens, positive=prompts[0], negative=prompts[1], seed=3, steps=1, width=128, height=128
+        )  # more steps would amplify every changed token
         made, ids, _ = call(masked_tokens.MaskedTokenSampler, **wired)
         out |= {"tokens image": made, "tokens": ids.ids}
     return out
