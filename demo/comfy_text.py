@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, TypeAlias
 
 import comfy.model_management
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..techniques.masked_tokens.comfy_text import MarkedText
 from .concepts import PAD, START, UNKNOWN
-from .text import LENGTH, TextModel, Vocabulary, words_of
+from .text import LENGTH, VOCABULARY, TextModel, words_of
 
 # identifies this text encoder: a masked token model works only with the text encoder that it was trained with
 KIND = "chorus-demo"
@@ -25,26 +24,21 @@ Chunks: TypeAlias = list[list[tuple[int, float]]] | list[list[tuple[int, float, 
 class Tokenizer:
     """Splits a prompt into chunks of 20 tokens, with weights as in (word:1.3); a long prompt becomes several chunks."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        embedding_directory: str | None = None,
-        tokenizer_data: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: Mapping[str, Any] | None = None) -> None:
+        pass  # ComfyUI passes both arguments; the vocabulary is fixed
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: object) -> dict[str, Chunks]:
         tokens, unknown = [], []
         parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
         for n, (part, weight) in enumerate(parts):
             for word in words_of(comfy.sd1_clip.unescape_important(part)):
-                if word not in self.vocabulary:
+                if word not in VOCABULARY:
                     unknown.append(word)
-                tokens.append((self.vocabulary.number(word), weight, n + 1))
+                tokens.append((VOCABULARY.number(word), weight, n + 1))
         if unknown:
             logging.warning(
                 "ChorusDemoCheckpoint has a vocabulary of %d words; unknown words in this prompt: %s",
-                len(self.vocabulary) - 3,
+                len(VOCABULARY) - 3,
                 ", ".join(unknown),
             )
         room = LENGTH - 1
@@ -55,10 +49,10 @@ class Tokenizer:
         return {"chorus": rows}
 
     def untokenize(self, token_weight_pair: Iterable[tuple[int, float]]) -> list[tuple[tuple[int, float], str]]:
-        return [(pair, self.vocabulary.words[pair[0]]) for pair in token_weight_pair]
+        return [(pair, VOCABULARY.words[pair[0]]) for pair in token_weight_pair]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(self.vocabulary.words[i] for i in token_ids if i > UNKNOWN or not skip_special_tokens)
+        return " ".join(VOCABULARY.words[i] for i in token_ids if i > UNKNOWN or not skip_special_tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -67,18 +61,19 @@ class Tokenizer:
 class ClipModel(MarkedText, comfy.sd1_clip.SD1ClipModel):
     """ComfyUI's wrapper of a single text model, here the demo's. Its input is {"chorus": chunks of tokens}."""
 
-    def __init__(self, kind: str, text_model: type[TextModel], **options: Any) -> None:
-        super().__init__(clip_name="chorus", clip_model=HostModel, name="chorus", text_model=text_model, **options)
-        self.kind = kind
+    kind = KIND
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(clip_name="chorus", clip_model=HostModel, name="chorus", **options)
 
 
 class HostModel(comfy.sd1_clip.SDClipModel):
-    def __init__(self, text_model: type[TextModel], **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(
             max_length=LENGTH,
             textmodel_json_config={},  # the sizes are constants of the text model
             special_tokens={"start": START, "pad": PAD},
-            model_class=text_model,
+            model_class=TextModel,
             layer_norm_hidden_state=False,
             **options,
         )
@@ -87,9 +82,8 @@ class HostModel(comfy.sd1_clip.SDClipModel):
 class Target:
     """The ``target`` argument of comfy.sd.CLIP: the classes of the encoder and the tokenizer."""
 
-    def __init__(self, kind: str, text_model: type[TextModel]) -> None:
-        self.clip, self.params = ClipModel, {"kind": kind, "text_model": text_model}
-        self.tokenizer = partial(Tokenizer, text_model.vocabulary)
+    clip, tokenizer = ClipModel, Tokenizer
+    params: Mapping[str, Any] = {}
 
 
 def encoder_dtype() -> torch.dtype:
@@ -98,10 +92,8 @@ def encoder_dtype() -> torch.dtype:
     return comfy.model_management.text_encoder_dtype() if chosen else torch.float32
 
 
-def make_clip(
-    state_dict: Mapping[str, Tensor], kind: str = KIND, text_model: type[TextModel] = TextModel
-) -> comfy.sd.CLIP:
-    """A ComfyUI CLIP from the text encoder's state dict. It marks the conditionings that it creates with ``kind``."""
-    clip = comfy.sd.CLIP(Target(kind, text_model), model_options={"dtype": encoder_dtype()})
+def make_clip(state_dict: Mapping[str, Tensor]) -> comfy.sd.CLIP:
+    """A ComfyUI CLIP from the text encoder's state dict. It marks the conditionings that it creates with ``KIND``."""
+    clip = comfy.sd.CLIP(Target(), model_options={"dtype": encoder_dtype()})
     clip.cond_stage_model.chorus.transformer.load_state_dict(state_dict, strict=True)
     return clip

@@ -73,19 +73,14 @@ def load_vision() -> "ChorusEmojiVision":
         return make_clip_vision(weights.load("vision"))
 
 
-def read_masked_tokens(folder: Path, kind: str = KIND) -> MaskedTokenModel:
-    """The small masked token model in ``folder``. ``kind``: the text encoder that it was trained with, see
-    ``comfy_text.KIND``."""
-    for part in ("transformer", "vqvae"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder / part} is missing; {weights.REMEDY}")
-    return read_networks(folder, kind, name="chorus-demo", cfg=MASKED_TOKENS_CFG)
-
-
 def load_masked_tokens() -> tuple[MaskedTokenModel, CLIP]:
     """(MASKED_TOKEN_MODEL, CLIP) of the small masked token model. The CLIP is the text encoder of the demo
     checkpoints."""
-    return read_masked_tokens(weights.FOLDER / "masked_token"), load_text()
+    folder = weights.FOLDER / "masked_token"
+    for part in ("transformer", "vqvae"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(f"{folder / part} is missing; {weights.REMEDY}")
+    return read_networks(folder, KIND, name="chorus-demo", cfg=MASKED_TOKENS_CFG), load_text()
 
 
 def reference_names() -> list[str]:

@@ -71,8 +71,6 @@ class TextModel(nn.Module):
     text [B, 96] and the pooled text [B, 96]. ComfyUI's SDClipModel requires these signatures of its text models.
     """
 
-    vocabulary = VOCABULARY
-
     def __init__(
         self,
         config_dict: Mapping[str, Any] | None = None,
@@ -83,7 +81,7 @@ class TextModel(nn.Module):
         super().__init__()
         kw: dict[str, Any] = {"dtype": dtype, "device": device}
         self.num_layers = LAYERS
-        self.embed = operations.Embedding(len(self.vocabulary), WIDTH, **kw)
+        self.embed = operations.Embedding(len(VOCABULARY), WIDTH, **kw)
         self.position = operations.Embedding(LENGTH, WIDTH, **kw)
         self.layers = nn.ModuleList(Layer(dtype, device, operations) for _ in range(LAYERS))
         self.norm = operations.LayerNorm(WIDTH, **kw)

@@ -4,8 +4,6 @@ retrieval.
 The weight names are those of ComfyUI's CLIPVisionModelProjection.
 """
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..common.operations import Operations
@@ -32,12 +30,12 @@ CONFIG = {
 class Stem(nn.Sequential):
     """[B, 3, H, W] -> [B, 96, 8, 8], in place of CLIP's patch projection.
 
-    Consists of strided convolutions with the output channels ``widths`` and a final convolution without stride.
+    Consists of strided convolutions with the output channels STEM and a final convolution without stride.
     """
 
-    def __init__(self, operations: Operations = nn, widths: Sequence[int] = STEM) -> None:
+    def __init__(self, operations: Operations = nn) -> None:
         layers, last = [], 3
-        for c in widths:
+        for c in STEM:
             layers += [operations.Conv2d(last, c, 3, stride=2, padding=1), operations.GroupNorm(8, c), nn.SiLU()]
             last = c
         super().__init__(*layers, operations.Conv2d(last, WIDTH, 3, padding=1))

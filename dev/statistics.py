@@ -1,6 +1,7 @@
 """Confidence intervals of the benchmarks, computed with scipy."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -17,6 +18,11 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson's score interval)."""
     low, high = stats.binomtest(hits, trials).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
+
+
+def proportion(hits: np.ndarray) -> dict[str, Any]:
+    """The share of true values of bool ``hits`` [N], its 95 % interval and N."""
+    return {"share": float(hits.mean()), "interval": wilson(int(hits.sum()), len(hits)), "images": len(hits)}
 
 
 def bootstrap(samples: Sequence[np.ndarray], statistic: Callable) -> tuple[float, float]:

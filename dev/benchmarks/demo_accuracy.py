@@ -22,7 +22,7 @@ from ...nodes.masked_tokens import MaskedTokenSampler  # noqa: E402
 from ..recipes.classifier import named  # noqa: E402
 from ..recipes.scenes import SIZE  # noqa: E402
 from ..recipes.seeds import load_classifier  # noqa: E402
-from ..statistics import wilson  # noqa: E402
+from ..statistics import proportion  # noqa: E402
 from .environment import publish, script_parser  # noqa: E402
 from .evaluators import PairEvaluators, Templates, numbers_of  # noqa: E402
 from .saliency_effect import compositions  # noqa: E402
@@ -64,10 +64,6 @@ def masked_tokens() -> Generator:
     return lambda captions, seed: torch.cat([one(text, seed + k) for k, text in enumerate(captions)])
 
 
-def share(hits: np.ndarray) -> dict[str, Any]:
-    return {"share": float(hits.mean()), "interval": wilson(int(hits.sum()), len(hits)), "images": len(hits)}
-
-
 def single(make: Generator, concepts: Sequence[str], seeds: int, evaluators: Any) -> dict[str, np.ndarray]:
     """{evaluator: bool [N]}: whether each image of each concept shows the concept."""
     captions = [phrase(name) for name in concepts for _ in range(seeds)]
@@ -104,12 +100,12 @@ def main() -> None:
             rows = {}
             for group, concepts in (groups or {"all": members}).items():
                 hits = single(make, concepts, options.seeds, evaluators)
-                rows[group] = {"concepts": len(concepts), **{k: share(v) for k, v in hits.items()}}
+                rows[group] = {"concepts": len(concepts), **{k: proportion(v) for k, v in hits.items()}}
             if name in ("general", MASKED_TOKENS):
                 for evaluator, metrics in pairs(make, options.pairs).items():
                     for metric in ("scene", "placed"):
                         row = rows.setdefault(f"pairs, {metric}", {"concepts": 2})
-                        row[evaluator] = share(metrics[metric])
+                        row[evaluator] = proportion(metrics[metric])
             found[name] = rows
             print(name, {k: {e: round(v[e]["share"], 3) for e in ("classifier", "templates")} for k, v in rows.items()})
     lines = [f"{name}: {len(rows)} rows" for name, rows in found.items()]

@@ -20,6 +20,7 @@ entries with these values. Other keys of a table, column or row:
     "best"     "max" or "min": sets the best figure of a column in bold, separately for each "group" if given
     "names"    maps values to the shown text
     "like"     the name of a table from which missing keys are taken
+    "claims"   the claims of the rows to show, in this order; default: all rows
 
 Steps:
 
@@ -239,6 +240,9 @@ def page(text: str, tables: dict[str, dict]) -> str:
             raise ValueError(f"table {match[1]} is not defined in {TABLES.name}")
         spec = tables[match[1]]
         spec = {**tables.get(spec.get("like"), {}), **spec}
+        if "claims" in spec:
+            rows = {row["claim"]: row for row in spec["rows"]}
+            spec = {**spec, "rows": [rows[claim] for claim in spec["claims"]]}
         return f"{BEGIN}{match[1]} -->\n\n{table(match[1], spec)}\n\n{END}"
 
     new, count = re.subn(rf"{BEGIN}(\S+) -->\n(?:(?!<!--).)*?{END}", block, text, flags=re.DOTALL)

@@ -20,6 +20,7 @@ rule with the most images with "placed", averaged over both evaluators, is RECOM
 """
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ from ...nodes.saliency_noise_blend import SaliencyNoiseBlend  # noqa: E402
 from ..recipes.lists import RELATIONS, load_held_out  # noqa: E402
 from ..recipes.scenes import CELL, SIZE, Item, Scene, background, corner, paste, region_of  # noqa: E402
 from ..recipes.sprites import Sprites  # noqa: E402
-from ..statistics import paired_difference, ratio_of_means, wilson  # noqa: E402
+from ..statistics import paired_difference, proportion, ratio_of_means  # noqa: E402
+from . import sampling  # noqa: E402
 from .environment import publish, script_parser  # noqa: E402
 from .evaluators import PairEvaluators, numbers_of  # noqa: E402
 
@@ -57,8 +59,6 @@ EMOJI = 60  # side of an emoji in composed images, in pixels
 LATENT = SIZE // CELL  # side of a latent
 FIRST_SEED, FIRST_TUNING_SEED = 1000, 50_000
 AREA = "area"  # stands for the mean area of a subject, as a share of the image
-# not inputs of the node: the expert's prompt names only the subject; the number of sampling steps
-SUBJECT_PROMPT, STEPS = "expert's prompt", "steps"
 # inputs of the node. With mask_refresh 20 and 20 steps, the first mask that is computed is used in all later steps.
 RULES: dict[str, dict[str, Any]] = {
     "own": {},
@@ -145,11 +145,7 @@ def subject_halves(tasks: Sequence[Task]) -> Tensor:
 
 def encode(clip, texts: Sequence[str]):
     """One CONDITIONING with a row for each text."""
-    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(t))[0] for t in texts]
-    options = dict(encoded[0][1])
-    if options.get("pooled_output") is not None:
-        options["pooled_output"] = torch.cat([e[1]["pooled_output"] for e in encoded])
-    return [[torch.cat([e[0] for e in encoded]), options]]
+    return sampling.joined([sampling.encode(clip, text) for text in texts])
 
 
 def noises(channels: int, seeds: range) -> Tensor:
@@ -190,7 +186,7 @@ class Found:
     def __init__(self) -> None:
         self.hits: dict[str, dict[str, list[bool]]] = {}
         self.shares: list[float] = []  # of the expert in the blend's mask
-        self.costs: list[float] = []  # evaluations of both models, relative to those of the base alone with --steps
+        self.costs: list[float] = []  # evaluations of both models, relative to those of the base alone
 
     def add(self, measured: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         for evaluator, metrics in measured.items():
@@ -203,10 +199,7 @@ class Found:
 
     def table(self) -> dict[str, Any]:
         """{evaluator: {metric: share with its interval}}"""
-        return {
-            e: {m: {"share": float(v.mean()), "interval": wilson(int(v.sum()), len(v))} for m, v in metrics.items()}
-            for e, metrics in self.arrays().items()
-        }
+        return {e: {m: proportion(v) for m, v in metrics.items()} for e, metrics in self.arrays().items()}
 
     def mean(self, metric: str) -> float:
         """The share of images with ``metric``, averaged over the evaluators."""
@@ -221,6 +214,7 @@ class Experiment:
         self.expert, self.evaluators, self.options = load_checkpoint(expert)[0], evaluators, options
         self.domain = DOMAINS[expert]
 
+    @functools.cached_property
     def area(self) -> float:
         """The mean area of the domain's subjects, as a share of a composed image."""
         return round(float(composed(compositions(100, self.domain))[1].mean()), 2)
@@ -249,18 +243,14 @@ class Experiment:
             model = {"general": self.general, "expert": self.expert}[name]
             return self.vae.decode(generate(model, positive, negative, noise, self.options))
         inputs = dict(inputs)
-        alone, steps = inputs.pop(SUBJECT_PROMPT, None), inputs.pop(STEPS, self.options.steps)
-        own = encode(self.clip, [phrase(task.subject) for task in tasks]) if alone else positive
         if inputs.get("region_mode") == "force":
             inputs["region"] = subject_halves(tasks)
         if inputs.get("expert_share") == AREA:
-            inputs["expert_share"] = self.area()
-        model, trace = blend(self.general, self.expert, own, negative, inputs)
-        sampling = argparse.Namespace(**{**vars(self.options), "steps": steps})
-        images = self.vae.decode(generate(model, positive, negative, noise, sampling))
+            inputs["expert_share"] = self.area
+        model, trace = blend(self.general, self.expert, positive, negative, inputs)
+        images = self.vae.decode(generate(model, positive, negative, noise, self.options))
         found.shares += trace.record.mean_shares()[1].flatten(1).mean(1).tolist()
-        base = trace.record.cost[0] / steps  # the cost of the base in each step
-        found.costs.append(sum(trace.record.cost) / base / self.options.steps)
+        found.costs.append(sum(trace.record.cost) / trace.record.cost[0])
         return images
 
 
@@ -278,7 +268,7 @@ def compare_rules(options: argparse.Namespace) -> None:
         }
         for name, f in found.items()
     }
-    results = {"settings": vars(options), "images": options.count, "area": experiment.area(), "best": best}
+    results = {"settings": vars(options), "images": options.count, "area": experiment.area, "best": best}
     publish(
         options.name or "saliency_effect_rules", {**results, "rules": rules}, rule_markdown(rules, options.count, best)
     )
@@ -303,7 +293,7 @@ def report(experiment: Experiment, ways: Mapping[str, Any], count: int) -> dict[
     return {
         "images": count,
         "pairs": len(set(groups.tolist())),
-        "area": experiment.area(),
+        "area": experiment.area,
         "scores": {name: f.table() for name, f in found.items()},
         "ceiling": {e: {m: v["share"] for m, v in metrics.items()} for e, metrics in limit.table().items()},
         "gains": {
