@@ -48,15 +48,20 @@ WATCH = """
 }
 """
 
-# dispatches the events that a browser sends when a file is dropped in the middle of the canvas
+# dispatches the events that a browser sends when a file is dropped on a part of the canvas without nodes: nodes such as
+# LoadImage take a picture that is dropped on them, instead of the graph in it
 DROP = """
 ([name, type, data]) => {
   const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
   const dataTransfer = new DataTransfer();
   dataTransfer.items.add(new File([bytes], name, { type }));
-  const canvas = window.app.canvas.canvas, { left, top, width, height } = canvas.getBoundingClientRect();
+  const { canvas, ds, graph } = window.app.canvas, { left, top, width, height } = canvas.getBoundingClientRect();
+  const parts = [...Array(31).keys()].map(k => (k + 0.5) / 31);
+  const empty = parts.flatMap(x => parts.map(y => [x * width, y * height]))
+    .find(([x, y]) => !graph.getNodeOnPos(x / ds.scale - ds.offset[0], y / ds.scale - ds.offset[1]));
+  if (!empty) throw new Error('nodes cover the whole canvas');
   const event = { bubbles: true, cancelable: true, composed: true, dataTransfer,
-                  clientX: left + width / 2, clientY: top + height / 2 };
+                  clientX: left + empty[0], clientY: top + empty[1] };
   for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, event));
 }
 """
@@ -148,7 +153,7 @@ def wait_for_load(page, before: int) -> None:
 
 
 def drop(page, file: Path | str, content: bytes) -> None:
-    """Drop a file onto the canvas and wait until its graph is loaded."""
+    """Drop a file onto the canvas, beside its nodes, and wait until its graph is loaded."""
     file, before = Path(file), loads(page)
     page.evaluate(DROP, [file.name, TYPES[file.suffix], base64.b64encode(content).decode()])
     wait_for_load(page, before)

@@ -310,14 +310,19 @@ def test_workflow_with_a_bypassed_blend_runs(page, client):
     assert not any(page.evaluate(PROBLEMS).values())
 
 
+def picture_with(workflow: dict) -> bytes:
+    """A PNG with the metadata that an image saved by ``workflow`` has."""
+    text, picture = PngInfo(), io.BytesIO()
+    text.add_text("workflow", json.dumps(workflow))
+    Image.new("RGB", (64, 64)).save(picture, "PNG", pnginfo=text)
+    return picture.getvalue()
+
+
 @some_files
 def test_opens_from_a_saved_image(page, runs, client, file):
     """The image is saved by a run. For a workflow that cannot run, it is made with the same metadata."""
     if needs(file):
-        text, picture = PngInfo(), io.BytesIO()
-        text.add_text("workflow", json.dumps(read(file)))
-        Image.new("RGB", (64, 64)).save(picture, "PNG", pnginfo=text)
-        content = picture.getvalue()
+        content = picture_with(read(file))
     else:
         run = runs(file)["prompt_id"]
         entry = client.get_json(f"/history/{run}")[run]
@@ -328,6 +333,14 @@ def test_opens_from_a_saved_image(page, runs, client, file):
         content = client.get("/view?" + urllib.parse.urlencode(saved[0]))
     page_tools.drop(page, "picture.png", content)
     check(page, file)
+
+
+def test_image_opens_when_a_node_that_takes_images_is_in_the_middle(page):
+    before, after = (ROOT / "example_workflows" / f"{name}.json" for name in ("Inpaint with aMUSEd 512", "Plain blend"))
+    page_tools.drop(page, before, before.read_bytes())
+    page_tools.place(page, nodes=[node["id"] for node in read(before)["nodes"] if node["type"] == "LoadImage"])
+    page_tools.drop(page, "picture.png", picture_with(read(after)))
+    check(page, after)
 
 
 @other_files
