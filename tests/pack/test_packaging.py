@@ -66,6 +66,10 @@ def test_changelog_has_the_version(pyproject):
     assert f"## [{pyproject['project']['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_citation_has_the_version(pyproject):
+    assert f"\nversion: {pyproject['project']['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_licence_is_apache():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "The ComfyUI-Chorus authors" in text
