@@ -271,6 +271,19 @@ def masked_tokens(inputs: dict[str, Any], seed: int) -> Outcome:
     return Outcome(image, {"pictures": count, "height": height, "width": width, "variety": variety})
 
 
+def token_video(inputs: dict[str, Any], seed: int) -> Outcome:
+    wired = dict(model=token_model(), positive=prompt("a dog on blue"), negative=prompt(""))
+    images, _, _ = execute("MaskedTokenVideo", {**wired, **inputs, "seed": inputs["seed"] + 1000 * seed})
+    count, height, width, _ = images.shape
+    return Outcome(images[-1:], {"frames": count, "height": height, "width": width})
+
+
+@functools.cache
+def rare_moving() -> Tensor:
+    """A video of three frames, in which the first picture of ``rare`` moves to the right."""
+    return torch.cat([rare()[:1].roll(8 * t, 2) for t in range(3)])
+
+
 def styled(model, seed: int = 0) -> Tensor:
     small = dict(width=64, height=64, batch_size=4, **ONE_PASS)
     return masked_tokens({**defaults("MaskedTokenSampler"), **small, "model": model}, seed).picture
@@ -384,6 +397,7 @@ SETTINGS = {
     "CasDMHead": Setting(run=cas_dm_head),
     "TrainCasDMHead": Setting(run=train_head, inputs=TRAINING | dict(cfg=4.0, size="small", metric="l1")),
     "MaskedTokenSampler": Setting(run=masked_tokens, inputs=dict(width=64, height=64, batch_size=2)),
+    "MaskedTokenVideo": Setting(run=token_video, inputs=dict(width=64, height=64, frames=3, steps=4, dx=16.0)),
     "LoadMaskedTokenLora": Setting(run=put_lora),
     "TrainMaskedTokenLora": Setting(run=train_lora, inputs=dict(steps=12)),
     "FaceRefiner": Setting(run=refine_faces, unit="of all that it changes"),
@@ -493,6 +507,20 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "denoise": Control(inputs=dict(image=rare), at=0.5),
         "aesthetic_score": PICTURE,
         "feather": Control(inputs=dict(image=lambda: rare()[:1], mask=left_half)),
+    },
+    "MaskedTokenVideo": {
+        "seed": SEED,
+        "steps": Control(kind="time", most=32),
+        "cfg": Control(off=0, at=3),
+        "frames": Control(kind="number", number="frames", most=8),
+        "dx": Control(at=16, most=64, inputs=dict(frames=2)),
+        "dy": Control(at=16, most=64, inputs=dict(frames=2)),
+        "strength": Control(inputs=dict(images=rare_moving)),
+        "boundary": Control(most=8),
+        "reference_frames": PICTURE,
+        "width": Control(kind="number", number="width", at=64, most=256),
+        "height": Control(kind="number", number="height", at=64, most=256),
+        "feather": Control(inputs=dict(images=rare_moving, mask=left_half)),
     },
     "LoadMaskedTokenLora": {"strength": PICTURE, "alpha": Control(off=0, at=32)},
     "TrainMaskedTokenLora": {

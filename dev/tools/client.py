@@ -170,7 +170,7 @@ class Comfy:
         return result
 
     def images(self, result: Result, kind: str = "output") -> list[tuple[str, str, bytes]]:
-        """(node id, file name, PNG) of all saved images, or with kind='temp' of all preview images."""
+        """(node id, file name, content of the file) of all saved images, or with kind='temp' of all preview images."""
         return [
             (node, image["filename"], self.get("/view?" + urllib.parse.urlencode(image)))
             for node, output in result.outputs.items()

@@ -41,10 +41,10 @@ def progress_bar(title: str, prompt: dict):
     return bar, listen
 
 
-def save(image: bytes, folder: Path, stem: str) -> Path:
+def save(image: bytes, folder: Path, stem: str, suffix: str) -> Path:
     """Write an image to a file with the next free number, without overwriting any file; returns its path."""
     number = 1
-    while (path := folder / f"{stem}_{number:05}.png").exists():
+    while (path := folder / f"{stem}_{number:05}{suffix}").exists():
         number += 1
     path.write_bytes(image)
     return path
@@ -72,12 +72,12 @@ def run_file(comfy: Comfy, file: Path, folder: Path) -> gallery.Entry:
         # workflow
         prefix = re.sub(r"_\d+_?$", "", Path(name).stem)
         plain = prefix in ("ComfyUI", file.stem)
-        path = save(image, folder, file.stem if plain else f"{file.stem} - {prefix}")
+        path = save(image, folder, file.stem if plain else f"{file.stem} - {prefix}", Path(name).suffix)
         entry.pictures.append((path, "" if plain else prefix))
         print(f"    {path}")
-    for node, _, image in comfy.images(result, kind="temp"):  # preview images
+    for node, name, image in comfy.images(result, kind="temp"):  # preview images
         shown_by = prompt[node]["class_type"]
-        path = save(image, folder, f"{file.stem} - {shown_by}")
+        path = save(image, folder, f"{file.stem} - {shown_by}", Path(name).suffix)
         entry.pictures.append((path, shown_by))
         print(f"    {path}")
     return entry

@@ -24,6 +24,7 @@ from .comfy_model import MaskedTokenModel
 from .comfy_text import read_text
 from .decode import MaskedTokenSettings, decode, draw_uniforms, guided
 from .networks import uvit
+from .networks.uvit_blocks import KeyValue
 from .networks.vq import VQGAN
 
 Text = tuple[Tensor, Tensor]  # states [B, L, C] and pooled [B, C] of one prompt for each sample
@@ -112,7 +113,7 @@ def code_colors(model: MaskedTokenModel) -> Tensor:
 class MaskedTokenRun:
     """One sampling run: logits of the transformer for the prompts of B samples, progress and previews.
 
-    Models are loaded at the first forward pass.
+    Models are loaded at the first forward pass. ``references``: see UViT.forward; all forward passes read them.
     """
 
     def __init__(self, model: MaskedTokenModel, texts: Sequence[Text], micro: Tensor) -> None:
@@ -123,6 +124,7 @@ class MaskedTokenRun:
         self.model, self.texts, self.micro = model, texts, micro
         self.device = model.transformer.load_device
         self.bar: comfy.utils.ProgressBar | None = None
+        self.references: list[KeyValue] | None = None
 
     def cond(self, ids: Tensor) -> Tensor:
         """Logits [B, K, h, w] of ``ids`` [B, h, w] under the prompts."""
@@ -138,7 +140,18 @@ class MaskedTokenRun:
     @torch.inference_mode()
     def _logits(self, ids: Tensor, conditioning: uvit.Conditioning) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return self.model.transformer.model(ids, conditioning)
+        return self.model.transformer.model(ids, conditioning, self.references)
+
+    @torch.inference_mode()
+    def keys_values(self, ids: Tensor) -> list[KeyValue]:
+        """The keys and values of known ``ids`` [B, h, w], as references for the method ``cond`` without a negative
+        prompt, and otherwise for ``both``."""
+        self._load(ids)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        network = self.model.transformer.model
+        if len(self.texts) == 1:
+            return network.keys_values(ids, self._positive)
+        return network.keys_values(torch.cat([ids, ids]), self._doubled)
 
     @cached_property
     def _positive(self) -> uvit.Conditioning:

@@ -32,8 +32,11 @@ VQ = VQConfig(
 )
 
 
-def generated(order, schedule, dtype, device, gpus=None, denoise=1.0, known=False):
-    """Token ids of two samples, generated with guidance and, if ``known``, with a mask and pinned tokens."""
+def generated(order, schedule, dtype, device, gpus=None, denoise=1.0, known=False, reads=False):
+    """Token ids of two samples, generated with guidance and, if ``known``, with a mask and pinned tokens.
+
+    ``reads``: the self-attention also reads another image.
+    """
     network = frozen_uvit(CONFIG, {name: w.to(device, dtype) for name, w in random_weights().items()})
     generator = torch.Generator().manual_seed(1)
     text, pooled = (torch.randn(2, *n, generator=generator).to(device, dtype) for n in ((3, 16), (12,)))
@@ -42,6 +45,8 @@ def generated(order, schedule, dtype, device, gpus=None, denoise=1.0, known=Fals
         codebook=16, mask_id=16, steps=5, order=order, schedule=schedule, denoise=denoise, temperature=1.5
     )
     tokens = torch.full((2, 4, 4), 16)
+    other = torch.arange(32).view(2, 4, 4).to(device) % 16
+    references = network.keys_values(other, conditioning) if reads else None
     options = {}
     if known:
         tokens[:] = torch.arange(16).view(4, 4)
@@ -53,7 +58,7 @@ def generated(order, schedule, dtype, device, gpus=None, denoise=1.0, known=Fals
         if gpus is not None:
             gpus.begin_step()
             gpus.in_step, gpus.allowed = True, frozenset()  # from the first forward pass on
-        return network(ids, conditioning)
+        return network(ids, conditioning, references)
 
     found = decode(
         tokens.to(device),
@@ -94,6 +99,14 @@ def test_no_step_waits_with_a_mask_and_pinned_tokens(denoise, gpus):
         found = generated("confidence", "cosine", torch.float32, "cuda:0", gpus, **options)
     assert torch.equal(found, expected)
     assert (found[:, 0, 0] == 5).all()
+
+
+def test_no_step_waits_with_references(gpus):
+    expected = generated("confidence", "cosine", torch.float32, "cpu", reads=True)
+    with gpus:
+        found = generated("confidence", "cosine", torch.float32, "cuda:0", gpus, reads=True)
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected, generated("confidence", "cosine", torch.float32, "cpu"))
 
 
 def test_additional_read_in_a_step_fails(gpus, monkeypatch):

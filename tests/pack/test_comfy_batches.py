@@ -32,6 +32,7 @@ BY_NATURE = {
     "TrainCasDMHead": "a training on all latents",
     "TrainFaceRefiner": "a training on all images",
     "TrainMaskedTokenLora": "a training on all images",
+    "MaskedTokenVideo": "the images are the frames of one video",
     "SaveTrainingPairs": "writes each image to its own file; see test_comfy_pairs",
     "SaveMaskedTokens": "writes all token grids to one file; see test_comfy_token_files",
 }

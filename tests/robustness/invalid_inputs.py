@@ -186,6 +186,11 @@ def tokens(**inputs):
     return execute("MaskedTokenSampler", **{**valid, "model": token_model(), **inputs})
 
 
+def token_video(**inputs):
+    valid = {"positive": token_words(), "negative": token_words(""), "steps": 2, "frames": 2}
+    return execute("MaskedTokenVideo", **{**valid, "model": token_model(), "images": references()[:1], **inputs})
+
+
 def token_model():
     return loaded("LoadMaskedTokenModel")[0]
 

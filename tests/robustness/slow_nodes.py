@@ -110,6 +110,14 @@ def tokens_sampled() -> Case:
     return Case(node_on("MaskedTokenSampler", model, **inputs, image=tiny.random_image(), mask=mask), (model,))
 
 
+def tokens_moved() -> Case:
+    model = tiny.tiny_model().model
+    model.vq.get_free_memory = lambda device: 1  # 1 byte, so that the VQ-GAN decodes one frame at a time
+    inputs = dict(positive=tiny.prompt(1), negative=tiny.prompt(2), steps=3, seed=4, width=24, height=32)
+    run = node_on("MaskedTokenVideo", model, **inputs, frames=4, reference_frames=2)
+    return Case(run, (model,), cancel_returns_best=True)
+
+
 def tokens_encoded() -> Case:
     model = tiny.tiny_model().model
     model.vq.get_free_memory = lambda device: 1  # 1 byte, so that the VQ-GAN encodes one image at a time
@@ -207,6 +215,7 @@ CASES = {
     "SeedSelect inversion": seeds(start="inversion", candidates=1),
     "SeedSelect centroid": seeds(2, start="centroid", mode="optimize"),
     "MaskedTokenSampler": tokens_sampled,
+    "MaskedTokenVideo": tokens_moved,
     "MaskedTokenEncode": tokens_encoded,
     "MaskedTokenDecode": tokens_decoded,
     "TrainMaskedTokenLora": tokens_trained,

@@ -84,6 +84,19 @@ CASES = {
         masks,
         ("no mask", "no width", "a pixel", "another size", "a row of numbers", "a number"),
     ),
+    "video": (invalid.token_video, "images", images, (*INVALID_IMAGES, "a pixel", "a row", "odd sides")),
+    "video's prompt": (
+        invalid.token_video,
+        "positive",
+        conditionings,
+        ("of another width", "without pooled output", "without a tensor", "NaN", "no token", "no entry"),
+    ),
+    "video's mask": (
+        invalid.token_video,
+        "mask",
+        masks,
+        ("no mask", "no width", "a pixel", "another size", "a row of numbers", "a number"),
+    ),
     "encode": (
         lambda **inputs: invalid.execute("MaskedTokenEncode", model=invalid.token_model(), **inputs),
         "image",

@@ -13,7 +13,7 @@ Shapes: B batch, h×w token grid, N tokens of the transformer, L text tokens.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +24,15 @@ from torch import Tensor, nn
 
 from ....common.operations import Operations
 from ....common.weights import check_config, count, load, setting, shape_of
-from .uvit_blocks import BlockConditioning, BlockSizes, LayerConditioning, TransformerLayer, UViTBlock, convolve
+from .uvit_blocks import (
+    BlockConditioning,
+    BlockSizes,
+    KeyValue,
+    LayerConditioning,
+    TransformerLayer,
+    UViTBlock,
+    convolve,
+)
 
 MICRO_VALUES = 5  # width, height, crop's top, crop's left, aesthetic score
 HEAD_SIZE = 64  # channels per head, if no config specifies the number of heads
@@ -216,21 +224,39 @@ class UViT(nn.Module):
             self.up_block.condition(context, cond),
         )
 
-    def forward(self, tokens: Tensor, conditioning: Conditioning) -> Tensor:
-        """Logits [B, codebook_size, h, w] of ``tokens``: ids [B, h, w], with vocab_size − 1 at masked tokens."""
-        height, width = tokens.shape[1:]
-        x = self.down_block(self.embed(tokens, conditioning.dtype), conditioning.down)
-        grid_height = x.shape[1]
+    def forward(
+        self, tokens: Tensor, conditioning: Conditioning, references: Sequence[KeyValue] | None = None
+    ) -> Tensor:
+        """Logits [B, codebook_size, h, w] of ``tokens``: ids [B, h, w], with vocab_size − 1 at masked tokens.
 
-        x = rearrange(x, "b h w c -> b (h w) c")
-        x = self.project_to_hidden(self.project_to_hidden_norm(x))
-        for layer, part in zip(self.transformer_layers, conditioning.layers):
-            x = layer(x, part)
+        ``references``: for each transformer layer, keys and values of other images (see ``keys_values``), which its
+        self-attention reads in addition to those of ``tokens``.
+        """
+        height, width = tokens.shape[1:]
+        x, grid_height = self._project(tokens, conditioning)
+        for layer, part, reference in zip(
+            self.transformer_layers, conditioning.layers, references or [None] * len(conditioning.layers)
+        ):
+            x = layer(x, part, reference)
         x = self.project_from_hidden(self.project_from_hidden_norm(x))
         x = rearrange(x, "b (h w) c -> b h w c", h=grid_height)
 
         x = self.up_block(x, conditioning.up)[:, :height, :width]  # crops the padding of an odd side
         return self.mlm_layer(x).movedim(-1, 1)
+
+    def keys_values(self, tokens: Tensor, conditioning: Conditioning) -> list[KeyValue]:
+        """For each transformer layer, the keys and values of its self-attention on ``tokens``: ids [B, h, w]."""
+        x, _ = self._project(tokens, conditioning)
+        found: list[KeyValue] = []
+        for layer, part in zip(self.transformer_layers, conditioning.layers):
+            x = layer(x, part, record=found)
+        return found
+
+    def _project(self, tokens: Tensor, conditioning: Conditioning) -> tuple[Tensor, int]:
+        """The input [B, N, hidden_size] of the transformer, and the height of its grid."""
+        x = self.down_block(self.embed(tokens, conditioning.dtype), conditioning.down)
+        grid = rearrange(x, "b h w c -> b (h w) c")
+        return self.project_to_hidden(self.project_to_hidden_norm(grid)), x.shape[1]
 
 
 def load_uvit(

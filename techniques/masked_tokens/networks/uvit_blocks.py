@@ -26,6 +26,10 @@ class KeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
+    def joined(self, other: "KeyValue") -> "KeyValue":
+        """These keys and values, followed by those of ``other``."""
+        return KeyValue(torch.cat([self.key, other.key], dim=2), torch.cat([self.value, other.value], dim=2))
+
 
 class Modulation(NamedTuple):
     """Scale and shift [B, C] of normalized features: x · scale + shift; scale is 1 + the layer's output."""
@@ -262,8 +266,19 @@ class TransformerLayer(nn.Module):
         norms = (Modulation.of(norm.linear(cond)) for norm in (self.norm1, self.norm2, self.norm3))
         return LayerConditioning(*norms, self.attn2.keys_values(context))
 
-    def forward(self, x: Tensor, conditioning: LayerConditioning) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        conditioning: LayerConditioning,
+        reference: KeyValue | None = None,
+        record: list[KeyValue] | None = None,
+    ) -> Tensor:
+        """``reference``: further keys and values for the self-attention, of other images. The layer appends its own to
+        ``record``."""
         y = self.norm1(x, conditioning.norm1)
-        x = x + self.attn1(y, self.attn1.keys_values(y))
+        own = self.attn1.keys_values(y)
+        if record is not None:
+            record.append(own)
+        x = x + self.attn1(y, own if reference is None else own.joined(reference))
         x = x + self.attn2(self.norm2(x, conditioning.norm2), conditioning.text)
         return x + self.ff(self.norm3(x, conditioning.norm3))
