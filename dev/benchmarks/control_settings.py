@@ -273,9 +273,10 @@ def masked_tokens(inputs: dict[str, Any], seed: int) -> Outcome:
 
 def token_video(inputs: dict[str, Any], seed: int) -> Outcome:
     wired = dict(model=token_model(), positive=prompt("a dog on blue"), negative=prompt(""))
-    images, _, _ = execute("MaskedTokenVideo", {**wired, **inputs, "seed": inputs["seed"] + 1000 * seed})
+    images, _, report = execute("MaskedTokenVideo", {**wired, **inputs, "seed": inputs["seed"] + 1000 * seed})
     count, height, width, _ = images.shape
-    return Outcome(images[-1:], {"frames": count, "height": height, "width": width})
+    generated = sum(int(number) for number in re.findall(r"(\d+) of \d+ tokens generated", report))
+    return Outcome(images[-1:], {"frames": count, "height": height, "width": width, "generated tokens": generated})
 
 
 @functools.cache
@@ -511,13 +512,13 @@ CONTROLS: dict[str, dict[str, Control]] = {
     "MaskedTokenVideo": {
         "seed": SEED,
         "steps": Control(kind="time", most=32),
-        "cfg": Control(off=0, at=3),
+        "cfg": Control(off=0, at=3, inputs=ONE_PASS),
         "frames": Control(kind="number", number="frames", most=8),
         "dx": Control(at=16, most=64, inputs=dict(frames=2)),
         "dy": Control(at=16, most=64, inputs=dict(frames=2)),
         "strength": Control(inputs=dict(images=rare_moving)),
-        "boundary": Control(most=8),
-        "reference_frames": PICTURE,
+        "boundary": Control(kind="number", number="generated tokens", most=8),
+        "reference_frames": Control(kind="selection"),
         "width": Control(kind="number", number="width", at=64, most=256),
         "height": Control(kind="number", number="height", at=64, most=256),
         "feather": Control(inputs=dict(images=rare_moving, mask=left_half)),
