@@ -22,6 +22,11 @@ NEWEST = (
 )
 
 
+def is_newer_than_tested() -> bool:
+    """Whether ComfyUI is newer than ``TESTED``, which docs/compatibility.md describes."""
+    return numbers(version()) > numbers(TESTED)
+
+
 def check() -> None:
     """Raise ImportError if ComfyUI lacks one of ``NEWEST``; warn if it has all of them but is older than ``TESTED``.
 

@@ -14,7 +14,8 @@ from .comfy_inputs import Conds
 
 # model classes that compute the rotary embedding with a fused kernel without gradient, even in training
 NO_DERIVATIVE = ("CosmosPredict2", "Anima", "JoyImage", "ErnieImage")
-NO_DERIVATIVE_WEIGHTS = {"convrot_w4a4"}  # quantisation formats whose matrix product has no derivative in ComfyUI
+# quantisation formats whose matrix product has no derivative in ComfyUI
+NO_DERIVATIVE_WEIGHTS = {"convrot_w4a4", "asym_w4a8_int8"}
 
 
 def check_differentiable(models: Sequence[ModelPatcher], conds: Conds) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from chorus.host.host_version import TESTED, is_newer_than_tested
 from chorus.tests.families.catalogue import FAMILIES, NOT_BUILT, host_classes, missing
 from chorus.tests.families.family import LIMIT
 from chorus.tests.support.tiny_models import ksample
@@ -15,6 +16,8 @@ def parts(samples):
 
 
 def test_every_family_has_a_small_model_or_a_reason():
+    if missing() and is_newer_than_tested():
+        pytest.xfail(f"docs/compatibility.md describes ComfyUI {TESTED}; new families: {', '.join(missing())}")
     assert not missing(), (
         f"this ComfyUI has new model families: {', '.join(missing())}; add small models to tests/families/catalogue.py,"
         " then run `python run.py families --write`"

@@ -23,6 +23,8 @@ FORMATS = {
     "int8_convrot": ("int8_tensorwise", dict(is_weight=True, per_channel=True, **CONVROT), CONVROT),
     "convrot_w4a4": ("convrot_w4a4", dict(convrot_groupsize=16), dict(convrot_groupsize=16)),
 }
+if "asym_w4a8_int8" in QUANT_ALGOS:  # since ComfyUI 0.33
+    FORMATS["w4a8"] = ("asym_w4a8_int8", dict(convrot_groupsize=16), dict(convrot_groupsize=16))
 ON_THE_FLY = "dequantised on the fly"
 
 
