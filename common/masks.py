@@ -17,6 +17,17 @@ def is_empty_default(mask: Tensor, size: tuple[int, int]) -> bool:
     return tuple(mask.shape[-2:]) == default != tuple(size) and not bool(mask.any())
 
 
+def connected(mask: Tensor | None, size: tuple[int, int] | None) -> tuple[Tensor | None, list[str]]:
+    """``mask`` [(M,) H, W] as [M, H, W], and notes for the report.
+
+    None if no mask is connected, or only Load Image's empty mask beside images of another ``size`` (height, width).
+    """
+    if mask is None:
+        return None, []
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    return (None, [IGNORED]) if size is not None and is_empty_default(mask, size) else (mask, [])
+
+
 def check_count(masks: int, images: int) -> None:
     """Raise a ValueError unless the number of masks is 1 or that of the images."""
     if masks not in (1, images):

@@ -8,7 +8,7 @@ from comfy.clip_vision import ClipVisionModel
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..common.masks import IGNORED, is_empty_default
+from ..common.masks import connected
 from ..host.files import workflow_metadata
 from ..host.images import embeddings
 from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, per_image
@@ -286,13 +286,9 @@ class FaceRefiner(io.ComfyNode):
             if clip_vision is None
             else feature_guard(lambda x: embeddings(clip_vision, x.movedim(1, -1)))
         )
-        notes = []
+        mask, notes = connected(mask, (image.shape[1], image.shape[2]))
         if mask is not None:
-            mask = mask.reshape(-1, *mask.shape[-2:])
-            if is_empty_default(mask, (image.shape[1], image.shape[2])):
-                mask, notes = None, [IGNORED]
-            else:
-                check_mask(mask, image)
+            check_mask(mask, image)
         if bboxes is not None:
             boxes = choose(faces_in(per_image(bboxes, *image.shape[:3]), *image.shape[1:3]), faces, face_index)
             refined = refine_boxes(image, boxes, refine, settings, mask, guard)

@@ -4,13 +4,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..common.masks import IGNORED, is_empty_default
+from ..common.masks import connected
 from ..techniques.masked_tokens.canvas import check_sides, rgb
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
 from ..techniques.masked_tokens.comfy_run import decode_tokens, encode_images
 from ..techniques.masked_tokens.tokens import Tokens, edit, mask_to_tokens
+from . import masked_token_widgets as widgets
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenModelSocket, TokensSocket, blank
+from .sockets import TokensSocket, blank
 
 
 @checks_inputs
@@ -27,7 +28,7 @@ class MaskedTokenEncode(io.ComfyNode):
                 io.Image.Input(
                     "image", tooltip="Width and height must be multiples of the token size, 16 pixels for aMUSEd."
                 ),
-                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
+                widgets.model(),
             ],
             outputs=[TokensSocket.Output("tokens", display_name="tokens")],
         )
@@ -51,7 +52,7 @@ class MaskedTokenDecode(io.ComfyNode):
             search_aliases=["VQ decode", "detokenize"],
             inputs=[
                 TokensSocket.Input("tokens", tooltip="Known tokens only; unknown tokens cannot be decoded."),
-                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
+                widgets.model(),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )
@@ -102,11 +103,10 @@ class MaskedTokenEdit(io.ComfyNode):
 
     @classmethod
     def execute(cls, tokens: Tokens, mask: Tensor, source: Tokens | None = None) -> io.NodeOutput:
-        mask, notes = mask.reshape(-1, *mask.shape[-2:]), []
-        if is_empty_default(mask, tokens.size):
-            mask, notes = torch.zeros(1, *tokens.size), [IGNORED]
-        edited = edit(tokens, mask, source)
-        counts = mask_to_tokens(mask, tokens.downscale).sum((1, 2)).expand(len(edited.ids)).tolist()
+        found, notes = connected(mask, tokens.size)
+        under = torch.zeros(1, *tokens.size) if found is None else found
+        edited = edit(tokens, under, source)
+        counts = mask_to_tokens(under, tokens.downscale).sum((1, 2)).expand(len(edited.ids)).tolist()
         lines = [
             f"image {i}: {count} of {edited.ids[i].numel()} tokens under the mask" for i, count in enumerate(counts)
         ]

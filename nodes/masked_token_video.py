@@ -3,14 +3,15 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..common.masks import IGNORED, is_empty_default
+from ..common.masks import connected
 from ..host.attachments import Conditioning
 from ..techniques.masked_tokens.canvas import rgb
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
-from ..techniques.masked_tokens.comfy_video import Request, VideoSettings, make_video
+from ..techniques.masked_tokens.comfy_video import VideoRequest, VideoSettings, make_video
 from ..techniques.masked_tokens.decode import MaskedTokenSettings, sample_seed
+from . import masked_token_widgets as widgets
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenModelSocket, TokensSocket, blank
+from .sockets import TokensSocket, blank
 
 
 @checks_inputs
@@ -28,16 +29,12 @@ class MaskedTokenVideo(io.ComfyNode):
             ),
             search_aliases=["aMUSEd video", "zero-shot video", "Text2Video-Zero", "edit video", "pan"],
             inputs=[
-                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
+                widgets.model(),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="The prompt of the whole video, encoded with the clip of Load Masked Token Model.",
                 ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="The negative prompt; the authors use an empty one. Required unless cfg is 1.",
-                ),
+                widgets.negative(),
                 io.Image.Input(
                     "images",
                     optional=True,
@@ -58,23 +55,10 @@ class MaskedTokenVideo(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Frame t of a generated video uses seed + t. All frames of an edited video use the same seed.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=12,
-                    min=1,
-                    max=1000,
-                    tooltip="Forward passes of the model per frame. Frames with few new tokens need fewer. Useful: 8 to"
-                    " 20.",
+                widgets.steps(
+                    "Forward passes of the model per frame. Frames with few new tokens need fewer. Useful: 8 to 20."
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Guidance scale. 0: the model's default (4 for amused-256, 10 for amused-512). 1: no"
-                    " guidance, at half the cost.",
-                ),
+                widgets.cfg(),
                 io.Int.Input(
                     "frames",
                     default=8,
@@ -124,30 +108,9 @@ class MaskedTokenVideo(io.ComfyNode):
                     tooltip="Frames that the self-attention reads in addition. 0: none. 1: the first frame. 2: the first"
                     " and the previous frame. Each costs one more forward pass per frame.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=256,
-                    min=16,
-                    max=4096,
-                    step=16,
-                    tooltip="Width in pixels. If images are connected, their width is used instead.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=256,
-                    min=16,
-                    max=4096,
-                    step=16,
-                    tooltip="Height in pixels. If images are connected, their height is used instead.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=8,
-                    min=0,
-                    max=256,
-                    advanced=True,
-                    tooltip="Width in pixels of the soft edge inside the mask of an edited video. 0: a hard edge.",
-                ),
+                widgets.side("width", "Width in pixels. If images are connected, their width is used instead."),
+                widgets.side("height", "Height in pixels. If images are connected, their height is used instead."),
+                widgets.feather("Width in pixels of the soft edge inside the mask of an edited video. 0: a hard edge."),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The frames."),
@@ -179,12 +142,10 @@ class MaskedTokenVideo(io.ComfyNode):
         images: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> io.NodeOutput:
-        images, notes = None if images is None else rgb(images), []
-        mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
+        images = None if images is None else rgb(images)
         area = (height, width) if images is None else (images.shape[1], images.shape[2])
-        if mask is not None and is_empty_default(mask, area):
-            mask, notes = None, [IGNORED]
-        request = Request(area, model.downscale, frames, dx, dy, images, mask, feather)
+        mask, notes = connected(mask, area)
+        request = VideoRequest(area, model.downscale, frames, dx, dy, images, mask, feather)
         denoise = strength if request.edits else 1.0
         if denoise > 0.0 and int(steps * denoise) == 0:
             raise ValueError(

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..common.masks import IGNORED, is_empty_default
+from ..common.masks import connected
 from ..host.attachments import Conditioning
 from ..techniques.masked_tokens.canvas import Request, rgb
 from ..techniques.masked_tokens.comfy_model import MaskedTokenModel
@@ -17,8 +17,9 @@ from ..techniques.masked_tokens.decode import (
     sample_seed,
 )
 from ..techniques.masked_tokens.tokens import Tokens
+from . import masked_token_widgets as widgets
 from .checked_inputs import checks_inputs
-from .sockets import MaskedTokenModelSocket, TokensSocket, blank
+from .sockets import TokensSocket, blank
 
 
 @checks_inputs
@@ -36,17 +37,13 @@ class MaskedTokenSampler(io.ComfyNode):
             ),
             search_aliases=["aMUSEd", "MaskGIT", "Muse", "masked image model", "inpaint tokens"],
             inputs=[
-                MaskedTokenModelSocket.Input("model", tooltip="From Load Masked Token Model."),
+                widgets.model(),
                 io.Conditioning.Input(
                     "positive",
                     tooltip="The prompt, encoded with the clip of Load Masked Token Model. Several prompts"
                     " (Conditioning Combine) give one image each.",
                 ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="The negative prompt; the authors use an empty one. Required unless cfg is 1.",
-                ),
+                widgets.negative(),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -55,22 +52,8 @@ class MaskedTokenSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Sample i of a batch uses seed + i.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=12,
-                    min=1,
-                    max=1000,
-                    tooltip="Forward passes of the model. The authors use 12. Useful: 8 to 20.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Guidance scale. 0: the model's default (4 for amused-256, 10 for amused-512). 1: no"
-                    " guidance, at half the cost.",
-                ),
+                widgets.steps("Forward passes of the model. The authors use 12. Useful: 8 to 20."),
+                widgets.cfg(),
                 io.Float.Input(
                     "temperature",
                     default=2.0,
@@ -80,21 +63,11 @@ class MaskedTokenSampler(io.ComfyNode):
                     tooltip="Noise added to the confidence; it falls to 0 over the steps. It changes which tokens are"
                     " kept first, not how they are sampled. Used only if order is set to confidence. Useful: 0 to 4.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=256,
-                    min=16,
-                    max=4096,
-                    step=16,
-                    tooltip="Width in pixels. If an image or tokens are connected, their width is used instead.",
+                widgets.side(
+                    "width", "Width in pixels. If an image or tokens are connected, their width is used instead."
                 ),
-                io.Int.Input(
-                    "height",
-                    default=256,
-                    min=16,
-                    max=4096,
-                    step=16,
-                    tooltip="Height in pixels. If an image or tokens are connected, their height is used instead.",
+                widgets.side(
+                    "height", "Height in pixels. If an image or tokens are connected, their height is used instead."
                 ),
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=4096, tooltip="Images per prompt, input image or token grid."
@@ -159,14 +132,9 @@ class MaskedTokenSampler(io.ComfyNode):
                     tooltip="cfg over the steps: constant, rising from near 1 (as in Muse; gives more variety), or"
                     " falling to near 1.",
                 ),
-                io.Int.Input(
-                    "feather",
-                    default=8,
-                    min=0,
-                    max=256,
-                    advanced=True,
-                    tooltip="Width in pixels of the soft edge inside the mask, where the image is mixed in. 0: a hard"
-                    " edge. Use 0 for outpainting, because a soft edge would mix in the padding.",
+                widgets.feather(
+                    "Width in pixels of the soft edge inside the mask, where the image is mixed in. 0: a hard"
+                    " edge. Use 0 for outpainting, because a soft edge would mix in the padding."
                 ),
             ],
             outputs=[
@@ -203,12 +171,10 @@ class MaskedTokenSampler(io.ComfyNode):
         mask: Tensor | None = None,
         tokens: Tokens | None = None,
     ) -> io.NodeOutput:
-        unknown, notes = blank(model), []
+        unknown = blank(model)
         image = None if image is None else rgb(image)
-        size = image.shape[1:3] if image is not None else tokens.size if tokens is not None else None
-        mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
-        if mask is not None and size is not None and is_empty_default(mask, (size[0], size[1])):
-            mask, notes = None, [IGNORED]
+        size = None if tokens is None else tokens.size
+        mask, notes = connected(mask, size if image is None else (image.shape[1], image.shape[2]))
         settings = MaskedTokenSettings(model.codebook, model.mask_id, steps, denoise, temperature, order, schedule)
         request = Request(
             unknown,

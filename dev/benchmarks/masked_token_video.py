@@ -85,16 +85,14 @@ class Frames:
 
 def change(images: Tensor, dx: int, box: Callable[[int], slice] | None = None) -> float:
     """Mean absolute change [0..1] of the contents, which move by ``dx`` pixels per frame; of the columns ``box(t)`` of
-    frame t in the emoji's rows, or of all columns that both frames show."""
+    frame t in the emoji's rows, or of all columns that both frames show, with a negative ``dx``."""
     rows = slice(TOP, TOP + EMOJI) if box else slice(None)
     found = []
     for t in range(1, len(images)):
         if box:
             before, now = images[t - 1][rows, box(t - 1)], images[t][rows, box(t)]
-        elif dx < 0:
-            before, now = images[t - 1][:, -dx:], images[t][:, :dx]
         else:
-            before, now = images[t - 1], images[t]
+            before, now = images[t - 1][:, -dx:], images[t][:, :dx]
         found.append((now - before).abs().mean())
     return float(torch.stack(found).mean())
 

@@ -3,6 +3,7 @@
 Shapes: T frames, h and w the height and width in tokens, H and W those in pixels.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...common.masks import check_count
 from ...host.attachments import Conditioning
 from .batch import stack_texts
 from .canvas import InitialTokens, check_sides
@@ -76,9 +78,8 @@ class VideoRun:
         self.model, self.settings = model, settings
         self.run = MaskedTokenRun(model, stack_texts(*texts), micro(area, aesthetic_score))
         self.guided = guided(self.run.cond, self.run.both, [settings.cfg] * settings.decoding.steps)
-        self.shown: list[Tensor] = []  # the tokens of the frames that the next frame reads
-        self.first: list[KeyValue] | None = None  # keys and values of the first of them
-        self.read = True  # whether the references of the run are those of ``shown``
+        self.first: list[KeyValue] | None = None  # keys and values of the first frame
+        self.unread: list[Tensor] = []  # tokens of the reference frames whose keys and values are not computed yet
 
     def generate(self, first: Tensor, frames: int, dx: float, dy: float, moving: Tensor | None) -> Video:
         """A video of ``frames`` frames that begins with ``first`` [h, w] and moves by ``dx``, ``dy`` pixels per frame.
@@ -86,20 +87,17 @@ class VideoRun:
         Unknown tokens of ``first`` are generated. ``moving`` bool [h, w]: the tokens that move; None: all. Frame t uses the
         seed ``seed + t``, so that the first frame is that of Masked Token Sampler.
         """
-        video = Video(first[None], frames)
         motion = offsets(frames, dx, dy, self.model.downscale)
 
-        def make(t: int) -> Tensor:
+        def make(t: int, previous: Tensor | None) -> tuple[Tensor, int]:
             nonlocal moving
-            if t == 0:
-                return self._fill(first, t, frames)
-            start, moving = moved(video.frames[-1], motion[t - 1], self.model.mask_id, self.settings.boundary, moving)
-            video.generated.append(int((start == self.model.mask_id).sum()))
-            return self._fill(start, t, frames)
+            start = first
+            if previous is not None:
+                start, moving = moved(previous, motion[t - 1], self.model.mask_id, self.settings.boundary, moving)
+            ids = self._decode(start, sample_seed(self.settings.seed, t), t, frames, pinned=start)
+            return ids, int((start == self.model.mask_id).sum())
 
-        video.generated.append(int((first == self.model.mask_id).sum()))
-        self._frames(video, make)
-        return video
+        return self._frames(Video(first[None], frames), make)
 
     def edit(self, source: Tensor, free: Tensor | None) -> Video:
         """The video of the tokens ``source`` [T, h, w], edited by the prompt where ``free`` bool [T, h, w] is true.
@@ -107,58 +105,53 @@ class VideoRun:
         The first frame is edited as Masked Token Sampler edits an image; the tokens of all others follow it (see
         ``video.followed``) and are edited where they cannot. All frames use the same seed.
         """
-        video, mask_id = Video(source, len(source)), self.model.mask_id
-        codes = self.model.vq.model.quantize.embedding.weight.detach().float().cpu()
+        mask_id = self.model.mask_id
+        follow = functools.partial(
+            followed,
+            codes=self.model.vq.model.quantize.embedding.weight.detach().float().cpu(),
+            mask_id=mask_id,
+            tolerance=self.settings.tolerance,
+            boundary=self.settings.boundary,
+        )
 
-        def make(t: int) -> Tensor:
-            mask = None if free is None else free[t]
+        def make(t: int, previous: Tensor | None) -> tuple[Tensor, int]:
+            mask = torch.ones_like(source[t], dtype=torch.bool) if free is None else free[t]
             pinned = torch.full_like(source[t], mask_id)
-            if t:
-                limits = {"tolerance": self.settings.tolerance, "boundary": self.settings.boundary}
-                pinned = followed(video.frames[-1], source[t - 1], source[t], codes, mask_id, **limits)
-            if mask is not None:
-                pinned = pinned.masked_fill(~mask, mask_id)
-            may_change = pinned == mask_id if mask is None else mask & (pinned == mask_id)
-            video.generated.append(int(may_change.sum()))
-            return self._decode(source[t], self.settings.seed, t, len(source), mask=mask, pinned=pinned)
+            if previous is not None:
+                pinned = follow(previous, source[t - 1], source[t]).masked_fill(~mask, mask_id)
+            ids = self._decode(source[t], self.settings.seed, t, len(source), mask=mask, pinned=pinned)
+            return ids, int((mask & (pinned == mask_id)).sum())
 
-        self._frames(video, make)
-        return video
+        return self._frames(Video(source, len(source)), make)
 
-    def _frames(self, video: Video, make: Callable[[int], Tensor]) -> None:
-        """Append the frames ``make(t)``. If the user interrupts the run, the finished frames remain; without any, the
-        exception is raised."""
+    def _frames(self, video: Video, make: Callable[[int, Tensor | None], tuple[Tensor, int]]) -> Video:
+        """``video`` with the frames of ``make(t, previous)``, each with the number of its generated tokens.
+
+        If the user interrupts the run, the finished frames remain; without any, the exception is raised.
+        """
         try:
             for t in range(video.total):
-                video.frames.append(make(t))
-                self._remember(video.frames[-1])
+                ids, generated = make(t, video.frames[-1] if video.frames else None)
+                video.frames.append(ids)
+                video.generated.append(generated)
+                if self.settings.reference_frames > (t > 0):  # the first frame stays, the last one is replaced
+                    self.unread = [*self.unread[: self.first is None], ids]
         except InterruptProcessingException:
             if not video.frames:
                 raise
             video.interrupted = True
-            del video.generated[len(video.frames) :]
-
-    def _remember(self, ids: Tensor) -> None:
-        """Let the next frames read a finished frame, if it is one of the reference frames."""
-        kept = 1 if self.shown else 0  # the first frame stays
-        if kept < self.settings.reference_frames:
-            self.shown, self.read = [*self.shown[:kept], ids], False
+        return video
 
     def _tokens_to_logits(self, ids: Tensor, step: int) -> Tensor:
-        if not self.read:  # only now, because frames in which nothing is new need no references
-            keys = [
-                self.run.keys_values(frame[None].to(self.run.device)) for frame in self.shown[self.first is not None :]
-            ]
-            self.first = self.first or keys.pop(0)
-            self.run.references = self.first
-            for other in keys:
-                self.run.references = [one.joined(two) for one, two in zip(self.first, other)]
-            self.read = True
+        # keys and values are computed only now, because frames in which nothing is new need none
+        keys = [self.run.keys_values(frame[None].to(self.run.device)) for frame in self.unread]
+        self.unread = []
+        if keys and self.first is None:
+            self.run.references = self.first = keys.pop(0)
+        for other in keys:
+            assert self.first is not None
+            self.run.references = [one.joined(two) for one, two in zip(self.first, other)]
         return self.guided(ids, step)
-
-    def _fill(self, ids: Tensor, frame: int, frames: int) -> Tensor:
-        """``ids`` [h, w] with its unknown tokens generated."""
-        return self._decode(ids, sample_seed(self.settings.seed, frame), frame, frames, pinned=ids)
 
     def _decode(
         self, ids: Tensor, seed: int, frame: int, frames: int, *, pinned: Tensor, mask: Tensor | None = None
@@ -180,7 +173,7 @@ class VideoRun:
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class VideoRequest:
     """The user's inputs; sizes and motions in pixels."""
 
     area: tuple[int, int]  # height and width of the frames
@@ -194,16 +187,9 @@ class Request:
 
     def __post_init__(self) -> None:
         check_sides("width and height" if self.images is None else "the images", self.area, self.downscale)
-        if self.mask is None:
-            return
-        check_mask(self.mask, self.area)
-        allowed = (1, len(self.images)) if self.images is not None and self.edits else (1,)
-        if len(self.mask) not in allowed:
-            counts = " or ".join(str(n) for n in allowed)
-            raise ValueError(
-                f"{len(self.mask)} masks do not fit {'the video' if self.edits else 'the first frame'}; connect"
-                f" {counts}"
-            )
+        if self.mask is not None:
+            check_mask(self.mask, self.area)
+            check_count(len(self.mask), len(self.images) if self.images is not None and self.edits else 1)
 
     @property
     def edits(self) -> bool:
@@ -216,7 +202,7 @@ def make_video(
     positive: Conditioning,
     negative: Conditioning | None,
     settings: VideoSettings,
-    request: Request,
+    request: VideoRequest,
 ) -> tuple[Video, Tensor]:
     """The finished frames of a generated or edited video, and their images [T, H, W, 3] with values 0..1.
 
@@ -234,7 +220,7 @@ def make_video(
         return video, _pictures(model, video, request)
 
 
-def _tokens(model: MaskedTokenModel, run: VideoRun, request: Request) -> Video:
+def _tokens(model: MaskedTokenModel, run: VideoRun, request: VideoRequest) -> Video:
     free = None if request.mask is None else mask_to_tokens(request.mask, request.downscale).cpu()
     if request.images is not None and request.edits:
         source = encode_images(model, request.images)
@@ -246,7 +232,7 @@ def _tokens(model: MaskedTokenModel, run: VideoRun, request: Request) -> Video:
     return run.generate(first, request.frames, request.dx, request.dy, None if free is None else free[0])
 
 
-def _pictures(model: MaskedTokenModel, video: Video, request: Request) -> Tensor:
+def _pictures(model: MaskedTokenModel, video: Video, request: VideoRequest) -> Tensor:
     images, count = request.images, len(video.frames)
     if images is None:
         return decode_tokens(model, video.ids)

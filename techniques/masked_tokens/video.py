@@ -92,10 +92,10 @@ def followed(
     spread = 2 * codes.float().var(0, correction=0).sum()
     reach = range(-radius, radius + 1)
     candidates = sorted(((y, x) for y in reach for x in reach), key=lambda o: (o[0] ** 2 + o[1] ** 2, o))
-    distances = []
+    distances, here = [], codes[now]
     for offset in candidates:
         source = shift(before, offset, -1)
-        apart = (codes[now] - codes[source.clamp(min=0)]).float().square().sum(-1) / spread
+        apart = (here - codes[source.clamp(min=0)]).float().square().sum(-1) / spread
         distances.append(apart.masked_fill(source < 0, math.inf))
     each = torch.stack(distances)  # [candidates, h, w]
     near = F.pad(each.clamp(max=1.0)[:, None], (1, 1, 1, 1), mode="replicate")

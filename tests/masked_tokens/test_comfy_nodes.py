@@ -33,18 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "exact")
 
 
 @pytest.fixture
-def exact():
-    """No TF32 convolutions, whose rounding would change sampled ids compared to the CPU."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model()
-
-
-@pytest.fixture
 def sample(tiny):
     """The sampler on the tiny model: (image, Tokens)."""
 

@@ -16,25 +16,12 @@ from chorus.tests.support.tiny_masked_tokens import (
     prompt,
     random_image,
     run,
-    tiny_model,
 )
 
 SIZE = dict(width=24, height=32)
 CFG, STEPS = 3.0, 5
 
 pytestmark = pytest.mark.usefixtures("one_thread", "exact")
-
-
-@pytest.fixture
-def exact():
-    """No TF32 convolutions, whose rounding would change sampled ids compared to the CPU."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model()
 
 
 @pytest.fixture
@@ -198,6 +185,15 @@ def test_edit_of_nothing_returns_the_same_pixels(video, inputs):
     assert torch.equal(images, given)
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_empty_mask_of_load_image_is_not_connected(video, frames):
+    given, empty = random_image(batch=frames), torch.zeros(1, 64, 64)
+    images, tokens, report = video(images=given, mask=empty)
+    assert "mask: counts as not connected" in report
+    expected = video(images=given)
+    assert torch.equal(images, expected[0]) and torch.equal(tokens.ids, expected[1].ids)
+
+
 def test_still_video_stays_still(video):
     images, tokens, report = video(images=random_image().expand(4, -1, -1, -1), seed=2)
     assert torch.equal(images, images[:1].expand_as(images))
@@ -271,10 +267,13 @@ def test_progress_counts_frames(video):
     [
         ({"positive": prompt(1, rows=1) * 2}, "positive: expected one prompt for the whole video, got 2"),
         ({"images": random_image(30, 24)}, "the images of 24x30 pixels cannot be divided.*use multiples of 4"),
-        ({"mask": torch.ones(2, 32, 24)}, "2 masks do not fit the first frame; connect 1"),
+        (
+            {"mask": torch.ones(2, 32, 24)},
+            "expected 1 mask, got 2 masks; connect the masks of this batch, or a single mask",
+        ),
         (
             {"images": random_image(batch=3), "mask": torch.ones(2, 32, 24)},
-            "2 masks do not fit the video; connect 1 or 3",
+            r"expected 1 mask for all 3 images, or 3 masks \(one per image\), got 2 masks; connect",
         ),
         ({"mask": torch.ones(1, 30, 24)}, "a mask of 24x30 does not fit an image of 24x32 pixels; resize it"),
         ({"images": random_image(batch=2), "strength": 0.1}, "strength 0.1 of 5 steps is less than one step; use"),

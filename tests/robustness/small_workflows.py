@@ -136,6 +136,14 @@ HOST |= {
     "save head": ("SaveLatent", {"samples": ["sample head", 0], "filename_prefix": "small/head"}),
 }
 _MODEL, _TOKENS = ["LoadMaskedTokenModel", 0], ["MaskedTokenEncode", 0]
+_TOKEN_SAMPLING = {
+    "model": _MODEL,
+    "positive": ["words", 0],
+    "negative": ["no words", 0],
+    "steps": 2,
+    "width": 64,
+    "height": 64,
+}
 _TRAINING = {**QUICK, "metric": "clip_vision", "clip_vision": ["ChorusDemoVision", 0], "gradient_checkpointing": False}
 PACK = {
     "ChorusDemoCheckpoint": {},
@@ -180,23 +188,8 @@ PACK = {
         "crop": 32,
     },
     "LoadMaskedTokenModel": {},
-    "MaskedTokenSampler": {
-        "model": _MODEL,
-        "positive": ["words", 0],
-        "negative": ["no words", 0],
-        "steps": 2,
-        "width": 64,
-        "height": 64,
-    },
-    "MaskedTokenVideo": {
-        "model": _MODEL,
-        "positive": ["words", 0],
-        "negative": ["no words", 0],
-        "steps": 2,
-        "frames": 2,
-        "width": 64,
-        "height": 64,
-    },
+    "MaskedTokenSampler": _TOKEN_SAMPLING,
+    "MaskedTokenVideo": {**_TOKEN_SAMPLING, "frames": 2},
     "MaskedTokenEncode": {"image": ["image", 0], "model": _MODEL},
     "MaskedTokenDecode": {"tokens": _TOKENS, "model": _MODEL},
     "MaskedTokenEdit": {"tokens": _TOKENS, "mask": ["mask", 0]},
