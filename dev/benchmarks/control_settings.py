@@ -259,7 +259,7 @@ def train_head(inputs: dict[str, Any], seed: int) -> Outcome:
         head, losses, report = execute("TrainCasDMHead", inputs, lists=True)
     (model,) = execute("CasDMHead", {**defaults("CasDMHead"), "model": checkpoint()[0], "head": head})
     pictures = sample(model, "a dog on blue", batch=2, steps=3, seed=0, sampler="euler")
-    held = found(r"loss on (\d+) held-out", report)
+    held = found(r"loss on (\d+) validation images", report)
     return Outcome(pictures, watched.numbers | {"steps": len(losses["loss"]), "held out": held})
 
 
@@ -357,7 +357,7 @@ def train_refiner(inputs: dict[str, Any], seed: int) -> Outcome:
         "FaceRefiner",
         {**defaults("FaceRefiner"), "image": torch.cat(source[:3]), "refiner": refiner, "color_lock": False},
     )
-    held = found(r"(?:on|of) (\d+) (?:and \d+ )?held-out", report)
+    held = found(r" on (\d+) (?:and \d+ )?validation (?:pairs|images)", report)
     return Outcome(picture, watched.numbers | {"steps": len(losses["loss"]), "held out": held})
 
 
@@ -437,7 +437,9 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "general_strength": Control(kind="area", number="share"),
         "softness": Control(inputs=dict(mask_mode="soft")),
         "blur": PICTURE,
-        "skip_below": Control(kind="time", number="evaluations", inputs=dict(bias=-1.5, mask_refresh=1), off=0, at=0.05),
+        "skip_below": Control(
+            kind="time", number="evaluations", inputs=dict(bias=-1.5, mask_refresh=1), off=0, at=0.05
+        ),
         "crop_margin": Control(kind="time", number="evaluations", inputs=dict(region=corner), off=0, at=4),
         "expert_share": Control(kind="area", number="share", off=0, at=0.4),
         "mask_momentum": Control(inputs=dict(mask_refresh=1)),
