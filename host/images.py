@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common.shapes import size_of
 
 ENCODE_BATCH = 16  # images; ComfyUI does not check how many fit in memory
+FRAMES = 4  # frames of a video that are scored and shown, evenly taken
 
 
 class Decoder(Protocol):
@@ -117,6 +118,11 @@ def evenly_taken_frames(video: Tensor, most: int) -> Tensor:
     """[B, F', H, W, 3]: at most ``most`` evenly taken frames of videos [B, F, H, W, 3], with the first and the last."""
     places = torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).round().long().tolist()
     return torch.stack([video[:, place, ..., :3] for place in places], 1)
+
+
+def filmstrips(images: Tensor) -> Tensor:
+    """Images [B, H, F' W, 3]: FRAMES frames of videos [B, F, H, W, 3], side by side. Images stay as they are."""
+    return images if images.ndim == 4 else evenly_taken_frames(images, FRAMES).movedim(1, 2).flatten(2, 3)
 
 
 def embeddings(clip_vision: ClipVisionModel, images: Tensor) -> Tensor:

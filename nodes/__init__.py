@@ -21,11 +21,13 @@ from . import (
     seed_files,
     seed_select,
     training_pairs,
+    tune_blend,
     vary_prompt,
 )
 
 NODES: list[type[io.ComfyNode]] = [
     *saliency_noise_blend.NODES,
+    *tune_blend.NODES,
     *seed_select.NODES,
     *seed_files.NODES,
     *vary_prompt.NODES,

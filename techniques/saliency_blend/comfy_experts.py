@@ -31,7 +31,8 @@ log = logging.getLogger("comfyui-chorus")
 class Expert:
     """An expert as connected to its node: MODEL, conditioning, settings, trace, and a copy of the weights if needed.
 
-    All clones of the blended MODEL share this object.
+    All clones of the blended MODEL share this object. ``copies``: copies of weights that were made before, for the
+    same MODEL with other settings.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class Expert:
         negative: Conditioning | None,
         settings: ExpertSettings,
         trace: BlendTrace | None = None,
+        copies: "OwnCopies | None" = None,
     ) -> None:
         self.patcher, self.positive, self.negative = patcher, positive, negative
         self.settings, self.trace = settings, trace
-        self._own_copy: ModelPatcher | None = None
-        self._own_networks: WeakKeyDictionary[nn.Module, Network] = WeakKeyDictionary()
+        self._copies = copies or OwnCopies()
 
     @property
     def label(self) -> str:
@@ -56,28 +57,40 @@ class Expert:
 
     def with_own_weights(self) -> ModelPatcher:
         """The expert's MODEL on a separate module, copied on the first call and kept as long as this object."""
-        if self._own_copy is None:
+        if self._copies.patcher is None:
             log.info(
                 "'%s' uses the checkpoint of another model with other patches or hooks; its weights are copied",
                 self.label,
             )
-            self._own_copy = _copy_with_module(self.patcher)
-        return self._own_copy
+            self._copies.patcher = _copy_with_module(self.patcher)
+        return self._copies.patcher
 
     def with_own_network(self, control: "Control") -> "Network":
         """A copy of the network of ``control``, made on the first call and kept as long as the network and this object."""
-        found = self._own_networks.get(control.control_model)
+        found = self._copies.networks.get(control.control_model)
         if found is None:
             log.info("'%s' uses a %s of another model; its weights are copied", self.label, type(control).__name__)
             device = control.control_model_wrapped.load_device
             comfy.model_management.unload_model_and_clones(control.control_model_wrapped)
             own = control.deepclone_multigpu(device)
-            found = self._own_networks[control.control_model] = own.control_model, own.control_model_wrapped
+            found = self._copies.networks[control.control_model] = own.control_model, own.control_model_wrapped
         return found
+
+    def with_settings(self, settings: ExpertSettings) -> "Expert":
+        """This expert with other settings. Copies of its weights are shared with this object."""
+        return Expert(self.patcher, self.positive, self.negative, settings, self.trace, self._copies)
 
     def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> "Expert":
         """A copy of this expert that records no trace, with a MODEL whose weights autograd can save."""
         return Expert(copy(self.patcher), clone_tensors(self.positive), clone_tensors(self.negative), self.settings)
+
+
+class OwnCopies:
+    """Copies of the weights of an expert and of its ControlNets, made when they are first needed."""
+
+    def __init__(self) -> None:
+        self.patcher: ModelPatcher | None = None
+        self.networks: WeakKeyDictionary[nn.Module, Network] = WeakKeyDictionary()
 
 
 def _copy_with_module(patcher: ModelPatcher) -> ModelPatcher:

@@ -17,7 +17,7 @@ from ...common.shapes import size_of
 from ...host.files import OutputFiles, part_names, read_tensors
 from ...host.model_folders import is_in_model_folder
 from ...host.patch_names import PACK
-from .comfy_latents import parts_of
+from ...host.sampled_latents import parts_of
 
 FILES = OutputFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
 NAME = "noise"  # name of the tensor in a file; of a nested noise, that of the first part

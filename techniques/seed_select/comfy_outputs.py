@@ -8,13 +8,14 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...common.tiles import Tile, draw_grid
 from .comfy_files import SeedNoise
 from .comfy_progress import InterruptProcessingException
 from .comfy_sampler import ComfySeedSampler
 from .prompt_variation import VARIATION_END
 from .search import SeedSearch
 from .select import SeedSelect
-from .view import Tile, draw_grid, draw_preview
+from .view import draw_preview
 
 Outputs = tuple[SeedNoise, int, dict[str, Any], Tensor, Tensor, str]  # noise, seed, samples, grid, preview, report
 

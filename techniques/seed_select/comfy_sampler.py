@@ -1,7 +1,7 @@
 """Draws the noise of an integer seed, and samples from noises with ComfyUI's samplers.
 
 ``generate(noise_of(seed))`` equals KSampler's result for that seed at batch 1, bit for bit, or with connected sigmas,
-sampler or guider that of SamplerCustomAdvanced. Shapes: N noises; noises and latents are packed (see comfy_latents),
+sampler or guider that of SamplerCustomAdvanced. Shapes: N noises; noises and latents are packed (see host/sampled_latents.py),
 [N, C, *S]. S is (h, w) for images and (T, h, w) for videos.
 """
 
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ...common.shapes import size_of
+from ...host.images import filmstrips
 from ...host.parametrization import family, is_image_to_image, sampling_of, unsupported
-from .comfy_batching import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
+from ...host.row_batches import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
+from ...host.sampled_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
+from ...host.sampling_progress import SamplingProgress
 from .comfy_counting import RowCounter
 from .comfy_inputs import KSamplerInputs
-from .comfy_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
-from .comfy_progress import SeedProgress
-from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings, filmstrips
+from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings
 from .comfy_session import OpenSession, Session, SessionSettings
 from .inversion import invert
 from .prompt_variation import VARIATION_END, vary_prompt
@@ -224,7 +225,7 @@ class ComfySeedSampler:
             raise ValueError(
                 "the references have no audio, so they cannot be inverted to the noise of a video with audio; use start noise"
             )
-        progress = SeedProgress(self.model, INVERSION_STEPS * len(references))
+        progress = SamplingProgress(self.model, INVERSION_STEPS * len(references))
         progress.show(text=f"inverting {len(references)} references")
 
         def work(session: OpenSession) -> list[Tensor]:
@@ -236,7 +237,7 @@ class ComfySeedSampler:
             return [session.noise_of(invert(denoise, x, sigmas, flow=flow)).cpu() for x in references.split(1)]
 
         noises = self.session(SessionSettings(gradients=False, cfg=1.0, steps=INVERSION_STEPS)).run(work)
-        SeedProgress(self.model, 1).show()  # reset the progress bar for the sampling
+        SamplingProgress(self.model, 1).show()  # reset the progress bar for the sampling
         selection = self.scorer.selection
         return dict(zip(selection.used if selection else range(1, len(noises) + 1), noises, strict=True))
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...common.shapes import size_of
-from ...host.images import check_decodes, embeddings, encode, evenly_taken_frames
+from ...host.images import FRAMES, check_decodes, embeddings, encode, evenly_taken_frames
 from .losses import ReferenceLoss, check_references, embedding_centroid, latent_centroid
 from .references import Selection, nearest_to_centre
 
 OWN_VAE = "connect the VAE of this model"  # remedy for a VAE that does not decode the latents
-FRAMES = 4  # frames of a video that are compared with the references, evenly taken
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,8 +107,3 @@ class ReferenceScorer:
             semantic_weight=self._settings.semantic_weight,
             appearance_weight=self._settings.appearance_weight,
         )
-
-
-def filmstrips(images: Tensor) -> Tensor:
-    """Images [B, H, F' W, 3]: the frames of videos [B, F, H, W, 3] that are scored, side by side. Images stay as they are."""
-    return images if images.ndim == 4 else evenly_taken_frames(images, FRAMES).movedim(1, 2).flatten(2, 3)

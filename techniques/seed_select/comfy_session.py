@@ -5,7 +5,7 @@ blend of several models. Predictions and runs are differentiable if gradients ar
 scale; ``to_latent`` converts them to the VAE's scale. B samples are computed one by one, so they do not influence each
 other and need only the memory of one sample.
 
-Shapes: latents are packed (see comfy_latents), [B, C, *S]: S is (h, w) for images and (T, h, w) for videos.
+Shapes: latents are packed (see host/sampled_latents.py), [B, C, *S]: S is (h, w) for images and (T, h, w) for videos.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +27,11 @@ from ...host import images
 from ...host.autograd_copies import AutogradCopies, clone_tensors
 from ...host.gradients import Recorder, gradients, require_memory
 from ...host.parametrization import FLOW
+from ...host.sampled_latents import LatentLayout, decoded_shape, draw_noise
 from .comfy_counting import RowCounter
 from .comfy_differentiable import check_differentiable, comparison
 from .comfy_inputs import KSamplerInputs, further_models
-from .comfy_latents import LatentLayout, decoded_shape, draw_noise
-from .comfy_scoring import OWN_VAE, ReferenceScorer, ScoringModels, filmstrips
+from .comfy_scoring import OWN_VAE, ReferenceScorer, ScoringModels
 from .sampler import GradientCost
 
 KEY = "chorus_seed"
@@ -346,7 +346,7 @@ class OpenSession(comfy.samplers.Sampler):
 
     def pictures(self, latent: Tensor) -> Tensor:
         """Images [B, H, W, 3] in 0..1 of latents in the VAE's scale, for display; videos as strips of the scored frames."""
-        return filmstrips(self.decode(self._layout.pictures(latent)))
+        return images.filmstrips(self.decode(self._layout.pictures(latent)))
 
     def decode(self, latent: Tensor) -> Tensor:
         """Images [B, H, W, 3] or videos [B, F, H, W, 3] in 0..1 of latents that the VAE decodes, in its scale."""

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from chorus.host.images import evenly_taken_frames
+from chorus.host.sampled_latents import LatentLayout
 from chorus.techniques.seed_select.comfy_inputs import KSamplerInputs
-from chorus.techniques.seed_select.comfy_latents import LatentLayout
 from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler
 from chorus.tests.families.catalogue import FAMILIES
 from chorus.tests.support.tiny_models import in_inference_mode

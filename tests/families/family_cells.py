@@ -37,6 +37,7 @@ IMAGE_TO_IMAGE = ("LotusD", "WAN21_FlowRVS")  # do not start from noise
 SAMPLING = dict(steps=STEPS, cfg=CFG, scheduler="simple")
 STRENGTH = 40.0  # so that the scores do not tie where the saliency is flat, as at the highest noise levels
 BATCH_ROUNDING = 3e-5  # relative, between batches of different sizes, for which torch can choose other kernels
+SHARED_ROUNDING = 1e-4  # relative, of a run that continues in the middle
 ROUNDING = 1e-5  # relative, of the latents after two steps in float32
 
 
@@ -300,6 +301,31 @@ def seed_search(models):
         assert error < BATCH_ROUNDING, f"candidates in one batch differ from single candidates by {error:.2g}"
 
 
+@in_inference_mode
+def tuned_blend(models):
+    """TuneBlend scores the samples of KSampler: bit for bit, or up to rounding after the steps that candidates share."""
+    from chorus.nodes.tune_blend import space_of
+    from chorus.techniques.saliency_blend.comfy_tuning import BlendCandidates, SamplingInputs
+
+    samples, steps = models.family.latent(), 4
+    positive, negative = models.prompts
+    sampling = {**SAMPLING, "steps": steps}
+    inputs = SamplingInputs(
+        positive=positive, negative=negative, latent_image=samples, seed=1, sampler_name="euler", **sampling
+    )
+    vae = tiny_vae(parts(samples["samples"])[0].shape[1], video=models.family.latent_format().latent_dimensions == 3)
+    for start, bound in ((0.0, 0.0), (0.5, SHARED_ROUNDING)):
+        model, _ = blend(
+            models.base, models.expert, *models.expert_prompts, start_percent=start, expert_strength=STRENGTH
+        )
+        run = BlendCandidates(model, space_of("bias = -1 to 1", model), inputs, vae)
+        expected = models.sample(model, steps=steps)
+        for _ in range(2):
+            found = run.layout.unpack(run.latents((0.0,), steps, range(1)))
+            error = 0.0 if same_bits(found, expected) else distance(found, expected)
+            assert error <= bound, f"with start_percent {start:g}, differs from KSampler by {error:.2g}"
+
+
 def seed_gradient(models):
     """The gradient of SeedSelect's optimisation equals a finite difference along one direction.
 
@@ -334,6 +360,7 @@ CELLS: dict[str, Callable[[Models], None]] = {
     "same checkpoint": same_checkpoint,
     "other family": other_family,
     "neutral": neutral,
+    "tuned blend": tuned_blend,
     "seed search": seed_search,
     "seed gradient": seed_gradient,
     "untrained head": untrained_head,

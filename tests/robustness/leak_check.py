@@ -21,7 +21,7 @@ def patchers_of(*wired) -> list:
         elif not any(patcher is p for p in patchers):
             patchers.append(patcher)
             for expert in blend_chain(patcher).experts:
-                pending += [expert.patcher, *([] if expert._own_copy is None else [expert._own_copy])]
+                pending += [expert.patcher, *filter(None, [expert._copies.patcher])]
             pending += [p for group in patcher.additional_models.values() for p in group]
     return patchers
 

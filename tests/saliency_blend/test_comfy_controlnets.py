@@ -94,7 +94,7 @@ def test_error_of_a_controlled_expert_is_not_hidden_by_its_cleanup(monkeypatch):
 
 
 def copies(blended):
-    return [len(expert._own_networks) for expert in blend_chain(blended).experts]
+    return [len(expert._copies.networks) for expert in blend_chain(blended).experts]
 
 
 def test_controlnet_is_copied_only_if_another_module_uses_it():

@@ -438,7 +438,7 @@ class TestExpertThatIsOff:
         expert = lora(models[0], 1)
         blended, _ = blend(models[0], expert, expert_strength=0.0)
         assert torch.equal(ksample(blended, *PROMPTS), ksample(models[0], *PROMPTS))
-        assert blended.get_attachment("chorus_blend").experts[0]._own_copy is None
+        assert blended.get_attachment("chorus_blend").experts[0]._copies.patcher is None
 
     def test_share_of_an_empty_region_is_still_refused(self, models):
         blended, _ = blend(models[0], models[1], region=torch.zeros(1, 16, 16), expert_share=0.3)

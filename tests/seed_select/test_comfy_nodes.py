@@ -26,10 +26,10 @@ from comfy_execution.utils import CurrentNodeContext
 from chorus.demo import modules
 from chorus.demo.comfy_latent import ChorusEmojiLatent
 from chorus.dev.recipes.vision import SCALE, names
+from chorus.host.sampling_progress import SamplingProgress
 from chorus.nodes.seed_files import LoadSeed, SaveSeed
 from chorus.nodes.seed_select import SeedSelect
 from chorus.techniques.seed_select.comfy_files import SeedNoise
-from chorus.techniques.seed_select.comfy_progress import SeedProgress
 from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler, KSamplerInputs
 from chorus.techniques.seed_select.comfy_scoring import ScoringSettings
 from chorus.techniques.seed_select.comfy_session import SessionSettings
@@ -401,7 +401,7 @@ def test_progress_shows_evaluations_best_score_and_preview(select, monkeypatch):
         seen.append((done, total, preview))
 
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    monkeypatch.setattr(SeedProgress, "_show_text", staticmethod(texts.append))
+    monkeypatch.setattr(SamplingProgress, "_show_text", staticmethod(texts.append))
     select(mode="search+optimize")
     done = [d for d, *_ in seen]
     assert done == sorted(done)
@@ -415,7 +415,7 @@ def test_score_text_is_sent_to_the_running_node(model, monkeypatch):
     sent = []
     server = SimpleNamespace(send_progress_text=lambda *a: sent.append(a))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    progress = SeedProgress(model, 4)
+    progress = SamplingProgress(model, 4)
     progress.show(text="without a running node")
     with CurrentNodeContext("prompt", "7"):
         progress.show(text="best score 1")

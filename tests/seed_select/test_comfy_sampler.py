@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from chorus.demo import modules
-from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
-from chorus.techniques.seed_select.comfy_progress import SeedProgress
+from chorus.host.row_batches import DETERMINISTIC
+from chorus.host.sampling_progress import SamplingProgress
 from chorus.tests.support.gradients import seed_sampler
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.seeds import WORDS, content, limit_free_memory, with_control
@@ -227,7 +227,7 @@ def test_progress_counts_steps_and_interrupted_run_leaves_the_model_unchanged(mo
     assert seen[0] == (1, 3)
     assert seen[-1] == (3, 3)
     seen.clear()
-    progress = SeedProgress(model, total=8)
+    progress = SamplingProgress(model, total=8)
     run.callback = progress.callback
     run.generate(run.noise_of(0))
     progress.show(torch.rand(16, 16, 3), steps=5)

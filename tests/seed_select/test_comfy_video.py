@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from chorus.demo import modules
 from chorus.host.images import encode, evenly_taken_frames
+from chorus.host.sampled_latents import LatentLayout
 from chorus.nodes.seed_files import LoadSeed, SaveSeed
 from chorus.nodes.seed_select import SeedSelect
 from chorus.techniques.seed_select.comfy_files import SeedNoise
-from chorus.techniques.seed_select.comfy_latents import LatentLayout
 from chorus.tests.families.catalogue import FAMILIES
 from chorus.tests.families.tiny_vae import tiny_vae
 from chorus.tests.support.gradients import direction_of, finite_difference, gradient, seed_sampler

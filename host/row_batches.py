@@ -1,15 +1,16 @@
 """Checks whether several noises can be sampled in one batch without influencing each other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...host.attachments import attached
-from ...host.batches import relates_rows
-from .comfy_inputs import Conds
+from .attachments import attached
+from .batches import relates_rows
+
+Conds = Mapping[str, Sequence[Mapping[str, Any]]]  # conditionings by name, as ComfyUI's guiders hold them
 
 # Samplers that add no noise during the run and make no decision that depends on the whole batch. dpm_adaptive is
 # excluded, since its step size depends on all samples of a batch.

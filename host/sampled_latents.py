@@ -17,8 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
-from ...common.shapes import size_of
-from ...host.parametrization import latent_format_of
+from ..common.shapes import size_of
+from .parametrization import latent_format_of
 
 LATENT_AXES = (4, 5)  # of the part that a VAE decodes to images
 
@@ -100,7 +100,7 @@ def sampled_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor | N
     if first.ndim not in LATENT_AXES:
         raise ValueError(
             f"expected a latent of an image [1, C, h, w] or a video [1, C, T, h, w] for {type(model.model).__name__}, got the"
-            f" size {size_of(first)}: the candidates are compared with the references as images, and no VAE decodes images"
+            f" size {size_of(first)}: the results are compared as images, and no VAE decodes images"
             " from such a latent; use an image or video model"
         )
     if len(first) != 1:

@@ -1,0 +1,100 @@
+"""The expected score over two of the settings that moved, as an image."""
+
+import numpy as np
+from torch import Tensor
+
+from ...common.sheets import FAINT, INK, Colour, Sheet
+from ...common.tiles import font_size
+from .tuning import Tuning
+from .tuning_space import MovingSetting, Point, Space, in_one_line, shown
+
+SIDE, LEFT, TOP, BELOW, RIGHT = 384, 96, 40, 56, 96  # of the field and of its margins, in pixels
+CELL = 8  # side of the cells in which the estimate is drawn
+POINT, FRAME = 7, 15  # sides of the marks of candidates and of the frame of the best one
+# colours from the lowest (best) to the highest score, distinct in lightness for colour-blind readers
+RAMP: tuple[Colour, ...] = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))
+
+
+def colour_of(place: float) -> Colour:
+    """The colour at ``place`` 0..1 of the ramp."""
+    at = min(max(place, 0.0), 1.0) * (len(RAMP) - 1)
+    k = min(int(at), len(RAMP) - 2)
+    low, high = RAMP[k], RAMP[k + 1]
+    r, g, b = (round(a + (at - k) * (c - a)) for a, c in zip(low, high))
+    return r, g, b
+
+
+def draw_surface(space: Space, search: Tuning) -> Tensor:
+    """Image [H', W', 3]: the expected score over the first two settings of ``space``, or over the only one.
+
+    The other settings have their best values. The squares are all candidates, in the colours of their own expected
+    scores; the framed one is the best.
+    """
+    sheet = Sheet(LEFT + SIDE + RIGHT, TOP + SIDE + BELOW)
+    best = search.best
+    if not space or best is None:
+        sheet.text(LEFT, TOP, "no setting moved")
+        return sheet.tensor()
+    across, down = space[0], space[1] if len(space) > 1 else None
+    points = list(dict.fromkeys(trial.point for trial in [*search.screened, *search.trials]))
+    at_points = search.estimates(points)[0]
+    centres = (np.arange(SIDE // CELL) + 0.5) * CELL / SIDE
+    grid = np.stack(np.meshgrid(centres, centres if down else [0.5], indexing="ij"), -1).reshape(-1, 2)
+    rest = best.point[len(space[:2]) :]
+    cells: list[Point] = [(across.at(x), *([down.at(y)] if down else []), *rest) for x, y in grid.tolist()]
+    at_cells = search.estimates(cells)[0]
+    low, high = (float(f([f(at_points), f(at_cells)])) for f in (np.min, np.max))
+
+    def level(score: float) -> float:
+        return (score - low) / (high - low) if high > low else 0.0
+
+    for (x, y), score in zip(grid.tolist(), at_cells.tolist(), strict=True):
+        left = LEFT + round(x * SIDE - CELL / 2)
+        top, height = (TOP + round((1 - y) * SIDE - CELL / 2), CELL) if down else (TOP, SIDE)
+        sheet.box(left, top, CELL, height, colour_of(level(score)))
+
+    def mark(point: Point, side: int, colour: Colour) -> None:
+        """With a single setting, the height is the score."""
+        up = down.place(point[1]) if down else 1.0 - level(float(search.estimates([point])[0][0]))
+        x, y = LEFT + round(across.place(point[0]) * (SIDE - 1)), TOP + round((1 - up) * (SIDE - 1))
+        sheet.box(x - side // 2, y - side // 2, side, side, colour)
+
+    for point, score in zip(points, at_points.tolist(), strict=True):
+        if point == best.point:
+            mark(point, FRAME, INK)
+        mark(point, POINT + 2, (0, 0, 0))
+        mark(point, POINT, colour_of(level(score)))
+    _draw_axes(sheet, across, down, low, high)
+    text = "expected score, lower is better; framed: the best"
+    if rest:
+        text += f"; with {in_one_line(space[2:], rest)}"
+    sheet.text(LEFT, 12, text, font_size(text, SIDE + RIGHT - 8))
+    return sheet.tensor()
+
+
+def _draw_axes(sheet: Sheet, across: MovingSetting, down: MovingSetting | None, low: float, high: float) -> None:
+    bottom = TOP + SIDE
+    sheet.text(LEFT, bottom + 28, across.title, 13)
+    for value, where in ticks(across):
+        text = shown(value)
+        x = LEFT + round(where * SIDE) - Sheet.text_width(text, 11) // 2
+        sheet.text(x, bottom + 8, text, 11, FAINT)
+    if down:
+        sheet.text(8, TOP - 20, down.title, font_size(down.title, LEFT - 16))
+        for value, where in ticks(down):
+            text = shown(value)
+            sheet.text(LEFT - 8 - Sheet.text_width(text, 11), TOP + round((1 - where) * SIDE) - 6, text, 11, FAINT)
+    else:
+        sheet.text(8, TOP - 20, "score", 13)
+    bar = LEFT + SIDE + 16
+    for k in range(SIDE // CELL):
+        share = (k + 0.5) * CELL / SIDE
+        sheet.box(bar, TOP + k * CELL, 12, CELL, colour_of(share))
+    for score, y in ((low, TOP - 4), (high, bottom - 10)):
+        sheet.text(bar + 18, y, f"{score:.4f}", 11, FAINT)
+
+
+def ticks(setting: MovingSetting) -> list[tuple[float | int | str, float]]:
+    """Values with their places 0..1: the values of a list, or both ends and the middle of a range."""
+    values = setting.values or tuple(setting.at(k / 2) for k in range(3))
+    return [(value, setting.place(value)) for value in values]
