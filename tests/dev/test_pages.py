@@ -1,46 +1,48 @@
-"""README.md, BENCHMARKS.md and docs/: links have targets, and every result file is listed with its command and machine."""
+"""Markdown pages: links have targets, and every result file is listed with its command and machine."""
 
 import json
-import re
+import subprocess
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
+from chorus.dev.tools import links
+
 ROOT = Path(__file__).parents[2]
+FOLDERS = (".", "demo", "dev/recipes", "docs", "web/docs")
 
 
-def text_without_code(page: Path) -> str:
-    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+def pages() -> list[Path]:
+    return sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 
 
-def anchors(page: Path) -> set[str]:
-    """GitHub's anchors of a page's headings."""
-    titles = re.findall(r"^#+ (.+)$", text_without_code(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+def test_every_page_is_checked():
+    try:
+        done = subprocess.run(["git", "ls-files", "-z", "*.md"], cwd=ROOT, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git cannot list the pages: {error}")
+    tracked = {ROOT / name for name in done.stdout.decode().split("\0") if name}
+    assert {page for page in tracked if page.is_file()} <= {*pages()} != set()
 
 
-def broken_links(text: str, page: Path) -> list[str]:
-    found = []
-    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
-        file, _, heading = unquote(link).partition("#")
-        target = (page.parent / file).resolve() if file else page
-        if not target.exists() or (heading and heading not in anchors(target)):
-            found.append(link)
-    return found
-
-
-PAGES = ["README.md", "BENCHMARKS.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_have_targets(page):
-    assert not broken_links(text_without_code(ROOT / page), ROOT / page)
+def test_links_have_targets():
+    broken = {str(page.relative_to(ROOT)): links.broken(page.read_text(encoding="utf-8"), page) for page in pages()}
+    assert not {page: found for page, found in broken.items() if found}
 
 
 def test_broken_links_are_found():
-    text = "[a](README.md#no-such-heading) [b](no.md) [c](https://example.org/) [d](#what-was-measured) ![e](a%20b.jpg)"
-    assert broken_links(text, ROOT / "README.md") == ["README.md#no-such-heading", "no.md", "a%20b.jpg"]
+    own, tree, raw = links.own_addresses()
+    good = f"[a](#install) [b](docs/nodes.md#the-nodes) [c]({own}docs/nodes.md#the-nodes) [d]({tree}techniques) `[e](no.md)`"
+    good += f' ![f](example_workflows/Plain%20blend.jpg) <img src="LICENSE"> ![g]({raw}LICENSE) [h](https://example.org/no.md)'
+    bad = ["#no-heading", "docs/nodes.md#no-heading", f"{own}no.md", f"{own}README.md#no-heading", "no%20picture.jpg"]
+    text = f"{good}\n```\n[i](no.md)\n```\n" + " ".join(f"[a]({link})" for link in bad) + ' <a href="LICENSE#top">'
+    assert links.broken(text, ROOT / "README.md") == [*bad, "LICENSE#top"]
+
+
+def test_anchors_are_those_of_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `code_name`: what?\n## Cost\n```\n# no heading\n```\n## [Cost](x.md)\n### a  b & c\n")
+    assert links.anchors(page) == {"a-code_name-what", "cost", "cost-1", "a--b--c"}
 
 
 def test_every_result_file_is_listed_with_command_and_machine():

@@ -1,16 +1,18 @@
-"""Packaging metadata: pyproject.toml (Comfy registry), requirements.txt (ComfyUI-Manager), CHANGELOG.md.
+"""Packaging metadata: pyproject.toml (Comfy registry), requirements.txt (ComfyUI-Manager), CHANGELOG.md, notices, and
+the links of the packed pages.
 
 These tests need neither comfy-cli nor ComfyUI; tests/pack/test_comfy_install.py runs both.
 """
 
 import ast
 import re
+import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-from chorus.dev.tools import setup
+from chorus.dev.tools import archive, links, setup
 from chorus.host import host_version
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,46 @@ def test_changelog_has_the_version(pyproject):
 
 def test_citation_has_the_version(pyproject):
     assert f"\nversion: {pyproject['project']['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def packed() -> list[str]:
+    """Names of the files that the registry's archive holds."""
+    try:
+        return archive.packed()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git cannot list the files: {error}")
+
+
+def test_relative_links_of_packed_pages_stay_in_the_archive(packed):
+    folders = {parent.as_posix() for name in packed for parent in PurePosixPath(name).parents}
+    pages = [ROOT / name for name in packed if name.endswith(".md")]
+    assert ROOT / "README.md" in pages and ROOT / "web" / "docs" / "SeedSelect.md" in pages
+    outside = set()
+    for page in pages:
+        for link in links.targets(page.read_text(encoding="utf-8")):
+            target = None if re.match(r"\w+:", link) else links.resolve(link, page)
+            if target and target[0].relative_to(ROOT).as_posix() not in {*packed, *folders}:
+                outside.add(f"{page.relative_to(ROOT)}: {link}")
+    assert not outside, f"write the whole address, which begins with {links.own_addresses()[0]}"
+
+
+def test_archive_has_only_what_comfyui_and_users_need(packed):
+    shipped = {*setup.SHIPPED, "example_workflows", "locales", "subgraphs", "web"}
+    assert {name.partition("/")[0] for name in packed if "/" in name} == shipped
+    assert {"__init__.py", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md", "pyproject.toml"} <= {*packed}
+    assert not {"run.py", "BENCHMARKS.md", "CONTRIBUTING.md"} & {*packed}
+
+
+def test_notices_name_every_paper_and_package(pyproject):
+    text = (ROOT / "THIRD_PARTY_NOTICES.md").read_text(encoding="utf-8")
+    sources = [ROOT / "docs" / "nodes.md", *(ROOT / "web" / "docs").glob("*.md")]
+    sources += [path for folder in setup.SHIPPED for path in (ROOT / folder).rglob("*.py")]
+    paper = r"arXiv (\d{4}\.\d{5})"
+    used = {number for path in sources for number in re.findall(paper, path.read_text(encoding="utf-8"))}
+    assert set(re.findall(paper, text)) == used != set()
+    table = text.partition("## Packages")[2].partition("## Papers")[0]
+    assert re.findall(r"^\| \[([^]]+)\]", table, re.MULTILINE) == pyproject["project"]["dependencies"]
 
 
 def test_licence_is_apache():
