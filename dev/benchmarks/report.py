@@ -1,4 +1,4 @@
-"""Renders the tables of BENCHMARKS.md, README.md, docs/results.md and a help page from result files; other text is written by hand.
+"""Renders the tables of BENCHMARKS.md, README.md, docs/ and a help page from result files; other text is written by hand.
 
 python run.py bench report              write the tables of all pages
 python run.py bench report --check      write nothing; exit code 1 if a page is out of date
@@ -51,9 +51,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PAGES = tuple(
-    ROOT / page for page in ("BENCHMARKS.md", "README.md", "docs/results.md", "web/docs/SaliencyNoiseBlend.md")
-)
+DOCS = ("docs/performance.md", "docs/results.md", "docs/robustness.md")
+PAGES = tuple(ROOT / page for page in ("BENCHMARKS.md", "README.md", *DOCS, "web/docs/SaliencyNoiseBlend.md"))
 TABLES = Path(__file__).with_name("tables.json")
 BEGIN, END = "<!-- table: ", "<!-- end table -->"
 REDUCE = {"sum": sum, "min": min, "max": max, "median": statistics.median}
@@ -239,7 +238,8 @@ def page(text: str, tables: dict[str, dict]) -> str:
         if match[1] not in tables:
             raise ValueError(f"table {match[1]} is not defined in {TABLES.name}")
         spec = tables[match[1]]
-        spec = {**tables.get(spec.get("like"), {}), **spec}
+        while like := spec.get("like"):
+            spec = {**tables[like], **{key: value for key, value in spec.items() if key != "like"}}
         if "claims" in spec:
             rows = {row["claim"]: row for row in spec["rows"]}
             spec = {**spec, "rows": [rows[claim] for claim in spec["claims"]]}

@@ -1,6 +1,7 @@
 """Markdown pages: links have targets, and every result file is listed with its command and machine."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_anchors_are_those_of_github(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A `code_name`: what?\n## Cost\n```\n# no heading\n```\n## [Cost](x.md)\n### a  b & c\n")
     assert links.anchors(page) == {"a-code_name-what", "cost", "cost-1", "a--b--c"}
+
+
+def test_numbers_in_the_text_on_performance_stand_in_the_benchmarks():
+    benchmarks = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    lines = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("|"))  # tables are rendered from the result files
+    numbers = set(re.findall(r"(?<![\d.])\d[\d.,]* (?:%|ms|s|MiB|dB)(?!\w)", text))
+    assert numbers and not {number for number in numbers if not re.search(rf"(?<![\d.]){number}", benchmarks)}
 
 
 def test_every_result_file_is_listed_with_command_and_machine():
