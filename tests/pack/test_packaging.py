@@ -11,6 +11,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
+from PIL import Image
 
 from chorus.dev.tools import archive, links, setup
 from chorus.host import host_version
@@ -44,6 +45,17 @@ def test_pyproject_meets_the_registry_rules(pyproject):
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", comfy["PublisherId"]) and comfy["DisplayName"] == "ComfyUI-Chorus"
     # so that the archive holds only the files that git tracks
     assert not comfy.get("includes")
+
+
+def test_icon_and_banner_have_the_sizes_of_the_registry(pyproject):
+    """A square of at most 400 pixels and a picture of 21:9, whose addresses are those of files in this repository."""
+    for name, shape in (("Icon", (1, 1)), ("Banner", (21, 9))):
+        address = pyproject["tool"]["comfy"][name]
+        file, _ = links.resolve(address, ROOT / "pyproject.toml")
+        assert address.startswith("https://raw.") and file.stat().st_size < 200_000
+        with Image.open(file) as picture:
+            assert picture.format == "PNG" and picture.width * shape[1] == picture.height * shape[0]
+            assert picture.width <= 400 or name == "Banner"
 
 
 def test_required_comfyui_is_the_tested_version(pyproject):
