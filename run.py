@@ -17,6 +17,7 @@ python run.py families     try this pack with every model family and node of Com
                            docs/compatibility.md (--write: update that file)
 python run.py memory       compute the memory of blends of published models, and print the differences from docs/memory.md
                            (--write: update that file)
+python run.py docs         build the documentation as a website in output/docs, and check its links
 python run.py texts        print every text that users read: error and log messages, tooltips, help pages
 
 Needs Python 3.10 or newer. The first run downloads packages from the package index. Writes nothing outside this folder.
@@ -52,7 +53,7 @@ import_pack()
 
 from chorus.dev.tools.progress import SetupError  # noqa: E402
 from chorus.dev.tools.server import server  # noqa: E402
-from chorus.dev.tools.setup import CACHE, Host, environment, find_host, module, need_tools  # noqa: E402
+from chorus.dev.tools.setup import CACHE, Host, docs_python, environment, find_host, module, need_tools  # noqa: E402
 
 
 def host_for(options) -> Host:
@@ -172,6 +173,11 @@ def texts(options, rest: list[str]) -> int:
     return call(host := host_for(options), module(host, "chorus.dev.tools.texts", *rest))
 
 
+def docs(options, rest: list[str]) -> int:
+    python = docs_python()  # needs neither ComfyUI nor torch
+    return subprocess.run(module(Host(ROOT, python, None), "chorus.dev.tools.docs_site", *rest), cwd=ROOT).returncode
+
+
 def screenshot(options, rest: list[str]) -> int:
     host = host_for(options)
     need_tools(host)
@@ -192,6 +198,7 @@ COMMANDS = {
     "locales": locales,
     "families": families,
     "memory": memory,
+    "docs": docs,
     "texts": texts,
     "screenshot": screenshot,
 }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCES = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
-CODE = re.compile(r"`[^`\n]+`")
-# the target of a Markdown link or image, or of an attribute of an HTML element
-TARGET = re.compile(r"""\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)\"""")
+# code, or the target of a Markdown link or image or of an attribute of an HTML element
+TARGET = re.compile(
+    r"""^\ *```.*?^\ *``` | `[^`\n]+` | (?P<before>\]\() (?P<link>[^)\s]+) (?=\)) | (?P<name>\b(?:src|href)=") (?P<value>[^"]+) (?=")""",
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
 
 
 def repository() -> str:
@@ -26,7 +29,17 @@ def own_addresses() -> tuple[str, ...]:
 
 def targets(text: str) -> list[str]:
     """The targets of all links and images of a Markdown text, without those in code."""
-    return [one or other for one, other in TARGET.findall(CODE.sub("", FENCES.sub("", text)))]
+    return [link for match in TARGET.finditer(text) if (link := match["link"] or match["value"])]
+
+
+def rewrite(text: str, change: Callable[[str], str]) -> str:
+    """The text with ``change(target)`` in place of the target of every link and image, except those in code."""
+
+    def changed(match: re.Match) -> str:
+        link = match["link"] or match["value"]
+        return (match["before"] or match["name"]) + change(link) if link else match[0]
+
+    return TARGET.sub(changed, text)
 
 
 def anchors(page: Path) -> set[str]:

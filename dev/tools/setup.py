@@ -24,6 +24,7 @@ SHIPPED = ("nodes", "techniques", "kernels", "host", "common", "training", "demo
 CACHE = ROOT / ".cache"
 VENV = ROOT / ".venv"
 TOOLS = ROOT / ".tools"
+DOCS = CACHE / "docs_venv"
 HOST = ROOT / ".host" / "ComfyUI"
 BASE = ROOT / ".host" / "base"
 LOG = CACHE / "setup.log"
@@ -41,6 +42,9 @@ TOOL_PINS = [
 # Reference implementations for the tests. They are installed without their dependencies, because ComfyUI's requirements
 # already include those that the tests use
 REFERENCE_PINS = ["diffusers==0.33.1"]
+DOCS_PINS = ["mkdocs==1.6.1", "mkdocs-material==9.8.2"]
+# every package of the website's environment, for any Python and platform, written by lock.py
+DOCS_LOCK = ROOT / "dev" / "docs_site" / "requirements.txt"
 # every package with its version for one Python and platform, written by lock.py; without such a file, the pins apply
 LOCK = Path(__file__).parent / "locks" / f"{sysconfig.get_python_version()}-{sysconfig.get_platform()}.txt"
 
@@ -172,12 +176,7 @@ def pinned_host() -> Host:
         if found == "damaged":
             # the files in .venv are hard links to files in uv's cache, so these are damaged too
             shutil.rmtree(CACHE / "uv", ignore_errors=True)
-        if importlib.util.find_spec("ensurepip") is None:
-            raise SetupError(
-                f"{sys.executable} cannot make virtual environments; install the module venv"
-                " (on Debian: apt install python3-venv)"
-            )
-        step("making .venv", [sys.executable, "-m", "venv", "--clear", VENV], env, LOG)
+        make_venv(VENV, env)
     if (host_found := state(HOST, SDIST_SHA256)) != "ready":
         if HOST.exists():
             print(f".host/ComfyUI is {host_found}: making it again", flush=True)
@@ -193,6 +192,31 @@ def pinned_host() -> Host:
             )
         stamp(VENV, pins())
     return host
+
+
+def make_venv(folder: Path, env: dict[str, str]) -> None:
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SetupError(
+            f"{sys.executable} cannot make virtual environments; install the module venv"
+            " (on Debian: apt install python3-venv)"
+        )
+    step(f"making {folder.name}", [sys.executable, "-m", "venv", "--clear", folder], env, LOG)
+
+
+def docs_python() -> Path:
+    """The Python of .cache/docs_venv, which has mkdocs. The folder is made if missing, damaged or outdated."""
+    if sys.version_info < (3, 11):
+        raise SetupError(
+            f"mkdocs-material needs Python 3.11 or newer, this is {sys.version.split()[0]}; use a newer Python"
+        )
+    python, env, content = venv_python(DOCS), environment(), hashlib.sha256(DOCS_LOCK.read_bytes()).hexdigest()
+    env.pop("PYTHONPATH", None)  # pip must see only the packages of .cache/docs_venv
+    with setup_lock():
+        if state(DOCS, content) != "ready" or not command_ok(python, "-c", "pass"):
+            make_venv(DOCS, env)
+            install("installing mkdocs", python, env, LOG, "--no-deps", "-r", DOCS_LOCK)
+            stamp(DOCS, content)
+    return python
 
 
 def download_host(python: Path, env: dict[str, str]) -> Path:

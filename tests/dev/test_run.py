@@ -153,6 +153,10 @@ def test_lock_files_contain_every_pin():
         assert set(lock.read_text().splitlines()) >= PINS, lock.name
 
 
+def test_lock_of_the_website_contains_every_pin():
+    assert set(setup.DOCS_LOCK.read_text().splitlines()) >= {*setup.DOCS_PINS}
+
+
 def test_requirements_of_pure_tests_have_the_same_pins():
     lines = (setup.ROOT / "tests" / "requirements.txt").read_text().splitlines()
     assert {line for line in lines if "==" in line} <= PINS
