@@ -31,6 +31,18 @@ def test_links_have_targets():
     assert not {page: found for page, found in broken.items() if found}
 
 
+def test_links_in_the_notes_of_workflows_have_targets():
+    files = [*(ROOT / "example_workflows").glob("*.json"), *(ROOT / "subgraphs").glob("*.json")]
+    notes = {file.name: file.read_text(encoding="utf-8") for file in files}
+    # a note is shown in ComfyUI's page, where a relative link leads nowhere
+    relative = {
+        (name, link) for name in notes for link in links.targets(notes[name]) if not link.startswith("https://")
+    }
+    assert files and not relative
+    broken = {(name, link) for name in notes for link in links.broken(notes[name], ROOT / "README.md")}
+    assert not broken
+
+
 def test_broken_links_are_found():
     own, tree, raw = links.own_addresses()
     good = f"[a](#install) [b](docs/nodes.md#the-nodes) [c]({own}docs/nodes.md#the-nodes) [d]({tree}techniques) `[e](no.md)`"
