@@ -174,8 +174,10 @@ def texts(options, rest: list[str]) -> int:
 
 
 def docs(options, rest: list[str]) -> int:
-    python = docs_python()  # needs neither ComfyUI nor torch
-    return subprocess.run(module(Host(ROOT, python, None), "chorus.dev.tools.docs_site", *rest), cwd=ROOT).returncode
+    if rest:
+        raise SetupError(f"expected no further arguments, got {' '.join(rest)}; the website is written to output/docs")
+    command = module(Host(ROOT, docs_python(), None), "chorus.dev.tools.docs_site")  # needs neither ComfyUI nor torch
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def screenshot(options, rest: list[str]) -> int:

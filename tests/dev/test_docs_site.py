@@ -73,6 +73,12 @@ def test_heading_with_another_anchor_than_on_github_is_found(problems):
     assert problems("", anchors=["Security"]) == ["SECURITY.html has no anchor security, as GitHub has"]
 
 
+def test_website_has_the_address_of_the_repository():
+    text = docs_site.CONFIG.read_text(encoding="utf-8")
+    owner, name = links.repository().removeprefix("https://github.com/").split("/")
+    assert f"site_url: https://{owner}.github.io/{name}/\n" in text and f"link: {links.repository()}\n" in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="mkdocs-material needs Python 3.11")
 def test_website_is_built_without_problems(tmp_path):

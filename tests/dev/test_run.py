@@ -146,6 +146,24 @@ def test_venv_is_remade_after_failed_set_up(set_up, monkeypatch, capsys):
     assert ".venv is half made: making it again" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="mkdocs-material needs Python 3.11")
+def test_environment_of_the_website_is_made_once_and_again_for_another_lock(set_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "DOCS", tmp_path / ".venv")  # the folder in which set_up installs
+    monkeypatch.setattr(setup, "DOCS_LOCK", tmp_path / "requirements.txt")
+    installed = []
+    monkeypatch.setattr(setup, "install", lambda title, python, env, log, *what: installed.append(what))
+    for lock, count in [("mkdocs==1", 1), ("mkdocs==1", 1), ("mkdocs==2", 2)]:
+        setup.DOCS_LOCK.write_text(lock)
+        assert setup.docs_python() == setup.venv_python(setup.DOCS)
+        assert installed == [("--no-deps", "-r", setup.DOCS_LOCK)] * count
+
+
+def test_website_takes_no_folder(monkeypatch, capsys):
+    monkeypatch.setattr(run, "docs_python", lambda: pytest.fail("the folder would be emptied"))
+    assert run.main(["docs", "."]) == 1
+    assert "expected no further arguments, got ." in capsys.readouterr().err
+
+
 def test_lock_files_contain_every_pin():
     locks = list(setup.LOCK.parent.glob("*.txt"))
     assert locks
