@@ -107,12 +107,18 @@ def saliency_blend(
     shared: bool,
     softness: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``kernels.saliency_blend.saliency_blend``. Here ``weights`` are [N, B, *S] for a hard mask, too."""
+    """See ``kernels.saliency_blend.saliency_blend``. Here ``weights`` are [N, B, *S] for a hard mask, too.
+
+    With predictions in float64, everything is computed and returned in float64.
+    """
     like = cond[0]
+    dtype = torch.promote_types(like.dtype, torch.float32)
     positions = (like.shape[0], *like.shape[2:])
-    conds, unconds = (torch.stack([fold_frames(p).float() for p in side]) for side in (cond, uncond))  # [N, B, C, H, W]
+    conds, unconds = (
+        torch.stack([fold_frames(p).to(dtype) for p in side]) for side in (cond, uncond)
+    )  # [N, B, C, H, W]
     samples = conds.shape[1]
-    sigma = sigma.repeat_interleave(samples // like.shape[0])
+    sigma = sigma.to(dtype).repeat_interleave(samples // like.shape[0])
     logits = torch.stack(
         [
             scaled_saliency(c, unconds[0] if shared else u, sigma, k, blur)
@@ -124,7 +130,7 @@ def saliency_blend(
             logits[i] = momentum * earlier.reshape(logits[i].shape) + (1.0 - momentum) * logits[i]
     exact = logits.double()
     partition = torch.logsumexp(exact.flatten(2), dim=2) - math.log(exact[0, 0].numel())
-    scores = (exact - partition[..., None, None]).float()
+    scores = (exact - partition[..., None, None]).to(dtype)
     unit = spread(scores)
     # a spread within the rounding error of k Λ counts as 0: both maps are then constant, and no model leads anywhere
     largest = logits.flatten(2).amax(2)
@@ -133,7 +139,7 @@ def saliency_blend(
     regions = [
         scores.new_zeros(scores.shape[1:])
         if r is None
-        else r.to(scores.device).float().expand(positions).reshape(scores.shape[1:])
+        else r.to(scores.device, dtype).expand(positions).reshape(scores.shape[1:])
         for r in region
     ]
     forced = torch.zeros_like(scores, dtype=torch.bool)
@@ -164,11 +170,11 @@ def saliency_blend(
     else:
         scale = softness * mean_spread(unit).reshape(-1, 1, 1)
         weights = torch.softmax(torch.where(forced.any(0), exclusive, out / scale), dim=0)
-    guided = unconds + torch.tensor(gain, device=conds.device).reshape(-1, 1, 1, 1, 1) * (conds - unconds)
+    guided = unconds + torch.tensor(gain, device=conds.device, dtype=dtype).reshape(-1, 1, 1, 1, 1) * (conds - unconds)
     each = weights.unsqueeze(2)  # [N, B, 1, H, W]
     out_cond, out_uncond = (unfold_frames((p * each).sum(0).to(like.dtype), like) for p in (guided, unconds))
     shape = (-1, *positions)
-    return out_cond, out_uncond, weights.reshape(shape), partition.float(), logits.reshape(shape), unit
+    return out_cond, out_uncond, weights.reshape(shape), partition.to(dtype), logits.reshape(shape), unit
 
 
 def mean_spread(unit: Tensor) -> Tensor:

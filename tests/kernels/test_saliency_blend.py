@@ -117,6 +117,24 @@ def test_half_precision_is_computed_in_float32(kernel, dtype, softness):
     check(kernel, cond, uncond, sigma, [2.0, 3.0, 2.5], softness=softness)
 
 
+def test_reference_computes_in_float64_for_float64_predictions():
+    """``bench gpu`` compares the kernels with it."""
+    cond, uncond, sigma = random_predictions(3, (2, 4, 9, 8), torch.float64)
+    region = [None, None, 0.1 * torch.rand(2, 9, 8, dtype=torch.float64)]
+    out = blend(reference.saliency_blend, cond, uncond, sigma, region=region, softness=0.5, gain=[1.0, 0.3, 2.0])
+    assert {t.dtype for t in out} == {torch.float64}
+    expected = definition(
+        SimpleNamespace(x=torch.zeros_like(cond[0]), sigma=sigma),
+        list(zip(cond, uncond, strict=True)),
+        strengths=[1.0] * 3,
+        guidance=[1.0] * 3,
+        extra=np.stack([np.zeros((2, 9, 8)), np.zeros((2, 9, 8)), region[2].numpy()]),
+        softness=0.5,
+    )
+    torch.testing.assert_close(out[2], torch.from_numpy(expected.weights), rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(out[5], torch.from_numpy(expected.spread), rtol=0.0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_hard_mask_keeps_every_bit_of_the_predictions(dtype):
     cond, uncond, sigma = random_predictions(3, (2, 4, 12, 10), dtype)
