@@ -9,11 +9,6 @@ from scipy import stats
 RESAMPLES = 4000  # number of resamples of a bootstrap
 
 
-def quartiles(values) -> list[float]:
-    """First quartile, median, third quartile."""
-    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-
-
 def wilson(hits: int, trials: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson's score interval)."""
     low, high = stats.binomtest(hits, trials).proportion_ci(0.95, method="wilson")

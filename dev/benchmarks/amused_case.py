@@ -1,6 +1,5 @@
 """aMUSEd at its published sizes, in diffusers and in the pack, both with the same random weights."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,24 +12,9 @@ from ...nodes.masked_tokens import MaskedTokenSampler
 from ...techniques.masked_tokens.comfy_model import MaskedTokenModel, wrap
 from ...techniques.masked_tokens.networks.uvit import load_uvit
 from ...techniques.masked_tokens.networks.vq import load_vq
+from .amused_networks import text
 from .diffusers_pipelines import diffusers_pipelines
-from .random_models import fill
 
-# settings in which amused-256 and amused-512 differ from diffusers' defaults
-TRANSFORMER = {
-    256: {"downsample": False, "upsample": False, "sample_size": 16},
-    512: {"downsample": True, "upsample": True, "sample_size": 32},
-}
-VQ = {
-    "block_out_channels": (128, 256, 256, 512, 768),
-    "layers_per_block": 2,
-    "latent_channels": 64,
-    "num_vq_embeddings": 8192,
-    "norm_num_groups": 32,
-    "mid_block_add_attention": False,
-    "lookup_from_codebook": True,
-}
-TEXT_TOKENS, TEXT_WIDTH = 77, 768
 CFG = 10.0  # diffusers' default; any scale above 1 costs the same
 
 
@@ -44,31 +28,6 @@ class Case:
     @property
     def title(self) -> str:
         return f"amused-{self.size}, batch {self.batch}, {self.steps} steps, {self.dtype}"
-
-
-def random_networks(size: int, dtype: torch.dtype):
-    """diffusers' transformer and VQ-GAN with random weights, on the CPU."""
-    diffusers = diffusers_pipelines()
-    vq_model = importlib.import_module("diffusers.models.autoencoders.vq_model")
-    blocks = len(VQ["block_out_channels"])
-    with torch.device("meta"):
-        transformer = diffusers.UVit2DModel(**TRANSFORMER[size])
-        vq = vq_model.VQModel(
-            down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **VQ
-        )
-    generator = torch.Generator().manual_seed(size)
-    networks = transformer.to(dtype).to_empty(device="cpu"), vq.to_empty(device="cpu")
-    for network in networks:
-        fill(network, generator)
-        network.eval().requires_grad_(False)
-    return networks
-
-
-def text(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random text states [batch, 77, 768] and pooled outputs [batch, 768]: the inputs of diffusers and of the pack."""
-    generator = torch.Generator().manual_seed(batch)
-    states = torch.randn(batch, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
-    return states, torch.randn(batch, TEXT_WIDTH, generator=generator)
 
 
 def diffusers_run(case: Case, networks, compiled: bool = False) -> Callable[[], torch.Tensor]:

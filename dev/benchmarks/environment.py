@@ -9,7 +9,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,6 +57,8 @@ def triton_version() -> dict[str, str]:
 
 def busy_percent() -> float:
     """CPU utilisation by other processes, measured for one second; prints a warning above 20 %."""
+    import psutil  # not needed by the other functions, which also run where only torch is installed
+
     if (busy := psutil.cpu_percent(interval=1.0)) > 20.0:
         print(f"warning: other processes use {busy:.0f} % of the CPU; times will vary", flush=True)
     return busy

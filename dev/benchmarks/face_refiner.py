@@ -14,8 +14,6 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from .. import headless
 
@@ -25,20 +23,15 @@ import comfy.model_management  # noqa: E402
 import comfy.ops  # noqa: E402
 
 from ...techniques.face_refiner.comfy_model import RefinerRun, wrap  # noqa: E402
-from ...techniques.face_refiner.networks.image_generators import NETWORKS, load_generator  # noqa: E402
-from ...techniques.face_refiner.networks.layers import EPS, BatchNorm, ImageGenerator, InstanceNorm  # noqa: E402
-from ...techniques.face_refiner.networks.residual import RefinerConfig  # noqa: E402
-from ...techniques.face_refiner.networks.resnet import ResnetConfig  # noqa: E402
-from ...techniques.face_refiner.networks.unet import UnetConfig  # noqa: E402
+from ...techniques.face_refiner.networks.image_generators import load_generator  # noqa: E402
 from .environment import busy_percent, publish, script_parser  # noqa: E402
+from .refiner_case import CONFIGS, LEVEL, Plain, faces, random_weights  # noqa: E402
 from .stopwatch import median, seconds  # noqa: E402
 
 TARGET = {"cuda": 2.0, "cpu": 1.2}  # minimum speed relative to the plain network
-CONFIGS = {"resnet9": ResnetConfig(), "unet256": UnetConfig(), "own": RefinerConfig()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIN_ROUNDS, MAX_ROUNDS = 4, 40  # per case
 STEP = (2, 4, 64, 64)  # shape of two latents of 512 x 512 images
-LEVEL = 1.0 / 255.0  # one level of an 8-bit image
 
 
 def arguments() -> argparse.Namespace:
@@ -53,56 +46,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class PlainInstanceNorm(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.instance_norm(x, eps=EPS)
-
-
-class Plain(nn.Module):
-    """A network of the pack with the layers of the published code. Input and output are images in 0..1."""
-
-    def __init__(self, network: ImageGenerator, device: torch.device):
-        super().__init__()
-        for parent in list(network.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, InstanceNorm):
-                    setattr(parent, name, PlainInstanceNorm())
-                elif isinstance(layer, BatchNorm):
-                    own = nn.BatchNorm2d(len(layer.weight), EPS)
-                    own.load_state_dict(layer.state_dict(), strict=False)  # without torch's num_batches_tracked
-                    setattr(parent, name, own)
-        self.network, self.device = network.to(device).eval(), device
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = 2.0 * images.to(self.device) - 1.0
-        if isinstance(self.network.config, RefinerConfig):
-            out = (x + self.network.change(x)).clamp(-1.0, 1.0)
-        else:
-            # does not call the network's forward(), because that changes the memory format
-            out = torch.tanh(self.network.model(x))
-        return (0.5 * out + 0.5).to(images.device)
-
-
 def runs(name: str, device: torch.device, dtype: torch.dtype | None) -> tuple[dict[str, Callable], torch.dtype]:
     """({"plain", "chorus": network as a function of images}, dtype of the pack's network)."""
-    config = CONFIGS[name]
-    generator, weights = torch.Generator().manual_seed(0), NETWORKS[type(config)](config).state_dict()
-    for key, weight in weights.items():
-        if weight.ndim == 4:
-            scale = (1.5 / weight[0].numel()) ** 0.5
-            weights[key] = torch.randn(weight.shape, generator=generator) * scale
+    weights = random_weights(CONFIGS[name])
     model = wrap(name, load_generator({k: w.clone() for k, w in weights.items()}, comfy.ops.manual_cast))
     if dtype is not None:
         model = dataclasses.replace(model, dtype=dtype)
     return {"plain": Plain(load_generator(weights), device), "chorus": RefinerRun(model)}, model.dtype
-
-
-def faces(batch: int, size: int) -> Tensor:
-    """Images [batch, 3, size, size] in 0..1 of smooth shading and noise in place of faces, rounded to 8 bits."""
-    generator = torch.Generator().manual_seed(0)
-    shading = F.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (size, size), mode="bicubic")
-    grain = 0.05 * torch.randn(shading.shape, generator=generator)
-    return ((shading + grain).clamp(0.0, 1.0) / LEVEL).round() * LEVEL
 
 
 def measure(name: str, size: int, batch: int, options: argparse.Namespace, device: torch.device) -> dict:

@@ -28,7 +28,8 @@ headless.start()
 
 from ...demo.modules import load_checkpoint  # noqa: E402
 from ...techniques.saliency_blend.extrapolation import Offsets  # noqa: E402
-from ..statistics import quartiles, ratio_of_means, wilson  # noqa: E402
+from ..quartiles import quartiles  # noqa: E402
+from ..statistics import ratio_of_means, wilson  # noqa: E402
 from .environment import facts, write_results  # noqa: E402
 from .evaluators import PairEvaluators  # noqa: E402
 from .saliency_effect import (  # noqa: E402

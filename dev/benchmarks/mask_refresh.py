@@ -26,7 +26,8 @@ from .. import headless
 headless.start()
 
 from ...demo.modules import load_checkpoint  # noqa: E402
-from ..statistics import quartiles, ratio_of_means  # noqa: E402
+from ..quartiles import quartiles  # noqa: E402
+from ..statistics import ratio_of_means  # noqa: E402
 from .environment import facts, write_results  # noqa: E402
 from .evaluators import PairEvaluators  # noqa: E402
 from .saliency_effect import EXPERT_STYLE, blend, compositions, encode, generate, noises, pairs_of  # noqa: E402

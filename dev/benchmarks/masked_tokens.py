@@ -26,7 +26,8 @@ headless.start()
 import comfy.model_management  # noqa: E402
 
 from ...kernels.linear import linear  # noqa: E402
-from .amused_case import Case, chorus_model, chorus_run, diffusers_run, random_networks  # noqa: E402
+from .amused_case import Case, chorus_model, chorus_run, diffusers_run  # noqa: E402
+from .amused_networks import random_networks  # noqa: E402
 from .environment import busy_percent, publish, script_parser  # noqa: E402
 from .fresh_process import allocated, in_fresh_process, reset_peak  # noqa: E402
 from .stopwatch import median, seconds  # noqa: E402

@@ -13,26 +13,23 @@ definition.
 """
 
 import argparse
+import math
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.saliency_blend import fused_torch, reference
-from ..statistics import quartiles
+from ..quartiles import quartiles
+from .device_timing import launches, time_all
 from .environment import clocks, facts, last_level_cache, load, write_results
 
 SHAPES = [(1, 4, 64, 64), (4, 4, 128, 128), (1, 16, 128, 128), (4, 16, 256, 256)]
 MODELS = [2, 4]
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.float16, torch.float32]}
 TIE = 1e-5  # float32 may rank scores in either order if they are closer than this
-CALLS = 8  # calls per timing on a GPU, where a single call is too short for the clock
 DEFINITION, TORCH, TRITON, COPY = "definition", "fused torch", "Triton", "copy"
 
 
@@ -42,13 +39,12 @@ class Case:
     def __init__(self, shape: tuple[int, ...], models: int, dtype: torch.dtype, device: torch.device, cache: int):
         self.shape, self.models, self.dtype = shape, models, dtype
         batch, channels, *axes = shape
-        prediction = batch * channels * int(np.prod(axes)) * dtype.itemsize
-        self.bytes = (2 * models + 2) * prediction + batch * int(np.prod(axes))
+        prediction = batch * channels * math.prod(axes) * dtype.itemsize
+        self.bytes = (2 * models + 2) * prediction + batch * math.prod(axes)
         self.beyond_cache = self.bytes > cache
         generator = torch.Generator().manual_seed(0)
-        self.sets = [
-            self._random_set(generator, device) for _ in range(int(np.clip(-(-3 * cache // self.bytes), 2, 8)))
-        ]
+        count = min(max(-(-3 * cache // self.bytes), 2), 8)
+        self.sets = [self._random_set(generator, device) for _ in range(count)]
         half = torch.zeros(self.bytes // 2, dtype=torch.uint8, device=device)
         self.copies = [(half.clone(), half.clone()) for _ in self.sets]
 
@@ -107,110 +103,6 @@ def check(case: Case, name: str, function: Callable) -> None:
                 f"{name} has an error of {float(error):.3g} (expected at most {bound:.3g}) with predictions"
                 f" {list(case.shape)}; not timed"
             )
-
-
-class CountOps(TorchDispatchMode):
-    """Counts the dispatched ops except views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def launches(run: Callable, device: torch.device) -> int:
-    """Number of kernels, copies and fills that one call launches on a GPU, or of ops that it dispatches on a CPU."""
-    if device.type == "cpu":
-        with CountOps() as counter:
-            run(0)
-        return counter.count
-    from torch.profiler import ProfilerActivity, profile
-
-    for _ in range(2):  # the first profile of a process may miss events
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            run(0)
-            torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
-
-
-class Constants(TorchFunctionMode):
-    """Caches the results of ``torch.tensor``: a CUDA graph cannot capture copies from the CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self._made = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.tensor:
-            return func(*args, **(kwargs or {}))
-        key = repr((args, kwargs))
-        if key not in self._made:
-            self._made[key] = func(*args, **(kwargs or {}))
-        return self._made[key]
-
-
-def capture(run: Callable) -> Callable | None:
-    """The replay of a CUDA graph of ``CALLS`` calls. If capture fails, prints the reason and returns None."""
-    constants, side, graph = Constants(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    try:
-        with constants, torch.cuda.stream(side):
-            for i in range(CALLS):
-                run(i)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        with constants, torch.cuda.graph(graph):
-            for i in range(CALLS):
-                run(i)
-    except RuntimeError as error:
-        print(f"CUDA graph not captured: {error}", flush=True)
-        return None
-
-    def replay(constants: Constants = constants) -> None:  # the graph reads the constants, so they must stay alive
-        graph.replay()
-
-    return replay
-
-
-def eager_gpu(run: Callable) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for i in range(CALLS):
-        run(i)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / CALLS
-
-
-def replayed(replay: Callable) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / CALLS
-
-
-def eager_cpu(run: Callable, i: int) -> float:
-    start = time.perf_counter()
-    run(i)
-    return time.perf_counter() - start
-
-
-def time_all(runs: dict[str, Callable], device: torch.device, count: int) -> dict[str, dict[str, list[float]]]:
-    """{implementation: {"eager" or "graph" (GPU only): seconds per call}}, with ``count`` timings of each."""
-    cuda = device.type == "cuda"
-    graphs = {name: capture(run) if cuda else None for name, run in runs.items()}
-    times = {name: {"eager": [], "graph": []} for name in runs}
-    for i in range(-5, count):  # five warm-up rounds
-        for name, run in runs.items():
-            eager = eager_gpu(run) if cuda else eager_cpu(run, i)
-            graph = replayed(graphs[name]) if graphs[name] else None
-            if i >= 0:
-                times[name]["eager"].append(eager)
-                times[name]["graph"] += [] if graph is None else [graph]
-    return times
 
 
 def measure(case: Case, device: torch.device, count: int) -> list[dict]:

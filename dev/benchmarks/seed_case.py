@@ -24,7 +24,8 @@ from ...techniques.seed_select.comfy_scoring import ScoringSettings
 from ...techniques.seed_select.comfy_session import SessionSettings
 from ...techniques.seed_select.optimize import OptimizeSettings
 from ...techniques.seed_select.select import SeedSelect, SeedSelectSettings
-from .random_models import conditioning, fill, sd15
+from .random_models import conditioning, sd15
+from .random_weights import fill
 from .sampling import encode
 
 PLAIN, OPTIMIZE, KEPT = "one picture", "optimize", "optimize, activations of all steps kept"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..statistics import bootstrap, quartiles
+from ..quartiles import quartiles
+from ..statistics import bootstrap
 
 
 @dataclass(frozen=True)

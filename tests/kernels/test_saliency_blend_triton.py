@@ -18,6 +18,7 @@ import torch
 
 from chorus.kernels import saliency_blend as package
 from chorus.kernels.saliency_blend import fused_torch, reference, saliency_blend
+from chorus.tests.support.blend_cases import CASES, random_predictions, regions, settings
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.tiers import covering, quick
 
@@ -45,21 +46,6 @@ def fill_empty(monkeypatch):
         return out.fill_(float("nan") if out.is_floating_point() else 255)
 
     monkeypatch.setattr(torch, "empty", filled)
-
-
-def random_predictions(models, shape, dtype, device):
-    """(cond, uncond) of every model and σ [B]. They are generated on the CPU, so every device gets equal values."""
-    uncond = [torch.randn(shape) for _ in range(models)]
-    cond = [u + (1 + 0.2 * i) * torch.randn(shape) for i, u in enumerate(uncond)]
-    cond, uncond = ([t.to(device, dtype) for t in side] for side in (cond, uncond))
-    return cond, uncond, torch.linspace(0.5, 3.0, shape[0]).to(device)
-
-
-def regions(models, shape, device):
-    """Regions of every shape that broadcasts to [B, *S]; the base's is None."""
-    batch, _, *axes = shape
-    shapes = [(batch, *axes), axes, (1, *axes), (), (batch, *[1] * len(axes)), (axes[-1],), (axes[-2], 1)]
-    return [None, *(0.05 * torch.rand(s).to(device) for s in shapes[: models - 1])]
 
 
 def run(
@@ -126,14 +112,7 @@ def check_random(models, shape, dtype, device, **options):
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
     options = {"blur": 4, "shared": False, "softness": None, **options}
-    check(
-        *random_predictions(models, shape, dtype, device),
-        strength=[0.5 + 0.1 * n for n in range(models)],
-        bias=[-0.01 * n for n in range(models)],
-        region=regions(models, shape, device),
-        gain=[1.0, 0.5, 2.0, 1.0, 1.5, 1.0, 0.0, 3.0][:models],
-        **options,
-    )
+    check(*random_predictions(models, shape, dtype, device), **settings(models, shape, device), **options)
 
 
 @pytest.mark.slow
@@ -144,22 +123,6 @@ def test_scores_of_a_large_sigma_match_the_definition(launches, device):
     for softness in (None, 1.0):
         sigma = torch.full((1,), 4518.763671875, device=device)
         check(cond, uncond, sigma, **rest, blur=4, shared=False, softness=softness)
-
-
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-CASES = [
-    (2, (2, 4, 16, 16), FLOAT16, {}),
-    (2, (1, 16, 33, 31), FLOAT32, {"shared": True}),
-    (3, (3, 4, 9, 20), FLOAT32, {"softness": 1.0}),
-    (4, (1, 4, 7, 50), FLOAT16, {"softness": 0.05, "shared": True}),
-    (8, (1, 1, 12, 17), FLOAT32, {}),
-    (5, (2, 1, 6, 5), FLOAT16, {"softness": 0.5}),
-    (3, (2, 4, 3, 9, 8), FLOAT32, {}),
-    (2, (1, 4, 2, 8, 9), FLOAT16, {"softness": 1.0}),
-    (2, (2, 4, 1, 70), FLOAT32, {}),
-    (3, (2, 4, 24, 20), BFLOAT16, {}),
-    (3, (2, 4, 24, 20), BFLOAT16, {"softness": 1.0}),
-]
 
 
 def case_id(case):
