@@ -18,7 +18,7 @@ import torch
 
 from chorus.kernels import saliency_blend as package
 from chorus.kernels.saliency_blend import fused_torch, reference, saliency_blend
-from chorus.tests.support.blend_cases import CASES, random_predictions, regions, settings
+from chorus.tests.support.blend_cases import CASES, Exact, errors, random_predictions, regions, settings
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.tiers import covering, quick
 
@@ -68,10 +68,8 @@ def check(cond, uncond, sigma, *, strength, bias, region, gain, blur, shared, so
     assert out.cond.shape == out.uncond.shape == shape
     if softness is None:
         assert out.weights.dtype == torch.uint8 and out.weights.shape == positions
-        weights = torch.stack([out.weights == n for n in range(models)])
     else:
         assert out.weights.dtype == torch.float32 and out.weights.shape == (models, *positions)
-        weights = out.weights
     frames = [[reference.fold_frames(t).double().cpu() for t in side] for side in (cond, uncond)]  # [B T, C, H, W]
     sigmas = sigma.cpu().repeat_interleave(len(frames[0][0]) // len(sigma))
     extra = [
@@ -89,23 +87,12 @@ def check(cond, uncond, sigma, *, strength, bias, region, gain, blur, shared, so
         softness=softness,
     )
     assert expected.certain.mean() > 0.99
-    certain = torch.from_numpy(expected.certain)
-    weights = weights.double().cpu().reshape(models, -1, *shape[-2:])
-    exact = torch.from_numpy(expected.weights)
-    assert (weights - exact).abs()[:, certain].max() <= expected.weight_bound
-    assert out.partition.shape == out.spread.shape == (models, len(certain))
+    arrays = (expected.weights, expected.scores, expected.spread, expected.certain)
+    exact = Exact(*map(torch.from_numpy, arrays), expected.weight_bound, expected.rounding)
+    assert out.partition.shape == out.spread.shape == (models, len(exact.certain))
     assert out.logits.shape == (models, *positions)
-    scores = out.logits.double().cpu().reshape(expected.scores.shape) - out.partition.double().cpu()[..., None, None]
-    assert np.abs(scores.numpy() - expected.scores).max() <= expected.rounding
-    assert np.abs(out.spread.double().cpu().numpy() - expected.spread).max() <= 2 * expected.rounding
-
-    c, u = (torch.stack(side) for side in frames)
-    largest = max(gain) * (c.abs() + u.abs()).amax(0)
-    bound = (4 * torch.finfo(cond[0].dtype).eps + 3 * expected.weight_bound) * largest
-    guided = u + torch.tensor(gain, dtype=torch.float64).reshape(-1, 1, 1, 1, 1) * (c - u)
-    for got, each in ((out.cond, guided), (out.uncond, u)):
-        error = (reference.fold_frames(got).double().cpu() - (each * exact.unsqueeze(2)).sum(0)).abs()
-        assert (error <= bound).movedim(1, 0)[:, certain].all()
+    found = errors(out, exact, cond, uncond, gain)
+    assert not {part: pair for part, pair in found.items() if not pair[0] <= pair[1]}
 
 
 def check_random(models, shape, dtype, device, **options):

@@ -1,9 +1,14 @@
-"""Inputs on which the Triton kernels of the blend are compared with the definition: by the tests and by ``bench gpu``.
+"""Cases in which the kernels of the blend are compared with an exact result, and the comparison.
 
-Needs only torch, because ``bench gpu`` runs where pytest and numpy may not be installed.
+The tests and ``bench gpu`` use them. Needs only torch, because pytest and numpy may be missing where ``bench gpu`` runs.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
+from ...kernels.saliency_blend.reference import fold_frames
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 CASES = [
@@ -44,3 +49,47 @@ def settings(models, shape, device):
         "region": regions(models, shape, device),
         "gain": [1.0, 0.5, 2.0, 1.0, 1.5, 1.0, 0.0, 3.0][:models],
     }
+
+
+class Exact(NamedTuple):
+    """The exact result of a blend in float64 on the CPU, and bounds on the rounding of float32.
+
+    N models; S samples, which are the frames of videos.
+    """
+
+    weights: Tensor  # [N, S, H, W]
+    scores: Tensor  # [N, S, H, W]: k Λ - ln(mean of exp(k Λ))
+    spread: Tensor  # [N, S]
+    certain: Tensor  # [S, H, W]: False where scores may tie in float32
+    weight_bound: float  # bound on the error of a weight: 0 for a hard mask
+    rounding: float  # bound on the error of a score
+
+
+def errors(out, exact: Exact, cond, uncond, gain) -> dict[str, tuple[float, float]]:
+    """{part of the result: (largest error, its bound)} of a ``Blend`` of ``cond`` and ``uncond``.
+
+    An error within its bound is due to rounding. The error is NaN if the result is.
+    """
+    models, shape = len(cond), cond[0].shape
+    frames = [torch.stack([fold_frames(t).double().cpu() for t in side]) for side in (cond, uncond)]  # [N, S, C, H, W]
+    hard = out.weights.dtype == torch.uint8
+    weights = torch.stack([out.weights == n for n in range(models)]) if hard else out.weights
+    weights = weights.double().cpu().reshape(models, -1, *shape[-2:])
+    scores = out.logits.double().cpu().reshape(exact.scores.shape) - out.partition.double().cpu()[..., None, None]
+    found = {
+        "weights": (_largest((weights - exact.weights)[:, exact.certain]), exact.weight_bound),
+        "scores": (_largest(scores - exact.scores), exact.rounding),
+        "spread": (_largest(out.spread.double().cpu() - exact.spread), 2 * exact.rounding),
+    }
+    c, u = frames
+    scale = max(gain) * (c.abs() + u.abs()).amax(0)
+    bound = (4 * torch.finfo(cond[0].dtype).eps + 3 * exact.weight_bound) * scale
+    guided = u + torch.tensor(gain, dtype=torch.float64).reshape(-1, 1, 1, 1, 1) * (c - u)
+    for name, got, each in (("cond", out.cond, guided), ("uncond", out.uncond, u)):
+        error = fold_frames(got).double().cpu() - (each * exact.weights.unsqueeze(2)).sum(0)
+        found[name] = (_largest((error / bound).movedim(1, 0)[:, exact.certain]), 1.0)
+    return found
+
+
+def _largest(error: Tensor) -> float:
+    return float(error.abs().max())
