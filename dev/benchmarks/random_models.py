@@ -31,9 +31,24 @@ SD15 = {
 SD15_PARAMETERS = 859_520_964
 
 
-def sd15(seed: int, dtype: torch.dtype):
-    """A MODEL of the size and structure of SD 1.5."""
-    config = comfy.supported_models.SD15(SD15)
+SDXL_PARAMETERS = 2_567_463_684
+SDXL_POOLED = 1280  # width of the pooled text
+
+
+def sd15(seed: int, dtype: torch.dtype, channels: int = SD15["model_channels"]):
+    """A MODEL of the structure of SD 1.5, and of its size unless ``channels`` is smaller."""
+    return _unet(comfy.supported_models.SD15, SD15 | {"model_channels": channels}, seed, dtype)
+
+
+def sdxl(seed: int, dtype: torch.dtype, channels: int = SD15["model_channels"]):
+    """A MODEL of the structure of SDXL, and of its size unless ``channels`` is smaller."""
+    from ..tools.published_models import MODELS  # imports this module
+
+    return _unet(comfy.supported_models.SDXL, MODELS["SDXL"].config | {"model_channels": channels}, seed, dtype)
+
+
+def _unet(kind: type, unet: dict, seed: int, dtype: torch.dtype):
+    config = kind(dict(unet))
     config.set_inference_dtype(dtype, None)
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model({}, device=offload)
@@ -75,6 +90,8 @@ def flux(seed: int):
     )
 
 
-def conditioning(seed: int, tokens: int = 77, width: int = SD15["context_dim"]):
-    """A CONDITIONING of random tokens."""
-    return [[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), {}]]
+def conditioning(seed: int, tokens: int = 77, width: int = SD15["context_dim"], pooled: int | None = None):
+    """A CONDITIONING of random tokens, with a random pooled output if its width is given."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(1, tokens, width, generator=generator)
+    return [[states, {} if pooled is None else {"pooled_output": torch.randn(1, pooled, generator=generator)}]]
