@@ -9,7 +9,8 @@ python run.py test         run the linter, the type checks and the quick tests, 
                            release. Other arguments are passed to pytest, for example paths that select tests
 python run.py train-demo   train the weights of demo/ again, stage by stage (--status, --smoke, --help)
 python run.py bench NAME   run the benchmark dev/benchmarks/NAME.py; further arguments are passed to it.
-                           bench report writes the tables of BENCHMARKS.md and README.md from the result files
+                           bench report writes the tables of BENCHMARKS.md and README.md from the result files;
+                           bench gpu measures the pack on an NVIDIA GPU, see docs/gpu.md
 python run.py screenshot   take a screenshot of a workflow file in ComfyUI's page, see dev/tools/screenshot.py
                            (--server HOST:PORT)
 python run.py locales      write the nodes' English texts and list missing translations (accept LANG [KEY ...])

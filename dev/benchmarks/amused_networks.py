@@ -10,7 +10,6 @@ import torch
 
 from ...techniques.masked_tokens.networks.uvit import MICRO_VALUES, UViT, UViTConfig
 from ...techniques.masked_tokens.networks.vq import VQGAN, VQConfig
-from .diffusers_pipelines import diffusers_pipelines
 from .random_weights import fill
 
 # sizes that amused-256 and amused-512 share; diffusers' defaults
@@ -65,13 +64,13 @@ def published_configs(size: int) -> tuple[UViTConfig, VQConfig]:
 
 def diffusers_networks(uvit: UViT, vq: VQGAN, device: torch.device):
     """diffusers' networks with the weights of the pack's, on ``device``. Raises ImportError without diffusers."""
-    diffusers = diffusers_pipelines()
+    unet_model = importlib.import_module("diffusers.models.unets.uvit_2d")
     vq_model = importlib.import_module("diffusers.models.autoencoders.vq_model")
     sizes, micro = asdict(vq.config), MICRO_VALUES * uvit.config.micro_cond_encode_dim
     blocks = len(sizes["block_out_channels"])
     with torch.device("meta"):
         theirs = (
-            diffusers.UVit2DModel(**asdict(uvit.config), micro_cond_embed_dim=micro),
+            unet_model.UVit2DModel(**asdict(uvit.config), micro_cond_embed_dim=micro),
             vq_model.VQModel(
                 down_block_types=("DownEncoderBlock2D",) * blocks,
                 up_block_types=("UpDecoderBlock2D",) * blocks,

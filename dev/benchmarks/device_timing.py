@@ -3,6 +3,7 @@
 Needs only torch. A function that is timed takes the number of the call, with which it chooses its inputs.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -55,9 +56,10 @@ class Constants(TorchFunctionMode):
         return self._made[key]
 
 
-def capture(run: Callable) -> Callable | None:
+def capture(run: Callable, cache_constants: bool) -> Callable | None:
     """The replay of a CUDA graph of ``CALLS`` calls. If capture fails, prints the reason and returns None."""
-    constants, side, graph = Constants(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    constants = Constants() if cache_constants else contextlib.nullcontext()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     try:
         with constants, torch.cuda.stream(side):
@@ -72,7 +74,7 @@ def capture(run: Callable) -> Callable | None:
         print(f"CUDA graph not captured: {error}", flush=True)
         return None
 
-    def replay(constants: Constants = constants) -> None:  # the graph reads the constants, so they must stay alive
+    def replay(constants: object = constants) -> None:  # the graph reads the constants, so they must stay alive
         graph.replay()
 
     return replay
@@ -102,10 +104,15 @@ def eager_cpu(run: Callable, i: int) -> float:
     return time.perf_counter() - start
 
 
-def time_all(runs: dict[str, Callable], device: torch.device, count: int) -> dict[str, dict[str, list[float]]]:
-    """{implementation: {"eager" or "graph" (GPU only): seconds per call}}, with ``count`` timings of each."""
+def time_all(
+    runs: dict[str, Callable], device: torch.device, count: int, *, constants: bool = True
+) -> dict[str, dict[str, list[float]]]:
+    """{implementation: {"eager" or "graph" (GPU only): seconds per call}}, with ``count`` timings of each.
+
+    ``constants``: whether CUDA graphs are captured with cached results of ``torch.tensor``, see ``Constants``.
+    """
     cuda = device.type == "cuda"
-    graphs = {name: capture(run) if cuda else None for name, run in runs.items()}
+    graphs = {name: capture(run, constants) if cuda else None for name, run in runs.items()}
     times = {name: {"eager": [], "graph": []} for name in runs}
     for i in range(-5, count):  # five warm-up rounds
         for name, run in runs.items():

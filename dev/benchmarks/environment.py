@@ -40,11 +40,31 @@ def last_level_cache(device: torch.device) -> int:
 def clocks() -> str | None:
     """Current and maximum clocks as reported by nvidia-smi; None if it is not available."""
     query = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,temperature.gpu"
+    found = _nvidia_smi(query)
+    return None if found is None else f"{query}: {found}"
+
+
+def _nvidia_smi(query: str) -> str | None:
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        return f"{query}: {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def card(device: torch.device) -> dict:
+    """Name, memory in bytes, compute capability and driver of a GPU, and the CUDA of torch; of a CPU only its name."""
+    if device.type != "cuda":
+        return {"device": processor()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "memory": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": _nvidia_smi("driver_version"),
+        "cuda": torch.version.cuda,
+        "processor": processor(),
+    }
 
 
 def triton_version() -> dict[str, str]:
@@ -69,15 +89,17 @@ def script_parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": version("torch"), **triton_version()}
+
+
 def facts() -> dict:
     """Device, versions and command, stored in every result file."""
     import comfyui_version
 
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        **triton_version(),
+        **versions(),
         "comfyui": comfyui_version.__version__,
         "command": f"python run.py bench {Path(sys.argv[0]).stem.split('.')[-1]} {' '.join(sys.argv[1:])}".strip(),
     }
