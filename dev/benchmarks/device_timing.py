@@ -5,7 +5,7 @@ Needs only torch. A function that is timed takes the number of the call, with wh
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -105,14 +105,20 @@ def eager_cpu(run: Callable, i: int) -> float:
 
 
 def time_all(
-    runs: dict[str, Callable], device: torch.device, count: int, *, constants: bool = True
+    runs: dict[str, Callable],
+    device: torch.device,
+    count: int,
+    *,
+    constants: bool = True,
+    eager_only: Collection[str] = (),
 ) -> dict[str, dict[str, list[float]]]:
     """{implementation: {"eager" or "graph" (GPU only): seconds per call}}, with ``count`` timings of each.
 
     ``constants``: whether CUDA graphs are captured with cached results of ``torch.tensor``, see ``Constants``.
+    ``eager_only``: names of the implementations without a CUDA graph.
     """
     cuda = device.type == "cuda"
-    graphs = {name: capture(run, constants) if cuda else None for name, run in runs.items()}
+    graphs = {n: capture(run, constants) if cuda and n not in eager_only else None for n, run in runs.items()}
     times = {name: {"eager": [], "graph": []} for name in runs}
     for i in range(-5, count):  # five warm-up rounds
         for name, run in runs.items():

@@ -4,7 +4,7 @@ Needs torch only; Triton and an NVIDIA GPU for the Triton kernels.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from ...kernels.saliency_blend import reference
 from ...tests.support.blend_cases import CASES, Exact, errors, random_predictions, settings
 from . import saliency_blend
 from .environment import clocks, last_level_cache
-from .sections import PartlyFailed, Section
+from .sections import PartlyFailed, Section, described
 
 PART = "kernels"
 TIE = 1e-5  # scores that differ by less may have either order in float32; relative to the largest score if that is below 1
@@ -61,7 +61,7 @@ def check_blend(device: torch.device, cases: list) -> dict:
 
     ``absent`` names the implementations that do not run, with the reason.
     """
-    rows, absent = [], {}
+    rows, absent, failures = [], {}, []
     obstacle = blend_kernel._obstacle(torch.zeros(1, device=device), 2)
     if obstacle:
         absent["Triton"] = obstacle
@@ -75,11 +75,14 @@ def check_blend(device: torch.device, cases: list) -> dict:
         if not obstacle and not (device.type == "cpu" and dtype is torch.bfloat16):  # the interpreter truncates there
             kinds |= {f"Triton, {name}": ("triton", limit) for name, limit in LAUNCHES.items()}
         for name, (backend, limit) in kinds.items():
-            with positions_of_one_program(limit):
-                out = blend_kernel.saliency_blend(cond, uncond, sigma, **given, **options, backend=backend)
             row = _row(name, f"{models} x {'x'.join(map(str, shape))}", dtype) | {"options": options}
-            rows.append(row | {"errors": errors(out, exact, cond, uncond, given["gain"])})
-    return _checked(rows, absent=absent)
+            try:
+                with positions_of_one_program(limit):
+                    out = blend_kernel.saliency_blend(cond, uncond, sigma, **given, **options, backend=backend)
+                rows.append(row | {"errors": errors(out, exact, cond, uncond, given["gain"])})
+            except Exception as error:  # such as a GPU for which Triton cannot compile
+                failures.append(f"{_name(row)}: {described(error)}")
+    return _checked(rows, failures, absent=absent)
 
 
 @contextlib.contextmanager
@@ -135,28 +138,38 @@ def _row(implementation: str, case: str, dtype: torch.dtype) -> dict:
     return {"implementation": implementation, "case": case, "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _checked(rows: list[dict], **further) -> dict:
-    """The results of a section. Raises PartlyFailed if an error exceeds its bound or is NaN."""
-    wrong = []
+def _name(row: dict) -> str:
+    return f"{row['implementation']}, {row['case']}, {row['dtype']}"
+
+
+def _checked(rows: list[dict], failures: Sequence[str] = (), **further) -> dict:
+    """The results of a section. Raises PartlyFailed for ``failures``, or if an error exceeds its bound or is NaN."""
+    wrong = list(failures)
     for row in rows:
         exceeded = [part for part, (error, bound) in row["errors"].items() if not error <= bound]
         row["correct"] = not exceeded
         if exceeded:
-            wrong.append(f"{row['implementation']}, {row['case']}, {row['dtype']} ({', '.join(exceeded)})")
+            wrong.append(f"{_name(row)}: errors above their bounds: {', '.join(exceeded)}")
     found = {"rows": rows, **further}
     if wrong:
-        raise PartlyFailed(f"errors above their bounds: {'; '.join(wrong)}", found)
+        raise PartlyFailed("; ".join(wrong), found)
     return found
 
 
 def time_blend(device: torch.device, cases: list, count: int) -> dict:
     """Times of the implementations of the blend and of a copy of as many bytes, see saliency_blend.py."""
-    cache, rows = last_level_cache(device), []
+    cache, rows, failures = last_level_cache(device), [], []
     for shape, models, dtype in cases:
-        rows += saliency_blend.measure(saliency_blend.Case(shape, models, dtype, device, cache), device, count)
-    return {
+        try:
+            rows += saliency_blend.measure(saliency_blend.Case(shape, models, dtype, device, cache), device, count)
+        except Exception as error:  # such as a wrong result, which is not timed
+            failures.append(f"{'x'.join(map(str, shape))}, {models} models, {dtype}: {described(error)}")
+    found = {
         "rows": rows,
         "verdicts": saliency_blend.verdicts(rows, device),
         "cache_bytes": cache,
         "clocks": clocks() if device.type == "cuda" else None,
     }
+    if failures:
+        raise PartlyFailed("; ".join(failures), found)
+    return found

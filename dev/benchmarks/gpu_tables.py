@@ -15,7 +15,8 @@ def text(result: dict) -> str:
     facts = result["environment"]
     found = [f"# {facts['device']}, {result['date']}", ""]
     if result["smoke"]:
-        found += [f"A smoke run with tiny sizes: **{NOT_A_GPU}**, or not with the sizes that count.", ""]
+        note = "no measurement of this GPU" if "compute_capability" in facts else NOT_A_GPU
+        found += [f"A smoke run with tiny sizes, which tests the command: **{note}**.", ""]
     known = ("driver", "cuda", "python", "torch", "triton", "comfyui", "diffusers", "chorus")
     found += ["; ".join(f"{name} {facts[name]}" for name in known if facts.get(name)), ""]
     for section in result["sections"]:
@@ -129,7 +130,8 @@ def memory(found: dict, facts: dict) -> str:
         [kind, f"{process['peak'] / 2**20:,.0f}" if "peak" in process else process["refused"]]
         for kind, process in found["processes"].items()
     ]
-    ratio = found["optimize without the activations / plain"]
+    if (ratio := found["optimize without the activations / plain"]) is None:
+        return table(["", "peak memory, MiB"], lines)
     note = f"Without the activations of one call, optimize needs {ratio:.2f} times the memory of plain sampling."
     return f"{table(['', 'peak memory, MiB'], lines)}\n\n{note}"
 

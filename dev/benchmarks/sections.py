@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 MEASURED, FAILED, SKIPPED = "measured", "failed", "skipped"
 NO_TIME = "time"
-MAX_CHARACTERS = 1000  # of an error; those of compilers are long
+MAX_CHARACTERS = 500  # of an error; those of compilers are long
 
 
 class Skipped(Exception):
@@ -71,7 +71,7 @@ def run_sections(
             try:
                 after()
             except Exception as error:
-                broken = f"the device does not respond since {section.name}: {_text(error)}"
+                broken = f"the device does not respond since {section.name}: {described(error)}"
         outcomes.append(outcome)
         record(outcomes)
     return outcomes
@@ -85,8 +85,9 @@ def _outcome(run: Callable[[], dict]) -> dict:
     except PartlyFailed as error:
         return {"status": FAILED, "reason": str(error), "found": error.found}
     except (Exception, SystemExit) as error:  # the benchmarks raise SystemExit with a message
-        return {"status": FAILED, "reason": _text(error)}
+        return {"status": FAILED, "reason": described(error)}
 
 
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:MAX_CHARACTERS]
+def described(error: BaseException) -> str:
+    """The type and the text of an error, without line breaks, which would break a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_CHARACTERS]

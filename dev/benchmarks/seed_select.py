@@ -59,13 +59,15 @@ def memory(setting: Setting, kinds: list[str]) -> dict:
     for kind in kinds:
         found[kind] = in_fresh_process(peak_of, asdict(setting), kind)
         print(f"{setting.name}: memory of {kind}: {found[kind]}", flush=True)
-    beside = found[OPTIMIZE]["peak"] - sum(activations.values())
-    ratio = beside / found[PLAIN]["peak"]
+    ratio, verdict = None, "refused: too little memory"
+    if "peak" in found[OPTIMIZE] and "peak" in found[PLAIN]:
+        ratio = (found[OPTIMIZE]["peak"] - sum(activations.values())) / found[PLAIN]["peak"]
+        verdict = "met" if ratio <= TARGET else "missed"
     return {
         "activations": activations,
         "processes": found,
         "optimize without the activations / plain": ratio,
-        "verdict": "met" if ratio <= TARGET else "missed",
+        "verdict": verdict,
     }
 
 
@@ -98,7 +100,7 @@ def markdown(setting: Setting, found: dict) -> str:
         peak = peaks.get(kind, {})
         shown = f"{peak['peak'] / MIB:,.0f}" if "peak" in peak else "refused" if peak else ""
         lines.append(f"| {kind} | {evaluations} | {seconds} | {shown} |")
-    if peaks:
+    if peaks and found["memory"]["optimize without the activations / plain"] is not None:
         memory = found["memory"]
         parts = ", ".join(f"{name} {size / MIB:,.1f} MiB" for name, size in memory["activations"].items())
         lines += [
