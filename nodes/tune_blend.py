@@ -99,32 +99,32 @@ class TuneBlend(io.ComfyNode):
                     "prompt_score",
                     default="",
                     multiline=True,
-                    tooltip="What the images should show, one prompt per line. The score is the mean over the lines."
-                    " Empty: only the references count.",
+                    tooltip="What the images should show, one prompt per line. The score is the mean distance from the"
+                    " lines and from the references; lower is better. Empty: only the references count.",
                 ),
                 io.String.Input(
                     "settings",
                     default=TUNED,
                     multiline=True,
                     tooltip="The settings that may move, one per line, with a range or values: bias = -1 to 1, or:"
-                    " saliency = own | shared. For one expert of a chain: bias of its label = -1 to 1. All other"
-                    " settings stay as they are in the nodes.",
+                    " saliency = own | shared. For one expert of a chain, by its label: bias of animals = -1 to 1. All"
+                    " other settings stay as they are in the nodes.",
                 ),
                 io.Int.Input(
                     "evaluations",
                     default=64,
                     min=0,
                     max=100000,
-                    tooltip="Cost of the search in images of all steps. 64 with 4 seeds try some 30 settings. 0: only"
-                    " the connected settings are scored, and the model is passed on unchanged.",
+                    tooltip="Cost of the search in images of all steps. 64 with 4 seeds try some 40 combinations of"
+                    " settings. 0: only the connected settings are scored, and the model is passed on unchanged.",
                 ),
                 io.Int.Input(
                     "seeds",
                     default=4,
                     min=1,
                     max=64,
-                    tooltip="Seeds over which each setting is scored: seed, seed + 1 and so on. More seeds find settings"
-                    " that also work for others.",
+                    tooltip="Number of seeds over which settings are scored: seed, seed + 1 and so on. With more seeds,"
+                    " settings are found that also work for others.",
                 ),
                 *_sampling("The first seed of the images, and the seed of the search."),
             ],
@@ -136,10 +136,12 @@ class TuneBlend(io.ComfyNode):
                 io.Image.Output(
                     "sheet",
                     display_name="sheet",
-                    tooltip="The best settings with their scores and the first seed's image.",
+                    tooltip="The best settings with their scores and the first seed's image, and the connected settings.",
                 ),
                 io.Image.Output(
-                    "surface", display_name="surface", tooltip="The score over the first two of the settings that move."
+                    "surface",
+                    display_name="surface",
+                    tooltip="The expected score over the two settings that matter most.",
                 ),
                 io.String.Output("report", display_name="report"),
             ],

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[2]
+HELP = ROOT / "web" / "docs"
 FENCES = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 # code, or the target of a Markdown link or image or of an attribute of an HTML element
 TARGET = re.compile(
@@ -60,7 +61,9 @@ def resolve(link: str, page: Path) -> tuple[Path, str] | None:
             return ROOT / unquote(address.removeprefix(own)), heading
     if re.match(r"\w+:", link):
         return None
-    return (page.parent / unquote(address)).resolve() if address else page, heading
+    # ComfyUI's help panel takes the links of a translated page, web/docs/NODE/LANGUAGE.md, from the folder of all pages
+    folder = HELP if page.parent.parent == HELP else page.parent
+    return (folder / unquote(address)).resolve() if address else page, heading
 
 
 def broken(text: str, page: Path) -> list[str]:

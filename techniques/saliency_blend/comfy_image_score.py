@@ -7,6 +7,8 @@ The score of an image is the mean of up to two losses, each between 0 and 2, low
   together with the image encoder (CLIP, arXiv 2103.00020).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from comfy.clip_vision import ClipVisionModel
@@ -17,6 +19,18 @@ from ...common.shapes import size_of
 from ...host.images import FRAMES, embeddings, evenly_taken_frames
 
 LEAST_NORM = 1e-6
+LEAST_STD, MOST_STD = 1e-3, 1.0  # of the weights of a trained projection
+COLORS = {
+    "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 0.6, 0.0),
+    "blue": (0.0, 0.0, 1.0),
+    "yellow": (1.0, 1.0, 0.0),
+    "black": (0.0, 0.0, 0.0),
+    "white": (1.0, 1.0, 1.0),
+    "orange": (1.0, 0.5, 0.0),
+    "purple": (0.5, 0.0, 0.5),
+}
+CHANCE = 1  # of COLORS, on which unrelated encoders agree on average
 
 
 class ImageScore:
@@ -72,29 +86,56 @@ def text_embeddings(clip_vision: ClipVisionModel, clip: CLIP | None, prompts: li
             "prompt_score needs the text encoder that was trained together with clip_vision; connect it to clip (for CLIP"
             " ViT-L/14: clip_l), or connect references and leave prompt_score empty"
         )
-    found = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)[1] for prompt in prompts]
+    found = _pooled(clip, prompts)
     size = embeddings(clip_vision, torch.full((1, 32, 32, 3), 0.5)).shape[-1]
-    if any(pooled is None or pooled.shape[-1] != size for pooled in found):
-        sizes = "none" if found[0] is None else str(found[0].shape[-1])
+    if found is None or found.shape[-1] != size:
+        sizes = "none" if found is None else str(found.shape[-1])
         raise ValueError(
             f"the text encoder of clip gives embeddings of {sizes} numbers, clip_vision of {size}, so they do not belong"
             " together; connect the CLIP of this image encoder, or use references"
         )
     _check_projection(clip)
-    return torch.cat(found).float()
+    _check_agreement(clip_vision, clip)
+    return found
+
+
+def _pooled(clip: CLIP, prompts: Sequence[str]) -> Tensor | None:
+    """The text encoder's embeddings [N, D]; None if it has none."""
+    found = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)[1] for prompt in prompts]
+    return None if any(pooled is None for pooled in found) else torch.cat(found).float()
 
 
 def _check_projection(clip: CLIP) -> None:
-    """Raise a ValueError for a text encoder without its trained projection, which checkpoints of SD 1.5 do not have."""
+    """Raise a ValueError for a text encoder without its trained projection, which checkpoints of SD 1.5 do not have.
+
+    ComfyUI then leaves the projection as it was in memory.
+    """
     for name, weight in clip.cond_stage_model.named_parameters():
         if name.endswith("text_projection.weight"):
             weight = weight.detach().float()
             identity = torch.eye(*weight.shape, device=weight.device)
-            if not bool(torch.isfinite(weight).all()) or not bool(weight.any()) or torch.equal(weight, identity):
+            if not LEAST_STD < float(weight.std()) < MOST_STD or torch.equal(weight, identity):
                 raise ValueError(
                     "the text encoder of clip has no projection to the space of the image embeddings; load it from a file"
                     " of its own, such as clip_l.safetensors, or use references"
                 )
+
+
+def _check_agreement(clip_vision: ClipVisionModel, clip: CLIP) -> None:
+    """Raise a ValueError if both encoders agree about plain colours no more often than by chance.
+
+    Embeddings of the same size do not show that two encoders were trained together.
+    """
+    images = torch.tensor(list(COLORS.values()))[:, None, None].expand(-1, 64, 64, -1)
+    texts = _pooled(clip, [f"a plain {color} image" for color in COLORS])
+    assert texts is not None  # the prompts have embeddings, too
+    similar = F.normalize(embeddings(clip_vision, images), dim=-1) @ F.normalize(texts, dim=-1).T
+    right = int((similar.argmax(1) == torch.arange(len(COLORS), device=similar.device)).sum())
+    if right <= CHANCE:
+        raise ValueError(
+            f"the text encoder of clip and clip_vision agree on {right} of {len(COLORS)} plain colours, as encoders that"
+            " were not trained together do; connect the CLIP of this image encoder, or use references"
+        )
 
 
 def _unit(x: Tensor, what: str) -> Tensor:

@@ -62,6 +62,11 @@ class ScoreModel:
         factor = cholesky(_covariance(scores, self._variances), lower=True)
         self._factor, self._weights = factor, cho_solve((factor, True), centred)
 
+    @property
+    def lengths(self) -> Array | None:
+        """The length scales [D] of the settings: the shorter, the more the score depends on the setting. None: not at all."""
+        return self._variances.lengths if self._scale else None
+
     def estimate(self, places: Array) -> tuple[Array, Array]:
         """Means and standard deviations [M] of mean + f at ``places`` [M, D]."""
         if not self._scale:

@@ -1,4 +1,4 @@
-"""The expected score over two of the settings that moved, as an image."""
+"""The expected score over the two settings that matter most, as an image."""
 
 import numpy as np
 from torch import Tensor
@@ -24,8 +24,15 @@ def colour_of(place: float) -> Colour:
     return r, g, b
 
 
+def most_influential(space: Space, search: Tuning) -> list[int]:
+    """The indices of the two settings on which the score depends most, in the order of ``space``; fewer if it has fewer."""
+    lengths = search.model.lengths
+    ranked = sorted(range(len(space)), key=lambda k: 0.0 if lengths is None else float(lengths[k]))
+    return sorted(ranked[:2])
+
+
 def draw_surface(space: Space, search: Tuning) -> Tensor:
-    """Image [H', W', 3]: the expected score over the first two settings of ``space``, or over the only one.
+    """Image [H', W', 3]: the expected score over the two settings of ``space`` that matter most, or over the only one.
 
     The other settings have their best values. The squares are all candidates, in the colours of their own expected
     scores; the framed one is the best.
@@ -35,13 +42,20 @@ def draw_surface(space: Space, search: Tuning) -> Tensor:
     if not space or best is None:
         sheet.text(LEFT, TOP, "no setting moved")
         return sheet.tensor()
-    across, down = space[0], space[1] if len(space) > 1 else None
+    axes = most_influential(space, search)
+    across, down = space[axes[0]], space[axes[1]] if len(axes) > 1 else None
     points = list(dict.fromkeys(trial.point for trial in [*search.screened, *search.trials]))
     at_points = search.estimates(points)[0]
     centres = (np.arange(SIDE // CELL) + 0.5) * CELL / SIDE
     grid = np.stack(np.meshgrid(centres, centres if down else [0.5], indexing="ij"), -1).reshape(-1, 2)
-    rest = best.point[len(space[:2]) :]
-    cells: list[Point] = [(across.at(x), *([down.at(y)] if down else []), *rest) for x, y in grid.tolist()]
+    rest = [k for k in range(len(space)) if k not in axes]
+    cells: list[Point] = []
+    for x, y in grid.tolist():
+        cell = list(best.point)
+        cell[axes[0]] = across.at(x)
+        if down:
+            cell[axes[1]] = down.at(y)
+        cells.append(tuple(cell))
     at_cells = search.estimates(cells)[0]
     low, high = (float(f([f(at_points), f(at_cells)])) for f in (np.min, np.max))
 
@@ -55,8 +69,8 @@ def draw_surface(space: Space, search: Tuning) -> Tensor:
 
     def mark(point: Point, side: int, colour: Colour) -> None:
         """With a single setting, the height is the score."""
-        up = down.place(point[1]) if down else 1.0 - level(float(search.estimates([point])[0][0]))
-        x, y = LEFT + round(across.place(point[0]) * (SIDE - 1)), TOP + round((1 - up) * (SIDE - 1))
+        up = down.place(point[axes[1]]) if down else 1.0 - level(float(search.estimates([point])[0][0]))
+        x, y = LEFT + round(across.place(point[axes[0]]) * (SIDE - 1)), TOP + round((1 - up) * (SIDE - 1))
         sheet.box(x - side // 2, y - side // 2, side, side, colour)
 
     for point, score in zip(points, at_points.tolist(), strict=True):
@@ -67,7 +81,7 @@ def draw_surface(space: Space, search: Tuning) -> Tensor:
     _draw_axes(sheet, across, down, low, high)
     text = "expected score, lower is better; framed: the best"
     if rest:
-        text += f"; with {in_one_line(space[2:], rest)}"
+        text += f"; with {in_one_line(tuple(space[k] for k in rest), tuple(best.point[k] for k in rest))}"
     sheet.text(LEFT, 12, text, font_size(text, SIDE + RIGHT - 8))
     return sheet.tensor()
 

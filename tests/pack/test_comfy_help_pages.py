@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import math
 import re
 from typing import NamedTuple
@@ -173,6 +174,39 @@ def test_papers_of_the_table_of_nodes_are_named_on_help_pages():
         if re.search(r"\d{4}\.\d{5}", paper) and not id.startswith("Save") and "Paper" not in read(id).sections
     }
     assert not missing
+
+
+TRANSLATED = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob("*/*.md"))
+
+
+def test_translations_are_of_nodes_and_in_both_languages():
+    found = {tuple(name.removesuffix(".md").split("/")) for name in TRANSLATED}
+    ids = {id for id, _ in found}
+    assert {"MaskedTokenVideo", "TuneBlend", "BlendGrid"} <= ids <= set(SCHEMAS)
+    assert found == {(id, language) for id in ids for language in ("ja", "zh")}
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_translation_has_the_structure_of_the_english_page(name):
+    """The title is the node's name in the language; sections, rows, code, links and pictures are those of the page."""
+    id, language = name.removesuffix(".md").split("/")
+    english, page = read(id), read(name.removesuffix(".md"))
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert page.title == f"# {texts[id]['display_name']}"
+    assert len(page.sections) == len(english.sections)
+    for ours, theirs in zip(page.sections.values(), english.sections.values(), strict=True):
+        assert [row[0] for row in rows(ours)] == [row[0] for row in rows(theirs)]
+        assert [len(row) for row in rows(ours)] == [len(row) for row in rows(theirs)]
+        assert len(re.findall(r"^[-*] ", ours, re.M)) == len(re.findall(r"^[-*] ", theirs, re.M))
+        assert set(re.findall(r"`([^`]+)`", theirs)) == set(re.findall(r"`([^`]+)`", ours))
+        assert [target for _, target in LINK.findall(ours)] == [target for _, target in LINK.findall(theirs)]
+    text, original = ((DOCS / file).read_text(encoding="utf-8") for file in (name, f"{id}.md"))
+    assert [target for _, target in IMAGE.findall(text)] == [target for _, target in IMAGE.findall(original)]
+
+
+def test_server_serves_a_translation_where_the_page_asks_for_it(client):
+    file = DOCS / "TuneBlend" / "ja.md"
+    assert client.get("/extensions/ComfyUI-Chorus/docs/TuneBlend/ja.md") == file.read_bytes()
 
 
 def test_server_serves_the_picture(client):

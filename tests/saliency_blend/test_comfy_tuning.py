@@ -1,6 +1,8 @@
 """TuneBlend and BlendGrid with tiny random models and the demo's VAE and image encoder."""
 
+import json
 import re
+from pathlib import Path
 
 import comfy.model_management
 import numpy as np
@@ -12,7 +14,7 @@ from chorus.demo import modules
 from chorus.demo.comfy_latent import ChorusEmojiLatent
 from chorus.nodes.tune_blend import BlendGrid, TuneBlend, space_of, widget_limits
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
-from chorus.techniques.saliency_blend.comfy_image_score import ImageScore
+from chorus.techniques.saliency_blend.comfy_image_score import COLORS, ImageScore
 from chorus.techniques.saliency_blend.comfy_tuning import CONTINUES, BlendCandidates, SamplingInputs
 from chorus.techniques.saliency_blend.tuning_space import NAMES
 from chorus.tests.support.gradients import with_easycache
@@ -331,10 +333,13 @@ class WithoutText:
 
 
 class Text:
-    """A CLIP with ``size`` numbers per embedding and the projection ``weight``."""
+    """A CLIP with ``size`` numbers per embedding and the projection ``weight``.
 
-    def __init__(self, size, weight=None):
-        self.size = size
+    With ``vision``, it knows the colours of this image encoder, and other texts have random embeddings.
+    """
+
+    def __init__(self, size, weight=None, vision=None):
+        self.size, self.vision = size, vision
         self.cond_stage_model = torch.nn.Module()
         self.cond_stage_model.text_projection = torch.nn.Linear(size, size, bias=False)
         if weight is not None:
@@ -344,17 +349,24 @@ class Text:
         return text
 
     def encode_from_tokens(self, text, return_pooled):
-        generator = torch.Generator().manual_seed(len(text))
-        return None, torch.randn(1, self.size, generator=generator) if self.size else None
+        if not self.size:
+            return None, None
+        color = COLORS.get(text.removeprefix("a plain ").removesuffix(" image"))
+        if self.vision is not None and color is not None:
+            return None, self.vision.encode_image(torch.tensor(color).expand(1, 64, 64, 3))["image_embeds"]
+        if self.vision is None:
+            return None, torch.ones(1, self.size)  # the same for all texts, so that one of the colours is right
+        return None, torch.randn(1, self.size, generator=torch.Generator().manual_seed(len(text)))
 
 
 def test_text_encoder_of_clip_is_used_if_the_image_encoder_has_none(vision, tune):
-    report = tune(clip_vision=WithoutText(vision), clip=Text(64), prompt_score="a\nbcd", references=None)[4]
+    clip = Text(64, vision=vision)
+    report = tune(clip_vision=WithoutText(vision), clip=clip, prompt_score="a\nbcd", references=None)[4]
     with_own = tune(prompt_score="a cat", references=None)[4]
     assert report != with_own
     with torch.inference_mode():
-        found = ImageScore(WithoutText(vision), None, ["a", "bcd"], Text(64))._targets[0]
-    expected = F.normalize(torch.cat([Text(64).encode_from_tokens(t, True)[1] for t in ("a", "bcd")]), dim=-1)
+        found = ImageScore(WithoutText(vision), None, ["a", "bcd"], clip)._targets[0]
+    expected = F.normalize(torch.cat([clip.encode_from_tokens(t, True)[1] for t in ("a", "bcd")]), dim=-1)
     assert torch.equal(found, expected)
 
 
@@ -387,6 +399,8 @@ def test_inputs_that_cannot_be_used_are_refused_with_the_remedy(tune, inputs, me
         (Text(64, torch.eye(64)), "the text encoder of clip has no projection"),
         (Text(64, torch.zeros(64, 64)), "the text encoder of clip has no projection"),
         (Text(64, torch.full((64, 64), torch.nan)), "the text encoder of clip has no projection"),
+        (Text(64, torch.full((64, 64), 2e-5)), "the text encoder of clip has no projection"),
+        (Text(64), "agree on 1 of 8 plain colours, as encoders that were not trained together do"),
     ],
 )
 def test_text_encoders_that_do_not_belong_to_the_image_encoder_are_refused(vision, tune, clip, message):
@@ -398,6 +412,25 @@ def test_text_encoders_that_do_not_belong_to_the_image_encoder_are_refused(visio
 def test_a_model_without_a_blend_is_refused(models, node, request):
     with pytest.raises(ValueError, match=r"the model is no blend.*connect the output of SaliencyNoiseBlend"):
         request.getfixturevalue(node)(models[0])
+
+
+@pytest.mark.slow  # a text encoder of CLIP ViT-L/14's size
+def test_text_encoder_of_sd15_is_refused_because_it_has_no_projection(vision):
+    config = json.loads((Path(comfy.sd1_clip.__file__).parent / "sd1_clip_config.json").read_text(encoding="utf-8"))
+    network = comfy.clip_model.CLIPTextModel(config, torch.float16, "cpu", comfy.ops.manual_cast)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: (0.02 * torch.randn(w.shape, generator=generator)).half() for name, w in network.state_dict().items()
+    }
+    del weights["text_projection.weight"]  # as in checkpoints of SD 1.5
+    clip = comfy.sd.load_text_encoder_state_dicts([weights], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+
+    class Vision(WithoutText):
+        def encode_image(self, images):
+            return {"image_embeds": torch.ones(len(images), 768)}
+
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"has no projection|plain colours"):
+        ImageScore(Vision(vision), prompts=["a cat"], clip=clip)
 
 
 # BlendGrid

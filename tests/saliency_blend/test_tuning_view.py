@@ -1,11 +1,20 @@
 """The image of the expected scores."""
 
+import numpy as np
 import pytest
 import torch
 
 from chorus.techniques.saliency_blend.tuning import Tuning, plan_tuning
 from chorus.techniques.saliency_blend.tuning_space import Limits, read_space
-from chorus.techniques.saliency_blend.tuning_view import LEFT, RAMP, SIDE, TOP, colour_of, draw_surface
+from chorus.techniques.saliency_blend.tuning_view import (
+    LEFT,
+    RAMP,
+    SIDE,
+    TOP,
+    colour_of,
+    draw_surface,
+    most_influential,
+)
 
 LIMITS = {"bias": Limits(-5.0, 5.0, 0.05), "blur": Limits(1, 64, 1, whole=True), "softness": Limits(0.0, 4.0, 0.05)}
 
@@ -27,6 +36,12 @@ def nearest(sheet, x, y):
 def test_ends_of_the_ramp_are_the_best_and_the_worst():
     assert colour_of(0.0) == RAMP[0]
     assert colour_of(1.0) == colour_of(2.0) == RAMP[-1]
+
+
+def test_axes_are_the_settings_that_matter_most():
+    text = "blur = 1 | 4\nbias = -1 to 1\nsoftness = 0 to 4"
+    space, search = searched(text, (4, 0.0, 2.0), lambda p: 0.5 + 0.2 * np.sin(6 * p[1]) - 0.1 * (p[2] - 2) ** 2)
+    assert most_influential(space, search) == [1, 2]
 
 
 def test_low_scores_are_bright_where_the_settings_score_best():
