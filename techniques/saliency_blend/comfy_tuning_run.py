@@ -70,12 +70,22 @@ class TuningRun:
 
 
 def tune(candidates: BlendCandidates, score: ImageScore, plan: TuningPlan | None, seeds: int) -> Outputs:
-    """The outputs of the node. ``plan``: None to score only the connected settings, over ``seeds`` seeds."""
-    steps = candidates.inputs.steps
-    only = plan is None
-    run = TuningRun(candidates, score, plan or TuningPlan(seeds, steps, seeds))
+    """The outputs of the node. ``plan``: None to score only the connected settings, over ``seeds`` seeds.
+
+    If the first interrupt of the run comes while the outputs are decoded and drawn, the outputs are still returned.
+    """
+    run = TuningRun(candidates, score, plan or TuningPlan(seeds, candidates.inputs.steps, seeds))
     interrupted = run.run()
-    search = run.search
+    try:
+        return outputs(run, plan is None, interrupted)
+    except InterruptProcessingException:
+        if interrupted:
+            raise
+        return outputs(run, plan is None, True)
+
+
+def outputs(run: TuningRun, only: bool, interrupted: bool) -> Outputs:
+    candidates, search = run.candidates, run.search
     best = search.best
     assert best is not None  # the run raises otherwise
     # unchanged settings give the connected model itself
