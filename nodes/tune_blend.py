@@ -114,7 +114,7 @@ class TuneBlend(io.ComfyNode):
                     "evaluations",
                     default=64,
                     min=0,
-                    max=100000,
+                    max=2048,
                     tooltip="Cost of the search in images of all steps. 64 with 4 seeds try some 40 combinations of"
                     " settings. 0: only the connected settings are scored, and the model is passed on unchanged.",
                 ),

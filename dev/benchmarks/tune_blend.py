@@ -1,8 +1,9 @@
 """TuneBlend against the default settings, the recommended ones, and random search at equal cost.
 
 Every prompt names an animal and another concept that no training saw together; the expert was trained on animals in
-flat style, the base on all concepts in glossy style. The score is that of the node, with the prompt in which both
-styles are named: "a dog in flat style left of a tree in glossy style". For each prompt:
+flat style, the base on all concepts in glossy style. The score is that of the node, with two prompts that say what each
+model should add: "a dog in flat style" and "a tree"; with --one-line it is a single one, "a dog in flat style left of a
+tree in glossy style". For each prompt:
 
   default:       the default settings of SaliencyNoiseBlend
   recommended:   the settings that saliency_effect.py found best over many prompts
@@ -72,10 +73,10 @@ class TunedPrompt:
             scheduler="normal",
         )
         self.candidates = BlendCandidates(model, self.space, inputs, vae)
-        described = (
-            f"{phrase(task.subject)} in {EXPERT_STYLE} style {task.relation} {phrase(task.other)} in {BASE_STYLE} style"
-        )
-        self.score = ImageScore(vision, prompts=[described])
+        described = [f"{phrase(task.subject)} in {EXPERT_STYLE} style", phrase(task.other)]
+        if options.one_line:
+            described = [f"{described[0]} {task.relation} {described[1]} in {BASE_STYLE} style"]
+        self.score = ImageScore(vision, prompts=described)
 
     def scores(self, point: Point, steps: int, seeds: range) -> list[float]:
         return self.score(self.candidates.pictures(self.candidates.latents(point, steps, seeds))).tolist()
@@ -115,7 +116,7 @@ class TunedPrompt:
 
 
 def measured(options: Any) -> Iterator[dict[str, Any]]:
-    """For each prompt {way: what TunedPrompt.held_out returns}."""
+    """For each prompt {way: what TunedPrompt.held_out returns}. The prompts are independent of each other."""
     models = load_checkpoint("general"), load_checkpoint("expert-animals")[0], load_vision()
     evaluators = PairEvaluators()
     for number, task in enumerate(compositions(options.prompts, shift=1)):
@@ -181,7 +182,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="seeds that a search scores")
     parser.add_argument("--held-out", type=int, default=12, help="seeds of the reported images of each prompt")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--one-line", action="store_true", help="score with a single prompt for both concepts")
     options = parser.parse_args()
+    name = "tune_blend_one_line" if options.one_line else "tune_blend"
     comfy.utils.PROGRESS_BAR_ENABLED = False
     prompts: list[dict[str, Any]] = []
     with torch.inference_mode():
@@ -189,7 +192,7 @@ def main() -> None:
             prompts.append(prompt)
             found = summary(prompts)
             # written after each prompt, so that an interrupted run keeps its results
-            publish("tune_blend", {"settings": vars(options), **found, "prompts": prompts}, markdown(found))
+            publish(name, {"settings": vars(options), **found, "prompts": prompts}, markdown(found))
 
 
 if __name__ == "__main__":

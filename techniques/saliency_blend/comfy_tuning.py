@@ -30,6 +30,7 @@ from .tuning_space import Point, Space, current_point, settings_at
 # samplers without a memory of earlier steps and without noise, which continue at any step as if they had begun before;
 # the number is how many sigmas after that of the step they evaluate
 CONTINUES = {"euler": 0, "ddim": 0, "heun": 1, "dpm_2": 1}
+MOST_SHARED = 4  # latents kept for each seed and number of steps, from which candidates continue
 OWN_VAE = "connect the VAE of this model"  # remedy for a VAE that does not decode the latents
 
 Callback = Callable[[int, Tensor, Tensor, int], None]
@@ -156,6 +157,8 @@ class BlendCandidates:
                 begun = known[before] if before else self.samples
                 one = range(seed, seed + 1)
                 known[first] = self._run(model, noise, begun, sigmas[before : first + 1], one).cpu()
+                if len(known) > MOST_SHARED:
+                    del known[next(iter(known))]  # the oldest
             rows.append(known[first])
         begun = torch.cat(rows)
         return self._run(model, torch.zeros_like(begun), begun, sigmas[first:], seeds)

@@ -84,8 +84,9 @@ def _mean(scores: Scores, rows: Array) -> float:
 
 def _kernel(a: Array, b: Array, lengths: Array) -> Array:
     """[N, M] correlations of f at ``a`` [N, D] and ``b`` [M, D]."""
-    squares = ((a[:, None] / lengths - b[None] / lengths) ** 2).sum(-1)
-    return np.exp(-0.5 * squares)
+    a, b = a / lengths, b / lengths
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2.0 * a @ b.T  # without an array of [N, M, D]
+    return np.exp(-0.5 * np.maximum(squares, 0.0))
 
 
 def _covariance(scores: Scores, v: Variances) -> Array:
