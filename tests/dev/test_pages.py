@@ -14,7 +14,8 @@ FOLDERS = (".", "demo", "dev/recipes", "docs", "web/docs")
 
 
 def pages() -> list[Path]:
-    return sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+    translated = (ROOT / "web" / "docs").glob("*/*.md")
+    return sorted([*(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md")), *translated])
 
 
 def test_every_page_is_checked():

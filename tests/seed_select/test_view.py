@@ -1,20 +1,12 @@
-"""The grid of candidates and the score curves."""
+"""The best image beside the score curves."""
 
 import pytest
 import torch
 
-from chorus.common.sheets import PAPER, Sheet
+from chorus.common.sheets import PAPER
+from chorus.common.tiles import Tile
 from chorus.techniques.seed_select.records import ScoreSeries
-from chorus.techniques.seed_select.view import (
-    BEST,
-    MAX_SIDE,
-    MIN_SIDE,
-    POINT,
-    Tile,
-    _font_size,
-    draw_grid,
-    draw_preview,
-)
+from chorus.techniques.seed_select.view import BEST, POINT, draw_preview
 
 
 def tile(value=0.5, size=(64, 64), captions=("1: seed 0", "score 0.1")):
@@ -31,46 +23,6 @@ def rows_of(sheet, colour):
 
 def columns_of(sheet, colour):
     return has(sheet, colour).any(0).nonzero().flatten()
-
-
-def test_grid_shows_every_image_row_by_row():
-    values = [k / 10 for k in range(1, 8)]
-    sheet = draw_grid([tile(v) for v in values])
-    centres = []
-    for v in values:
-        found = (sheet - round(v * 255) / 255).abs().amax(-1) < 1e-3
-        assert found.sum() > 100 * 100
-        y, x = (found.nonzero().float().median(0).values).tolist()
-        centres.append((round(y), x))
-    assert centres == sorted(centres)
-    assert len({y for y, _ in centres}) == 3
-
-
-@pytest.mark.parametrize("size", [(1, 1), (32, 48), (64, 8), (512, 512), (1024, 512), (700, 3000)], ids=str)
-def test_images_of_any_size_keep_their_aspect_ratio(size):
-    sheet = draw_grid([tile(1.0, size, ())])
-    height, width = (int(has(sheet, (255, 255, 255)).sum(d).max()) for d in (0, 1))
-    assert width / height == pytest.approx(size[1] / size[0], rel=0.02)
-    assert max(width, height) <= MAX_SIDE
-    assert max(width, height) >= MIN_SIDE or max(size) < MIN_SIDE
-
-
-def test_small_images_keep_their_pixels_and_large_ones_are_averaged():
-    small = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
-    sheet = draw_grid([Tile(small, ())])
-    assert torch.allclose(sheet[8 : 8 + 192, 8 : 8 + 192][12::24, 12::24], small, atol=1e-3)
-    stripes = (torch.arange(1024) % 2).float()[:, None, None].expand(1024, 1024, 3)
-    shown = draw_grid([Tile(stripes, ())])[100:400, 100:400]
-    assert float((shown - 0.5).abs().max()) < 0.02
-
-
-def test_longest_seed_fits_the_narrowest_tile():
-    caption = f"16: seed {2**64 - 1}"
-    assert Sheet.text_width(caption, _font_size(caption, MIN_SIDE)) <= MIN_SIDE
-    assert _font_size("1: seed 7", MIN_SIDE) == 13
-    plain, written = (draw_grid([tile(captions=c)]) for c in (("", ""), (caption, "")))
-    assert not torch.equal(plain, written)
-    assert torch.equal(plain[:, -8:], written[:, -8:])  # the caption does not reach the edge
 
 
 def test_low_scores_are_at_the_bottom_and_the_best_so_far_never_rises():
