@@ -79,6 +79,7 @@ class TuneBlend(io.ComfyNode):
                 "Finds the settings of a blend whose images are nearest to a description or to reference images. Many"
                 " settings are tried in few steps, the best in all steps, and then settings near the best."
             ),
+            is_experimental=True,  # not better than random search at the same cost, see BENCHMARKS.md
             search_aliases=["MagicFusion", "tune blend", "find blend settings", "optimise weights", "auto blend"],
             inputs=[
                 _model(),
