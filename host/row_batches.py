@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import comfy.model_management
 import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -26,6 +27,20 @@ CALLS_PER_STEP = dict.fromkeys(
     " exp_heun_2_x0_sde seeds_2 sa_solver_pece".split(),
     2,
 ) | dict.fromkeys(("heunpp2", "seeds_3"), 3)
+
+
+def adds_no_noise(sampler: str | None, noise_mask: Any) -> bool:
+    """Whether the final latent depends only on the initial noise, and not on the seed. ``sampler``: None if unknown."""
+    if sampler == "ddim" and noise_mask is not None:
+        return False  # ddim fills the unmasked area with noise from the seed
+    return sampler in DETERMINISTIC
+
+
+def rows_that_fit(model: ModelPatcher, size: Sequence[int], count: int) -> int:
+    """How many of ``count`` rows of a latent of ``size``, without the batch axis, fit in memory in one batch."""
+    free = comfy.model_management.get_free_memory(model.load_device)
+    # guidance doubles the rows
+    return next((n for n in range(count, 1, -1) if model.memory_required([2 * n, *size]) < free), 1)
 
 
 def rows_are_independent(model: ModelPatcher, conds: Conds) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...host.attachments import Conditioning
 from ...host.images import check_decodes, filmstrips
 from ...host.parametrization import sampling_of
-from ...host.row_batches import DETERMINISTIC, rows_are_independent
+from ...host.row_batches import adds_no_noise, rows_are_independent, rows_that_fit
 from ...host.sampled_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
 from .comfy_hook import KEY, BlendChain, blend_chain
 from .experts import ExpertSettings
@@ -129,11 +129,10 @@ class BlendCandidates:
             name: comfy.sampler_helpers.convert_cond(cond)
             for name, cond in (("positive", inputs.positive), ("negative", inputs.negative))
         }
-        if inputs.sampler_name not in DETERMINISTIC or not rows_are_independent(model, conds):
+        same_noise = adds_no_noise(inputs.sampler_name, inputs.latent_image.get("noise_mask"))
+        if not same_noise or not rows_are_independent(model, conds):
             return 1
-        free, shape = comfy.model_management.get_free_memory(model.load_device), self.samples.shape[1:]
-        # guidance doubles the rows
-        return next((n for n in range(count, 1, -1) if model.memory_required([2 * n, *shape]) < free), 1)
+        return rows_that_fit(model, self.samples.shape[1:], count)
 
     def _sample(self, model: ModelPatcher, steps: int, seeds: range) -> Tensor:
         sigmas = comfy.samplers.KSampler(
@@ -153,9 +152,9 @@ class BlendCandidates:
             known = self._shared.setdefault((steps, seed), {})
             before = max((k for k in known if k <= first), default=0)
             if before < first:
-                noise = torch.zeros_like(self.samples) if before else self._noise(range(seed, seed + 1))
-                begun = known[before] if before else self.samples
                 one = range(seed, seed + 1)
+                noise = torch.zeros_like(self.samples) if before else self._noise(one)
+                begun = known[before] if before else self.samples
                 known[first] = self._run(model, noise, begun, sigmas[before : first + 1], one).cpu()
                 if len(known) > MOST_SHARED:
                     del known[next(iter(known))]  # the oldest

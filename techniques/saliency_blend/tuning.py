@@ -200,8 +200,6 @@ class Tuning:
     def _pool(self) -> list[Point]:
         """New candidates: those of the first round, spread ones, and some near the best."""
         known = {trial.point for trial in self.trials}
-        best = self.best
-        assert best is not None  # the connected settings
         points = [trial.point for trial in self.screened] + self._spread(POOL)
         near = [trial.point for trial in self.finished[:2]]
         if self.screened:

@@ -67,17 +67,17 @@ def draw_surface(space: Space, search: Tuning) -> Tensor:
         top, height = (TOP + round((1 - y) * SIDE - CELL / 2), CELL) if down else (TOP, SIDE)
         sheet.box(left, top, CELL, height, colour_of(level(score)))
 
-    def mark(point: Point, side: int, colour: Colour) -> None:
+    def mark(point: Point, score: float, side: int, colour: Colour) -> None:
         """With a single setting, the height is the score."""
-        up = down.place(point[axes[1]]) if down else 1.0 - level(float(search.estimates([point])[0][0]))
+        up = down.place(point[axes[1]]) if down else 1.0 - level(score)
         x, y = LEFT + round(across.place(point[axes[0]]) * (SIDE - 1)), TOP + round((1 - up) * (SIDE - 1))
         sheet.box(x - side // 2, y - side // 2, side, side, colour)
 
     for point, score in zip(points, at_points.tolist(), strict=True):
         if point == best.point:
-            mark(point, FRAME, INK)
-        mark(point, POINT + 2, (0, 0, 0))
-        mark(point, POINT, colour_of(level(score)))
+            mark(point, score, FRAME, INK)
+        mark(point, score, POINT + 2, (0, 0, 0))
+        mark(point, score, POINT, colour_of(level(score)))
     _draw_axes(sheet, across, down, low, high)
     text = "expected score, lower is better; framed: the best"
     if rest:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...common.shapes import size_of
 from ...host.images import filmstrips
 from ...host.parametrization import family, is_image_to_image, sampling_of, unsupported
-from ...host.row_batches import CALLS_PER_STEP, DETERMINISTIC, rows_are_independent
+from ...host.row_batches import CALLS_PER_STEP, adds_no_noise, rows_are_independent, rows_that_fit
 from ...host.sampled_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
 from ...host.sampling_progress import SamplingProgress
 from .comfy_counting import RowCounter
@@ -159,10 +159,7 @@ class ComfySeedSampler:
     @property
     def deterministic(self) -> bool:
         """Whether the final latent depends only on the initial noise, and not on the seed."""
-        name = self.inputs.plain_sampler
-        if name == "ddim" and self.inputs.latent_image.get("noise_mask") is not None:
-            return False  # ddim fills the unmasked area with noise from the seed
-        return name in DETERMINISTIC
+        return adds_no_noise(self.inputs.plain_sampler, self.inputs.latent_image.get("noise_mask"))
 
     @property
     def calls_per_step(self) -> int:
@@ -181,10 +178,7 @@ class ComfySeedSampler:
             return 1
         if not rows_are_independent(self.model, self.inputs.conds):
             return 1
-        free = comfy.model_management.get_free_memory(self.model.load_device)
-        shape = self.samples.shape[1:]
-        # guidance doubles the rows
-        return next((n for n in range(count, 1, -1) if self.model.memory_required([2 * n, *shape]) < free), 1)
+        return rows_that_fit(self.model, self.samples.shape[1:], count)
 
     def allow_gradients(self, settings: SessionSettings) -> None:
         """Enable optimisation in a session with ``settings``; ValueError if no correct gradient is available with them."""

@@ -9,6 +9,17 @@ from chorus.dev.tools.setup import ROOT
 from chorus.tests.robustness import invalid_inputs as invalid
 from chorus.tests.robustness.invalid_inputs import boxes, conditionings, images, latents, masks, models, subset
 
+INVALID_LATENTS = (
+    "four channels",
+    "sixteen channels",
+    "a video",
+    "no batch",
+    "no latent",
+    "no width",
+    "NaN",
+    "two",
+    "no samples",
+)
 INVALID_IMAGES = ("no image", "no width", "grey with alpha", "no batch", "a video")
 # by case: the function that runs the node, the input, its invalid values, and which of them the node must reject
 CASES = {
@@ -35,17 +46,7 @@ CASES = {
         invalid.select,
         "latent_image",
         latents,
-        (
-            "four channels",
-            "sixteen channels",
-            "a video",
-            "no batch",
-            "no latent",
-            "no width",
-            "NaN",
-            "two",
-            "no samples",
-        ),
+        INVALID_LATENTS,
     ),
     "select's references": (
         invalid.select,
@@ -55,22 +56,7 @@ CASES = {
     ),
     "tune": (invalid.tune, "model", models, ("a flow model", "four channels")),
     "tune's prompt": (invalid.tune, "positive", conditionings, ("of another width", "NaN", "no token", "no entry")),
-    "tune's latent": (
-        invalid.tune,
-        "latent_image",
-        latents,
-        (
-            "four channels",
-            "sixteen channels",
-            "a video",
-            "no batch",
-            "no latent",
-            "no width",
-            "NaN",
-            "two",
-            "no samples",
-        ),
-    ),
+    "tune's latent": (invalid.tune, "latent_image", latents, INVALID_LATENTS),
     "tune's references": (invalid.tune, "references", images, (*INVALID_IMAGES, "grey", "NaN", "infinite")),
     "train a head": (
         invalid.train_head,

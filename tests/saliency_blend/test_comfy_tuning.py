@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from chorus.demo import modules
-from chorus.demo.comfy_latent import ChorusEmojiLatent
 from chorus.nodes.tune_blend import BlendGrid, TuneBlend, space_of, widget_limits
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.techniques.saliency_blend.comfy_image_score import COLORS, ImageScore
 from chorus.techniques.saliency_blend.comfy_tuning import CONTINUES, BlendCandidates, SamplingInputs
 from chorus.techniques.saliency_blend.tuning_space import NAMES
 from chorus.tests.support.gradients import with_easycache
+from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.tiny_models import (
     blend,
@@ -37,12 +37,6 @@ WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
 SAMPLING = dict(steps=4, cfg=3.0, seed=5, sampler_name="euler", scheduler="normal")
 SETTINGS = "bias = -1 to 1\nstart_percent = 0 to 0.6\nmask_refresh = 1 | 4"
 SIDE = 64  # pixels along a side of an image, for a latent of 8x8
-
-
-class Scaled(ChorusEmojiLatent):
-    """Latent format with different scales of the VAE's and the model's latents, as in real models."""
-
-    scale_factor = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +175,17 @@ def test_no_step_is_shared_if_a_continued_run_would_differ(models, vae):
                 found = run.latents((start,), 8, range(1))
                 assert torch.equal(found, plain(base, latent_image=given, sampler_name=sampler, steps=8))
             assert run.evaluated_steps == 16
+
+
+def test_ddim_with_an_inpainting_mask_gives_each_seed_its_own_noise(models, vae):
+    """ddim fills the unmasked area with noise of the seed, so that several seeds must not share a batch."""
+    masked = {"samples": torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0))}
+    masked["noise_mask"] = (torch.arange(8) < 4).float().expand(1, 1, 8, 8).clone()
+    model = blended(models)
+    run = candidates(model, vae, latent_image=masked, sampler_name="ddim")
+    with torch.inference_mode():
+        found = run.latents((0.0,), 4, range(2))
+    assert torch.equal(found, torch.cat([plain(model, seed, masked, "ddim") for seed in (5, 6)]))
 
 
 def test_weights_of_an_expert_on_the_same_module_are_copied_once(models, vae, monkeypatch):

@@ -24,7 +24,6 @@ from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
 
 from chorus.demo import modules
-from chorus.demo.comfy_latent import ChorusEmojiLatent
 from chorus.dev.recipes.vision import SCALE, names
 from chorus.host.sampling_progress import SamplingProgress
 from chorus.nodes.seed_files import LoadSeed, SaveSeed
@@ -35,6 +34,7 @@ from chorus.techniques.seed_select.comfy_scoring import ScoringSettings
 from chorus.techniques.seed_select.comfy_session import SessionSettings
 from chorus.techniques.seed_select.inversion import invert
 from chorus.tests.support.gradients import with_easycache
+from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.tiny_models import (
     conditioning,
@@ -54,12 +54,6 @@ WORDS = conditioning(10), conditioning(11)
 SETTINGS = dict(steps=4, cfg=3.0, candidates=6, first_steps=1, iterations=2, seed=5)
 SIDE = 64  # pixels along a side of the image, for a latent of 8x8
 Result = namedtuple("Result", "noise seed samples grid preview report")
-
-
-class Scaled(ChorusEmojiLatent):
-    """Latent format with different scales of the VAE's and the model's latents, as in real models."""
-
-    scale_factor = 0.5
 
 
 @pytest.fixture(scope="module")
