@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    blend_grid,
     cas_dm,
     cas_dm_train,
     demo,
@@ -21,13 +22,12 @@ from . import (
     seed_files,
     seed_select,
     training_pairs,
-    tune_blend,
     vary_prompt,
 )
 
 NODES: list[type[io.ComfyNode]] = [
     *saliency_noise_blend.NODES,
-    *tune_blend.NODES,
+    *blend_grid.NODES,
     *seed_select.NODES,
     *seed_files.NODES,
     *vary_prompt.NODES,

@@ -243,14 +243,6 @@ def _blended():
     return execute("SaliencyNoiseBlend", {**defaults("SaliencyNoiseBlend"), **STEADY, **wired})[0]
 
 
-def tune_blend(inputs: dict[str, Any], seed: int) -> Outcome:
-    wired = dict(model=_blended(), positive=prompt("a dog left of a tree on blue"), negative=prompt(""))
-    wired |= dict(latent_image=empty(), vae=vae(), clip_vision=vision())
-    model, _, _, _, report = execute("TuneBlend", {**wired, **inputs, "seed": inputs["seed"] + 1000 * seed})
-    numbers = {"cost": found(r"cost (\d+) of", report), "seeds": found(r"with all (\d+) seeds", report)}
-    return Outcome(sample(model, "a dog left of a tree on blue", batch=2, steps=inputs["steps"], seed=0), numbers)
-
-
 def blend_grid(inputs: dict[str, Any], seed: int) -> Outcome:
     wired = dict(model=_blended(), positive=prompt("a dog left of a tree on blue"), negative=prompt(""))
     sheet, _ = execute(
@@ -418,17 +410,6 @@ STEADY = dict(start_percent=0.05, mask_refresh=20)
 SETTINGS = {
     "SaliencyNoiseBlend": Setting(run=blend, inputs=STEADY),
     "SeedSelect": Setting(run=seed_select, inputs=dict(steps=5, candidates=8, first_steps=2, cfg=4.0, iterations=4)),
-    "TuneBlend": Setting(
-        run=tune_blend,
-        inputs=dict(
-            prompt_score="a dog in flat style left of a tree in glossy style",
-            settings="bias = -1 to 1\nstart_percent = 0 to 0.3",
-            evaluations=8,
-            seeds=2,
-            steps=4,
-            cfg=4.0,
-        ),
-    ),
     "BlendGrid": Setting(run=blend_grid, inputs=dict(rows="bias = 0 | 1", columns="", steps=4, cfg=4.0)),
     "VaryPrompt": Setting(run=vary_prompt),
     "CasDMHead": Setting(run=cas_dm_head),
@@ -513,13 +494,6 @@ CONTROLS: dict[str, dict[str, Control]] = {
         "shares": Control(kind="selection", inputs=OPTIMIZE | dict(iterations=0, pick=2)),
         # a single candidate, since another strength can change which one is the best
         "prompt_variation": Control(inputs=dict(candidates=1), at=1.0),
-    },
-    "TuneBlend": {
-        "evaluations": Control(kind="time", number="cost", off=0, at=8, most=24),
-        "seeds": Control(kind="number", number="seeds", inputs=dict(evaluations=24), at=2, most=8),
-        "seed": SEED,
-        "steps": Control(kind="time", at=4, most=12),
-        "cfg": PICTURE,
     },
     "BlendGrid": {
         "seed": SEED,

@@ -37,7 +37,7 @@ The columns are the checks:
 - *same checkpoint*: a blend whose expert has the base's weights and another prompt equals sampling with each prompt alone.
 - *other family*: a blend whose expert is of another family with the same latent space equals the definition.
 - *neutral*: with strength 0 or an empty region, the result has the same bits as the base alone.
-- *tuned blend*: the images that TuneBlend scores are those of KSampler, bit for bit, and up to rounding if candidates share steps.
+- *grid image*: the images of BlendGrid are those of KSampler, bit for bit, and up to rounding if images share steps.
 - *seed search*: KSampler generates the same samples, bit for bit, from the seed that SeedSelect chose.
 - *seed gradient*: the gradient of SeedSelect equals finite differences.
 - *untrained head*: CasDMHead with an untrained head changes nothing.

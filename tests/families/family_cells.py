@@ -302,10 +302,10 @@ def seed_search(models):
 
 
 @in_inference_mode
-def tuned_blend(models):
-    """TuneBlend scores the samples of KSampler: bit for bit, or up to rounding after the steps that candidates share."""
-    from chorus.nodes.tune_blend import space_of
-    from chorus.techniques.saliency_blend.comfy_tuning import BlendCandidates, SamplingInputs
+def grid_image(models):
+    """BlendGrid shows the images of KSampler: bit for bit, or up to rounding after the steps that images share."""
+    from chorus.nodes.blend_grid import varied_setting
+    from chorus.techniques.saliency_blend.comfy_grid_images import GridImages, SamplingInputs
 
     samples, steps = models.family.latent(), 4
     positive, negative = models.prompts
@@ -318,10 +318,10 @@ def tuned_blend(models):
         model, _ = blend(
             models.base, models.expert, *models.expert_prompts, start_percent=start, expert_strength=STRENGTH
         )
-        run = BlendCandidates(model, space_of("bias = -1 to 1", model), inputs, vae)
+        run = GridImages(model, [varied_setting("rows", "bias = 0", model)], inputs, vae)
         expected = models.sample(model, steps=steps)
         for _ in range(2):
-            found = run.layout.unpack(run.latents((0.0,), steps, range(1)))
+            found = run.layout.unpack(run.latent((0.0,)))
             error = 0.0 if same_bits(found, expected) else distance(found, expected)
             assert error <= bound, f"with start_percent {start:g}, differs from KSampler by {error:.2g}"
 
@@ -360,7 +360,7 @@ CELLS: dict[str, Callable[[Models], None]] = {
     "same checkpoint": same_checkpoint,
     "other family": other_family,
     "neutral": neutral,
-    "tuned blend": tuned_blend,
+    "grid image": grid_image,
     "seed search": seed_search,
     "seed gradient": seed_gradient,
     "untrained head": untrained_head,

@@ -28,7 +28,6 @@ KINDS = {"IMAGE", "MASK", "LATENT", "TOKENS", "BOUNDING_BOX,SEGS"}  # sockets wh
 # nodes that look at a batch as one
 BY_NATURE = {
     "SeedSelect": "all references together define one concept; latent_image must be a single latent",
-    "TuneBlend": "all references together define what is wanted; latent_image must be a single latent",
     "BlendGrid": "latent_image must be a single latent",
     "FaceRealismScore": "the distance of two sets of images",
     "TrainCasDMHead": "a training on all latents",

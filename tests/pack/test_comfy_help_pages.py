@@ -182,7 +182,7 @@ TRANSLATED = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob("*/*
 def test_translations_are_of_nodes_and_in_both_languages():
     found = {tuple(name.removesuffix(".md").split("/")) for name in TRANSLATED}
     ids = {id for id, _ in found}
-    assert {"MaskedTokenVideo", "TuneBlend", "BlendGrid"} <= ids <= set(SCHEMAS)
+    assert {"MaskedTokenVideo", "BlendGrid"} <= ids <= set(SCHEMAS)
     assert found == {(id, language) for id in ids for language in ("ja", "zh")}
 
 
@@ -205,8 +205,8 @@ def test_translation_has_the_structure_of_the_english_page(name):
 
 
 def test_server_serves_a_translation_where_the_page_asks_for_it(client):
-    file = DOCS / "TuneBlend" / "ja.md"
-    assert client.get("/extensions/ComfyUI-Chorus/docs/TuneBlend/ja.md") == file.read_bytes()
+    file = DOCS / "BlendGrid" / "ja.md"
+    assert client.get("/extensions/ComfyUI-Chorus/docs/BlendGrid/ja.md") == file.read_bytes()
 
 
 def test_server_serves_the_picture(client):

@@ -168,12 +168,11 @@ def select(**inputs):
     return execute("SeedSelect", **{**valid, "grid_size": 2, **inputs})
 
 
-def tune(model=None, expert=None, **inputs):
+def grid(model=None, expert=None, **inputs):
     blended = execute("SaliencyNoiseBlend", model=model or general(), expert=expert or other())[0]
     valid = {"positive": words(), "negative": words(""), "latent_image": {"samples": torch.zeros(LATENT)}}
-    valid |= {"references": references(), "vae": loaded("ChorusDemoCheckpoint")[2], "steps": 2}
-    valid |= {"clip_vision": loaded("ChorusDemoVision")[0], "evaluations": 3, "seeds": 1, "settings": "bias = 0 | 1"}
-    return execute("TuneBlend", **{**valid, "model": blended, **inputs})
+    valid |= {"vae": loaded("ChorusDemoCheckpoint")[2], "steps": 2, "rows": "bias = 0 | 1", "columns": ""}
+    return execute("BlendGrid", **{**valid, "model": blended, **inputs})
 
 
 def train_head(**inputs):

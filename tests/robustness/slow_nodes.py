@@ -99,35 +99,16 @@ def seeds(count=1, **inputs) -> Callable[[], Case]:
     return make
 
 
-def tuned(grid=False) -> Callable[[], Case]:
-    def make() -> Case:
-        models = unet(0, latent_format=Scaled), unet(1, latent_format=Scaled)
-        with torch.inference_mode():
-            vae = modules.make_vae(modules.load_autoencoder())
-        blended, _ = blend(*models, *OTHER_WORDS)
-        wired = dict(
-            model=blended, positive=WORDS[0], negative=WORDS[1], latent_image=latent(height=4, width=4), vae=vae
-        )
-        settings = dict(steps=2, cfg=3.0, seed=5)
-        node = NODE["BlendGrid" if grid else "TuneBlend"]
-        used = (blended, *models, vae)
-        if grid:
-            settings |= dict(rows="bias = 0 | 1", columns="")
-        else:
-            vision = tiny_encoder()
-            coarse = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(4))
-            wired |= dict(clip_vision=vision, references=coarse.movedim(1, -1).contiguous())
-            settings |= dict(evaluations=6, seeds=2, settings="bias = -1 to 1")
-            used += (vision,)
-        arguments = {**defaults(node), **wired, **settings}
-
-        def run():
-            out = node.execute(**arguments).args
-            return [x for x in out if not hasattr(x, "model_options")]  # without the MODEL
-
-        return Case(run, used, True, cancel_returns_best=True, slow=True)
-
-    return make
+def grid() -> Case:
+    models = unet(0, latent_format=Scaled), unet(1, latent_format=Scaled)
+    with torch.inference_mode():
+        vae = modules.make_vae(modules.load_autoencoder())
+    blended, _ = blend(*models, *OTHER_WORDS)
+    node = NODE["BlendGrid"]
+    wired = dict(model=blended, positive=WORDS[0], negative=WORDS[1], latent_image=latent(height=4, width=4), vae=vae)
+    settings = dict(rows="bias = 0 | 1", columns="", steps=2, cfg=3.0, seed=5)
+    arguments = {**defaults(node), **wired, **settings}
+    return Case(lambda: list(node.execute(**arguments).args), (blended, *models, vae), True, True, slow=True)
 
 
 def node_on(name: str, model, **inputs) -> Callable[[], object]:
@@ -245,8 +226,7 @@ CASES = {
     "SeedSelect search+optimize": seeds(mode="search+optimize"),
     "SeedSelect inversion": seeds(start="inversion", candidates=1),
     "SeedSelect centroid": seeds(2, start="centroid", mode="optimize"),
-    "TuneBlend": tuned(),
-    "BlendGrid": tuned(grid=True),
+    "BlendGrid": grid,
     "MaskedTokenSampler": tokens_sampled,
     "MaskedTokenVideo": tokens_moved,
     "MaskedTokenEncode": tokens_encoded,

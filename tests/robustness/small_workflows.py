@@ -170,17 +170,6 @@ PACK = {
         "cfg": 4.0,
         "grid_size": 2,
     },
-    "TuneBlend": {
-        "model": ["SaliencyNoiseBlend", 0],
-        **_CONDS,
-        "vae": ["ChorusDemoCheckpoint", 2],
-        "clip_vision": ["ChorusDemoVision", 0],
-        "prompt_score": "a cat in flat style",
-        "evaluations": 3,
-        "seeds": 1,
-        "steps": 2,
-        "cfg": 4.0,
-    },
     "BlendGrid": {
         "model": ["SaliencyNoiseBlend", 0],
         **_CONDS,

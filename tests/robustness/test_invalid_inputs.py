@@ -54,10 +54,9 @@ CASES = {
         images,
         (*INVALID_IMAGES, "a pixel", "grey", "NaN", "infinite", "bytes"),
     ),
-    "tune": (invalid.tune, "model", models, ("a flow model", "four channels")),
-    "tune's prompt": (invalid.tune, "positive", conditionings, ("of another width", "NaN", "no token", "no entry")),
-    "tune's latent": (invalid.tune, "latent_image", latents, INVALID_LATENTS),
-    "tune's references": (invalid.tune, "references", images, (*INVALID_IMAGES, "grey", "NaN", "infinite")),
+    "grid": (invalid.grid, "model", models, ("a flow model", "four channels")),
+    "grid's prompt": (invalid.grid, "positive", conditionings, ("of another width", "NaN", "no token", "no entry")),
+    "grid's latent": (invalid.grid, "latent_image", latents, INVALID_LATENTS),
     "train a head": (
         invalid.train_head,
         "samples",
