@@ -1,6 +1,7 @@
 """``bench gpu``: the limit of time, failures and refusals, the comparison with float64, the tables, and the bundle."""
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -218,6 +219,15 @@ def test_exact_blend_equals_the_definition(case):
     assert (exact.certain.numpy() == expected.certain).all()
     assert exact.weight_bound == pytest.approx(expected.weight_bound)
     assert exact.rounding == pytest.approx(expected.rounding)
+
+
+def test_exact_blend_takes_the_arguments_of_the_kernel():
+    kernel, exact = (
+        set(inspect.signature(f).parameters) for f in (blend_kernel.saliency_blend, gpu_kernels.exact_blend)
+    )
+    unchecked = {"quota", "memory", "momentum"}  # bench gpu does not use them; tests/kernels does
+    assert kernel - exact == {"backend", *unchecked}
+    assert exact < kernel
 
 
 def test_correct_blend_passes():

@@ -16,7 +16,7 @@ from chorus.dev.tools.setup import ROOT
 DOCS = ROOT / "web" / "docs"
 SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in nodes.NODES)}
 FURTHER = ["With SamplerCustomAdvanced", "Videos", "On several machines"]  # as needed
-HEADINGS = ["Inputs", "Outputs", "Cost", "Try first", "Good to know", *FURTHER, "Paper"]
+HEADINGS = ["Try first", "Inputs", "Outputs", "Cost", "Good to know", *FURTHER, "Paper"]
 OPTIONAL = {"Good to know", *FURTHER, "Paper"}
 MIN_SIDE, MAX_WIDTH, MAX_HEIGHT, MAX_BYTES = 200, 900, 1000, 120_000
 IMAGE = re.compile(r"!\[(.*?)\]\((.*?)\)", re.S)

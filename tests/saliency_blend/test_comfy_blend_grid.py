@@ -3,9 +3,11 @@
 import comfy.model_management
 import pytest
 import torch
+from comfy_api.latest import io
 
 from chorus.demo import modules
 from chorus.nodes.blend_grid import BlendGrid, varied_setting, widget_limits
+from chorus.nodes.saliency_noise_blend import SaliencyNoiseBlend
 from chorus.techniques.saliency_blend.comfy_grid_images import CONTINUES, GridImages, SamplingInputs
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.techniques.saliency_blend.varied_settings import NAMES
@@ -27,6 +29,7 @@ from chorus.tests.support.tiny_models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 Interrupted = comfy.model_management.InterruptProcessingException
 WORDS, EXPERT_WORDS = [(conditioning(i), conditioning(i + 1)) for i in (10, 30)]
+FIXED = {"region_mode", "refresh", "skip_below", "crop_margin"}  # how a region acts, and how work is saved
 SAMPLING = dict(steps=4, cfg=3.0, seed=5, sampler_name="euler", scheduler="normal")
 
 
@@ -80,6 +83,12 @@ def test_limits_are_those_of_the_widgets_of_the_blend_node():
     assert (widget_limits()["bias"].low, widget_limits()["bias"].step) == (-5.0, 0.05)
     assert widget_limits()["saliency"].options == ("own", "shared")
     assert widget_limits()["mask_refresh"].whole
+
+
+def test_every_setting_of_the_blend_can_vary_or_is_excluded_here():
+    kinds = io.Int.Input, io.Float.Input, io.Combo.Input
+    settings = [w.id for w in SaliencyNoiseBlend.define_schema().inputs if isinstance(w, kinds)]
+    assert sorted(settings) == sorted([*NAMES, *FIXED])
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])
