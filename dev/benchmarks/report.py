@@ -258,7 +258,8 @@ def main() -> int:
     old = {path: path.read_text(encoding="utf-8") for path in PAGES}
     try:
         new = {path: page(text, tables) for path, text in old.items()}
-        if unused := [name for name in tables if f"{BEGIN}{name} -->" not in "".join(old.values())]:
+        likes = {spec.get("like") for spec in tables.values()}
+        if unused := [n for n in tables if n not in likes and f"{BEGIN}{n} -->" not in "".join(old.values())]:
             raise ValueError(f"tables of {TABLES.name} that no page uses: {', '.join(unused)}")
     except ValueError as error:
         print(error, file=sys.stderr)
