@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.masks import connected
 from ..host.files import workflow_metadata
 from ..host.images import embeddings
-from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, per_image
+from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, faces_of_mask, missed, only_areas, per_image
 from ..techniques.face_refiner.comfy_files import FILES, load_refiner, save_refiner
 from ..techniques.face_refiner.comfy_model import FaceRefinerModel, RefinerRun
 from ..techniques.face_refiner.identity import feature_guard, structure_guard
@@ -185,7 +185,7 @@ class FaceRefiner(io.ComfyNode):
                     options=list(CHOICES),
                     default="all",
                     advanced=True,
-                    tooltip="Faces to refine in each image: all, the largest, or the one at face_index.",
+                    tooltip="Faces, or areas of the mask, to refine in each image: all, the largest, or the one at face_index.",
                 ),
                 io.Int.Input(
                     "face_index",
@@ -193,7 +193,8 @@ class FaceRefiner(io.ComfyNode):
                     min=-64,
                     max=64,
                     advanced=True,
-                    tooltip="Number of the face in the detector's order, from 0; -1 is the last. Used only if faces is set to index.",
+                    tooltip="Number of the face in the detector's order, from 0; -1 is the last. Areas of a mask are numbered from"
+                    " the largest. Used only if faces is set to index.",
                 ),
                 io.Int.Input(
                     "min_face",
@@ -290,12 +291,21 @@ class FaceRefiner(io.ComfyNode):
         if mask is not None:
             check_mask(mask, image)
         if bboxes is not None:
-            boxes = choose(faces_in(per_image(bboxes, *image.shape[:3]), *image.shape[1:3]), faces, face_index)
-            refined = refine_boxes(image, boxes, refine, settings, mask, guard)
+            found = faces_in(per_image(bboxes, *image.shape[:3]), *image.shape[1:3])
+            chosen = choose(found, faces, face_index)
+            refined = refine_boxes(image, chosen, refine, settings, mask, guard)
+            notes += missed(found, faces, face_index) if found else ["no face: the image is unchanged"]
         elif mask is not None:
-            refined = refine_mask(image, mask, refine, settings, guard)
+            found = faces_of_mask(mask, len(image))
+            chosen = choose(found, faces, face_index)
+            # a crop may contain parts of other areas, which must not change unless they are chosen
+            chosen_mask = mask if faces == "all" else only_areas(mask, chosen)
+            refined = refine_mask(image, chosen, refine, settings, chosen_mask, guard)
+            notes += missed(found, faces, face_index) if found else ["the mask is 0 everywhere: the image is unchanged"]
         else:
             refined = refine_whole(image, refine, settings, guard)
+            if faces != "all":
+                notes.append(f"faces {faces}: not used, because the whole image is refined without bboxes and mask")
         return outputs(refined, [f"{refiner}", *notes], settings.size)
 
 
@@ -305,7 +315,9 @@ def outputs(refined: Refined, lines: list[str], size: int) -> io.NodeOutput:
         if "NaN" in record.note:
             log.warning("FaceRefiner: %s", describe([record]))
     crops = refined.crops if len(refined.crops) else torch.zeros(1, size, size, 3)
-    return io.NodeOutput(refined.images, refined.mask, crops, "\n".join([*lines, describe(refined.records)]))
+    return io.NodeOutput(
+        refined.images, refined.mask, crops, "\n".join(filter(None, [*lines, describe(refined.records)]))
+    )
 
 
 NODES: list[type[io.ComfyNode]] = [LoadFaceRefiner, SaveFaceRefiner, FaceRefiner]

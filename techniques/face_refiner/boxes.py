@@ -4,12 +4,14 @@ Boxes are (x, y, width, height) in pixels; windows have integer pixels and may e
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from einops import repeat
 from scipy import ndimage
@@ -18,7 +20,7 @@ from torch import Tensor
 from ...common.settings import check_choice
 
 CHOICES = ("all", "largest", "index")
-GRID = 96  # faces_of_mask looks for separate areas on a grid with at most this many cells along the longer side
+GRID = 96  # _areas looks for separate areas on a grid with at most this many cells along the longer side
 
 Box = tuple[float, float, float, float]
 
@@ -29,7 +31,7 @@ class Face:
 
     image: int
     box: Box
-    index: int  # position of the box in the detector's list for this image
+    index: int  # position of the box in the detector's list for this image, or of the area in faces_of_mask
     is_outside: bool = False  # whether no pixel of the box is in the image; such a face is not refined
 
     @property
@@ -181,22 +183,53 @@ def choose(faces: Sequence[Face], which: str = "all", index: int = 0) -> list[Fa
     return chosen
 
 
-def faces_of_mask(mask: Tensor) -> list[list[Box]]:
-    """A box around each non-zero area of a mask [B, H, W], by image, the largest first.
+def missed(faces: Sequence[Face], which: str, index: int) -> list[str]:
+    """A line of the report for each image that has faces, but none at ``index``; none unless ``which`` is index."""
+    lines = []
+    for image, count in sorted(Counter(face.image for face in faces).items() if which == "index" else ()):
+        if not -count <= index < count:
+            found, valid = (
+                ("1 face was", "0 or -1")
+                if count == 1
+                else (f"{count} faces were", f"a number from {-count} to {count - 1}")
+            )
+            lines.append(f"image {image}: face_index {index}, but {found} found; use {valid}; the image is unchanged")
+    return lines
+
+
+def faces_of_mask(mask: Tensor, images: int) -> list[Face]:
+    """A face for each non-zero area of a ``mask`` [1 or B, H, W] for ``images`` images; by image, the largest box first.
 
     Areas are merged if they touch at a corner, or if the gap is less than about a hundredth of the longer side.
     """
+    boxes = [[box for box, _ in _ordered(areas)] for areas in _areas(mask)]
+    return faces_in(boxes * (images if len(boxes) == 1 else 1), *mask.shape[1:])
+
+
+def only_areas(mask: Tensor, faces: Sequence[Face]) -> Tensor:
+    """``mask`` [M, H, W] with 0 in the areas that are not among ``faces``, which are some of ``faces_of_mask(mask)``."""
+    kept = []
+    for image, areas in enumerate(_areas(mask)):
+        labels = [label for _, label in _ordered(areas)]
+        kept.append(np.isin(areas, [labels[face.index] for face in faces if face.image == image]))
+    return torch.where(torch.from_numpy(np.stack(kept)).to(mask.device), mask, torch.zeros_like(mask))
+
+
+def _ordered(areas: np.ndarray) -> list[tuple[Box, int]]:
+    """The box and the number of each of the ``areas`` [H, W], the largest box first."""
+    boxes = [(_box_of(*place), number) for number, place in enumerate(ndimage.find_objects(areas), start=1)]
+    return sorted(boxes, key=lambda entry: -entry[0][2] * entry[0][3])
+
+
+def _areas(mask: Tensor) -> Iterator[np.ndarray]:
+    """For each mask of [M, H, W] the number of the area [H, W] that each pixel belongs to, from 1; 0 where the mask is 0."""
     height, width = mask.shape[1:]
     step = max(1, math.ceil(max(height, width) / GRID))
     marked = (mask > 0).cpu()
     cells = F.max_pool2d(marked.float().unsqueeze(1), step, ceil_mode=True).squeeze(1)
-    boxes_by_image = []
     for image, coarse in zip(marked.numpy(), cells.numpy()):
         labels, _ = ndimage.label(coarse, structure=np.ones((3, 3)))
-        areas = repeat(labels, "h w -> (h y) (w x)", y=step, x=step)[:height, :width] * image
-        boxes = [_box_of(rows, columns) for rows, columns in ndimage.find_objects(areas)]
-        boxes_by_image.append(sorted(boxes, key=lambda box: -box[2] * box[3]))
-    return boxes_by_image
+        yield repeat(labels, "h w -> (h y) (w x)", y=step, x=step)[:height, :width] * image
 
 
 def _box_of(rows: slice, columns: slice) -> Box:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...common.masks import check_count
 from ...common.shapes import size_of
-from .boxes import Box, Face, faces_in, faces_of_mask, window
+from .boxes import Box, Face, Window, window
 from .identity import Guard, limit_identity_change
 from .paste import crop, extend, paste, pasted, ramp, scaled, weight
 
@@ -61,6 +61,7 @@ class FaceRecord:
     box: Box | None
     strength: float = 0.0  # the applied strength
     change: float = 0.0  # mean absolute change of its crop, in 0..1
+    masked_change: float | None = None  # the same, multiplied by the mask; None without a mask
     full_distance: float | None = None  # from the original, at the requested strength
     distance: float | None = None  # from the original, at the applied strength
     note: str = ""  # the reason if nothing was changed
@@ -110,14 +111,17 @@ def refine_boxes(
 
 
 def refine_mask(
-    images: Tensor, mask: Tensor, refine: Refine, settings: FaceRefinerSettings, guard: Guard | None = None
+    images: Tensor,
+    faces: Sequence[Face],
+    refine: Refine,
+    settings: FaceRefinerSettings,
+    mask: Tensor,
+    guard: Guard | None = None,
 ) -> Refined:
-    """As ``refine_boxes``, with one face for each area of the ``mask`` [1 or B, H, W].
+    """As ``refine_boxes``, for ``faces`` that are all areas of the ``mask`` [1 or B, H, W]; see ``only_areas``.
 
     Feathers only the edge of the mask, not the edges of the windows.
     """
-    boxes = faces_of_mask(mask)
-    faces = faces_in(boxes * (len(images) if len(boxes) == 1 else 1), *images.shape[1:3])
     limits = [ramp(image_mask, settings.feather) for image_mask in mask]
     return _refine_faces(images, faces, refine, settings, limits, guard, framed=False)
 
@@ -163,7 +167,9 @@ def _refine_faces(
     windows = [window(faces[i], settings.padding, height, width) for i in rows]
     crops = torch.cat([crop(images[faces[i].image], w, settings.size) for i, w in zip(rows, windows)])
     offsets = _seed_offsets([faces[i].image for i in rows])
-    changes, results = _changes(crops, [records[i] for i in rows], offsets, refine, settings, guard)
+    limits_of_rows = None if limits is None else [limits[faces[i].image if len(limits) > 1 else 0] for i in rows]
+    masked = None if limits_of_rows is None else _over_crops(limits_of_rows, windows, settings.size, crops)
+    changes, results = _changes(crops, [records[i] for i in rows], offsets, refine, settings, guard, masked)
     for i, record in zip(rows, results):
         records[i] = record
     out = images
@@ -173,11 +179,24 @@ def _refine_faces(
             continue
         if out is images:
             out = images.clone()
-        limit = None if limits is None else limits[image if len(limits) > 1 else 0]
-        parts = [(windows[n], weight(windows[n], settings.feather, limit, framed), changes[n]) for n in changed_rows]
+        parts = []
+        for n in changed_rows:
+            limit = None if limits_of_rows is None else limits_of_rows[n]
+            parts.append((windows[n], weight(windows[n], settings.feather, limit, framed), changes[n]))
         out[image], mask[image] = paste(images[image], parts)
     refined_crops = (crops + changes).clamp(0.0, 1.0).movedim(1, -1)
     return Refined(out, mask, refined_crops, records)
+
+
+def _over_crops(limits: Sequence[Tensor], windows: Sequence[Window], size: int, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask over each crop, [N, 1, S, S], and its largest value in each window, [N]; both on the device of ``crops``.
+
+    ``limits``: for each window the mask [H, W] of its image.
+    """
+    scaled_limits = torch.cat([crop(limit.unsqueeze(-1), w, size) for limit, w in zip(limits, windows)])
+    # scaling may round a few pixels of the mask away, so the largest value is taken before
+    largest = torch.stack([limit[w.inside].amax() for limit, w in zip(limits, windows)])
+    return scaled_limits.to(crops), largest.to(crops)
 
 
 def _seed_offsets(images: Sequence[int]) -> list[int]:
@@ -195,10 +214,11 @@ def _changes(
     refine: Refine,
     settings: FaceRefinerSettings,
     guard: Guard | None,
+    masked: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, list[FaceRecord]]:
     """The changes to add to ``crops`` [N, 3, h, w], and a record for each crop. ``offsets``: of the seeds.
 
-    The change of a crop is 0 if the refiner's output for it is not finite.
+    The change of a crop is 0 if the refiner's output for it is not finite. ``masked``: the result of ``_over_crops``.
     """
     changes = apply(refine, crops, offsets, settings.multiple, settings.min_side) - crops
     broken = ~changes.flatten(1).isfinite().all(1)
@@ -212,14 +232,21 @@ def _changes(
         changes = changes * scale.to(changes).view(-1, 1, 1, 1)
     # one read for all values of all faces, because the CPU waits for the GPU at each read
     columns = [broken, crops.flatten(1).isfinite().all(1), changes.flatten(1).abs().mean(1)]
+    if masked is not None:
+        columns += [(changes.abs() * masked[0]).flatten(1).mean(1), masked[1]]
     read = torch.stack([column.float() for column in columns], dim=1).tolist()
     results = []
-    for i, (record, (is_broken, is_finite, change)) in enumerate(zip(records, read, strict=True)):
+    for i, (record, (is_broken, is_finite, change, *of_mask)) in enumerate(zip(records, read, strict=True)):
         if is_broken:
             source = "the refiner's output" if is_finite else "the input image"
             results.append(replace(record, note=f"{source} is not finite (NaN or infinite), not refined"))
             continue
-        result = replace(record, strength=settings.strength * scale[i].item(), change=change)
+        if of_mask and of_mask[1] == 0.0:
+            results.append(replace(record, note="excluded by the mask, which is 0 in the whole crop; unchanged"))
+            continue
+        masked_change = of_mask[0] if of_mask else None
+        strength = settings.strength * scale[i].item()
+        result = replace(record, strength=strength, change=change, masked_change=masked_change)
         if distances is not None:
             result = replace(result, full_distance=distances[0][i].item(), distance=distances[1][i].item())
             if result.strength == 0.0:
@@ -261,13 +288,13 @@ def lock_colors(changes: Tensor) -> Tensor:
 
 def describe(records: Sequence[FaceRecord]) -> str:
     """A report with one line per face."""
-    if not records:
-        return "no face: the image is unchanged"
     lines = []
     for record in records:
         place = "whole image" if record.box is None else "face at {:.0f}, {:.0f}, {:.0f} x {:.0f}".format(*record.box)
         line = f"image {record.image}, {place}: "
         line += record.note or f"strength {record.strength:.3g}, mean change {record.change:.4f}"
+        if record.masked_change is not None and not record.note:
+            line += f" ({record.masked_change:.4f} after the mask)"
         if record.distance is not None:
             line += f", distance {record.distance:.4f} ({record.full_distance:.4f} at full strength)"
         lines.append(line)

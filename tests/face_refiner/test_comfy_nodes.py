@@ -507,6 +507,62 @@ def test_faces_outside_are_never_the_largest_and_count_for_the_index(image):
     assert "strength 1" not in report and "outside" in report
 
 
+def two_areas():
+    mask = torch.zeros(1, 48, 64)
+    mask[0, 4:24, 4:24] = mask[0, 30:40, 40:50] = 1
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("choice", "place"),
+    [
+        ({"faces": "largest"}, "4, 4, 20 x 20"),
+        ({"faces": "index", "face_index": 0}, "4, 4, 20 x 20"),
+        ({"faces": "index", "face_index": -1}, "40, 30, 10 x 10"),
+    ],
+    ids=str,
+)
+def test_faces_selects_areas_of_the_mask(image, choice, place):
+    refined, mask, crops, report = refine(image, refiner(), mask=two_areas(), **choice)
+    assert report.count(f"face at {place}: strength 1") == report.count("face at") == len(crops) == 2
+    x, y, width, height = map(int, place.replace(" x", ",").split(","))
+    area = torch.zeros(48, 64, dtype=torch.bool)
+    area[y : y + height, x : x + width] = True
+    assert torch.equal(mask > 0, area.expand(2, -1, -1)) and torch.equal(refined[:, ~area], image[:, ~area])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        ({"bboxes": box(8, 8, 20, 20)}, "but 1 face was found; use 0 or -1; the image is unchanged"),
+        ({"mask": torch.ones(1, 48, 64)}, "but 1 face was found; use 0 or -1; the image is unchanged"),
+        ({"mask": two_areas()}, "but 2 faces were found; use a number from -2 to 1; the image is unchanged"),
+    ],
+    ids=["box", "whole mask", "two areas"],
+)
+def test_index_without_a_face_is_reported(image, inputs, line):
+    refined, mask, _, report = refine(image, refiner(), **inputs, faces="index", face_index=3)
+    assert torch.equal(refined, image) and not mask.any()
+    assert report.splitlines()[1:] == [f"image {i}: face_index 3, {line}" for i in range(2)]
+
+
+def test_report_states_why_nothing_was_refined(image):
+    box_of_face = box(8, 8, 20, 20)
+    for inputs, line in (
+        ({"bboxes": []}, "no face: the image is unchanged"),
+        ({"mask": torch.zeros(1, 48, 64)}, "the mask is 0 everywhere: the image is unchanged"),
+        ({"mask": torch.zeros(1, 48, 64), "bboxes": box_of_face}, "excluded by the mask"),
+    ):
+        refined, _, _, report = refine(image, refiner(), **inputs)
+        assert torch.equal(refined, image) and line in report and "strength 1" not in report
+
+
+def test_unused_faces_input_is_reported(image):
+    refined, _, _, report = refine(image, refiner(), faces="index", face_index=3)
+    assert torch.equal(refined, refine(image, refiner())[0])
+    assert "faces index: not used, because the whole image is refined without bboxes and mask" in report
+
+
 @pytest.mark.parametrize("bboxes", [None, box(8, 8, 20, 20)], ids=["whole image", "box"])
 @pytest.mark.parametrize("masks", [1, 2])
 def test_empty_mask_of_load_image_counts_as_not_connected(image, bboxes, masks):

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from chorus.techniques.face_refiner.boxes import Face, choose, faces_in, faces_of_mask, per_image, window
+from chorus.techniques.face_refiner.boxes import (
+    Face,
+    choose,
+    faces_in,
+    faces_of_mask,
+    missed,
+    only_areas,
+    per_image,
+    window,
+)
 from chorus.techniques.face_refiner.identity import feature_guard, limit_identity_change, structure_guard
 from chorus.techniques.face_refiner.paste import crop, edges, extend, ramp
 from chorus.techniques.face_refiner.refine import (
@@ -38,6 +47,18 @@ def box(x, y, width, height):
 
 def faces(images, *boxes):
     return faces_in(per_image([box(*b) for b in boxes], *images.shape[:3]), *images.shape[1:3])
+
+
+def boxes_of_areas(mask):
+    """The boxes of the areas of a mask [B, H, W], by image."""
+    found = faces_of_mask(mask, len(mask))
+    boxes = [[face.box for face in found if face.image == image] for image in range(len(mask))]
+    assert [face.index for face in found] == [index for image in boxes for index in range(len(image))]
+    return boxes
+
+
+def refine_areas(images, mask, refine, settings):
+    return refine_mask(images, faces_of_mask(mask, len(images)), refine, settings, mask)
 
 
 def darker(images, offsets=()):
@@ -147,6 +168,18 @@ def test_faces_are_chosen_by_size_or_index():
         choose(selected, "smallest")
 
 
+def test_index_without_a_face_is_reported_for_each_image():
+    found = faces_in([[(0, 0, 9, 9), (20, 20, 12, 9)], [(0, 0, 10, 10)], []], 48, 64)
+    assert missed(found, "index", 1) == [
+        "image 1: face_index 1, but 1 face was found; use 0 or -1; the image is unchanged"
+    ]
+    assert missed(found, "index", -3)[0] == (
+        "image 0: face_index -3, but 2 faces were found; use a number from -2 to 1; the image is unchanged"
+    )
+    assert missed(found, "index", 0) == missed(found, "index", -1) == []
+    assert missed(found, "all", 9) == missed(found, "largest", 9) == missed([], "index", 0) == []
+
+
 def test_windows_are_square_and_moved_into_the_image():
     def of(*numbers, padding=0.25, size=(48, 64)):
         place = window(Face(0, numbers, 0), padding, *size)
@@ -163,8 +196,8 @@ def test_each_area_of_a_mask_is_a_face():
     mask = torch.zeros(2, 200, 300)
     mask[0, 10:50, 20:80] = 1
     mask[0, 120:180, 200:290] = 0.01
-    assert faces_of_mask(mask) == [[(200, 120, 90, 60), (20, 10, 60, 40)], []]
-    assert faces_of_mask(torch.ones(1, 7, 9)) == [[(0, 0, 9, 7)]]
+    assert boxes_of_areas(mask) == [[(200, 120, 90, 60), (20, 10, 60, 40)], []]
+    assert boxes_of_areas(torch.ones(1, 7, 9)) == [[(0, 0, 9, 7)]]
 
 
 ROWS = [60 + 113 * k for k in range(9)]  # in a mask of 1024 x 1024; their distance exceeds the width of a stroke
@@ -183,20 +216,20 @@ def test_long_winding_stroke_is_one_face():
     mask = mask_of_strokes([point for pair in ends for point in pair])
     rows, columns = torch.nonzero(mask[0], as_tuple=True)
     (left, right), (top, bottom) = ((int(v.min()), int(v.max())) for v in (columns, rows))
-    assert faces_of_mask(mask) == [[(left, top, right - left + 1, bottom - top + 1)]]
+    assert boxes_of_areas(mask) == [[(left, top, right - left + 1, bottom - top + 1)]]
     # 3 ms on an idle core; an algorithm with time proportional to the length of the stroke takes 500 ms
-    assert min(timeit.repeat(lambda: faces_of_mask(mask), number=1, repeat=5)) < 0.1
+    assert min(timeit.repeat(lambda: boxes_of_areas(mask), number=1, repeat=5)) < 0.1
 
 
 def test_separate_strokes_are_separate_faces():
-    [boxes] = faces_of_mask(mask_of_strokes(*([(60, y), (960, y)] for y in ROWS)))
+    [boxes] = boxes_of_areas(mask_of_strokes(*([(60, y), (960, y)] for y in ROWS)))
     assert len(boxes) == len(ROWS) and {box[2:] for box in boxes} == {(901, 40)}
 
 
 def test_areas_that_touch_at_a_corner_are_one_face():
     mask = torch.zeros(1, 64, 64)
     mask[0, 10:20, 10:20] = mask[0, 20:30, 20:30] = 1
-    assert faces_of_mask(mask) == [[(10, 10, 20, 20)]]
+    assert boxes_of_areas(mask) == [[(10, 10, 20, 20)]]
 
 
 # ---- neutral settings are exact ----
@@ -209,10 +242,10 @@ def test_neutral_settings_return_the_input_itself(images, locked):
     mask = torch.ones(1, 48, 64)
     results = [
         refine_boxes(images, selected, refine, disabled),
-        refine_mask(images, mask, refine, disabled),
+        refine_areas(images, mask, refine, disabled),
         refine_whole(images, refine, disabled),
         refine_boxes(images, [], refine, settings()),
-        refine_mask(images, torch.zeros(1, 48, 64), refine, settings()),
+        refine_areas(images, torch.zeros(1, 48, 64), refine, settings()),
         refine_boxes(images, faces(images, (10, 10, 1, 1), (40, 5, 7, 20)), refine, settings()),
     ]
     for result in results:
@@ -226,7 +259,7 @@ def test_neutral_settings_return_the_input_itself(images, locked):
 def test_identity_refiner_is_exact(images, size, locked):
     same = settings(size=size, color_lock=locked)
     assert torch.equal(refine_boxes(images, faces(images, (10, 10, 20, 20)), unchanged, same).images, images)
-    assert torch.equal(refine_mask(images, torch.ones(1, 48, 64), unchanged, same).images, images)
+    assert torch.equal(refine_areas(images, torch.ones(1, 48, 64), unchanged, same).images, images)
     assert torch.equal(refine_whole(images, unchanged, same).images, images)
 
 
@@ -317,12 +350,75 @@ def test_mask_mode_refines_each_area(images):
     mask[0, 8:24, 8:24] = 1
     mask[0, 8:24, 40:60] = 1
     refine = RecordingRefiner()
-    refined = refine_mask(images, mask, refine, settings(feather=0))
+    refined = refine_areas(images, mask, refine, settings(feather=0))
     assert [x.shape[0] for x in refine] == [4]  # one mask for both images
     inside = (mask > 0).expand(2, -1, -1)
     assert torch.equal(refined.images[~inside], images[~inside])
     assert torch.allclose((refined.images - images)[inside], torch.tensor(-0.1), atol=1e-5)
     assert torch.equal(refined.mask, mask.expand(2, -1, -1))
+
+
+def test_only_the_chosen_areas_of_a_mask_are_refined(images):
+    """The second area lies in the window of the first, and its box is inside that of the first."""
+    mask = torch.zeros(2, 48, 64)
+    mask[0, 4:40, 4:8] = mask[0, 36:40, 4:40] = 0.5  # an L
+    mask[0, 10:26, 18:34] = 1
+    mask[1, 30:44, 30:50] = 1
+    large, small, other = faces_of_mask(mask, 2)
+    assert (large.box, small.box, other.box) == ((4, 4, 36, 36), (18, 10, 16, 16), (30, 30, 20, 14))
+    rows = torch.arange(48)[:, None].expand(48, 64)
+    columns = torch.arange(64).expand(48, 64)
+    in_small = (rows >= 10) & (rows < 26) & (columns >= 18) & (columns < 34)
+    for which, index, kept in (
+        ("largest", 0, [~in_small, None]),
+        ("index", 1, [in_small, torch.zeros(48, 64)]),
+        ("index", -1, [in_small, None]),
+    ):
+        chosen = choose([large, small, other], which, index)
+        expected = torch.stack([m if k is None else m * k for m, k in zip(mask, kept)])
+        assert torch.equal(only_areas(mask, chosen), expected)
+        refined = refine_mask(images, chosen, darker, settings(feather=2), only_areas(mask, chosen))
+        assert torch.equal(refined.mask > 0, expected > 0)
+        assert torch.equal((refined.images != images).any(-1), expected > 0)
+
+
+def test_one_mask_is_chosen_from_alike_for_all_images(images):
+    mask = torch.zeros(1, 48, 64)
+    mask[0, 4:14, 4:14] = mask[0, 20:40, 20:40] = 1
+    chosen = choose(faces_of_mask(mask, 2), "largest")
+    assert [(face.image, face.box) for face in chosen] == [(0, (20, 20, 20, 20)), (1, (20, 20, 20, 20))]
+    alone = mask.clone()
+    alone[0, :14] = 0
+    found = refine_mask(images, chosen, darker, settings(), only_areas(mask, chosen))
+    expected = refine_areas(images, alone, darker, settings())
+    assert torch.equal(found.images, expected.images) and torch.equal(found.mask, expected.mask)
+
+
+def test_face_that_the_mask_excludes_is_reported(images):
+    mask = torch.zeros(1, 48, 64)
+    mask[0, :24, :32] = 1
+    selected = faces(images[:1], (8, 8, 10, 10), (40, 30, 10, 10))
+    refined = refine_boxes(images[:1], selected, darker, settings(feather=0), mask)
+    inside, excluded = refined.records
+    assert excluded.strength == 0.0 and excluded.change == 0.0
+    assert describe([excluded]) == (
+        "image 0, face at 40, 30, 10 x 10: excluded by the mask, which is 0 in the whole crop; unchanged"
+    )
+    assert inside.masked_change == pytest.approx(inside.change, rel=1e-3) and inside.change > 0.09
+    assert torch.equal(refined.images[0, 24:], images[0, 24:]) and refined.mask.any()
+    nothing = refine_boxes(images[:1], selected[1:], darker, settings(), mask)
+    assert torch.equal(nothing.images, images[:1]) and not nothing.mask.any()
+
+
+def test_report_has_the_change_after_the_mask():
+    """Half of the window is masked, so that half of the change remains."""
+    image, mask = torch.full((1, 48, 64, 3), 0.5), torch.zeros(1, 48, 64)
+    mask[0, :, :32] = 1
+    refined = refine_boxes(image, faces(image, (22, 14, 20, 20)), darker, settings(feather=0, padding=0.1), mask)
+    assert refined.records[0].masked_change == pytest.approx(0.05, rel=1e-3)
+    assert describe(refined.records).endswith("strength 1, mean change 0.1000 (0.0500 after the mask)")
+    window_change = (refined.images - image)[0, 12:36, 20:44].abs().mean()
+    assert refined.records[0].masked_change == pytest.approx(float(window_change), rel=1e-3)
 
 
 def test_overlapping_faces_are_averaged_in_any_order(images):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from chorus.techniques.face_refiner.boxes import Face
+from chorus.techniques.face_refiner.boxes import Face, faces_of_mask
 from chorus.techniques.face_refiner.identity import feature_guard, structure_guard
 from chorus.techniques.face_refiner.networks.patch_discriminator import PatchDiscriminatorConfig
 from chorus.techniques.face_refiner.networks.residual import RefinerConfig
@@ -63,7 +63,7 @@ def refined(entry, name, guard, device, dtype):
     if entry == "boxes":
         return refine_boxes(images, FACES, refine, settings, mask, guard)
     return (
-        refine_mask(images, mask, refine, settings, guard)
+        refine_mask(images, faces_of_mask(mask, len(images)), refine, settings, mask, guard)
         if entry == "mask"
         else refine_whole(images, refine, settings, guard)
     )

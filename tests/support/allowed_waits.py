@@ -54,7 +54,7 @@ RUNS = {
     "techniques/face_refiner/refine.py:_changes": "the report of all faces, in one read",
     "techniques/face_refiner/identity.py:limit_identity_change": "the distances of all faces before and after the search",
     "techniques/face_refiner/paste.py:ramp": "the edge of a mask, found by scipy on the CPU",
-    "techniques/face_refiner/boxes.py:faces_of_mask": "the areas of a mask, found by scipy on the CPU",
+    "techniques/face_refiner/boxes.py:_areas": "the areas of a mask, found by scipy on the CPU",
     # trainings: evaluations, previews and results, only at chosen steps
     "training/loop.py:evaluate": "the best checkpoint, kept on the CPU",
     "techniques/cas_dm/training.py:_validation_predictions": "θ's predictions, kept on the CPU",
