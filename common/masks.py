@@ -6,13 +6,13 @@ EMPTY_SIDE = (
     64  # pixels; Load Image's mask for an image without transparency is 64 x 64 zeros, whatever the image's size
 )
 IGNORED = (
-    "mask: counts as not connected, because it is the empty 64x64 mask that Load Image returns for an image without"
-    " transparency"
+    "mask: counts as not connected, because it looks like the empty 64x64 mask that Load Image returns for an image"
+    " without transparency"
 )
 
 
 def is_empty_default(mask: Tensor, size: tuple[int, int]) -> bool:
-    """Whether ``mask`` [M, H, W] is the empty mask of Load Image, beside images of another ``size`` (height, width)."""
+    """Whether ``mask`` [M, H, W] looks like the empty mask of Load Image, beside images of another ``size`` (height, width)."""
     default = (EMPTY_SIDE, EMPTY_SIDE)
     return tuple(mask.shape[-2:]) == default != tuple(size) and not bool(mask.any())
 
@@ -20,7 +20,7 @@ def is_empty_default(mask: Tensor, size: tuple[int, int]) -> bool:
 def connected(mask: Tensor | None, size: tuple[int, int] | None) -> tuple[Tensor | None, list[str]]:
     """``mask`` [(M,) H, W] as [M, H, W], and notes for the report.
 
-    None if no mask is connected, or only Load Image's empty mask beside images of another ``size`` (height, width).
+    None if no mask is connected, or one that looks like Load Image's empty mask beside images of another ``size`` (height, width).
     """
     if mask is None:
         return None, []

@@ -421,8 +421,8 @@ class ExpertParticipant(Participant):
         note = f"the region of '{s.label}' is {limit} everywhere{where}, so that it generates nothing there"
         if is_empty_default(s.region, (0, 0)):
             note += (
-                "; this is the empty 64x64 mask that Load Image returns for an image without transparency: disconnect it"
-                " to let the expert compete everywhere"
+                "; this looks like the empty 64x64 mask that Load Image returns for an image without transparency:"
+                " disconnect it to let the expert compete everywhere"
             )
         return note
 

@@ -204,7 +204,7 @@ def test_empty_mask_of_load_image_as_region_is_reported(models):
     assert torch.equal(sample(blended), sample(models[0]))
     report = trace.record.report()
     assert (
-        "the region of 'cats' is 0 everywhere, so that it generates nothing there; this is the empty 64x64 mask"
+        "the region of 'cats' is 0 everywhere, so that it generates nothing there; this looks like the empty 64x64 mask"
         in report
     )
 
