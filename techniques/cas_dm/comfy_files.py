@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...host.files import CONVERT, OutputFiles, check_file_name, read_weights
-from ...host.model_folders import register_folder
+from ...host.model_folders import places, register_folder
 from .network import Head, from_file
 
 FOLDER, SUFFIX = "cas_dm", ".safetensors"
@@ -36,8 +36,8 @@ class HeadFiles(OutputFiles):
         path = folder_paths.get_full_path(FOLDER, name)
         if path is None:
             raise ValueError(
-                f"there is no {self.kind} file '{name}' in {' or '.join(folder_paths.get_folder_paths(FOLDER))}; save one"
-                f" with {self.saver}, or refresh the list"
+                f"there is no {self.kind} file '{name}'; save one with {self.saver}, put one into {places(FOLDER)}, or"
+                " refresh the list"
             )
         return Path(path)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...common.torch_files import explain_format, pickled_names
 from ...common.weights import shorten
 from ...host.files import SAFETENSORS, OutputFiles, check_file_name, explain_read_errors, read_weights
-from ...host.model_folders import register_folder
+from ...host.model_folders import places, register_folder
 from .comfy_model import FaceRefinerModel, wrap
 from .networks.image_generators import find_generator, load_generator, unused_statistics
 from .networks.state_dicts import generators_in
@@ -53,12 +53,11 @@ class RefinerFiles(OutputFiles):
             return Path(path)
         if name.endswith(("]", self.ending)):
             return super().find(name)
-        places = " or ".join(folder_paths.get_folder_paths(MODELS))
         if path is not None:
             why = explain_format(Path(path)) or f"a face refiner is a file of {', '.join(sorted(SUFFIXES))}"
             raise ValueError(f"'{name}' is not a face refiner: {why}")
         raise ValueError(
-            f"there is no {self.kind} file '{name}' in {places}; put a .pth or .safetensors file of a generator there, or"
+            f"there is no {self.kind} file '{name}'; put a .pth or .safetensors file of a generator into {places(MODELS)}, or"
             " refresh the list"
         )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.operations import Operations
-from ...host.model_folders import register_folder
+from ...host.model_folders import places, register_folder
 from ...host.operations import casting_operations
 from ...kernels.linear import linear
 from .comfy_model import MaskedTokenModel, wrap
@@ -91,8 +91,8 @@ def pick(name: str, paths: Mapping[str, Path]) -> Path:
     """The path of the folder or file ``name``. If ``paths`` has no such name, a ValueError lists the names in it."""
     if name not in paths:
         raise ValueError(
-            f"there is no {name!r} in {' or '.join(folder_paths.get_folder_paths(MODELS))}; available:"
-            f" {', '.join(paths) or 'none'}; choose one of these, or download a model from {PUBLISHED}"
+            f"there is no {name!r}; available: {', '.join(paths) or 'none'}; choose one of these, or download a model from"
+            f" {PUBLISHED} into {places(MODELS)}"
         )
     return paths[name]
 

@@ -10,6 +10,7 @@ import folder_paths
 from torch import Tensor
 
 from ...host.files import CONVERT, read_weights, write_numbered
+from ...host.model_folders import places
 from .lora_scale import CONFIG
 
 FOLDER, SUFFIX = "loras", ".safetensors"
@@ -32,10 +33,7 @@ def read_lora(name: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, A
         raise ValueError(f"'{name}' is not a {SUFFIX} file; {CONVERT}")
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise ValueError(
-            f"there is no LoRA file '{name}' in {' or '.join(folder_paths.get_folder_paths(FOLDER))}; put it there, or"
-            " refresh the list"
-        )
+        raise ValueError(f"there is no LoRA file '{name}'; put it into {places(FOLDER)}, or refresh the list")
     return *read_weights(Path(path), f"'{name}'"), read_config(Path(path))
 
 

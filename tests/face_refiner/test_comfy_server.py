@@ -11,17 +11,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from chorus.demo.comfy_files import register_shipped_files
 from chorus.demo.face_pairs import load_face_pairs
 from chorus.demo.modules import FACE_PAIRS
 from chorus.demo.weights import FOLDER
 from chorus.dev.tools.client import WorkflowError
 from chorus.dev.tools.run_workflows import main
 from chorus.dev.tools.setup import ROOT
-from chorus.host.model_folders import add_shipped_files, register_folder
+from chorus.host.model_folders import add_shipped_files, places, register_folder
 from chorus.nodes.face_realism_score import FaceRealismScore
 from chorus.nodes.face_refiner import FaceRefiner
 from chorus.nodes.face_refiner_train import TrainFaceRefiner
 from chorus.nodes.prompt_combinations import PromptCombinationsNode
+from chorus.techniques.cas_dm.comfy_files import FILES as HEAD_FILES
+from chorus.techniques.face_refiner.comfy_files import FILES as REFINER_FILES
 from chorus.techniques.face_refiner.comfy_files import MODELS
 from chorus.tests.support.tiny_models import defaults
 
@@ -164,6 +167,30 @@ def test_shipped_files_are_listed_after_the_users(monkeypatch, tmp_path, first):
         calls[name]()
     paths, endings = folder_paths.folder_names_and_paths[MODELS]
     assert paths == [str(Path(folder_paths.models_dir, MODELS)), str(tmp_path)] and endings == {".pth"}
+
+
+@pytest.mark.parametrize("name", ["face_refiner", "cas_dm", "masked_token", "other"])
+def test_places_are_the_users_folders(monkeypatch, tmp_path, name):
+    """Errors must not recommend the folder of the pack, which an update may replace."""
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    users, shipped = tmp_path / "models" / name, tmp_path / "shipped"
+    shipped.mkdir()
+    register_folder(name, {".pth"})
+    add_shipped_files(name, shipped)
+    assert places(name) == f"{users} (create this folder, it does not exist yet)"
+    users.mkdir(parents=True)
+    assert places(name) == str(users)
+    folder_paths.add_model_folder_path(name, str(tmp_path))
+    assert places(name) == f"{users} or {tmp_path}"
+    assert str(shipped) in folder_paths.get_folder_paths(name)
+
+
+@pytest.mark.parametrize("files", [REFINER_FILES, HEAD_FILES], ids=["face refiner", "Cas-DM head"])
+def test_missing_file_is_to_be_put_into_the_users_folder(files):
+    register_shipped_files()
+    message = files.validate("none.safetensors")
+    assert str(folder_paths.models_dir) in message and str(FOLDER) not in message
 
 
 @pytest.mark.slow

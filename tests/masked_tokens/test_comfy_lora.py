@@ -493,7 +493,7 @@ def test_incompatible_loras_rejected(plain_model, folders):
     safetensors.torch.save_file({"alien.weight": torch.ones(2)}, folders / "models" / "alien.safetensors")
     with pytest.raises(ValueError, match=r"alien\.safetensors: 1 keys are not those of a LoRA: alien\.weight"):
         load(plain_model, lora_name="alien.safetensors")
-    with pytest.raises(ValueError, match=r"there is no LoRA file 'gone\.safetensors' in .*refresh the list"):
+    with pytest.raises(ValueError, match=r"there is no LoRA file 'gone\.safetensors'; put it into .*refresh the list"):
         load(plain_model, lora_name="gone.safetensors")
 
 
