@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...demo.autoencoder import CHANNELS
+from ...demo.autoencoder import CHANNELS, PATCH
 from ...demo.concepts import DATA, load_concepts, load_frequency
 from ...demo.text import token_rows
 from . import autoencoder, banks, chunks, classifier, features, guided, loop, snapshots, state
@@ -127,6 +127,7 @@ def write(plan, number, found, folder):
         "model": "ChorusEmojiUNet",
         "model_file": guided.GENERAL,
         "patched_weights": "0",
+        "pixels_per_position": PATCH,
         "sampling": json.dumps(
             {"steps": plan.passes, "cfg": plan.cfg, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
         ),

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...common.shapes import size_of
 from ...host.files import OutputFiles, part_names, read_tensors
 from ...host.model_folders import is_in_model_folder
+from ...host.parametrization import latent_format_of
 from ...host.patch_names import PACK
 from ...host.sampled_latents import parts_of
 
@@ -23,6 +24,7 @@ FILES = OutputFiles(".seed.safetensors", "seed", "Save Seed", "seeds/ComfyUI")
 NAME = "noise"  # name of the tensor in a file; of a nested noise, that of the first part
 MOST_PARTS = 8  # of a nested noise; video with audio has two
 FORMAT = "chorus-seed-1"  # value of "format" in the metadata
+PIXELS = "pixels_per_position"  # in the details: pixels along a side of a latent position
 SEEDS = 2**64  # number of valid seeds; they start at 0
 CHUNK = 2**24  # bytes of a model file that are read at once
 
@@ -52,19 +54,24 @@ class SeedNoise:
             )
         for noise, latents in zip(ours, theirs, strict=True):
             if latents.shape != noise.shape:
+                # the latent's own downscale_ratio_spacial is not used: ComfyUI may have resized the latent to the model
+                value = str(self.details.get(PIXELS, ""))
+                scale = int(value) if value.isdecimal() and len(value) <= 4 else 0
                 raise ValueError(
-                    f"expected a latent with {_describe(noise)} as for the noise, got {_describe(latents)};"
-                    f" {_remedy(noise, latents)}"
+                    f"expected a latent with {_describe(noise, scale)} as for the noise, got {_describe(latents, scale)};"
+                    f" {_remedy(noise, latents, scale)}"
                 )
         return self.noise.to(device="cpu", dtype=samples.dtype, copy=True)
 
 
-def _remedy(noise: Tensor, samples: Tensor) -> str:
+def _remedy(noise: Tensor, samples: Tensor, scale: int) -> str:
+    """``scale``: pixels along a side of a latent position; 0: unknown."""
     if samples.shape[1:] == noise.shape[1:]:
         return f"set batch_size to {len(noise)}"
     if samples.ndim == noise.ndim and samples.shape[1] == noise.shape[1]:
         length = "length, " if noise.ndim == 5 else ""
-        return f"set {length}width and height as in the selection of the noise"
+        pixels = f" (width {noise.shape[-1] * scale} and height {noise.shape[-2] * scale})" if scale else ""
+        return f"set {length}width and height as in the selection of the noise{pixels}"
     return "use a model with the same latent space as in the selection of the noise"
 
 
@@ -103,11 +110,13 @@ def read_seed(path: Path, name: str) -> SeedNoise:
 
 
 def model_details(model: ModelPatcher) -> dict[str, str]:
-    """Class of a MODEL, number of its patched weights, and, if known, the name and sha256 of its file.
+    """Class of a MODEL, number of its patched weights, pixels per latent position, and, if known, its file's name and sha256.
 
     A file outside of ComfyUI's model folders has no name here, since the details are saved and shared.
     """
     details = {"model": type(model.model).__name__, "patched_weights": str(len(model.patches))}
+    if scale := getattr(latent_format_of(model), "spacial_downscale_ratio", None):  # older versions of ComfyUI lack it
+        details[PIXELS] = str(scale)
     make, arguments, *_ = model.cached_patcher_init or (None, ())
     names = [a for a in arguments if isinstance(a, str)]
     path = next((name for name in names if os.path.isfile(name) or is_in_model_folder(name)), None)
@@ -147,8 +156,11 @@ def _check(noise: Tensor) -> None:
         )
 
 
-def _describe(x: Tensor) -> str:
+def _describe(x: Tensor, scale: int) -> str:
+    """The sizes of a latent, and its height and width in pixels unless ``scale`` is 0; see ``_remedy``."""
     if x.ndim not in (4, 5):
         return f"the shape {size_of(x)}"
     frames = f"{x.shape[2]} frames, " if x.ndim == 5 else ""
-    return f"batch size {len(x)}, {x.shape[1]} channels, {frames}height {x.shape[-2]} and width {x.shape[-1]}"
+    height, width = x.shape[-2:]
+    pixels = f" ({height * scale} and {width * scale} pixels)" if scale else ""
+    return f"batch size {len(x)}, {x.shape[1]} channels, {frames}height {height} and width {width}{pixels}"

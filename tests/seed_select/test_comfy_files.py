@@ -12,7 +12,7 @@ import torch
 
 from chorus.demo import modules
 from chorus.techniques.seed_select import comfy_files
-from chorus.techniques.seed_select.comfy_files import FILES, SeedNoise, load_seed, model_details, save_seed
+from chorus.techniques.seed_select.comfy_files import FILES, SeedNoise, load_seed, model_details, read_seed, save_seed
 from chorus.tests.support.gradients import seed_sampler
 from chorus.tests.support.seeds import WORDS
 from chorus.tests.support.tiny_models import in_inference_mode, ksample, latent, lora, unet
@@ -193,6 +193,25 @@ def test_latent_whose_shape_differs_from_the_noise_rejected(samples, message):
         SeedNoise(noise_of(), 0).generate_noise({"samples": samples})
 
 
+def test_latent_of_another_size_rejected_with_pixels_if_they_are_known():
+    seed, samples = SeedNoise(noise_of(), 0, {"pixels_per_position": "8"}), {"samples": torch.zeros(1, 4, 24, 16)}
+    with pytest.raises(
+        ValueError,
+        match=r"height 16 and width 16 \(128 and 128 pixels\) as for the noise, got .* height 24 and width 16"
+        r" \(192 and 128 pixels\); set width and height as in the selection of the noise \(width 128 and height 128\)",
+    ):
+        seed.generate_noise(samples)
+    for value in ("", "many", "-8", "9" * 5000):  # the details of a file may hold anything
+        with pytest.raises(ValueError, match=r"width 16; set width and height as in the selection of the noise$"):
+            SeedNoise(noise_of(), 0, {"pixels_per_position": value}).generate_noise(samples)
+
+
+def test_shipped_seeds_hold_the_pixels_of_a_latent_position():
+    for name, path in modules.shipped_seeds().items():
+        with pytest.raises(ValueError, match=r"set width and height .* \(width 128 and height 128\)"):
+            read_seed(path, name).generate_noise({"samples": torch.zeros(1, 8, 24, 16)})
+
+
 def test_nested_latent_rejected():
     nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 16, 16), torch.zeros(1, 8, 5)])
     with pytest.raises(
@@ -211,7 +230,7 @@ def test_generate_noise_returns_a_copy_in_the_dtype_of_the_latent():
 def test_model_details_contain_file_hash_and_number_of_patched_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path / "a")], {".safetensors"}))
     model = unet(0)
-    assert model_details(model) == {"model": "BaseModel", "patched_weights": "0"}
+    assert model_details(model) == {"model": "BaseModel", "patched_weights": "0", "pixels_per_position": "8"}
     file = tmp_path / "a" / "b" / "some model.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"weights")
