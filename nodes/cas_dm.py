@@ -50,7 +50,7 @@ class LoadCasDMHead(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return FILES.validate(file)
 
     @classmethod

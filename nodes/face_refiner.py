@@ -63,7 +63,7 @@ class LoadFaceRefiner(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return FILES.validate(file)
 
     @classmethod

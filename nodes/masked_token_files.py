@@ -60,7 +60,7 @@ class LoadMaskedTokens(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return TOKEN_FILES.validate(file)
 
     @classmethod

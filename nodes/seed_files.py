@@ -58,7 +58,7 @@ class LoadSeed(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         return file in list(shipped_seeds()) or FILES.validate(file)
 
     @classmethod

@@ -112,7 +112,7 @@ class LoadTrainingPairs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str | None) -> bool | str:
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
         # None: the name comes from another node and is known only when this node runs
         return folder is None or folder in data_sets() or missing_folder(folder)
 

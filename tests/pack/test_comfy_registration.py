@@ -1,7 +1,10 @@
 """The nodes that a real server offers. If the entry point of the pack fails, the server only logs a warning."""
 
+import asyncio
 import inspect
 
+import execution
+import nodes as host_nodes
 import pytest
 
 from chorus import nodes
@@ -55,6 +58,20 @@ def test_node_ids_are_unique():
 
 def test_every_node_checks_its_inputs():
     assert [node.__name__ for node in nodes.NODES if not getattr(node, "checks_inputs", False)] == []
+
+
+@pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
+def test_missing_inputs_are_reported_as_comfyui_does(node, monkeypatch):
+    """A prompt sent to the API may lack any input; validate_inputs must then leave the error to ComfyUI."""
+    schema = node.define_schema()
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, schema.node_id, node)
+    prompt = {"1": {"class_type": schema.node_id, "inputs": {}}}
+    valid, errors, _ = asyncio.run(execution.validate_inputs("id", prompt, "1", {}, []))
+    required = {i.id for i in schema.inputs if not i.optional}
+    assert {(error["type"], error["details"]) for error in errors} == {
+        ("required_input_missing", id) for id in required
+    }
+    assert valid == (not required)
 
 
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
