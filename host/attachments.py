@@ -47,8 +47,9 @@ class Attachment:
         """This attachment for a run with gradients, which records nothing for display. ``copy`` copies its models."""
         return self
 
-    def refusal_as_expert(self, label: str) -> str:
-        """Error message if a MODEL with this attachment cannot be the expert ``label`` of a blend; empty if it can."""
+    @property
+    def refusal_as_expert(self) -> str:
+        """Error message if a MODEL with this attachment cannot be the expert of a blend; empty if it can."""
         return ""
 
 

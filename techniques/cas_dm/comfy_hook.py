@@ -78,9 +78,10 @@ def prediction_of(sampling: Sampling) -> str:
 class HeadAttachment(Attachment):
     """Marks a MODEL that has heads."""
 
-    def refusal_as_expert(self, label: str) -> str:
+    @property
+    def refusal_as_expert(self) -> str:
         return (
-            f"the model connected as '{label}' has a Cas-DM head, which a blend does not evaluate; put CasDMHead after"
+            "the MODEL connected to 'expert' has a Cas-DM head, which a blend does not evaluate; put CasDMHead after"
             " SaliencyNoiseBlend, where it refines the blended prediction"
         )
 

@@ -77,9 +77,10 @@ class BlendChain(Attachment):
     def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> "BlendChain":
         return replace(self, experts=tuple(expert.for_gradients(copy) for expert in self.experts), record=False)
 
-    def refusal_as_expert(self, label: str) -> str:
+    @property
+    def refusal_as_expert(self) -> str:
         return (
-            f"the expert '{label}' is itself a blend; connect a single checkpoint to 'expert', and chain blends by"
+            "the MODEL connected to 'expert' is itself a blend; connect a single checkpoint to it, and chain blends by"
             " connecting the blended MODEL to 'model'"
         )
 
@@ -102,7 +103,7 @@ def add_expert(model: ModelPatcher, expert: Expert, joint: JointSettings) -> Mod
     Errors (ValueError): an expert with another latent space, or with a blend or a Cas-DM head on its MODEL.
     """
     for attachment in attached(expert.patcher):
-        if refusal := attachment.refusal_as_expert(expert.label):
+        if refusal := attachment.refusal_as_expert:
             raise ValueError(refusal)
     check_latent_space(model, expert.patcher, expert.label)
     out = model.clone()

@@ -296,5 +296,5 @@ def test_expert_wired_twice_keeps_two_hooks(models, negative):
 
 def test_blend_as_expert_rejected_with_hint_to_chain(models):
     inner = blend(models[1], models[2], *PROMPTS[1])[0]
-    with pytest.raises(ValueError, match=r"'nested'.*itself a blend.*chain"):
-        blend(models[0], inner, *PROMPTS[2], label="nested")
+    with pytest.raises(ValueError, match=r"the MODEL connected to 'expert' is itself a blend; .*chain"):
+        blend(models[0], inner, *PROMPTS[2])
