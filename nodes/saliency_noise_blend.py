@@ -315,7 +315,11 @@ class SaliencyNoiseBlend(io.ComfyNode):
         return io.NodeOutput(blended, trace)
 
 
-NO_SAMPLES = "expected LATENT for samples, got null; connect a latent"
+NO_SAMPLES = "expected LATENT for samples, got null; connect the sampler's latent to samples"
+NOT_THIS_RUN = (
+    "The samples are not from the run shown here: the sampler's result came from the cache, or was sampled again, or the"
+    " sampler uses another model than the blend; connect the MODEL of Saliency Noise Blend to the sampler."
+)
 # marks an input that is not connected, in validate_inputs: there ComfyUI passes None for a connected input, because
 # its value is not known yet
 UNCONNECTED = object()
@@ -356,8 +360,11 @@ class SaliencyBlendView(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, trace: Any = None, samples: Any = UNCONNECTED) -> bool | str:
-        return NO_SAMPLES if samples is UNCONNECTED else True
+    def validate_inputs(cls, trace: Any = None, samples: Any = UNCONNECTED) -> bool:
+        # raised, because ComfyUI would begin a returned message with the name of the first connected input, which is trace
+        if samples is UNCONNECTED:
+            raise ValueError(NO_SAMPLES)
+        return True
 
     @classmethod
     def execute(cls, trace: BlendTrace | None = None, samples: dict[str, Any] | None = None) -> io.NodeOutput:
@@ -379,10 +386,7 @@ class SaliencyBlendView(io.ComfyNode):
             )
         report = record.report()
         if not record.belongs_to(latent):
-            report = (
-                "The samples are not from the run shown here: the sampler's result came from the cache, or was sampled again.\n"
-                + report
-            )
+            report = f"{NOT_THIS_RUN}\n{report}"
         image, mask = draw_blend(record)
         return io.NodeOutput(image, mask, report, ui=ui.PreviewImage(image, cls=cls))
 

@@ -105,6 +105,13 @@ def test_view_marks_an_older_run_after_a_schedule_without_steps(models):
     assert "not from the run shown here" in view(trace, {"samples": got})[2]
 
 
+def test_view_names_a_sampler_that_uses_another_model(models):
+    model, trace = blend(*models, *EXPERT_PROMPTS)
+    sample(model)
+    found = view(trace, {"samples": sample(models[0])})[2].splitlines()[0]
+    assert "uses another model than the blend; connect the MODEL of Saliency Noise Blend to the sampler" in found
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 12, 10), (2, 4, 3, 12, 10)], ids=["images", "video"])
 def test_view_without_a_trace_shows_why(shape):
     image, mask, report = view(None, {"samples": torch.zeros(shape)})
@@ -114,7 +121,7 @@ def test_view_without_a_trace_shows_why(shape):
 
 
 def test_view_without_samples_is_refused():
-    with pytest.raises(ValueError, match="expected LATENT for samples, got null; connect a latent"):
+    with pytest.raises(ValueError, match="expected LATENT for samples, got null; connect the sampler's latent to"):
         view(None, None)
 
 
