@@ -4,7 +4,7 @@ This module decides at which steps an expert is used, at which of these steps it
 latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,10 +54,24 @@ class ExpertSettings:
     @cached_property  # cached, because it reads the whole region
     def is_off(self) -> bool:
         """Whether the expert generates nowhere at any step, so that its model need not be loaded."""
-        if self.strength == 0.0 or self.region is None:
-            return self.strength == 0.0
+        if self.switched_off_by:
+            return True
+        if self.region is None:
+            return False
         inside = self.region >= 0.5 if self.region_mode == "force" else self.region > 0
         return not bool(inside.any())
+
+    @property
+    def switched_off_by(self) -> str:
+        """The widgets with which the expert takes part in no step of any run, with the remedy; empty if there are none."""
+        if self.strength == 0.0:
+            return "expert_strength 0 switches it off; raise expert_strength, 1 is the paper's value"
+        if self.start_percent >= self.end_percent:
+            return (
+                f"start_percent {self.start_percent:g} is not before end_percent {self.end_percent:g}; lower"
+                " start_percent or raise end_percent"
+            )
+        return ""
 
     @property
     def has_several_regions(self) -> bool:
@@ -219,7 +233,7 @@ class ExpertParticipant(Participant):
 
     def takes_part(self, sigma: float) -> bool:
         """Whether the expert takes part in a prediction at ``sigma``."""
-        if self.settings.strength == 0.0 or not self.is_inside(sigma) or self._empty or not self.can_run(sigma):
+        if self.settings.switched_off_by or not self.is_inside(sigma) or self._empty or not self.can_run(sigma):
             return False
         return self._skipping is None or not self._skipping.everywhere
 
@@ -411,6 +425,28 @@ class ExpertParticipant(Participant):
                 " whole latent"
             )
         return tuple(found)
+
+    def absence(self, sigmas: Sequence[float]) -> tuple[str, ...]:
+        """A note on why the expert took part in no step of a run at ``sigmas``; none if ``notes`` says it."""
+        s, run = self.settings, f"sigma {max(sigmas):.4g} to {min(sigmas):.4g}"
+        if s.switched_off_by:
+            cause = s.switched_off_by
+        elif self._empty:
+            return ()
+        elif not any(map(self.is_inside, sigmas)):
+            start, end = s.start_percent, s.end_percent
+            cause = (
+                f"no step of the run ({run}) lies between start_percent {start:g} and end_percent {end:g}; move them"
+                " further apart, or sample with more steps or a higher denoise"
+            )
+        elif not any(self.is_inside(sigma) and self.can_run(sigma) for sigma in sigmas):
+            cause = (
+                f"the noise levels of its model do not include those of the run ({run}) between start_percent"
+                f" {s.start_percent:g} and end_percent {s.end_percent:g}; lower start_percent, or connect another expert"
+            )
+        else:
+            return ()
+        return (f"'{s.label}' takes part in no step: {cause}",)
 
     def _empty_region_note(self) -> str:
         s, where = self.settings, ""

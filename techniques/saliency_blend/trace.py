@@ -3,7 +3,7 @@
 The lead of an expert is its score minus the base's score, see ``kernels.saliency_blend``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,8 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.shapes import named_samples
 from ...kernels.saliency_blend import Blend, lead
 
+# The share of positions from which the report recommends to keep the first mask. Of the demo checkpoints, whose images
+# are much better with it (BENCHMARKS.md), 49 % of the positions change at each step with the default settings.
+MANY_FLIPS = 0.4
 LEAD_STEPS = 16  # leads are recorded in one byte, in sixteenths of the spread, from -8 to 8 times the spread
 
 
@@ -43,9 +47,11 @@ class LeadRecorder:
     def __init__(self) -> None:
         self._raw: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # logits, partition and spread of a Blend, by step
         self._done: dict[int, Tensor] = {}
+        self._partitions: dict[int, Tensor] = {}  # [N, B T] of a Blend, by step
 
     def add(self, index: int, blend: Blend) -> None:
         """Store the leads of step ``index`` from its ``blend``."""
+        self._partitions[index] = blend.partition
         if blend.logits.numel() > self.deferred:
             self._done[index] = quantised(blend.lead())
         else:
@@ -62,7 +68,9 @@ class LeadRecorder:
             together = quantised(lead(logits, partition, spread))
             self._done |= dict(zip(alike, together.chunk(len(alike), dim=1), strict=True))
         self._raw = {}
-        return [replace(step, leads=self._done.get(i)) for i, step in enumerate(steps)]
+        # k Λ is never negative, so that the mean of its exp is 1 only if k Λ is 0 everywhere
+        silent = {i: partition == 0.0 for i, partition in self._partitions.items()}
+        return [replace(step, leads=self._done.get(i), silent=silent.get(i)) for i, step in enumerate(steps)]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class BlendStep:
     biases: tuple[float, ...] = ()  # of each of ``models``, in units of the spread
     quotas: tuple[Tensor | int | None, ...] = ()  # of each of ``models``: see Participant.quota()
     skipped: tuple[frozenset[int], ...] = ()  # of each of ``models``: the samples that it was left out of; empty: none
+    silent: Tensor | None = None  # bool [len(models), B T], whether k Λ was 0 everywhere; None: not recorded
     held: bool = False  # whether ``weights`` are those of an earlier prediction, see held_mask
 
     def samples(self, slot: int) -> list[int]:
@@ -91,6 +100,7 @@ class BlendStep:
             self,
             weights=None if self.weights is None else self.weights.cpu(),
             leads=None if self.leads is None else self.leads.cpu(),
+            silent=None if self.silent is None else self.silent.cpu(),
             quotas=tuple(q.cpu() if isinstance(q, Tensor) else q for q in self.quotas),
         )
 
@@ -181,7 +191,11 @@ class BlendRecord:
         for i in range(1, len(self.labels)):
             lines += self._contest_lines(i)
         if (flips := self.flips()) is not None:
-            lines.append(f"from one mask to the next, the model changed at {100 * flips:.0f} % of the positions")
+            remedy = "; to keep the first mask, set start_percent 0.05 and mask_refresh to the number of steps"
+            lines.append(
+                f"from one mask to the next, the model changed at {100 * flips:.0f} % of the positions"
+                f"{remedy if flips >= MANY_FLIPS else ''}"
+            )
         return "\n".join([*lines, *self.notes])
 
     def contested(self, index: int, sample: int | None = None) -> list[BlendStep]:
@@ -270,6 +284,60 @@ class BlendRecord:
             for i, short in missing.items()
             if short > 0.0
         )
+
+    def equal_predictions(self, base_counts: bool = True) -> tuple[str, ...]:
+        """Notes on models whose predictions do not differ, so that no mask can follow from them.
+
+        ``base_counts``: whether the base's k is above 0; otherwise its k Λ is 0 for any prompt.
+        """
+        if self.shape[-2:].count(1) == 2:  # at a single position the scores of all models are equal
+            return ()
+        steps = "all steps with a new mask" if any(s.held for s in self.steps) else "all steps"
+        silent = [self._always((i,), lambda silent, _, at: silent[at[0]]) for i in range(len(self.labels))]
+        notes = [
+            f"the prompt changes no prediction of {self._name(i)}{self._where(found)} (saliency 0 everywhere); give it a"
+            " positive prompt that differs from its negative prompt"
+            for i, found in enumerate(silent)
+            if found and (i > 0 or base_counts)
+        ]
+        for j in range(1, len(self.labels)):
+            # recorded leads are 0 at every position only if the spread is 0
+            equal = self._always((j,), lambda _, leads, at: leads[at[0] - 1] == -1) - silent[j]
+            if equal:
+                notes.append(
+                    f"base and {self._name(j)} predicted the same in {steps}{self._where(equal)}; connect another"
+                    " checkpoint to expert, or give the expert a prompt of its own"
+                )
+            for i in range(1, j):
+                twins = self._always((i, j), lambda _, leads, at: leads[at[0] - 1] == leads[at[1] - 1])
+                if twins := twins - equal - silent[j]:
+                    notes.append(
+                        f"{self._name(i)} and {self._name(j)} predicted the same in {steps}{self._where(twins)}; connect"
+                        " another checkpoint to expert, or give one of them a prompt of its own"
+                    )
+        return tuple(notes)
+
+    def _always(self, models: tuple[int, ...], holds: Callable[[Tensor, Tensor, list[int]], Tensor]) -> frozenset[int]:
+        """The samples in which a condition is true everywhere, in all new masks that ``models`` took part in together.
+
+        ``holds(silent, leads, at)`` returns the condition, bool [B, *S] or [B T], from ``silent`` and ``leads`` of a
+        step and the places of ``models`` in it. A sample without such a mask is not included.
+        """
+        found: dict[int, bool] = {}
+        for step in self.steps:
+            if step.leads is None or step.silent is None or not set(models) <= set(step.models):
+                continue
+            slots = [step.models.index(i) for i in models]
+            each = holds(step.silent, step.leads, slots).reshape(self.shape[0], -1).all(1).tolist()
+            for sample in set.intersection(*(set(step.samples(slot)) for slot in slots)):
+                found[sample] = found.get(sample, True) and each[sample]
+        return frozenset(sample for sample, always in found.items() if always)
+
+    def _name(self, index: int) -> str:
+        return f"'{self.labels[index]}'" if index else self.labels[0]
+
+    def _where(self, samples: frozenset[int]) -> str:
+        return "" if len(samples) == self.shape[0] else f" in {named_samples(samples)}"
 
 
 class BlendTrace:

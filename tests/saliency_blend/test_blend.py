@@ -1,6 +1,7 @@
 """The blend without ComfyUI: windows, refresh, crop, skip, regions, shares, momentum, video, errors."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -418,6 +419,82 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
             assert all(torch.equal(c.leads, t) for c, t in zip(alone.record.contest(1), together_leads, strict=True))
     assert len(set(evaluated)) > 1
     assert run.record.spent[1] == max(evaluated)
+
+
+def notes_of(run, *pairs, x=X):
+    """The notes of a run whose models predict the same ``pairs``, the base's first, at every step."""
+    for sigma in SIGMAS[:-1]:
+        step(run, sigma, *pairs, x=x)
+    run.finish(torch.zeros(1))
+    return run.record.notes
+
+
+@pytest.mark.parametrize(
+    ("expert", "note"),
+    [
+        (dict(strength=0.0), "expert_strength 0 switches it off; raise expert_strength, 1 is the paper's value"),
+        (dict(start_percent=0.8, end_percent=0.2), "start_percent 0.8 is not before end_percent 0.2; lower"),
+        (dict(start_percent=0.3, end_percent=0.3), "start_percent 0.3 is not before end_percent 0.3; lower"),
+        (
+            dict(start_percent=0.95),
+            r"no step of the run \(sigma 8 to 1\) lies between start_percent 0.95 and end_percent 1; move them further"
+            " apart, or sample with more steps",
+        ),
+    ],
+    ids=["strength", "reversed window", "empty window", "window between the steps"],
+)
+def test_report_names_why_an_expert_takes_part_in_no_step(expert, note):
+    (found,) = notes_of(new_run(expert), pair(0), pair(1))
+    assert re.match(f"'expert 1' takes part in no step: {note}", found)
+
+
+def test_report_names_an_expert_whose_model_covers_no_step():
+    run = new_run({})
+    run.experts[0].covers_sigma = False
+    (found,) = notes_of(run, pair(0), pair(1))
+    assert "the noise levels of its model do not include those of the run (sigma 8 to 1)" in found
+
+
+def test_no_note_on_experts_that_take_part():
+    assert notes_of(new_run({}), pair(0), pair(1)) == ()
+
+
+@pytest.mark.parametrize("joint", [{}, dict(mask_refresh=5), dict(mask_momentum=0.5)], ids=str)
+def test_report_names_an_expert_that_predicts_as_the_base_does(joint):
+    (found,) = notes_of(new_run({}, **joint), pair(0), pair(0))
+    steps = "all steps with a new mask" if "mask_refresh" in joint else "all steps"
+    assert found.startswith(f"base and 'expert 1' predicted the same in {steps}; connect another checkpoint to expert")
+
+
+def test_report_names_two_experts_that_predict_the_same():
+    notes = notes_of(new_run({}, {}, {}), pair(0), pair(1), pair(2), pair(1))
+    assert [n.split(";")[0] for n in notes[1:]] == ["'expert 1' and 'expert 3' predicted the same in all steps"]
+
+
+def test_report_names_a_prompt_without_effect():
+    empty = pair(1, scale=0.0)
+    both = notes_of(new_run({}), empty, empty)
+    assert [n.split(" (")[0] for n in both] == [
+        f"the prompt changes no prediction of {m}" for m in ("base", "'expert 1'")
+    ]
+    (alone,) = notes_of(new_run({}), pair(0), empty)
+    assert alone.startswith(
+        "the prompt changes no prediction of 'expert 1' (saliency 0 everywhere); give it a positive"
+    )
+    # a base without strength has no saliency for any prompt
+    assert notes_of(new_run({}, general_strength=0.0), pair(0), pair(1)) == ()
+
+
+@pytest.mark.parametrize("shape", [X.shape, (2, 4, 3, 6, 5)], ids=["images", "video"])
+def test_predictions_without_a_difference_are_noted_by_sample(shape):
+    (cond, uncond), (other, _) = pair(0, shape), pair(1, shape)
+    expert = other.clone(), uncond
+    expert[0][1] = cond[1]
+    (found,) = notes_of(new_run({}), (cond, uncond), expert, x=torch.zeros(shape))
+    assert found.startswith("base and 'expert 1' predicted the same in all steps in sample 2; ")
+    expert[0][1] = uncond[1]
+    (found,) = notes_of(new_run({}), (cond, uncond), expert, x=torch.zeros(shape))
+    assert found.startswith("the prompt changes no prediction of 'expert 1' in sample 2 (saliency")
 
 
 def test_skipped_samples_are_named_in_the_report():

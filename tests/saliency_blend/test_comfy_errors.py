@@ -188,6 +188,22 @@ def test_missing_expert_rejected_by_comfyui(client):
         client.run(prompt)
 
 
+def test_report_names_the_same_checkpoint_without_a_prompt_of_its_own(models):
+    blended, trace = blend(models[0], models[0])
+    samples = sample(blended)
+    report = view(trace, {"samples": samples})[2]
+    assert "base and 'expert 1' predicted the same in all steps; connect another checkpoint to expert" in report
+    blended, trace = blend(models[0], models[0], *EXPERT_PROMPTS)
+    sample(blended)
+    assert "predicted the same" not in trace.record.report()
+
+
+def test_report_names_an_expert_whose_prompt_is_its_negative_prompt(models):
+    blended, trace = blend(*models, EXPERT_PROMPTS[0], EXPERT_PROMPTS[0])
+    sample(blended)
+    assert "the prompt changes no prediction of 'expert 1' (saliency 0 everywhere)" in trace.record.report()
+
+
 @pytest.mark.parametrize("mode", ["compete", "force"])
 def test_empty_region_is_reported_by_sample(models, mode):
     region = torch.ones(3, 12, 10)

@@ -55,12 +55,14 @@ def test_one_checkpoint_with_two_prompts_counts_once(models):
     assert notes(trace) == [f"memory: base and 'cats' ({mib(models[0])}, one checkpoint) is loaded in main memory"]
 
 
-def test_expert_that_is_off_is_not_counted(models):
-    blended = blend(*models, expert_strength=0.0, label="off")[0]
+@pytest.mark.parametrize("off", [dict(expert_strength=0.0), dict(start_percent=0.8, end_percent=0.2)], ids=str)
+def test_expert_that_is_off_is_neither_counted_nor_loaded(models, off):
+    blended = blend(*models, **off, label="off")[0]
     blended, trace = blend(blended, unet(2), label="cats")
     ksample(blended, *PROMPTS)
     (note,) = notes(trace)
     assert "'cats'" in note and "'off'" not in note
+    assert all(loaded.model.model is not models[1].model for loaded in comfy.model_management.current_loaded_models)
 
 
 def test_controlnet_is_counted(models):

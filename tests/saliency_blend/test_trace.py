@@ -136,6 +136,16 @@ def test_flips_count_positions_whose_strongest_model_changed(record):
     assert record.flips() is None
 
 
+@pytest.mark.parametrize("changed, remedy", [(1, False), (3, True)])
+def test_report_recommends_to_keep_the_first_mask_if_many_positions_change(changed, remedy):
+    masks = torch.zeros(2, 1, 2, 3, dtype=torch.uint8)
+    masks[1].flatten()[:changed] = 1
+    record = BlendRecord(("base", "cats"), (1, 2, 3), 0, steps=[BlendStep(1.0, (0, 1), mask) for mask in masks])
+    record.spent, record.saved, record.cost = [2, 2], [0, 0], [2.0, 2.0]
+    line = next(line for line in record.report().splitlines() if line.startswith("from one mask to the next"))
+    assert line.endswith("set start_percent 0.05 and mask_refresh to the number of steps") == remedy
+
+
 def test_report_notes_a_share_unmet_because_of_earlier_experts():
     weights = torch.tensor([[[1, 1], [2, 0]]], dtype=torch.uint8)
     step = BlendStep(1.0, (0, 1, 2), weights, quotas=(None, 2, torch.tensor([3])))
