@@ -444,7 +444,13 @@ class SeedSelect(io.ComfyNode):
         select = technique.SeedSelect(settings, run_sampler)
         with explain_shape_errors("the model"):
             interrupted = run(select, run_sampler)
-        return io.NodeOutput(*outputs(select, interrupted, details, grid_size))
+        notes = []
+        if settings.searches and first_steps > steps:
+            notes.append(
+                f"first_steps {first_steps} is more than steps {steps}, so the first round takes {steps} steps; lower"
+                " first_steps for a faster search"
+            )
+        return io.NodeOutput(*outputs(select, interrupted, details, grid_size, notes))
 
 
 def run(select: technique.SeedSelect, sampler: ComfySeedSampler) -> bool:

@@ -1,7 +1,7 @@
 """Outputs of the node SeedSelect: noise, seed, samples, grid, preview and report of a finished or interrupted run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -21,22 +21,30 @@ Outputs = tuple[SeedNoise, int, dict[str, Any], Tensor, Tensor, str]  # noise, s
 
 
 def outputs(
-    select: SeedSelect[ComfySeedSampler], interrupted: bool, details: Mapping[str, str], grid_size: int
+    select: SeedSelect[ComfySeedSampler],
+    interrupted: bool,
+    details: Mapping[str, str],
+    grid_size: int,
+    notes: Sequence[str] = (),
 ) -> Outputs:
-    """Outputs of ``select``.
+    """Outputs of ``select``. ``notes``: further lines of the report.
 
     If the first interrupt of the run comes while the outputs are decoded and drawn, the outputs are still returned.
     """
     try:
-        return _outputs(select, interrupted, details, grid_size)
+        return _outputs(select, interrupted, details, grid_size, notes)
     except InterruptProcessingException:
         if interrupted:
             raise
-        return _outputs(select, True, details, grid_size)
+        return _outputs(select, True, details, grid_size, notes)
 
 
 def _outputs(
-    select: SeedSelect[ComfySeedSampler], interrupted: bool, details: Mapping[str, str], grid_size: int
+    select: SeedSelect[ComfySeedSampler],
+    interrupted: bool,
+    details: Mapping[str, str],
+    grid_size: int,
+    notes: Sequence[str],
 ) -> Outputs:
     best, sampler = select.results[0], select.sampler
     seed = best.sampler_seed if best.seed is None else best.seed
@@ -53,7 +61,7 @@ def _outputs(
     if select.optimizations or len(results) > 1 or not tiles:
         tiles += results
     grid, preview = draw_grid(tiles)[None], draw_preview(results[0], select.series())[None]
-    return noise, seed, _latent(select), grid, preview, _report(select, interrupted)
+    return noise, seed, _latent(select), grid, preview, _report(select, interrupted, notes)
 
 
 def _variation(select: SeedSelect[ComfySeedSampler]) -> dict[str, str]:
@@ -83,7 +91,7 @@ def _latent(select: SeedSelect[ComfySeedSampler]) -> dict[str, Any]:
     return {**kept, "samples": samples.to(dtype=comfy.model_management.intermediate_dtype())}
 
 
-def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool) -> str:
+def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool, notes: Sequence[str]) -> str:
     counter = select.sampler.counter
     lines = [select.report(), f"batch rows through the networks: {counter.rows}"]
     if counter.recomputed:
@@ -93,6 +101,7 @@ def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool) -> str:
     lines += [f"{name} connected: {text} not used" for name, text in select.sampler.inputs.unused.items()]
     if selection := select.sampler.scorer.selection:
         lines.append(selection.report())
+    lines += notes
     if interrupted:
         lines.insert(0, "interrupted: this is the best so far; the node runs again only if an input changes")
     return "\n".join(lines)

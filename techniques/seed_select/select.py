@@ -330,6 +330,7 @@ class SeedSelect(Generic[S]):
         """Text with the results, their cost, and whether a seed reproduces the first image."""
         s = self.settings
         lines = [f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations"]
+        lines.append("the score is a distance to the references: a lower score is better")
         lines += self._source_of_seeds()
         if self.search:
             rounds = ", ".join(f"{len(r.scores)} with {r.steps}" for r in self.search.rounds)

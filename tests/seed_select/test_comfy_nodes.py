@@ -217,6 +217,9 @@ def test_preview_and_grid_begin_with_the_best_image(vae, select):
 def test_first_steps_limited_to_steps(model, select):
     found = select(steps=2, first_steps=4)
     assert "searched (candidates with steps): 6 with 2, 1 with 2;" in found.report
+    assert "first_steps 4 is more than steps 2, so the first round takes 2 steps; lower first_steps" in found.report
+    assert "a lower score is better" in found.report
+    assert "first_steps" not in select(steps=2, first_steps=2).report
     assert torch.equal(found.samples["samples"], plain(model, found.seed, steps=2))
 
 
