@@ -197,7 +197,7 @@ class MaskedTokenSampler(io.ComfyNode):
         )
         height, width = request.area
         seeds = [f"image {i}: seed {sample_seed(seed, i)}" for i in range(len(ids))]
-        report = "\n".join([f"{model.name}: {width} x {height} pixels", *notes, *seeds])
+        report = "\n".join([f"{model.name}: {width} x {height} pixels", *notes, *request.notes, *seeds])
         return io.NodeOutput(images, unknown.with_ids(ids), report)
 
 

@@ -83,6 +83,20 @@ class Request:
             return height, width
         return self.tokens.size if self.tokens is not None else self.size
 
+    @property
+    def notes(self) -> list[str]:
+        """Why no token is generated, with the remedy, for the report; empty if some are."""
+        unknown = self.tokens is not None and bool(self.tokens.unknown.any())
+        if self.tokens is not None and not unknown and (self.mask is None or self.image is not None):
+            other = "connect a mask of the area to generate" if self.image is None else "disconnect the tokens"
+            return [
+                "tokens: all of them are known, so that no token is generated; make some unknown with Masked Token Edit,"
+                f" or {other}"
+            ]
+        if self.mask is not None and not bool((self.mask >= 0.5).any()) and (self.image is not None or not unknown):
+            return ["mask: below 0.5 everywhere, so that no token is generated; draw the area to generate"]
+        return []
+
     def counts(self) -> dict[str, int]:
         """The batch size of each given input, for Batch.of."""
         ids = None if self.tokens is None else self.tokens.ids

@@ -394,6 +394,22 @@ def test_empty_mask_of_load_image_counts_as_not_connected(tiny, wired, masks):
     assert "empty 64x64 mask that Load Image returns" in found[2] and "64x64" not in expected[2]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "note"),
+    [
+        (dict(tokens=tokens()), "tokens: all of them are known, so that no token is generated; make some unknown with"),
+        (dict(tokens=tokens(), image=random_image()), "or disconnect the tokens"),
+        (dict(image=random_image(), mask=torch.full((1, 32, 24), 0.4)), "mask: below 0.5 everywhere, so that no token"),
+        (dict(tokens=tokens(), mask=torch.zeros(1, 32, 24)), "mask: below 0.5 everywhere, so that no token"),
+    ],
+    ids=["tokens", "tokens and image", "image and empty mask", "tokens and empty mask"],
+)
+def test_report_says_why_no_token_is_generated(tiny, inputs, note):
+    with recorded_ids(tiny.model) as calls:
+        report = run(MaskedTokenSampler, model=tiny.model, positive=prompt(1), negative=prompt(2), seed=3, **inputs)[2]
+    assert not calls and note in report
+
+
 def test_empty_mask_of_load_image_edits_nothing(tiny):
     edited, report = run(MaskedTokenEdit, tokens=tokens(batch=2), mask=torch.zeros(1, 64, 64), source=tokens(seed=9))
     assert torch.equal(edited.ids, tokens(batch=2).ids)
