@@ -47,7 +47,7 @@ class BlendGrid(io.ComfyNode):
             display_name="Blend Grid",
             category="chorus",
             description="A contact sheet of a blend over the values of one or two settings, with the same noise.",
-            search_aliases=["MagicFusion", "XY plot", "compare blend settings", "grid"],
+            search_aliases=["MagicFusion", "XY plot", "compare blend settings", "grid", "chorus"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A blended model, from Saliency Noise Blend. Chains of several are possible."

@@ -99,7 +99,7 @@ class CasDMHead(io.ComfyNode):
                 "Refines the model's prediction at every step of any sampler with a small trained network, the head (Cas-DM)."
                 " The model itself is not changed. Several heads can be chained."
             ),
-            search_aliases=["Cas-DM", "x0 refiner", "LPIPS", "dual output diffusion"],
+            search_aliases=["Cas-DM", "x0 refiner", "LPIPS", "dual output diffusion", "sharper images", "chorus"],
             inputs=[
                 io.Model.Input(
                     "model",

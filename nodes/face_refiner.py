@@ -120,6 +120,7 @@ class FaceRefiner(io.ComfyNode):
                 "ADetailer",
                 "CycleGAN",
                 "pix2pix",
+                "chorus",
             ],
             inputs=[
                 io.Image.Input("image", tooltip="The images, RGB."),

@@ -27,7 +27,7 @@ class MaskedTokenVideo(io.ComfyNode):
                 " tokens are generated. Without images, or with one image as the first frame, the motion is given by"
                 " dx and dy. Several images are a video to edit, whose motion is found by comparing its tokens."
             ),
-            search_aliases=["aMUSEd video", "zero-shot video", "Text2Video-Zero", "edit video", "pan"],
+            search_aliases=["aMUSEd video", "zero-shot video", "Text2Video-Zero", "edit video", "pan", "chorus"],
             inputs=[
                 widgets.model(),
                 io.Conditioning.Input(

@@ -35,7 +35,15 @@ class MaskedTokenSampler(io.ComfyNode):
                 " predictions and masks the rest again (aMUSEd). For text to image, image to image, inpainting, outpainting, and"
                 " new versions of an image with some tokens fixed."
             ),
-            search_aliases=["aMUSEd", "MaskGIT", "Muse", "masked image model", "inpaint tokens"],
+            search_aliases=[
+                "aMUSEd",
+                "MaskGIT",
+                "Muse",
+                "masked image model",
+                "inpaint tokens",
+                "token sampler",
+                "chorus",
+            ],
             inputs=[
                 widgets.model(),
                 io.Conditioning.Input(

@@ -40,6 +40,10 @@ class SaliencyNoiseBlend(io.ComfyNode):
                 "blend checkpoints",
                 "merge checkpoints per step",
                 "mix models",
+                "mix checkpoints",
+                "merge models",
+                "combine models",
+                "chorus",
             ],
             inputs=[
                 io.Model.Input(
@@ -335,7 +339,7 @@ class SaliencyBlendView(io.ComfyNode):
             category="chorus",
             description="Shows the masks of the last run of a blended model: the mask of every step, their mean, and"
             " each model's share.",
-            search_aliases=["MagicFusion", "blend masks", "which model generates where"],
+            search_aliases=["MagicFusion", "blend masks", "which model generates where", "preview masks", "chorus"],
             is_output_node=True,
             inputs=[
                 # ``trace`` is optional, because the page drops the link of a bypassed node. ``samples`` is optional,

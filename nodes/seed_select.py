@@ -53,6 +53,10 @@ class SeedSelect(io.ComfyNode):
                 "seed search",
                 "noise optimisation",
                 "rare concept",
+                "find seed",
+                "noise search",
+                "search noise",
+                "chorus",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The model, with its LoRAs, patches or blend. It is not changed."),

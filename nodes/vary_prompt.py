@@ -20,7 +20,7 @@ class VaryPrompt(io.ComfyNode):
                 " more varied images. With the seed and the strength in the report of Seed Select, KSampler generates the same"
                 " image as Seed Select, bit for bit."
             ),
-            search_aliases=["VaryPrompt", "seed variance", "prompt noise", "diversity", "conditioning noise"],
+            search_aliases=["VaryPrompt", "seed variance", "prompt noise", "diversity", "conditioning noise", "chorus"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt, usually the positive one."),
                 io.Int.Input(

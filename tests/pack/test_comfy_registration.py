@@ -45,7 +45,10 @@ def test_every_node_is_found_by_other_words(object_info):
         assert len(object_info[name].get("search_aliases") or []) >= 2, name
     for words, name in (
         ("merge checkpoints per step", "SaliencyNoiseBlend"),
+        ("mix checkpoints", "SaliencyNoiseBlend"),
+        ("merge models", "SaliencyNoiseBlend"),
         ("best seed", "SeedSelect"),
+        ("noise search", "SeedSelect"),
         ("fix faces", "FaceRefiner"),
     ):
         assert words in object_info[name]["search_aliases"]
