@@ -16,7 +16,7 @@ from .saliency_noise_blend import SaliencyNoiseBlend
 
 
 def widget_limits() -> dict[str, Limits]:
-    """The limits of the settings that may move, as SaliencyNoiseBlend's widgets have them."""
+    """The limits of the settings that may vary, as SaliencyNoiseBlend's widgets have them."""
     found = {}
     for widget in SaliencyNoiseBlend.define_schema().inputs:
         if widget.id not in NAMES:
@@ -25,7 +25,7 @@ def widget_limits() -> dict[str, Limits]:
             found[widget.id] = Limits(options=tuple(str(option) for option in widget.options or ()))
         elif isinstance(widget, (io.Int.Input, io.Float.Input)):
             whole = isinstance(widget, io.Int.Input)
-            found[widget.id] = Limits(widget.min or 0.0, widget.max or 0.0, widget.step or 1.0, whole)
+            found[widget.id] = Limits(widget.min or 0.0, widget.max or 0.0, whole)
     return found
 
 

@@ -28,7 +28,7 @@ def make_grid(
     varied = [setting for setting in (rows, columns) if setting]
     if not varied:
         raise ValueError("rows and columns are empty; write for example: bias = -1 | 0 | 1 into rows")
-    if rows and columns and rows.name == columns.name and set(rows.experts) >= set(columns.experts):
+    if rows and columns and rows.name == columns.name and (not rows.experts or {*rows.experts} & {*columns.experts}):
         raise ValueError(f"rows and columns both set {columns.title}; use two settings, or leave columns empty")
     points = list(itertools.product(*(setting.values for setting in varied)))
     if len(points) > MOST_CELLS:

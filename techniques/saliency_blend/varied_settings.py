@@ -18,18 +18,13 @@ from .experts import ExpertSettings
 Value: TypeAlias = float | int | str
 Point: TypeAlias = tuple[Value, ...]  # one value for each varied setting
 
-# the names of the widgets, with the names of their fields
-EXPERT_FIELDS = {
-    "expert_strength": "strength",
-    **{name: name for name in ("bias", "start_percent", "end_percent", "ramp", "expert_cfg", "expert_share")},
-}
-JOINT_FIELDS = {
-    name: name
-    for name in (
-        *("general_strength", "mask_mode", "softness", "saliency", "blur"),
-        *("mask_momentum", "mask_refresh", "temporal_smoothing"),
-    )
-}
+# names of widgets, which are those of the fields of ExpertSettings and JointSettings, except for RENAMED
+EXPERT_FIELDS = ("expert_strength", "bias", "start_percent", "end_percent", "ramp", "expert_cfg", "expert_share")
+JOINT_FIELDS = (
+    *("general_strength", "mask_mode", "softness", "saliency", "blur"),
+    *("mask_momentum", "mask_refresh", "temporal_smoothing"),
+)
+RENAMED = {"expert_strength": "strength"}
 NAMES = (*EXPERT_FIELDS, *JOINT_FIELDS)
 MOST_VALUES = 64  # of a list
 EXAMPLE = "write for example: bias = -1 to 1 by 0.5, or: mask_refresh = 1 | 20"
@@ -37,11 +32,10 @@ EXAMPLE = "write for example: bias = -1 to 1 by 0.5, or: mask_refresh = 1 | 20"
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a widget: ``low`` to ``high`` in multiples of ``step``, or the ``options`` of a list."""
+    """The limits of a widget: ``low`` to ``high``, or the ``options`` of a list."""
 
     low: float = 0.0
     high: float = 0.0
-    step: float = 0.0
     whole: bool = False
     options: tuple[str, ...] = ()
 
@@ -144,9 +138,9 @@ def settings_at(
     changed = list(experts)
     for setting, value in zip(varied, point, strict=True):
         for k in setting.experts:
-            changed[k] = replace(changed[k], **{EXPERT_FIELDS[setting.name]: value})
+            changed[k] = replace(changed[k], **{RENAMED.get(setting.name, setting.name): value})
         if not setting.experts:
-            joint = replace(joint, **{JOINT_FIELDS[setting.name]: value})
+            joint = replace(joint, **{setting.name: value})
     return changed, joint
 
 

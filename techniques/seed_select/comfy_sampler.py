@@ -21,9 +21,9 @@ from torch import Tensor
 from ...common.shapes import size_of
 from ...host.images import filmstrips
 from ...host.parametrization import family, is_image_to_image, sampling_of, unsupported
-from ...host.row_batches import CALLS_PER_STEP, adds_no_noise, rows_are_independent, rows_that_fit
 from ...host.sampled_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
 from ...host.sampling_progress import SamplingProgress
+from .comfy_batching import CALLS_PER_STEP, adds_no_noise, rows_are_independent, rows_that_fit
 from .comfy_counting import RowCounter
 from .comfy_inputs import KSamplerInputs
 from .comfy_scoring import ReferenceScorer, ScoringModels, ScoringSettings

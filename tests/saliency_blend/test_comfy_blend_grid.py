@@ -80,7 +80,7 @@ def plain(model, seed=5, latent_image=None, sampler_name="euler", **sampling):
 
 def test_limits_are_those_of_the_widgets_of_the_blend_node():
     assert set(widget_limits()) == set(NAMES)
-    assert (widget_limits()["bias"].low, widget_limits()["bias"].step) == (-5.0, 0.05)
+    assert (widget_limits()["bias"].low, widget_limits()["bias"].high) == (-5.0, 5.0)
     assert widget_limits()["saliency"].options == ("own", "shared")
     assert widget_limits()["mask_refresh"].whole
 
@@ -218,6 +218,8 @@ def test_a_model_without_a_blend_is_refused(models, grid):
     ("inputs", "message"),
     [
         (dict(rows="", columns=""), "rows and columns are empty"),
+        (dict(rows="bias of expert 1 = 0 | 1", columns="bias = 1 | 2"), "rows and columns both set bias"),
+        (dict(rows="blur = 2 | 4", columns="blur = 1 | 2"), "rows and columns both set blur"),
         (dict(rows="bias = 0 | 1\nblur = 1 | 2"), "rows names 2 settings; keep one of them"),
         (dict(rows="bias = 0 | 1", columns="bias of expert 1 = 1 | 2"), "rows and columns both set bias of expert 1"),
         (

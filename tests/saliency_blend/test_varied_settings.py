@@ -6,11 +6,11 @@ from chorus.techniques.saliency_blend.blend import JointSettings
 from chorus.techniques.saliency_blend.experts import ExpertSettings
 from chorus.techniques.saliency_blend.varied_settings import NAMES, Limits, in_words, read_setting, settings_at
 
-LIMITS = {name: Limits(0.0, 1.0, 0.01) for name in NAMES} | {
-    "bias": Limits(-5.0, 5.0, 0.05),
-    "expert_strength": Limits(0.0, 100.0, 0.05),
-    "mask_refresh": Limits(1, 100, 1, whole=True),
-    "blur": Limits(1, 64, 1, whole=True),
+LIMITS = {name: Limits(0.0, 1.0) for name in NAMES} | {
+    "bias": Limits(-5.0, 5.0),
+    "expert_strength": Limits(0.0, 100.0),
+    "mask_refresh": Limits(1, 100, whole=True),
+    "blur": Limits(1, 64, whole=True),
     "saliency": Limits(options=("own", "shared")),
 }
 

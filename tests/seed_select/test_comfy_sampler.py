@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from chorus.demo import modules
-from chorus.host.row_batches import DETERMINISTIC
 from chorus.host.sampling_progress import SamplingProgress
+from chorus.techniques.seed_select.comfy_batching import DETERMINISTIC
 from chorus.tests.support.gradients import seed_sampler
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.seeds import WORDS, content, limit_free_memory, with_control

@@ -8,8 +8,8 @@ import comfy.sampler_helpers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from .attachments import attached
-from .batches import relates_rows
+from ...host.attachments import attached
+from ...host.batches import relates_rows
 
 Conds = Mapping[str, Sequence[Mapping[str, Any]]]  # conditionings by name, as ComfyUI's guiders hold them
 
