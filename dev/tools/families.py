@@ -40,6 +40,7 @@ The columns are the checks:
 - *grid image*: the images of BlendGrid are those of KSampler, bit for bit, and up to rounding if images share steps.
 - *seed search*: KSampler generates the same samples, bit for bit, from the seed that SeedSelect chose.
 - *seed gradient*: the gradient of SeedSelect equals finite differences.
+- *seed map*: SeedMap samples as KSampler does, and CombineNoise gives the noises that SeedMap samples, bit for bit.
 - *untrained head*: CasDMHead with an untrained head changes nothing.
 """
 NODES = """## Nodes of ComfyUI

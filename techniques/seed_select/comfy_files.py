@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import comfy.model_management
 import torch
@@ -27,6 +28,14 @@ FORMAT = "chorus-seed-1"  # value of "format" in the metadata
 PIXELS = "pixels_per_position"  # in the details: pixels along a side of a latent position
 SEEDS = 2**64  # number of valid seeds; they start at 0
 CHUNK = 2**24  # bytes of a model file that are read at once
+
+
+class Noise(Protocol):
+    """ComfyUI's NOISE."""
+
+    seed: int  # of the noise that stochastic samplers add
+
+    def generate_noise(self, latent: dict[str, Any], /) -> Tensor | NestedTensor: ...
 
 
 @dataclass(frozen=True, eq=False)

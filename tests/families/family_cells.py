@@ -10,11 +10,13 @@ from unittest import mock
 
 import comfy.model_sampling
 import comfy.utils
+import comfy_extras.nodes_custom_sampler as custom
 import numpy as np
 import torch
 
 from chorus.host.latent_spaces import LatentSpace
 from chorus.techniques.saliency_blend.comfy_expert_run import ExpertRun
+from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler
 from chorus.tests.families.catalogue import FAMILIES, NOT_BUILT
 from chorus.tests.families.family import Family
 from chorus.tests.families.outcome import NotBuilt, Outcome, one_line, outcome_of
@@ -326,6 +328,37 @@ def grid_image(models):
             assert error <= bound, f"with start_percent {start:g}, differs from KSampler by {error:.2g}"
 
 
+@in_inference_mode
+def seed_map(models):
+    """SeedMap samples as KSampler does, and CombineNoise gives the noises that SeedMap samples, bit for bit."""
+    from chorus.nodes.seed_map import CombineNoise, SeedMap
+
+    samples = models.family.latent()
+    height, width = positions(samples)
+    channels = parts(samples["samples"])[0].shape[1]
+    video = models.family.latent_format().latent_dimensions == 3
+    positive, negative = models.prompts
+    wired = dict(model=models.base, positive=positive, negative=negative, latent_image=samples)
+    scoring = dict(
+        semantic_weight=0.0,
+        references=torch.rand(2, 8 * height, 8 * width, 3, generator=torch.Generator().manual_seed(4)),
+        vae=tiny_vae(channels, video=video),
+    )
+    noise, other = (custom.RandomNoise.execute(seed).args[0] for seed in (1, 7))
+    few = dict(patches=2, pairs=2, checks=0, seed=7, **SAMPLING, sampler_name="euler", denoise=1.0)
+    with mock.patch.object(ComfySeedSampler, "generate", autospec=True, side_effect=ComfySeedSampler.generate) as runs:
+        _, mask, _, _ = SeedMap.execute(**{**defaults(SeedMap), **wired, **scoring, **few, "noise": noise}).args
+    run, found, *_ = runs.call_args_list[0].args
+    assert same_bits(run.layout.unpack(run.generate(found)), models.sample(models.base, seed=1)), "not as KSampler"
+    _, halves, *_ = runs.call_args_list[1].args  # of the first pair, in which the other noise has seed 7
+    kept = parts(run.layout.unpack(halves[:1] == found))[0].flatten(0, -3)[:1].float()
+    assert 0 < kept.mean() < 1 and len(mask) == 1
+    combined = CombineNoise.execute(noise, other, kept, 0.5).args[0]
+    assert same_bits(combined.generate_noise(run.inputs.latent_image), run.layout.unpack(halves[:1])), (
+        "CombineNoise differs from what SeedMap samples"
+    )
+
+
 def seed_gradient(models):
     """The gradient of SeedSelect's optimisation equals a finite difference along one direction.
 
@@ -363,6 +396,7 @@ CELLS: dict[str, Callable[[Models], None]] = {
     "grid image": grid_image,
     "seed search": seed_search,
     "seed gradient": seed_gradient,
+    "seed map": seed_map,
     "untrained head": untrained_head,
 }
 

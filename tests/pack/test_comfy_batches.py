@@ -7,6 +7,7 @@ where a node of the pack has its own seed. Models are small and random.
 import dataclasses
 import functools
 
+import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from chorus.nodes import NODES
 from chorus.nodes.face_refiner import FaceRefiner
 from chorus.nodes.masked_token_editing import MaskedTokenDecode, MaskedTokenEdit, MaskedTokenEncode
 from chorus.nodes.masked_tokens import MaskedTokenSampler
+from chorus.nodes.seed_map import CombineNoise
 from chorus.techniques.face_refiner.networks.resnet import ResnetConfig
 from chorus.tests.support import tiny_masked_tokens as tiny
 from chorus.tests.support.heads import apply_head, head_for
@@ -27,6 +29,7 @@ ROUNDING = 5e-4  # relative to the norm of the result
 KINDS = {"IMAGE", "MASK", "LATENT", "TOKENS", "BOUNDING_BOX,SEGS"}  # sockets whose values may be batches
 # nodes that look at a batch as one
 BY_NATURE = {
+    "SeedMap": "all references together define one concept; latent_image must be a single latent",
     "SeedSelect": "all references together define one concept; latent_image must be a single latent",
     "BlendGrid": "latent_image must be a single latent",
     "FaceRealismScore": "the distance of two sets of images",
@@ -155,6 +158,12 @@ def with_head(chosen):
     return (sampled(apply_head(model, head_for(model)), chosen),)
 
 
+def combined(chosen):
+    part = {"samples": START["samples"][chosen], "batch_index": [START["batch_index"][k] for k in chosen]}
+    noises = [custom.RandomNoise.execute(seed).args[0] for seed in (5, 6)]
+    return (CombineNoise.execute(*noises, MASKS[chosen], 0.7).args[0].generate_noise(part),)
+
+
 FAITHFUL = {"config": ResnetConfig(ngf=4, blocks=2, dropout=True), "faithful": True}
 CASES = {
     "FaceRefiner, boxes": refined(boxes=BOXES),
@@ -188,6 +197,7 @@ CASES = {
     # without the empty region of image 0: all sheets of a batch have the same panels
     "SaliencyBlendView": blended(with_region=False, shown=True),
     "CasDMHead": with_head,
+    "CombineNoise": combined,
 }
 
 

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import comfy_extras.nodes_custom_sampler as custom
 import nodes as host_nodes
 import torch
 
@@ -166,6 +167,22 @@ def select(**inputs):
     valid |= {"model": general(), "references": references(), "vae": loaded("ChorusDemoCheckpoint")[2]}
     valid |= {"clip_vision": loaded("ChorusDemoVision")[0], "candidates": 2, "steps": 2, "first_steps": 1}
     return execute("SeedSelect", **{**valid, "grid_size": 2, **inputs})
+
+
+def noise_map(**inputs):
+    valid = {"positive": words(), "negative": words(""), "latent_image": {"samples": torch.zeros(LATENT)}}
+    valid |= {"model": general(), "references": references(), "vae": loaded("ChorusDemoCheckpoint")[2]}
+    valid |= {"clip_vision": loaded("ChorusDemoVision")[0], "steps": 2, "patches": 2, "pairs": 2, "checks": 0}
+    return execute("SeedMap", **{**valid, "noise": random_noise(1), **inputs})
+
+
+def random_noise(seed):
+    return custom.RandomNoise.execute(seed).args[0]
+
+
+def combined(mask, samples=None):
+    noise = execute("CombineNoise", noise=random_noise(1), other=random_noise(2), mask=mask)[0]
+    return noise.generate_noise(samples or {"samples": torch.zeros(LATENT)})
 
 
 def grid(model=None, expert=None, **inputs):

@@ -17,6 +17,7 @@ from chorus.nodes import NODES, face_refiner_train
 from chorus.techniques.face_refiner.networks.patch_discriminator import PatchDiscriminatorConfig
 from chorus.techniques.face_refiner.training import base as face_refiner_run
 from chorus.techniques.seed_select import comfy_sampler, path, select
+from chorus.techniques.seed_select.comfy_files import SeedNoise
 from chorus.tests.robustness.leak_check import same_bits
 from chorus.tests.support import tiny_masked_tokens as tiny
 from chorus.tests.support.gradients import tiny_encoder
@@ -95,6 +96,24 @@ def seeds(count=1, **inputs) -> Callable[[], Case]:
             return [noise.noise, seed, samples["samples"], grid, preview, report]
 
         return Case(run, (model, vae, vision), True, cancel_returns_best=True, slow=True)
+
+    return make
+
+
+def noise_map(**inputs) -> Callable[[], Case]:
+    def make() -> Case:
+        model, vision = unet(0, latent_format=Scaled), tiny_encoder()
+        with torch.inference_mode():
+            vae = modules.make_vae(modules.load_autoencoder())
+        references = torch.rand(1, 50, 40, 3, generator=torch.Generator().manual_seed(4))
+        noise = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(6))
+        samples = latent(height=4, width=4)
+        wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=samples, vae=vae)
+        wired |= dict(references=references, clip_vision=vision, noise=SeedNoise(noise, 5))
+        settings = dict(steps=2, cfg=3.0, patches=2, pairs=5, checks=1, seed=5)
+        node = NODE["SeedMap"]
+        arguments = {**defaults(node), **wired, **settings, **inputs}
+        return Case(lambda: list(node.execute(**arguments).args), (model, vae, vision), True, True, slow=True)
 
     return make
 
@@ -226,6 +245,8 @@ CASES = {
     "SeedSelect search+optimize": seeds(mode="search+optimize"),
     "SeedSelect inversion": seeds(start="inversion", candidates=1),
     "SeedSelect centroid": seeds(2, start="centroid", mode="optimize"),
+    "SeedMap exchange": noise_map(),
+    "SeedMap gradient": noise_map(method="gradient"),
     "BlendGrid": grid,
     "MaskedTokenSampler": tokens_sampled,
     "MaskedTokenVideo": tokens_moved,
