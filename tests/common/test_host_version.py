@@ -36,7 +36,7 @@ def install_fake_comfyui(monkeypatch, version: str | None, names: tuple[str, ...
 def test_readme_and_packaging_state_the_tested_versions():
     oldest, newest = host_version.TESTED, host_version.NEWEST_TESTED
     page = " and ".join(host_version.FRONTENDS)
-    row = f"| {oldest} and {newest} | tested, with versions {page} of the web page |"
+    row = f"| {oldest} and {newest} | tested, with versions {page} of its frontend |"
     assert row in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f'requires-comfyui = ">={oldest}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     setup = (ROOT / "dev" / "tools" / "setup.py").read_text(encoding="utf-8")
