@@ -18,17 +18,17 @@ PATH = ROOT / "docs" / "compatibility.md"
 COMMAND = "python run.py families --write"
 HEAD = f"""# Compatibility
 
-This file shows how the pack works with every model family that ComfyUI can load, and with every node of ComfyUI that
-takes a MODEL and returns one. The command `{COMMAND}` writes this file. The tests repeat the checks
-and compare their outcomes with this file.
+This file shows which models can be blended with each other, how the pack works with every model family that ComfyUI
+can load, and with every node of ComfyUI that takes a MODEL and returns one. The command `{COMMAND}`
+writes this file. The tests repeat the checks and compare their outcomes with this file.
+"""
+FAMILIES = """## Model families
 
-Each cell is the outcome of one check with small models whose weights are random:
+Each cell of this table and of the next one is the outcome of one check with small models whose weights are random:
 
 - *equal*: the result equals an independent computation.
 - *refused*: the pack raises an error that names the reason. The notes hold the messages.
 - *not built*: the check was not possible. The notes hold the reason.
-"""
-FAMILIES = """## Model families
 
 The columns are the checks:
 
@@ -52,8 +52,13 @@ its nodes. In the other half, they must equal those of the base with its nodes.
 SPACES = """## Latent spaces
 
 Models of one latent space can be blended, whatever their architectures are: each line of the table is one space, with all model
-families of this ComfyUI that have it. The blend converts between their noise processes. It needs a real negative prediction of each
-model, which models that are distilled with guidance lack, see the help of Saliency Noise Blend.
+families of this ComfyUI that have it. The blend converts between their noise processes. A fine-tune belongs to the family of its
+model: Illustrious, NoobAI and Pony V6 are SDXL.
+
+**Distilled models are less suitable.** The blend compares predictions with the prompt and with the negative prompt. Models that were
+distilled with guidance, such as Flux.1 dev and schnell, Z-Image Turbo and Klein, hardly learned negative prompts, so that the masks say
+little. Prefer models that are sampled at a cfg above 1, or draw the mask: a `region` with `region_mode` *force*. See *Distilled models*
+in the [help of Saliency Noise Blend](../web/docs/SaliencyNoiseBlend.md#good-to-know).
 """
 NOTE = re.compile(r"^\[\^(\d+)\]: `(.*)`$", re.M)
 CELL = re.compile(r"^(equal|refused|not built|wrong)(?:\[\^(\d+)\])?$")
@@ -84,8 +89,8 @@ def space_table(spaces: dict[str, list[str]]) -> str:
 def page(families: Cells, nodes: Cells, spaces: dict[str, list[str]], version: str) -> str:
     """The text of docs/compatibility.md."""
     notes: dict[str, int] = {}
-    tables = [FAMILIES + "\n" + table(families, notes), NODES + "\n" + table(nodes, notes)]
-    tables.append(SPACES + "\n" + space_table(spaces))
+    tables = [SPACES + "\n" + space_table(spaces)]
+    tables += [FAMILIES + "\n" + table(families, notes), NODES + "\n" + table(nodes, notes)]
     listed = "".join(f"[^{number}]: `{text}`\n" for text, number in notes.items())
     return "\n".join([HEAD, f"Tested with ComfyUI {version}.\n", *tables, listed])
 
@@ -94,7 +99,8 @@ def read(text: str) -> tuple[Cells, Cells]:
     """The cells of the families and of the nodes in the text of docs/compatibility.md."""
     notes = dict(NOTE.findall(text))
     found: list[Cells] = []
-    for part in text.split("\n## ")[1:3]:
+    parts = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+    for part in (parts["Model families"], parts["Nodes of ComfyUI"]):
         rows = [[word.strip() for word in line.strip("| ").split("|")] for line in part.splitlines() if line[:1] == "|"]
         columns, cells = rows[0] if rows else [], {}
         for row in rows[2:]:
