@@ -17,8 +17,7 @@ from ..techniques.seed_select.comfy_inputs import KSamplerInputs
 from ..techniques.seed_select.comfy_sampler import SAMPLERS, SCHEDULERS, ComfySeedSampler
 from ..techniques.seed_select.comfy_scoring import ScoringSettings
 from ..techniques.seed_select.comfy_seed_map import run_map
-from ..techniques.seed_select.comfy_session import SessionSettings
-from ..techniques.seed_select.noise_patches import GRADIENT, METHODS, SeedMapSettings
+from ..techniques.seed_select.noise_patches import SeedMapSettings
 from .checked_inputs import checks_inputs
 
 
@@ -43,14 +42,6 @@ class SeedMap(io.ComfyNode):
                 io.Noise.Input("noise", tooltip="From Seed Select, Load Seed or RandomNoise."),
                 io.Image.Input("references", tooltip="As in Seed Select: a batch of images of the concept."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default=METHODS[0],
-                    tooltip="exchange: replaces random halves of the patches by other noise and compares the scores. It works with"
-                    " every sampler. gradient: the size of the score's gradient, from one backward pass. It is faster, needs"
-                    " the sampler euler, ddim or dpmpp_2m, and more memory.",
-                ),
                 io.Int.Input(
                     "patches",
                     default=4,
@@ -63,7 +54,7 @@ class SeedMap(io.ComfyNode):
                     default=24,
                     min=2,
                     max=1024,
-                    tooltip="For exchange: pairs of images. More pairs make the map more certain.",
+                    tooltip="Pairs of images, in which halves of the patches are exchanged. More pairs make the map more certain.",
                 ),
                 io.Int.Input(
                     "checks",
@@ -127,7 +118,6 @@ class SeedMap(io.ComfyNode):
         noise: Noise,
         references: Tensor,
         vae: VAE,
-        method: str,
         patches: int,
         pairs: int,
         checks: int,
@@ -159,7 +149,7 @@ class SeedMap(io.ComfyNode):
             sampler=sampler,
             guider=guider,
         ).checked()
-        settings = SeedMapSettings(method=method, pairs=pairs, checks=checks, seed=seed, steps=inputs.steps)
+        settings = SeedMapSettings(pairs=pairs, checks=checks, seed=seed, steps=inputs.steps)
         scoring = ScoringSettings(
             references=references,
             vae=vae,
@@ -168,8 +158,6 @@ class SeedMap(io.ComfyNode):
             appearance_weight=appearance_weight,
         )
         run_sampler = ComfySeedSampler(inputs, scoring)
-        if method == GRADIENT:
-            run_sampler.allow_gradients(SessionSettings(sampler=inputs.plain_sampler, seed=noise.seed))
         with explain_shape_errors("the model"):
             return io.NodeOutput(*run_map(settings, run_sampler, noise, patches))
 

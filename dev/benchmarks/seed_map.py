@@ -1,7 +1,8 @@
 """SeedMap: do the marked patches of a found noise carry the concept, and does the noise help neighbouring prompts?
 
-For each rare concept, a search finds the best of 16 seeds with few steps, as in seed_rare_concepts. Both methods of SeedMap
-measure the 4 x 4 patches of its noise. In noises that neither has seen, half of the patches then keep the found noise:
+For each rare concept, a search finds the best of 16 seeds with few steps, as in seed_rare_concepts. SeedMap measures the
+4 x 4 patches of its noise, from two numbers of pairs. For comparison, another map is the mean of |dscore / dnoise| in each
+patch, from one backward pass. In noises that no map has seen, half of the patches then keep the found noise:
 
   marked half:   the patches with the highest values
   random half:   patches chosen at random, the mean of several choices
@@ -31,9 +32,9 @@ import comfy.utils  # noqa: E402
 from ...demo.concepts import load_concepts, load_frequency, phrase  # noqa: E402
 from ...demo.modules import load_checkpoint  # noqa: E402
 from ...techniques.seed_select.comfy_sampler import ComfySeedSampler  # noqa: E402
-from ...techniques.seed_select.comfy_seed_map import gradient_of, patch_numbers  # noqa: E402
-from ...techniques.seed_select.comfy_session import SessionSettings  # noqa: E402
-from ...techniques.seed_select.noise_patches import METHODS, Patches, SeedMap, SeedMapSettings  # noqa: E402
+from ...techniques.seed_select.comfy_seed_map import patch_numbers  # noqa: E402
+from ...techniques.seed_select.comfy_session import OpenSession, SessionSettings  # noqa: E402
+from ...techniques.seed_select.noise_patches import Patches, SeedMap, SeedMapSettings  # noqa: E402
 from ..statistics import mean_of_groups, paired_difference  # noqa: E402
 from .environment import publish, script_parser  # noqa: E402
 from .evaluators import numbers_of  # noqa: E402
@@ -42,7 +43,9 @@ from .seed_case import demo_models  # noqa: E402
 from .seed_rare_concepts import GROUP, ImageEvaluators  # noqa: E402
 
 STEPS, CFG, CANDIDATES, PIXELS = 3, 4.0, 16, 128
-PAIRS, SIDE = 24, 4  # SeedMap's pairs, and patches along a side
+PAIRS, SIDE = (24, 96), 4  # SeedMap's pairs, and patches along a side
+GRADIENT = "gradient"
+MAPS = (*(f"{pairs} pairs" for pairs in PAIRS), GRADIENT)
 CHOICES = 4  # random halves
 FIRST_OTHER, FIRST_TEST = 5 * GROUP, 6 * GROUP  # first seeds of the noises that are exchanged, and of the tests
 SECOND = "pizza"  # the second concept of a neighbouring prompt
@@ -81,31 +84,42 @@ class Concept:
         hits = self.evaluators.measure(sampler.decode(latents), numbers_of([name] * len(noises)))
         return {"score": sampler.score([latents]).double().numpy(), **{m: hits[m] for m in MEASURES[1:]}}
 
-    def map(self, method: str) -> SeedMap:
-        settings = SeedMapSettings(method=method, pairs=PAIRS, checks=0, seed=FIRST_OTHER, steps=STEPS)
-        layout = self.sampler.layout
-        gradient = gradient_of(self.sampler)
-        found = SeedMap(
-            settings, self.sampler, self.found, patch_numbers(layout, self.grid), self.grid, gradient=gradient
-        )
+    def map(self, pairs: int) -> SeedMap:
+        settings = SeedMapSettings(pairs=pairs, checks=0, seed=FIRST_OTHER, steps=STEPS)
+        found = SeedMap(settings, self.sampler, self.found, patch_numbers(self.sampler.layout, self.grid), self.grid)
         found.run()
         return found
 
+    def by_gradient(self) -> Tensor:
+        """Booleans [P]: the half of the patches in which the gradient of the score is largest."""
+
+        def gradient(session: OpenSession) -> Tensor:
+            with torch.inference_mode(False), torch.enable_grad():
+                noise = self.found.clone().requires_grad_(True)
+                session.score(session.unroll(noise)).sum().backward()
+            assert noise.grad is not None
+            return noise.grad
+
+        assert self.sampler.gradients is not None  # the constructor has allowed them
+        sizes = self.sampler.gradients.run(gradient).abs().sum((0, 1)).flatten()
+        sums = torch.zeros(self.grid.count).index_add_(0, self.grid.numbers().flatten(), sizes)
+        return sums >= sums.sort().values[self.grid.count // 2]
+
     def halves(self) -> dict[str, dict[str, float]]:
         """Means of MEASURES over the test noises, by what is kept."""
-        maps = {method: self.map(method) for method in METHODS}
-        any_map = maps[METHODS[0]]
+        maps = [self.map(pairs) for pairs in PAIRS]
+        marked = dict(zip(MAPS, [*(found.marked for found in maps), self.by_gradient()], strict=True))
         kept = {"none": [torch.zeros(self.grid.count, dtype=torch.bool)]}
         rng = np.random.default_rng(0)
         kept["random half"] = [
             torch.from_numpy(rng.permutation(self.grid.count) < self.grid.count // 2) for _ in range(CHOICES)
         ]
-        for method, found in maps.items():
-            kept |= {f"{method}: marked half": [found.marked], f"{method}: other half": [~found.marked]}
+        for name, half in marked.items():
+            kept |= {f"{name}: marked half": [half], f"{name}: other half": [~half]}
         rows = {}
         for name, choices in kept.items():
             found = [
-                self.measure(self.sampler, [any_map.mixed(choice, test) for test in self.tests], self.name)
+                self.measure(self.sampler, [maps[0].mixed(choice, test) for test in self.tests], self.name)
                 for choice in choices
             ]
             rows[name] = {m: float(np.mean([f[m] for f in found])) for m in MEASURES}
@@ -162,13 +176,10 @@ def summary(per_concept: Sequence[dict[str, Any]]) -> dict[str, Any]:
     kept = list(per_concept[0]["halves"])
     means = {name: {m: interval(halves(name, m)) for m in MEASURES} for name in kept}
     gains = {}
-    for method in METHODS:
-        for other in ("random half", f"{method}: other half", "none"):
-            name = f"{method}: marked half"
+    for source in MAPS:
+        for other in ("random half", f"{source}: other half", "none"):
+            name = f"{source}: marked half"
             gains[f"{name} - {other}"] = {m: difference(halves(name, m), halves(other, m)) for m in MEASURES}
-    gains["exchange - gradient"] = {
-        m: difference(*(halves(f"{method}: marked half", m) for method in METHODS)) for m in MEASURES
-    }
     prompts = {}
     for label in per_concept[0]["neighbours"]:
         found, plain = (

@@ -1,7 +1,7 @@
 """SeedMap with ComfyUI's models: the noise, its patches, the run and the outputs."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -16,7 +16,6 @@ from ...host.sampled_latents import LatentLayout, parts_of
 from ...host.sampling_progress import SamplingProgress
 from .comfy_files import Noise, SeedNoise
 from .comfy_sampler import ComfySeedSampler
-from .comfy_session import OpenSession
 from .noise_patches import Patches, SeedMap, SeedMapSettings, ranks
 
 InterruptProcessingException = comfy.model_management.InterruptProcessingException
@@ -44,7 +43,6 @@ def run_map(settings: SeedMapSettings, sampler: ComfySeedSampler, noise: Noise, 
         patch_numbers(sampler.layout, grid),
         grid,
         sampler_seed=noise.seed,
-        gradient=gradient_of(sampler),
     )
     progress = SamplingProgress(sampler.model, found.planned)
     sampler.callback = progress.callback
@@ -73,26 +71,6 @@ def patch_numbers(layout: LatentLayout, grid: Patches) -> Tensor:
     first, *further = layout.sizes
     parts = [grid.numbers().expand(1, *first), *(torch.full((1, *size), -1) for size in further)]
     return layout.pack(NestedTensor(parts) if further else parts[0])
-
-
-def gradient_of(sampler: ComfySeedSampler) -> Callable[[Tensor], Tensor] | None:
-    """The function that returns dscore / dnoise; None if ``sampler`` has no session for gradients."""
-    session = sampler.gradients
-    if session is None:
-        return None
-
-    def work(opened: OpenSession, noise: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            x = noise.clone().requires_grad_(True)
-            opened.score(opened.unroll(x)).sum().backward()
-        if x.grad is None or not bool(torch.isfinite(x.grad).all()):
-            raise ValueError(
-                "the score has no finite gradient with respect to the noise; run the model, the VAE and the image encoder"
-                " in a wider dtype, or use method exchange"
-            )
-        return x.grad
-
-    return lambda noise: session.run(lambda opened: work(opened, noise))
 
 
 def outputs(found: SeedMap, sampler: ComfySeedSampler, interrupted: bool, notes: Sequence[str]) -> Outputs:

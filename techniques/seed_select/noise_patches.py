@@ -1,10 +1,9 @@
 """Which parts of a noise carry the concept, for SeedMap: a map over patches of the noise. Ours, not from the papers.
 
-Two methods measure a patch:
-- exchange: half of the patches, chosen at random, keep the found noise, and the others get that of another seed. A second
-  image exchanges the halves. The map is the mean difference of the two scores, as seen from each patch. A mixture of two
-  noises by patches is as likely for random noise as either of them, so the model gets no unusual noise.
-- gradient: the mean of |dscore / dnoise| in each patch, from one backward pass through the sampling.
+In each pair of images, half of the patches, chosen at random, keep the found noise in the first image, and the other half
+in the second. All other patches get the noise of another seed. The map is the mean difference of the two scores, as seen
+from each patch. A mixture of two noises by patches is as likely for random noise as either of them, so the model gets no
+unusual noise.
 
 The scores are those of losses.ReferenceLoss: lower is better. Shapes: P patches, K pairs of images, C channels, S spatial
 axes (h, w), of a video (T, h, w). A patch extends over all channels and frames.
@@ -22,8 +21,6 @@ from .records import SeedResult
 from .sampler import SeedSampler
 from .search import counted
 
-EXCHANGE, GRADIENT = "exchange", "gradient"
-METHODS = (EXCHANGE, GRADIENT)
 MOST_ROWS = 8  # images in one batch; an interrupt loses at most these
 MOST_PATCHES = 4096  # whose splits and differences of 1024 pairs fit in 32 MB
 
@@ -90,15 +87,12 @@ def random_halves(patches: int, pairs: int, seed: int) -> Tensor:
 class SeedMapSettings:
     """Settings of a map. ValueError for values outside of their limits."""
 
-    method: str = EXCHANGE
-    pairs: int = 24  # of images, for method exchange
+    pairs: int = 24  # of images
     checks: int = 4  # noises in which the marked and the unmarked half are tried; 0: no check
     seed: int = 0  # of the first other noise
     steps: int = 20
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method} is unknown; use one of {', '.join(METHODS)}")
         for name, least in (("pairs", 2), ("checks", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} is less than {least}; use at least {least}")
@@ -118,7 +112,7 @@ class SeedMap:
     """One map of ``noise`` [1, C, *S]. Its attributes are valid at any time, so an interrupted map has what was measured.
 
     ``patch_of``: number of the patch of each element of the noise, with the noise's shape; -1: the element always keeps the
-    found noise. ``gradient``: returns dscore / dnoise of the noise, for the method gradient.
+    found noise.
     """
 
     settings: SeedMapSettings
@@ -127,12 +121,11 @@ class SeedMap:
     patch_of: Tensor
     patches: Patches
     sampler_seed: int = 0  # of noise that a stochastic sampler adds, the same in all images
-    gradient: Callable[[Tensor], Tensor] | None = None
     found: SeedResult | None = None  # the image of the noise
     checks: list[Check] = field(default_factory=list)
     evaluations: int = 0
     _differences: list[float] = field(default_factory=list)  # of the two scores of each pair
-    _gradient_values: Tensor | None = None
+    _progress: Progress | None = None
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
@@ -141,10 +134,7 @@ class SeedMap:
     @property
     def planned(self) -> int:
         """Evaluations of the whole map."""
-        s, cost = self.settings, self.sampler.gradient_cost
-        gradient = 0 if cost is None else cost.with_gradient
-        map_ = gradient if s.method == GRADIENT else 2 * s.pairs * self._cost
-        return map_ + (1 + 3 * s.checks) * self._cost
+        return (1 + 2 * self.settings.pairs + 3 * self.settings.checks) * self._cost
 
     @property
     def _cost(self) -> int:
@@ -157,20 +147,16 @@ class SeedMap:
 
     @property
     def values(self) -> Tensor | None:
-        """Map [P], float64; None before it was measured.
+        """Map [P], float64: how much more the score rises if the patch is exchanged than if an average other patch is.
 
-        exchange: how much more the score rises if the patch is exchanged than if an average other patch is.
+        None before two pairs were measured.
         """
-        if self._gradient_values is not None:
-            return self._gradient_values
         return None if self.pairs < 2 else self._seen_from_patches().mean(0)
 
     @property
     def errors(self) -> Tensor | None:
-        """Standard errors [P] of ``values`` over the pairs; None for the method gradient, and with fewer than 2 pairs."""
-        if self._gradient_values is not None or self.pairs < 2:
-            return None
-        return self._seen_from_patches().std(0) / math.sqrt(self.pairs)
+        """Standard errors [P] of ``values`` over the pairs; None before two pairs were measured."""
+        return None if self.pairs < 2 else self._seen_from_patches().std(0) / math.sqrt(self.pairs)
 
     def _seen_from_patches(self) -> Tensor:
         """Difference [K, P] between the score of the image that exchanges the patch and the one that keeps it."""
@@ -202,23 +188,8 @@ class SeedMap:
         self._progress = progress
         self.found = self._results([self.noise], ["found noise"])[0]
         self._advance(self._cost)
-        if self.settings.method == GRADIENT:
-            self._measure_gradient()
-        else:
-            self._exchange()
+        self._exchange()
         self._check()
-
-    def _measure_gradient(self) -> None:
-        assert self.gradient is not None  # the caller has passed it for this method
-        size = self.gradient(self.noise).abs().double().cpu()
-        within = self.patch_of >= 0
-        numbers, size = self.patch_of[within], size[within]
-        sums, counts = (torch.zeros(self.patches.count, dtype=torch.float64) for _ in range(2))
-        sums.index_add_(0, numbers, size)
-        counts.index_add_(0, numbers, torch.ones_like(size))
-        self._gradient_values = sums / counts
-        cost = self.sampler.gradient_cost
-        self._advance(0 if cost is None else cost.with_gradient)
 
     def _exchange(self) -> None:
         pairs = range(self.settings.pairs)
@@ -226,7 +197,7 @@ class SeedMap:
         for first in pairs[::per_batch]:
             noises, labels = [], []
             for k in pairs[first : first + per_batch]:
-                other = self._other(k)
+                _, other = self._other(k)
                 noises += [self.mixed(kept, other) for kept in (self._halves[k], ~self._halves[k])]
                 labels += [f"half {n} of pair {k + 1}" for n in (1, 2)]
             scores = [result.score for result in self._results(noises, labels)]
@@ -236,18 +207,20 @@ class SeedMap:
     def _check(self) -> None:
         marked = self.marked
         for k in range(self.settings.checks):
-            other = self._other(self.settings.pairs + k)  # a noise that the map has not seen
+            seed, other = self._other(self.settings.pairs + k)  # a noise that the map has not seen
             noises = [other, self.mixed(marked, other), self.mixed(~marked, other)]
-            labels = [f"seed {self.seed_of(self.settings.pairs + k)}", "marked half kept", "other half kept"]
+            labels = [f"seed {seed}", "marked half kept", "other half kept"]
             self.checks.append(Check(*self._results(noises, labels)))
             self._advance(len(noises) * self._cost)
 
-    def seed_of(self, k: int) -> int:
-        """Seed of other noise ``k``."""
-        return (self.settings.seed + k) % 2**64
-
-    def _other(self, k: int) -> Tensor:
-        return self.sampler.noise_of(self.seed_of(k))
+    def _other(self, k: int) -> tuple[int, Tensor]:
+        """Seed and noise of other noise ``k``. If that is the found noise itself, the seed after all others replaces it."""
+        for offset in (k, self.settings.pairs + self.settings.checks):
+            seed = (self.settings.seed + offset) % 2**64
+            noise = self.sampler.noise_of(seed)
+            if not torch.equal(noise, self.noise):
+                break
+        return seed, noise
 
     def _results(self, noises: list[Tensor], labels: list[str]) -> list[SeedResult]:
         seeds = [self.sampler_seed] * len(noises)
@@ -269,23 +242,21 @@ class SeedMap:
 
     def report(self) -> str:
         """Text with the map, what it was measured from, and the check."""
-        s, p = self.settings, self.patches
-        lines = []
+        p, lines = self.patches, []
         if self.found is not None:
             lines.append(f"score of the found noise: {self.found.score:.4f} (lower is better)")
         values, errors = self.values, self.errors
-        if values is None:
+        if values is None or errors is None:
             return "\n".join([*lines, "no map yet: fewer than 2 pairs were measured"])
-        source = f"{self.pairs} pairs of images" if s.method == EXCHANGE else "one gradient"
-        lines.append(f"map of {p.rows} x {p.columns} patches from {source}, {self.evaluations} model evaluations")
-        meaning = "rise of the score if a patch is exchanged" if s.method == EXCHANGE else "size of the gradient"
-        lines.append(f"{meaning}, row by row:")
+        lines.append(
+            f"map of {p.rows} x {p.columns} patches from {self.pairs} pairs of images, {self.evaluations} model evaluations"
+        )
+        lines.append("rise of the score if a patch is exchanged, compared with an average patch, row by row:")
         lines += ["  " + "  ".join(f"{v:.3g}" for v in row) for row in values.reshape(p.rows, p.columns).tolist()]
-        if errors is not None:
-            clear = int((values.abs() > 2 * errors).sum())
-            lines.append(f"{clear} of {p.count} patches differ from the others by more than 2 standard errors")
-            if not clear:
-                lines.append("this may be chance: use more pairs, or fewer patches")
+        clear = int((values.abs() > 2 * errors).sum())
+        lines.append(f"{clear} of {p.count} patches differ from the average by more than 2 standard errors")
+        if not clear:
+            lines.append("each of them may be chance: see the check, use more pairs, or fewer patches")
         if self.checks:
             means = [
                 math.fsum(getattr(c, name).score for c in self.checks) / len(self.checks)

@@ -100,22 +100,18 @@ def seeds(count=1, **inputs) -> Callable[[], Case]:
     return make
 
 
-def noise_map(**inputs) -> Callable[[], Case]:
-    def make() -> Case:
-        model, vision = unet(0, latent_format=Scaled), tiny_encoder()
-        with torch.inference_mode():
-            vae = modules.make_vae(modules.load_autoencoder())
-        references = torch.rand(1, 50, 40, 3, generator=torch.Generator().manual_seed(4))
-        noise = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(6))
-        samples = latent(height=4, width=4)
-        wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=samples, vae=vae)
-        wired |= dict(references=references, clip_vision=vision, noise=SeedNoise(noise, 5))
-        settings = dict(steps=2, cfg=3.0, patches=2, pairs=5, checks=1, seed=5)
-        node = NODE["SeedMap"]
-        arguments = {**defaults(node), **wired, **settings, **inputs}
-        return Case(lambda: list(node.execute(**arguments).args), (model, vae, vision), True, True, slow=True)
-
-    return make
+def noise_map() -> Case:
+    model, vision = unet(0, latent_format=Scaled), tiny_encoder()
+    with torch.inference_mode():
+        vae = modules.make_vae(modules.load_autoencoder())
+    references = torch.rand(1, 50, 40, 3, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(6))
+    wired = dict(model=model, positive=WORDS[0], negative=WORDS[1], latent_image=latent(height=4, width=4), vae=vae)
+    wired |= dict(references=references, clip_vision=vision, noise=SeedNoise(noise, 5))
+    settings = dict(steps=2, cfg=3.0, patches=2, pairs=5, checks=1, seed=5)
+    node = NODE["SeedMap"]
+    arguments = {**defaults(node), **wired, **settings}
+    return Case(lambda: list(node.execute(**arguments).args), (model, vae, vision), True, True, slow=True)
 
 
 def grid() -> Case:
@@ -245,8 +241,7 @@ CASES = {
     "SeedSelect search+optimize": seeds(mode="search+optimize"),
     "SeedSelect inversion": seeds(start="inversion", candidates=1),
     "SeedSelect centroid": seeds(2, start="centroid", mode="optimize"),
-    "SeedMap exchange": noise_map(),
-    "SeedMap gradient": noise_map(method="gradient"),
+    "SeedMap": noise_map,
     "BlendGrid": grid,
     "MaskedTokenSampler": tokens_sampled,
     "MaskedTokenVideo": tokens_moved,

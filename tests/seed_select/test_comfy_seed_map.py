@@ -16,13 +16,8 @@ from chorus.nodes.seed_files import SaveSeed
 from chorus.nodes.seed_map import CombineNoise, SeedMap
 from chorus.nodes.seed_select import SeedSelect
 from chorus.techniques.seed_select.comfy_files import SeedNoise
-from chorus.techniques.seed_select.comfy_inputs import KSamplerInputs
-from chorus.techniques.seed_select.comfy_sampler import ComfySeedSampler
-from chorus.techniques.seed_select.comfy_scoring import ScoringSettings
-from chorus.techniques.seed_select.comfy_seed_map import gradient_of, patch_numbers
-from chorus.techniques.seed_select.comfy_session import SessionSettings
+from chorus.techniques.seed_select.comfy_seed_map import patch_numbers
 from chorus.techniques.seed_select.noise_patches import Patches, random_halves
-from chorus.tests.support.gradients import direction_of
 from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.tiny_models import conditioning, defaults, in_inference_mode, latent, unet
@@ -150,32 +145,6 @@ def test_outputs_show_the_image_and_the_marked_half(model, vae, run):
     assert found.sheet.shape[0] == 1
 
 
-def test_gradient_map_equals_finite_differences(model, vae, vision):
-    # with one step, the score of the optimisation is that of the final latent
-    inputs = KSamplerInputs(
-        model=model, positive=WORDS[0], negative=WORDS[1], latent_image=latent(height=8, width=8), steps=1, cfg=1.2,
-        sampler_name="euler", scheduler="normal",
-    )  # fmt: skip
-    with torch.inference_mode():
-        scoring = ScoringSettings(references=references(), vae=vae, clip_vision=vision, semantic_weight=0.0)
-        sampler = ComfySeedSampler(inputs, scoring)
-        sampler.allow_gradients(SessionSettings())
-        noise = sampler.noise_of(5)
-        found = gradient_of(sampler)(noise)
-        direction = direction_of(found)
-        step = 1e-2
-        high, low = (float(sampler.score([sampler.generate(noise + e * direction)])) for e in (step, -step))
-    assert found.shape == noise.shape and float(found.abs().max()) > 0
-    assert float((found * direction).sum()) == pytest.approx((high - low) / (2 * step), rel=2e-2)
-
-
-def test_gradient_method_needs_one_backward_pass(run):
-    found = run(method="gradient", patches=4)
-    assert "map of 4 x 4 patches from one gradient" in found.report
-    assert f"{2 * STEPS + 4 * STEPS} model evaluations" in found.report
-    assert len(found.mask.unique()) == 16
-
-
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
 def test_stochastic_samplers_add_the_same_noise_in_all_images(model, vae, vision, run, sampler):
     found = run(sampler_name=sampler, checks=0)
@@ -231,8 +200,6 @@ def test_interrupt_before_the_first_pairs_stops_the_node(model, run):
         (dict(clip_vision=None), "needs an image encoder; connect clip_vision, or set semantic_weight to 0"),
         (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0, so nothing is scored"),
         (dict(references=references() * float("nan")), "reference 1 of 2 is not finite"),
-        (dict(method="gradient", sampler_name="heun"), "the sampler heun has no gradient; use one of euler"),
-        (dict(method="other"), "method other is unknown; use one of exchange, gradient"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
