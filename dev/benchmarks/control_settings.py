@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.utils
+import comfy_extras.nodes_custom_sampler as custom
 import folder_paths
 import nodes as host_nodes
 import torch
@@ -238,6 +239,30 @@ def seed_select(inputs: dict[str, Any], seed: int) -> Outcome:
     return Outcome(vae().decode(samples["samples"]), numbers)
 
 
+def random_noise(seed: int) -> Any:
+    return custom.RandomNoise.execute(seed).args[0]
+
+
+def seed_map(inputs: dict[str, Any], seed: int) -> Outcome:
+    wired = dict(model=checkpoint()[0], positive=prompt("a dog on blue"), negative=prompt(""), latent_image=empty())
+    wired |= dict(references=rare(), vae=vae(), clip_vision=vision(), noise=random_noise(1 + seed))
+    image, _, _, report = execute("SeedMap", {**wired, **inputs})
+    numbers = {
+        "evaluations": found(r"(\d+) model evaluations", report),
+        "rows": found(r"map of (\d+) x", report),
+    }
+    return Outcome(image, numbers)
+
+
+def combined_noise(inputs: dict[str, Any], seed: int) -> Outcome:
+    """*kept*: elements of the first noise, in percent, with a mask that rises from left to right."""
+    ramp = torch.linspace(0.0, 1.0, 16).expand(1, 16, 16)
+    wired = dict(noise=random_noise(1), other=random_noise(2 + seed), mask=ramp)
+    (noise,) = execute("CombineNoise", {**wired, **inputs})
+    values, kept = (n.generate_noise(empty()) for n in (noise, wired["noise"]))
+    return Outcome(values, {"kept": 100.0 * float((values == kept).double().mean())})
+
+
 def _blended():
     wired = {"model": checkpoint()[0], "expert": expert()}
     return execute("SaliencyNoiseBlend", {**defaults("SaliencyNoiseBlend"), **STEADY, **wired})[0]
@@ -410,6 +435,8 @@ STEADY = dict(start_percent=0.05, mask_refresh=20)
 SETTINGS = {
     "SaliencyNoiseBlend": Setting(run=blend, inputs=STEADY),
     "SeedSelect": Setting(run=seed_select, inputs=dict(steps=5, candidates=8, first_steps=2, cfg=4.0, iterations=4)),
+    "SeedMap": Setting(run=seed_map, inputs=dict(steps=3, cfg=4.0, pairs=8, checks=0)),
+    "CombineNoise": Setting(run=combined_noise),
     "BlendGrid": Setting(run=blend_grid, inputs=dict(rows="bias = 0 | 1", columns="", steps=4, cfg=4.0)),
     "VaryPrompt": Setting(run=vary_prompt),
     "CasDMHead": Setting(run=cas_dm_head),
@@ -495,6 +522,18 @@ CONTROLS: dict[str, dict[str, Control]] = {
         # a single candidate, since another strength can change which one is the best
         "prompt_variation": Control(inputs=dict(candidates=1), at=1.0),
     },
+    "SeedMap": {
+        "patches": Control(kind="number", number="rows", at=4, most=16),
+        "pairs": Control(kind="time", number="evaluations", at=8, most=32),
+        "checks": Control(kind="time", number="evaluations", off=0, at=4, most=12),
+        "seed": SEED,
+        "steps": Control(kind="time", number="evaluations", at=3, most=12),
+        "cfg": PICTURE,
+        "denoise": Control(inputs=dict(latent_image=reference_latent)),
+        "semantic_weight": PICTURE,
+        "appearance_weight": PICTURE,
+    },
+    "CombineNoise": {"threshold": Control(kind="number", number="kept")},
     "BlendGrid": {
         "seed": SEED,
         "steps": Control(kind="time", at=4, most=12),

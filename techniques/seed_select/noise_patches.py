@@ -160,8 +160,8 @@ class SeedMap:
 
     def _seen_from_patches(self) -> Tensor:
         """Difference [K, P] between the score of the image that exchanges the patch and the one that keeps it."""
-        signs = torch.where(self._halves[: self.pairs], 1.0, -1.0).double()
-        return signs * torch.tensor(self._differences, dtype=torch.float64)[:, None]
+        direction = torch.where(self._halves[: self.pairs], 1.0, -1.0).double()
+        return direction * torch.tensor(self._differences, dtype=torch.float64)[:, None]
 
     @property
     def marked(self) -> Tensor:
@@ -266,6 +266,6 @@ class SeedMap:
                 f"check in {counted(len(self.checks), 'other noise')}: score {means[0]:.4f}, with the marked half of the found noise"
                 f" {means[1]:.4f}, with the other half {means[2]:.4f}"
             )
-            if means[1] >= min(means[0], means[2]):
-                lines.append("the marked half does not help in these noises, so the map shows little")
+            if means[1] >= means[2]:
+                lines.append("the marked half is not better than the other one, so the map shows little")
         return "\n".join(lines)

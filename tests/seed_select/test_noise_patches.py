@@ -242,5 +242,5 @@ def test_check_without_an_effect_is_reported():
     assert torch.equal(found.values, torch.zeros(GRID.count, dtype=torch.float64))
     report = found.report()
     assert "0 of 12 patches differ" in report and "each of them may be chance" in report
-    assert report.endswith("the marked half does not help in these noises, so the map shows little")
+    assert report.endswith("the marked half is not better than the other one, so the map shows little")
     assert dataclasses.asdict(found.settings)["checks"] == 1
