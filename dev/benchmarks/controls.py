@@ -351,6 +351,11 @@ def merged(rows: Sequence[dict]) -> dict[str, dict[str, dict]]:
     return out
 
 
+def whole_time(rows: Sequence[dict]) -> int:
+    """The seconds of all rows, also of those that were measured earlier."""
+    return round(sum(row["seconds"] for row in rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--node", action="append", metavar="ID", help="only this node; may be repeated")
@@ -364,10 +369,10 @@ def main() -> None:
     kept = [row for found in widgets.values() for row in found.values()]
     # the command that measures all rows, even if only some were measured now
     environment = facts() | {"command": f"python run.py bench {NAME}"}
-    seconds = round(sum(row["seconds"] for row in kept))
-    path = write_results(NAME, {"environment": environment, "seconds": seconds, "widgets": widgets})
+    path = write_results(NAME, {"environment": environment, "seconds": whole_time(kept), "widgets": widgets})
     print(markdown(rows))
     print(f"\n{facts()['device']}; {len(rows)} of {len(kept)} widgets measured; written to {path.name}")
+    print("`python run.py bench report` writes the result into the pages")
 
 
 if __name__ == "__main__":

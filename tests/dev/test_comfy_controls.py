@@ -2,6 +2,7 @@
 end."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -27,14 +28,15 @@ EVEN = [0.0, 0.25, 0.49, 0.5, 0.51, 0.75, 1.0]
 def test_exactly_the_numeric_widgets_are_declared():
     declared = {(node, widget) for node, widgets in control_settings.CONTROLS.items() for widget in widgets}
     assert declared == set(control_settings.numeric_widgets()), (
-        "declare every numeric widget in CONTROLS of control_settings.py"
+        "declare every numeric widget in CONTROLS of dev/benchmarks/control_settings.py"
     )
     assert set(control_settings.CONTROLS) <= set(control_settings.SETTINGS)
 
 
 def test_declared_values_lie_in_the_range_of_the_widget():
     for (node, widget), known in control_settings.numeric_widgets().items():
-        control = control_settings.CONTROLS[node][widget]
+        control = control_settings.CONTROLS.get(node, {}).get(widget)
+        assert control, f"declare {widget} of {node} in CONTROLS of dev/benchmarks/control_settings.py"
         for value in (control.at, control.off, control.most):
             assert value is None or known.min <= value <= known.max, (node, widget, value)
 
@@ -110,3 +112,9 @@ def test_new_results_replace_only_those_of_the_same_widget(tmp_path, monkeypatch
         "strength": "flips",
         "end_percent": "acts",
     }
+
+
+def test_published_time_is_the_sum_of_all_widgets():
+    found = json.loads((controls.RESULTS / "controls.json").read_text(encoding="utf-8"))
+    rows = [row for widgets in found["widgets"].values() for row in widgets.values()]
+    assert found["seconds"] == controls.whole_time(rows)
