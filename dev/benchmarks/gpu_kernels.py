@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels import saliency_blend as blend_kernel
 from ...kernels.linear import linear
 from ...kernels.saliency_blend import reference
-from ...tests.support.blend_cases import CASES, Exact, errors, random_predictions, settings
+from ...tests.support.blend_cases import CASES, DEFAULTS, Case, Exact, errors, random_predictions, settings
 from . import saliency_blend
 from .environment import clocks, last_level_cache
 from .sections import PartlyFailed, Section, described
@@ -32,7 +32,7 @@ def sections(device: torch.device, smoke: bool) -> list[Section]:
     speed += [(SPEED_SHAPES[0], 2, torch.float32), (SPEED_SHAPES[0], 2, torch.bfloat16)]
     cases, count = CASES, 6
     if smoke:
-        cases, count, speed = CASES[:3], 2, [((1, 4, 16, 16), 2, torch.float32)]
+        cases, count, speed = [case for case in CASES if case.quick], 2, [((1, 4, 16, 16), 2, torch.float32)]
     return [
         Section("matrix product against float64", PART, "correctness", 5, partial(check_linear, device)),
         Section("blend against float64", PART, "correctness", 60, partial(check_blend, device, cases)),
@@ -56,7 +56,7 @@ def check_linear(device: torch.device) -> dict:
     return _checked(rows)
 
 
-def check_blend(device: torch.device, cases: list) -> dict:
+def check_blend(device: torch.device, cases: Sequence[Case]) -> dict:
     """Errors of all implementations of the blend that run on the device, in every case of the tests.
 
     ``absent`` names the implementations that do not run, with the reason.
@@ -65,8 +65,8 @@ def check_blend(device: torch.device, cases: list) -> dict:
     obstacle = blend_kernel._obstacle(torch.zeros(1, device=device), 2)
     if obstacle:
         absent["Triton"] = obstacle
-    for models, shape, dtype, options in cases:
-        options = {"blur": 4, "shared": False, "softness": None, **options}
+    for models, shape, dtype, options, _ in cases:
+        options = {**DEFAULTS, **options}
         torch.manual_seed(0)
         cond, uncond, sigma = random_predictions(models, shape, dtype, device)
         given = settings(models, shape, device)

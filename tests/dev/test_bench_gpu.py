@@ -16,7 +16,7 @@ from chorus.dev.benchmarks import gpu, gpu_bundle, gpu_kernels, gpu_networks, gp
 from chorus.dev.benchmarks.sections import Budget, PartlyFailed, Section, Skipped, run_sections
 from chorus.dev.quartiles import quartiles
 from chorus.kernels import saliency_blend as blend_kernel
-from chorus.tests.support.blend_cases import CASES, random_predictions, settings
+from chorus.tests.support.blend_cases import CASES, DEFAULTS, case_id, random_predictions, settings
 from chorus.tests.support.blend_definition import definition
 
 CPU = torch.device("cpu")
@@ -188,10 +188,10 @@ def test_quartiles_equal_those_of_numpy():
 # ---- comparison with float64 ----
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[6]], ids=["hard, shared", "soft", "frames"])
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_exact_blend_equals_the_definition(case):
-    models, shape, dtype, options = case
-    options = {"blur": 4, "shared": False, "softness": None, **options}
+    models, shape, dtype, options, _ = case
+    options = {**DEFAULTS, **options}
     cond, uncond, sigma = random_predictions(models, shape, dtype, "cpu")
     given = settings(models, shape, "cpu")
     exact = gpu_kernels.exact_blend(cond, uncond, sigma, **given, **options)
@@ -209,9 +209,9 @@ def test_exact_blend_equals_the_definition(case):
         pairs,
         strengths=given["strength"],
         guidance=[1.0] * models,
-        saliency="shared" if options["shared"] else "own",
+        saliency="shared" if options.pop("shared") else "own",
         extra=np.stack(extra),
-        softness=options["softness"],
+        **options,
     )
     assert np.abs(exact.weights.numpy() - expected.weights).max() <= 1e-9
     assert np.abs(exact.scores.numpy() - expected.scores).max() <= 1e-9
@@ -226,7 +226,7 @@ def test_exact_blend_takes_the_arguments_of_the_kernel():
         set(inspect.signature(f).parameters) for f in (blend_kernel.saliency_blend, gpu_kernels.exact_blend)
     )
     unchecked = {"quota", "memory", "momentum"}  # bench gpu does not use them; tests/kernels does
-    assert kernel - exact == {"backend", *unchecked}
+    assert kernel - exact == {"backend", *unchecked}, "add the argument to exact_blend, or to unchecked"
     assert exact < kernel
 
 

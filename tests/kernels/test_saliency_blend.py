@@ -47,10 +47,12 @@ def blend(kernel, cond, uncond, sigma=None, strength=None, bias=None, region=Non
     return kernel(cond, uncond, sigma, strength or ones, bias or zeros, region or none, gain or ones, **options)
 
 
-def check(kernel, cond, uncond, sigma, strength=None, gain=None, bias=None, region=None, **options):
+def check(kernel, cond, uncond, sigma, strength=None, gain=None, bias=None, region=None, shared=False, **options):
+    """``options``: those that have the same name in the kernel and in the definition."""
     zeros, ones = [0.0] * len(cond), [1.0] * len(cond)
     strength, gain, bias, region = strength or ones, gain or ones, bias or zeros, region or [None] * len(cond)
-    out_cond, out_uncond, weights = blend(kernel, cond, uncond, sigma, strength, bias, region, gain, **options)
+    given = (cond, uncond, sigma, strength, bias, region, gain)
+    out_cond, out_uncond, weights = blend(kernel, *given, shared=shared, **options)
     assert out_cond.dtype == out_uncond.dtype == cond[0].dtype
     call = SimpleNamespace(x=torch.zeros_like(cond[0]), sigma=sigma)
     expected = definition(
@@ -58,15 +60,14 @@ def check(kernel, cond, uncond, sigma, strength=None, gain=None, bias=None, regi
         list(zip(cond, uncond, strict=True)),
         strengths=strength,
         guidance=[1.0] * len(cond),
-        saliency="shared" if options.get("shared") else "own",
-        blur=options.get("blur", 4),
+        saliency="shared" if shared else "own",
         extra=np.stack(
             [
                 b + np.broadcast_to(0.0 if r is None else r.double().numpy(), weights.shape[1:])
                 for b, r in zip(bias, region)
             ]
         ),
-        softness=options.get("softness"),
+        **options,
     )
     error = np.abs(weights.double().numpy() - expected.weights)[:, expected.certain]
     assert error.max() <= expected.weight_bound

@@ -18,7 +18,16 @@ import torch
 
 from chorus.kernels import saliency_blend as package
 from chorus.kernels.saliency_blend import fused_torch, reference, saliency_blend
-from chorus.tests.support.blend_cases import CASES, Exact, errors, random_predictions, regions, settings
+from chorus.tests.support.blend_cases import (
+    CASES,
+    DEFAULTS,
+    Exact,
+    case_id,
+    errors,
+    random_predictions,
+    regions,
+    settings,
+)
 from chorus.tests.support.blend_definition import definition
 from chorus.tests.support.tiers import covering, quick
 
@@ -59,9 +68,13 @@ def run(
     return saliency_blend(*arguments, blur=blur, shared=shared, softness=softness, backend="triton", **further)
 
 
-def check(cond, uncond, sigma, *, strength, bias, region, gain, blur, shared, softness):
-    """Compare the weights, both predictions, the scores and the spread of ``run`` with the definition."""
-    out = run(**locals())
+def check(cond, uncond, sigma, *, strength, bias, region, gain, shared, softness, **options):
+    """Compare the weights, both predictions, the scores and the spread of ``run`` with the definition.
+
+    ``options``: those that have the same name in the kernel and in the definition.
+    """
+    options["softness"] = softness
+    out = run(cond, uncond, sigma, strength=strength, bias=bias, region=region, gain=gain, shared=shared, **options)
     models, shape = len(cond), cond[0].shape
     positions = (shape[0], *shape[2:])
     assert out.cond.dtype == out.uncond.dtype == cond[0].dtype
@@ -82,9 +95,8 @@ def check(cond, uncond, sigma, *, strength, bias, region, gain, blur, shared, so
         strengths=strength,
         guidance=[1.0] * models,
         saliency="shared" if shared else "own",
-        blur=blur,
         extra=np.stack([e.numpy() for e in extra]),
-        softness=softness,
+        **options,
     )
     assert expected.certain.mean() > 0.99
     arrays = (expected.weights, expected.scores, expected.spread, expected.certain)
@@ -98,7 +110,7 @@ def check(cond, uncond, sigma, *, strength, bias, region, gain, blur, shared, so
 def check_random(models, shape, dtype, device, **options):
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
-    options = {"blur": 4, "shared": False, "softness": None, **options}
+    options = {**DEFAULTS, **options}
     check(*random_predictions(models, shape, dtype, device), **settings(models, shape, device), **options)
 
 
@@ -112,14 +124,10 @@ def test_scores_of_a_large_sigma_match_the_definition(launches, device):
         check(cond, uncond, sigma, **rest, blur=4, shared=False, softness=softness)
 
 
-def case_id(case):
-    return f"{case[0]}-{'x'.join(map(str, case[1]))}-{str(case[2])[6:]}{''.join(f'-{k}' for k in case[3])}"
-
-
-# Triton's interpreter takes a second per case; the quick ones are hard, soft with shared saliency, and soft with frames
-@pytest.mark.parametrize("case", quick([CASES[0], CASES[3], CASES[7]], CASES), ids=case_id)
+# Triton's interpreter takes a second per case
+@pytest.mark.parametrize("case", quick([case for case in CASES if case.quick], CASES), ids=case_id)
 def test_matches_the_definition(launches, case, device):
-    models, shape, dtype, options = case
+    models, shape, dtype, options, _ = case
     check_random(models, shape, dtype, device, **options)
 
 
@@ -281,23 +289,17 @@ def test_few_launches_without_device_sync(monkeypatch, side, count, softness, de
     assert len(kernel.grids) == count
 
 
-def op_arguments(device, softness):
-    cond, uncond, sigma = random_predictions(2, (2, 4, 3, 9, 8), torch.float16, device)
-    return (
-        cond,
-        uncond,
-        sigma,
-        [1.0] * 2,
-        [0.0] * 2,
-        [None, torch.zeros(8, device=device)],
-        [1.0] * 2,
-        [None, torch.full((6,), 20, device=device)],
-        [None, torch.ones(2, 3, 9, 8, device=device)],
-        0.5,
-        4,
-        False,
-        softness,
-    )
+def op_arguments(device, **options):
+    """(arguments, keyword arguments) of the operator."""
+    predictions = random_predictions(2, (2, 4, 3, 9, 8), torch.float16, device)
+    given = {
+        "quota": [None, torch.full((6,), 20, device=device)],
+        "memory": [None, torch.ones(2, 3, 9, 8, device=device)],
+        "momentum": 0.5,
+        **DEFAULTS,
+        **options,
+    }
+    return (*predictions, [1.0] * 2, [0.0] * 2, [None, torch.zeros(8, device=device)], [1.0] * 2), given
 
 
 @pytest.mark.slow
@@ -305,7 +307,7 @@ def op_arguments(device, softness):
 def test_operator_matches_its_schema(softness, device):
     torch.library.opcheck(
         torch.ops.chorus.saliency_blend.default,
-        op_arguments(device, softness),
+        *op_arguments(device, softness=softness),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -440,13 +442,13 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 
 triton.JITFunction.run = compile_only
 assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-for models, dtype, shape, blur, shared, softness in cases:
+for models, dtype, shape, options in cases:
     compiled.clear()
     side = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(models)]
     region = [None, *[torch.zeros(shape[0], *shape[2:])] * (models - 1)]
     ones = [1.0] * models
     sigma = torch.ones(shape[0])
-    fused.saliency_blend(side, side, sigma, ones, ones, region, ones, blur=blur, shared=shared, softness=softness)
+    fused.saliency_blend(side, side, sigma, ones, ones, region, ones, **options)
     for name, kernel in compiled:
         ptx = kernel.asm["ptx"]
         architecture = re.search(r"[.]target (sm_[0-9]+a?)", ptx).group(1)
@@ -463,19 +465,19 @@ for models, dtype, shape, blur, shared, softness in cases:
 
 COMPILE_CASES = {
     80: [
-        (2, "float16", (1, 4, 64, 64), 4, False, None),
-        (4, "float32", (1, 4, 64, 64), 4, False, 1.0),
-        (2, "float16", (1, 4, 128, 128), 4, False, None),
-        (4, "float32", (1, 4, 128, 128), 4, True, 1.0),
+        (2, "float16", (1, 4, 64, 64), {}),
+        (4, "float32", (1, 4, 64, 64), {"softness": 1.0}),
+        (2, "float16", (1, 4, 128, 128), {}),
+        (4, "float32", (1, 4, 128, 128), {"shared": True, "softness": 1.0}),
     ],
-    90: [(2, "float16", (1, 4, 64, 64), 4, False, None), (2, "float32", (1, 16, 128, 128), 64, False, None)],
+    90: [(2, "float16", (1, 4, 64, 64), {}), (2, "float32", (1, 16, 128, 128), {"blur": 64})],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", COMPILE_CASES)
 def test_compiles_without_spills(capability):
-    cases = COMPILE_CASES[capability]
+    cases = [(*case, {**DEFAULTS, **options}) for *case, options in COMPILE_CASES[capability]]
     script = [sys.executable, "-c", COMPILE, str(ROOT), str(capability), json.dumps(cases)]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(ROOT / ".cache" / "triton")}
     done = subprocess.run(script, capture_output=True, text=True, env=environment)

@@ -11,19 +11,38 @@ from torch import Tensor
 from ...kernels.saliency_blend.reference import fold_frames
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+
+
+class Case(NamedTuple):
+    """Predictions and options of a blend. ``quick``: it also runs in the quick tests and in ``bench gpu --smoke``."""
+
+    models: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    options: dict  # those that are missing have the values of DEFAULTS, or the kernel's default
+    quick: bool = False
+
+
+DEFAULTS = {"blur": 4, "shared": False, "softness": None}  # the implementations have no defaults for these
+# the quick ones are hard, soft with shared saliency, and soft with frames
 CASES = [
-    (2, (2, 4, 16, 16), FLOAT16, {}),
-    (2, (1, 16, 33, 31), FLOAT32, {"shared": True}),
-    (3, (3, 4, 9, 20), FLOAT32, {"softness": 1.0}),
-    (4, (1, 4, 7, 50), FLOAT16, {"softness": 0.05, "shared": True}),
-    (8, (1, 1, 12, 17), FLOAT32, {}),
-    (5, (2, 1, 6, 5), FLOAT16, {"softness": 0.5}),
-    (3, (2, 4, 3, 9, 8), FLOAT32, {}),
-    (2, (1, 4, 2, 8, 9), FLOAT16, {"softness": 1.0}),
-    (2, (2, 4, 1, 70), FLOAT32, {}),
-    (3, (2, 4, 24, 20), BFLOAT16, {}),
-    (3, (2, 4, 24, 20), BFLOAT16, {"softness": 1.0}),
+    Case(2, (2, 4, 16, 16), FLOAT16, {}, quick=True),
+    Case(2, (1, 16, 33, 31), FLOAT32, {"shared": True}),
+    Case(3, (3, 4, 9, 20), FLOAT32, {"softness": 1.0}),
+    Case(4, (1, 4, 7, 50), FLOAT16, {"softness": 0.05, "shared": True}, quick=True),
+    Case(8, (1, 1, 12, 17), FLOAT32, {}),
+    Case(5, (2, 1, 6, 5), FLOAT16, {"softness": 0.5}),
+    Case(3, (2, 4, 3, 9, 8), FLOAT32, {}),
+    Case(2, (1, 4, 2, 8, 9), FLOAT16, {"softness": 1.0}, quick=True),
+    Case(2, (2, 4, 1, 70), FLOAT32, {}),
+    Case(3, (2, 4, 24, 20), BFLOAT16, {}),
+    Case(3, (2, 4, 24, 20), BFLOAT16, {"softness": 1.0}),
 ]
+
+
+def case_id(case):
+    options = "".join(f"-{name}" for name in case.options)
+    return f"{case.models}-{'x'.join(map(str, case.shape))}-{str(case.dtype)[6:]}{options}"
 
 
 def random_predictions(models, shape, dtype, device):
