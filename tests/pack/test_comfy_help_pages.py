@@ -81,8 +81,9 @@ def test_page_begins_with_two_sentences_and_a_picture(page):
 def test_input_rows_match_the_schema(id, page):
     basic, _, advanced = page.sections["Inputs"].partition("\nAdvanced:\n")
     known = [(i.id, bool(getattr(i, "advanced", False))) for i in SCHEMAS[id].inputs]
-    assert [row[0] for row in rows(basic)] == [name for name, is_advanced in known if not is_advanced]
-    assert [row[0] for row in rows(advanced)] == [name for name, is_advanced in known if is_advanced]
+    remedy = f"give each input of the node one row in web/docs/{id}.md, in the order of the schema"
+    assert [row[0] for row in rows(basic)] == [name for name, is_advanced in known if not is_advanced], remedy
+    assert [row[0] for row in rows(advanced)] == [name for name, is_advanced in known if is_advanced], remedy
     assert all(len(row) == 3 and row[1] for row in rows(page.sections["Inputs"]))
     assert known or page.sections["Inputs"].strip() == "None."
 
@@ -121,7 +122,7 @@ def test_options_of_short_lists_are_explained(id, page):
         for option in choices[name]
         if f"*{option}*" not in descriptions[name] and id[:4] != "Load"
     }
-    assert not missing
+    assert not missing, f"explain the option as *option* in the row of its input in web/docs/{id}.md"
 
 
 def test_picture_exists_and_is_not_uniform(id):

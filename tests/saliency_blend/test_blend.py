@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -636,10 +637,15 @@ def test_traces_are_cleared_at_the_start_and_filled_at_the_end():
 
 def test_report_notes_the_joint_settings_of_a_chain_of_several_nodes():
     assert new_run({}).record.notes == ()
-    (note,) = new_run({}, {}, blur=7, saliency="shared").record.notes
+    run = new_run({}, {}, blur=7, saliency="shared")
+    (note,) = run.record.notes
     assert "last node" in note
     assert "blur 7" in note
     assert "saliency shared" in note
+    missing = [field.name for field in fields(JointSettings) if f" {field.name} " not in note]
+    assert not missing, "add the setting to _notes of techniques/saliency_blend/blend.py"
+    shown = dict(part.rsplit(" ", 1) for part in note.partition(": ")[2].split(", "))
+    assert shown == {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in vars(run.joint).items()}
 
 
 def owner_masks(run, slot):

@@ -88,7 +88,9 @@ def test_limits_are_those_of_the_widgets_of_the_blend_node():
 def test_every_setting_of_the_blend_can_vary_or_is_excluded_here():
     kinds = io.Int.Input, io.Float.Input, io.Combo.Input
     settings = [w.id for w in SaliencyNoiseBlend.define_schema().inputs if isinstance(w, kinds)]
-    assert sorted(settings) == sorted([*NAMES, *FIXED])
+    assert sorted(settings) == sorted([*NAMES, *FIXED]), (
+        "add the setting to JOINT_FIELDS or EXPERT_FIELDS of varied_settings.py, or to FIXED here"
+    )
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])

@@ -1,5 +1,9 @@
 """The settings that BlendGrid varies: their text form and values."""
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from chorus.techniques.saliency_blend.blend import JointSettings
@@ -12,6 +16,13 @@ LIMITS = {name: Limits(0.0, 1.0) for name in NAMES} | {
     "mask_refresh": Limits(1, 100, whole=True),
     "blur": Limits(1, 64, whole=True),
     "saliency": Limits(options=("own", "shared")),
+}
+
+PAGE = Path(__file__).parents[2] / "docs" / "saliency-blend.md"
+NO_ADDITIONS = {
+    *("expert_strength", "general_strength", "blur"),  # of the paper
+    *("saliency", "mask_mode", "softness"),  # the page has own words for the shared saliency and the soft mask
+    *("start_percent", "end_percent"),  # at which steps the expert takes part, not how the mask is computed
 }
 
 
@@ -76,3 +87,10 @@ def test_values_are_written_as_they_are_read():
 def test_lines_that_cannot_be_used_are_refused_with_the_remedy(text, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         read(text)
+
+
+def test_page_lists_the_additions_to_the_paper():
+    (item,) = [item for item in PAGE.read_text(encoding="utf-8").split("\n- ") if "soft mask are additions" in item]
+    listed = set(re.findall(r"`(\w+)`", item))
+    assert {*NAMES} - listed == NO_ADDITIONS, f"add the setting to the list of additions in {PAGE.name}, or here"
+    assert listed <= {*NAMES, *(field.name for field in fields(ExpertSettings))}
