@@ -7,8 +7,9 @@ python run.py serve        start ComfyUI with this pack and keep it running; arg
 python run.py test         run the linter, the type checks and the quick tests, in parallel. --all: also the slow tests,
                            the robustness tests and the tests of the web page. --exhaustive: every test, before a
                            release. Other arguments are passed to pytest, for example paths that select tests
+python run.py format       format the code and sort its imports, as the linter expects it
 python run.py train-demo   train the weights of demo/ again, stage by stage (--status, --smoke, --help)
-python run.py bench NAME   run the benchmark dev/benchmarks/NAME.py; further arguments are passed to it.
+python run.py bench NAME   run the benchmark dev/benchmarks/NAME.py; further arguments, also --help, are passed to it.
                            bench report writes the tables of BENCHMARKS.md and README.md from the result files;
                            bench gpu measures the pack on an NVIDIA GPU, see docs/gpu.md
 python run.py screenshot   take a screenshot of a workflow file in ComfyUI's page, see dev/tools/screenshot.py
@@ -107,12 +108,27 @@ def test(options, rest: list[str]) -> int:
     need_tools(host)
     # the tests run in two processes with one thread each
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    codes = [call(host, module(host, "ruff", "check", "."))]
-    codes += [call(host, module(host, "ruff", "format", "--check", "."))]
-    codes += [call(host, module(host, "chorus.dev.tools.check_types"))]
+    codes = {"linter": call(host, module(host, "ruff", "check", "."))}
+    codes["formatting"] = call(host, module(host, "ruff", "format", "--check", "."))
+    codes["type checks"] = call(host, module(host, "chorus.dev.tools.check_types"))
     tests = module(host, "pytest", *pytest_arguments(options, rest))
-    codes += [subprocess.run(tests, cwd=ROOT, env={**threads, **environment(host)}).returncode]
-    return next((code for code in reversed(codes) if code), 0)
+    codes["tests"] = subprocess.run(tests, cwd=ROOT, env={**threads, **environment(host)}).returncode
+    # last, because the output of the first steps is far above that of the tests
+    if failed := [name for name, code in codes.items() if code]:
+        print(f"failed: {', '.join(failed)}", flush=True)
+    if codes["linter"] or codes["formatting"]:
+        print("`python run.py format` formats the code and sorts its imports", flush=True)
+    return next((code for code in reversed(codes.values()) if code), 0)
+
+
+def format_code(options, rest: list[str]) -> int:
+    if rest:
+        raise SetupError(f"expected no further arguments, got {' '.join(rest)}; all files are formatted")
+    host = host_for(options)
+    need_tools(host)
+    # ruff format leaves the order of imports as it is. Other errors are not corrected: that could change what code does
+    sort = module(host, "ruff", "check", "--select", "I", "--fix", ".")
+    return call(host, sort) or call(host, module(host, "ruff", "format", "."))
 
 
 def pytest_arguments(options, rest: list[str]) -> list[str]:
@@ -142,10 +158,14 @@ def train_demo(options, rest: list[str]) -> int:
     os.execve(command[0], command, environment(host))
 
 
+def benchmarks() -> list[str]:
+    """Names of the benchmarks."""
+    files = (ROOT / "dev" / "benchmarks").glob("*.py")
+    return sorted(path.stem for path in files if "def main" in path.read_text(encoding="utf-8"))
+
+
 def bench(options, rest: list[str]) -> int:
-    names = sorted(
-        p.stem for p in (ROOT / "dev" / "benchmarks").glob("*.py") if "def main" in p.read_text(encoding="utf-8")
-    )
+    names = benchmarks()
     if not rest or rest[0] not in names:
         got = repr(rest[0]) if rest else "nothing"
         raise SetupError(f"expected the name of a benchmark, got {got}; choose from {', '.join(names)}")
@@ -196,6 +216,7 @@ COMMANDS = {
     "demo": demo,
     "serve": serve,
     "test": test,
+    "format": format_code,
     "train-demo": train_demo,
     "bench": bench,
     "locales": locales,
@@ -210,7 +231,9 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
     form = argparse.RawDescriptionHelpFormatter
-    add_help = command != "train-demo"  # train-demo has a separate --help
+    # train-demo and each benchmark have a separate --help
+    named = argv[argv.index(command) + 1 :][:1] if command == "bench" else []
+    add_help = command != "train-demo" and not {*named} & {*benchmarks()}
     # abbreviated options are not expanded, because unknown arguments are passed to ComfyUI or pytest unchanged
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False, add_help=add_help)
     parser.add_argument("command", choices=COMMANDS)

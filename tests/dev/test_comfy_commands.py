@@ -5,6 +5,7 @@ bench gpu --smoke, bench report) or for hours (other benchmarks, whose result fi
 """
 
 import argparse
+import contextlib
 import importlib
 import re
 import shlex
@@ -41,6 +42,15 @@ def test_command_is_one_of_run_py(line, monkeypatch):
     assert run.main(words) == 0
     paths = [word for rest in seen for word in rest if word.startswith("tests/")]
     assert all((run.ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.parametrize("name", run.benchmarks())
+def test_benchmark_prints_its_help(name, monkeypatch, capsys):
+    module = importlib.import_module(f"chorus.dev.benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with contextlib.suppress(SystemExit):
+        assert not module.main()
+    assert module.__doc__.partition("\n")[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", BENCH)

@@ -405,6 +405,57 @@ def test_arguments_of_screenshot_go_to_the_tool(monkeypatch):
     assert seen == [(None, words), ("127.0.0.1:8188", words)]
 
 
+@pytest.mark.parametrize("help", ["--help", "-h"])
+def test_help_of_a_benchmark_is_its_own(help, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setitem(run.COMMANDS, "bench", lambda options, rest: seen.append(rest) or 0)
+    assert run.main(["bench", "gpu", help]) == 0
+    assert seen == [["gpu", help]]
+    with pytest.raises(SystemExit):
+        run.main(["bench", help])
+    assert "python run.py demo" in capsys.readouterr().out
+
+
+@pytest.fixture
+def this_python(monkeypatch):
+    """run.py with the Python of the tests, which has the tools."""
+    monkeypatch.setattr(run, "host_for", lambda options: setup.Host(setup.HOST, Path(sys.executable), setup.TOOLS))
+    monkeypatch.setattr(run, "need_tools", lambda host: None)
+
+
+@pytest.mark.parametrize(
+    ("failing", "summary"),
+    [
+        ({"check"}, "failed: linter\n`python run.py format`"),
+        ({"format", "pytest"}, "failed: formatting, tests\n`python run.py format`"),
+        ({"chorus.dev.tools.check_types"}, "failed: type checks\n"),
+        (set(), ""),
+    ],
+    ids=["linter", "formatting and tests", "types", "none"],
+)
+def test_failed_steps_are_named_at_the_end_with_the_command_that_formats(
+    failing, summary, this_python, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "module", lambda host, *words: words)
+    monkeypatch.setattr(
+        run.subprocess, "run", lambda words, **rest: subprocess.CompletedProcess(words, int(bool({*words} & failing)))
+    )
+    assert run.main(["test"]) == int(bool(failing))
+    shown = capsys.readouterr().out
+    assert shown.startswith(summary) and bool(shown) == bool(summary)
+    assert ("python run.py format" in shown) == bool({"check", "format"} & failing)
+
+
+def test_format_corrects_the_layout_and_the_order_of_imports_only(this_python, monkeypatch, tmp_path):
+    pytest.importorskip("ruff")
+    for name in ("pyproject.toml", "__init__.py"):
+        (tmp_path / name).write_bytes((setup.ROOT / name).read_bytes())
+    (tmp_path / "x.py").write_text("import sys\nimport os\ndef f( a ):\n  return a\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.main(["format"]) == 0
+    assert (tmp_path / "x.py").read_text() == "import os\nimport sys\n\n\ndef f(a):\n    return a\n"
+
+
 @pytest.mark.parametrize(
     ("words", "marked", "ignored", "parallel"),
     [
