@@ -8,6 +8,8 @@ from . import saliency_blend
 from .sections import MEASURED, NO_TIME
 
 NOT_A_GPU = "not measured on a GPU"
+FOR_A_GPU = "not compared: the target is for a GPU"
+TARGETS = "Targets are for the sizes of a full run on a GPU."
 
 
 def text(result: dict) -> str:
@@ -23,6 +25,8 @@ def text(result: dict) -> str:
         found += [f"## {section['name']}", "", state(section), ""]
         if "found" in section:
             found += [TABLES[section["kind"]](section["found"], facts), ""]
+    if result["smoke"]:
+        found += [TARGETS, ""]
     return "\n".join(found)
 
 
@@ -109,7 +113,7 @@ def overhead(found: dict, facts: dict) -> str:
         ["blend - (base + expert), relative to the forward passes", percent(share)],
         ["time outside the forward passes, blend - base, relative to the forward passes", percent(between)],
         ["the expert's share of the mask", f"{100 * found['expert_share']:.0f} %"],
-        ["target", found["verdict"]],
+        ["target", found["verdict"] if "compute_capability" in facts else FOR_A_GPU],
     ]
     return f"{found['title']}; {len(found['rounds'])} rounds\n\n{table(['median (95 % interval)', ''], lines)}"
 

@@ -169,6 +169,20 @@ def test_result_of_a_smoke_run_is_marked(run, capsys):
     assert gpu_tables.NOT_A_GPU in capsys.readouterr().out
 
 
+def test_verdict_on_a_target_for_a_gpu_is_shown_only_on_a_gpu():
+    median = {"median": 0.5, "interval": [0.4, 0.6]}
+    times = dict.fromkeys(("base", "expert", "fusion", "overhead_share", "between_share"), median)
+    found = {"title": "a", "rounds": [], "expert_share": 0.5, "time": times, "verdict": "missed"}
+    section = {"name": "a", "kind": "overhead", "status": "measured", "seconds": 1.0, "found": found}
+    result = {"environment": {"device": "x"}, "date": "", "smoke": True, "sections": [section]}
+    shown = gpu_tables.text(result)
+    assert "missed" not in shown and gpu_tables.FOR_A_GPU in shown
+    assert shown.rstrip().endswith(gpu_tables.TARGETS)
+    result["environment"]["compute_capability"] = "9.0"
+    shown = gpu_tables.text({**result, "smoke": False})
+    assert "| target | missed |" in shown and gpu_tables.TARGETS not in shown
+
+
 def test_tables_of_a_file_are_shown(run, tmp_path, capsys):
     run([section("a")])
     shown = capsys.readouterr().out
