@@ -1,4 +1,4 @@
-"""The nodes' texts in all languages: writes the English file and lists missing and stale translations.
+"""The nodes' texts in all languages: writes the English files and lists missing and stale translations.
 
 python run.py locales
 python run.py locales accept ja                            mark all Japanese texts as up to date
@@ -10,7 +10,7 @@ English texts of nodes from the schemas. Those of the page's settings and of the
 locales/en: they repeat the texts in web/*.js, as a test in tests/browser checks. The other languages are written by
 hand. Beside each translation, english.json contains
 the English texts that were translated. A translation is stale if its English text has changed since; the report shows
-the old and the new wording.
+the old and the new wording. A new translation is not in english.json until it is accepted.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def languages() -> list[str]:
 
 
 def problems(source: dict[str, str], translated: dict[str, str], translates: dict[str, str]) -> list[str]:
-    """Messages about missing, stale and unused texts of a translation.
+    """Messages about missing, new, stale and unused texts of a translation.
 
     Args:
         source: the current English texts, by key.
@@ -131,8 +131,10 @@ def problems(source: dict[str, str], translated: dict[str, str], translates: dic
     for key, text in source.items():
         if not translated.get(key):
             found.append(f"missing: {key}\n    English: {text}")
-        elif translates.get(key) != text:
-            was = translates.get(key, "(not in english.json)")
+        elif key not in translates:
+            found.append(f"not accepted yet: {key}\n    English: {text}\n    translated: {translated[key]}")
+        elif translates[key] != text:
+            was = translates[key]
             found.append(f"stale: {key}\n    was: {was}\n    now: {text}\n    translated: {translated[key]}")
     gone = [key for key in {**translated, **translates} if key not in source]
     return found + [f"unused: {key}" for key in gone]
@@ -157,11 +159,12 @@ def accept(language: str, source: dict[str, str], keys: tuple[str, ...] = ()) ->
 
 
 def main(*words: str) -> int:
-    """Write the English texts and print a report; returns the number of languages with missing, stale or unused
+    """Write the English texts and print a report; returns the number of languages with missing, new, stale or unused
     texts."""
     files = english()
     for name, texts in files.items():
         write("en", name, texts)
+    print(f"written: {', '.join(f'locales/en/{name}.json' for name in files)}")
     source = all_texts(files)
     if words[:1] == ("accept",) and len(words) > 1:
         accept(words[1], source, words[2:])
@@ -175,6 +178,12 @@ def main(*words: str) -> int:
         behind += bool(found)
         print(f"{language}: {len(found)} to update among {len(source)} texts" if found else f"{language}: up to date")
         print("".join(f"  {line}\n" for line in found), end="")
+        if found:
+            print(
+                f"  Write texts of nodes into locales/{language}/nodeDefs.json, of categories into main.json and of"
+                " settings into settings.json, and remove unused ones. Then:"
+                f"\n  python run.py locales accept {language} KEY [KEY ...]"
+            )
     return behind
 
 

@@ -43,7 +43,7 @@ def test_translated_languages():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_translations_are_complete_and_current(english, language):
     found = locales.problems_of(language, english)
-    assert not found, "update the translations, then accept them with dev/tools/locales.py:\n" + "\n".join(found)
+    assert not found, "`python run.py locales` shows how to update the translations:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize("node", nodes.NODES, ids=lambda node: node.define_schema().node_id)
@@ -145,10 +145,10 @@ def test_stale_missing_and_unused_translations_are_reported():
     assert "now: new words" in found[0]
 
 
-def test_translation_without_recorded_english_is_stale():
-    assert locales.problems({"A.display_name": "name"}, {"A.display_name": "Name"}, {})[0].startswith(
-        "stale: A.display_name"
-    )
+def test_new_translation_is_reported_until_it_is_accepted():
+    assert locales.problems({"A.display_name": "name"}, {"A.display_name": "Name"}, {}) == [
+        "not accepted yet: A.display_name\n    English: name\n    translated: Name"
+    ]
 
 
 @pytest.fixture
@@ -169,6 +169,19 @@ def test_accepting_one_text_leaves_the_others_stale(german):
 def test_texts_without_translation_are_still_missing_after_accepting_all(german):
     locales.accept("de", SOURCE)
     assert [line.splitlines()[0] for line in locales.problems_of("de", SOURCE)] == ["missing: A.inputs.z.tooltip"]
+
+
+def test_report_names_the_files_and_the_command(german, monkeypatch, capsys):
+    monkeypatch.setattr(locales, "english", lambda: {"nodeDefs": {"A": {"inputs": {"x": {"tooltip": "new words"}}}}})
+    assert locales.main() == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("written: locales/en/nodeDefs.json\nde: 2 to update among 1 texts\n  stale: A.inputs.x")
+    assert "into locales/de/nodeDefs.json" in shown
+    assert shown.endswith("python run.py locales accept de KEY [KEY ...]\n")
+    locales.write("de", "nodeDefs", {"A": {"inputs": {"x": {"tooltip": "neu"}}}})
+    locales.write("de", locales.SOURCE, {"A.inputs.x.tooltip": "new words"})
+    assert locales.main() == 0
+    assert capsys.readouterr().out.endswith("de: up to date\n")
 
 
 def test_missing_translation_cannot_be_accepted(german):
