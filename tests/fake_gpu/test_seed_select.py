@@ -12,6 +12,7 @@ from chorus.techniques.seed_select.losses import (
     latent_centroid,
     semantic_loss,
 )
+from chorus.techniques.seed_select.noise_patches import Patches, SeedMap, SeedMapSettings
 from chorus.techniques.seed_select.optimize import OptimizeSettings, SeedOptimization
 from chorus.techniques.seed_select.path import norm_aware_centroid
 from chorus.techniques.seed_select.prompt_variation import vary_prompt
@@ -92,6 +93,25 @@ def test_search_finds_the_same_as_on_the_cpu(dtype, gpus):
         found, found_rounds = searched("cuda:0", dtype, 5)
     assert found_rounds == rounds
     assert torch.equal(found.latent, best.latent)
+
+
+def mapped(device, dtype):
+    grid = Patches.of(*SHAPE[2:], 3)
+    toy = Toy(device, dtype)
+    toy.batch_size = lambda count: count
+    patch_of = grid.numbers().expand(SHAPE)
+    found = SeedMap(SeedMapSettings(pairs=5, checks=1, steps=4), toy, noise(50, dtype), patch_of, grid)
+    found.run()
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_map_of_a_noise_is_that_on_the_cpu(dtype, gpus):
+    expected = mapped("cpu", dtype)
+    with gpus:
+        found = mapped("cuda:0", dtype)
+    assert torch.equal(found.values, expected.values)
+    assert found.report() == expected.report()
 
 
 def optimised(device, iterations):

@@ -15,6 +15,7 @@ STEPS = {
     # a step of a search is a whole sampling run of a batch; the scores of its images decide which candidates survive
     "techniques/seed_select/search.py:_scores": "the scores of a batch of images",
     "techniques/seed_select/search.py:_run_round": "the latents of a batch of images, for the grid",
+    "techniques/seed_select/noise_patches.py:_results": "the latents and scores of a batch of images, for the map",
     # a step of an optimisation is a sampling run with its gradients; the score decides whether another step follows
     "techniques/seed_select/optimize.py:_evaluate": "the score of an image, its noise and its latent, for the report",
     "techniques/seed_select/optimize.py:_backward": "whether the gradient of a whole run is finite",
