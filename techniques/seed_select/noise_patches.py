@@ -224,14 +224,14 @@ class SeedMap:
 
     def _results(self, noises: list[Tensor], labels: list[str]) -> list[SeedResult]:
         seeds = [self.sampler_seed] * len(noises)
-        latents = self.sampler.generate(torch.cat(noises), self.settings.steps, seeds).cpu()
+        latents = self.sampler.generate(torch.cat(noises), self.settings.steps, seeds)
         scores = self.sampler.score([latents]).detach().flatten().tolist()
         for label, score in zip(labels, scores, strict=True):
             if not math.isfinite(score):
                 raise ValueError(f"the score of the {label} is {score}; run the model and the VAE in a wider dtype")
         return [
             SeedResult(label=label, seed=None, noise=noise, latent=latent, score=score, sampler_seed=self.sampler_seed)
-            for label, noise, latent, score in zip(labels, noises, latents.split(1), scores, strict=True)
+            for label, noise, latent, score in zip(labels, noises, latents.cpu().split(1), scores, strict=True)
         ]
 
     def _advance(self, evaluations: int) -> None:
