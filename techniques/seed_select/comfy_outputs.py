@@ -93,7 +93,7 @@ def _latent(select: SeedSelect[ComfySeedSampler]) -> dict[str, Any]:
 
 def _report(select: SeedSelect[ComfySeedSampler], interrupted: bool, notes: Sequence[str]) -> str:
     counter = select.sampler.counter
-    lines = [select.report(), f"batch rows through the networks: {counter.rows}"]
+    lines = [select.report(), f"a guided prediction counts as two; predictions of the networks: {counter.rows}"]
     if counter.recomputed:
         lines[-1] += f", {counter.recomputed} of them recomputed for the gradient"
     if counter.compared:

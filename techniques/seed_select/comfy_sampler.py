@@ -209,6 +209,11 @@ class ComfySeedSampler:
         frames, side by side."""
         return filmstrips(self.scorer.models["vae"].decode(self.layout.pictures(latent)))
 
+    @property
+    def references(self) -> int:
+        """Number of references that are used."""
+        return len(self.scorer.latents)
+
     def inversions(self) -> dict[int, Tensor]:
         """Inverted noises [1, C, *S] of the references, by their numbers from 1. References left out are missing.
 

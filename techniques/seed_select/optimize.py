@@ -153,6 +153,27 @@ class SeedOptimization:
                 " encoder in a wider dtype, or use mode search"
             )
 
+    @property
+    def label(self) -> str:
+        """Label of the best iterate: only a noise that differs from the initial one is called optimised."""
+        return f"{self.start.label}, optimised" if self.best_iteration else self.start.label
+
+    def lines(self) -> list[str]:
+        """Lines of the report; none before the first score."""
+        if self.best is None:
+            return []
+        iterations, best = len(self.scores) - 1, self.best_iteration
+        lines = [
+            f"optimised {self.start.label}: score {self.scores[0]:.4f} to {self.best.score:.4f} in {iterations} iterations,"
+            f" best after {best}; norm {self.norms[0]:.2f} to {self.norms[best]:.2f}"
+        ]
+        if iterations and not best:
+            lines.append(
+                "the optimisation found nothing better than the start, so the noise is unchanged; try another seed or more"
+                " steps"
+            )
+        return lines
+
     def series(self, before: int = 0) -> ScoreSeries:
         """Line of the score curve with a point for the initial noise and for each iteration.
 

@@ -46,6 +46,10 @@ class SeedSampler(Protocol):
     def gradient_cost(self) -> GradientCost | None:
         """Cost of one run with gradients; None if gradients are not available."""
 
+    @property
+    def references(self) -> int:
+        """Number of references that are used, which is also that of ``inversions``."""
+
     def noise_of(self, seed: int) -> Tensor:
         """Noise [1, C, *S] that a plain sampler draws for ``seed`` at batch 1."""
 

@@ -144,6 +144,7 @@ class SeedSelect(Generic[S]):
         if settings.optimizes and sampler.gradient_cost is None:
             raise ValueError(f"mode {settings.mode} needs a differentiable sampler; use mode search")
         self.settings, self.sampler = settings, sampler
+        self._check_references()
         self.search: SeedSearch | None = None
         self.chosen: Sequence[Candidate] = ()  # noises, the best first
         self.optimizations: list[SeedOptimization] = []
@@ -170,7 +171,7 @@ class SeedSelect(Generic[S]):
     @property
     def _optimized(self) -> list[SeedResult]:
         """Best result of each optimisation so far; an interrupted optimisation may have no result."""
-        return [o.best for o in self.optimizations if o.best is not None]
+        return [replace(o.best, label=o.label) for o in self.optimizations if o.best is not None]
 
     def choose(self, progress: Progress | None = None) -> None:
         """Choose the noises to optimise or to generate from, starting at ``pick``: after a search in the order of their
@@ -199,7 +200,7 @@ class SeedSelect(Generic[S]):
     def sort_optimized(self) -> None:
         """Replace the chosen noises by the optimised ones, the best first."""
         results = sorted(self._optimized, key=lambda result: result.score)
-        self.chosen = [Candidate(f"{r.label}, optimised", lambda r=r: r.noise, r.seed, r.sampler_seed) for r in results]
+        self.chosen = [Candidate(r.label, lambda r=r: r.noise, r.seed, r.sampler_seed) for r in results]
 
     @torch.no_grad()
     def generate(self, progress: Progress | None = None) -> list[SeedResult]:
@@ -223,14 +224,31 @@ class SeedSelect(Generic[S]):
         Requires that ``best`` is not None.
         """
         if not self.results:
-            best, optimized = self.best, bool(self._optimized)
+            best = self.best
             assert best is not None  # the caller has checked it
-            if not optimized and self.search and self.search.done:
+            if not self._optimized and self.search and self.search.done:
                 self.results = [best]
             else:
-                label = f"{best.label}, optimised" if optimized else best.label
-                self._sample(Candidate(label, lambda: best.noise, best.seed, best.sampler_seed))
+                self._sample(Candidate(best.label, lambda: best.noise, best.seed, best.sampler_seed))
         return self.results
+
+    def _check_references(self) -> None:
+        """Raise a ValueError for too few references, before they are inverted, which takes long."""
+        s = self.settings
+        if s.start == "noise":
+            return
+        references, needed = self.sampler.references, s.pick + s.selected - 1
+        if s.start == "centroid" and references < 2:
+            raise ValueError(
+                f"start centroid needs at least 2 references, got {references}; connect more, or set start to noise or"
+                " inversion"
+            )
+        if s.start == "inversion" and references < needed:
+            raise ValueError(
+                f"expected at least {needed} references for start inversion to select {counted(s.selected, 'noise')}"
+                f" starting at pick {s.pick}, got {references}; add references, lower pick, count or optimized, or use"
+                " start noise"
+            )
 
     def _pool(self) -> list[Candidate]:
         """Candidates that ``start`` specifies: all of them for a search, otherwise only as many as are needed.
@@ -238,8 +256,7 @@ class SeedSelect(Generic[S]):
         With start "inversion" there is one candidate for each reference, so there may be fewer than ``candidates``.
         """
         s = self.settings
-        needed = s.pick + s.selected - 1
-        size = s.available if s.searches else needed
+        size = s.available if s.searches else s.pick + s.selected - 1
         if s.listed:
             return listed_candidates(s.listed[:size], self.sampler.noise_of)
         if s.start == "noise":
@@ -247,12 +264,6 @@ class SeedSelect(Generic[S]):
         noises = self.sampler.inversions()
         if s.start == "centroid":
             return self._with_variations(centroid_candidates(noises, size, s.seed))
-        if len(noises) < needed:
-            raise ValueError(
-                f"expected at least {needed} references for start inversion to select {counted(s.selected, 'noise')}"
-                f" starting at pick {s.pick}, got {len(noises)}; add references, lower pick, count or optimized, or use"
-                " start noise"
-            )
         inverted = list(noises.items())[:size]
         return self._with_variations(
             [Candidate(f"reference {k}", lambda x=x: x, sampler_seed=s.seed) for k, x in inverted]
@@ -329,8 +340,20 @@ class SeedSelect(Generic[S]):
     def report(self) -> str:
         """Text with the results, their cost, and whether a seed reproduces the first image."""
         s = self.settings
-        lines = [f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations"]
+        lines = [f"image {k}, {r.label}: score {r.score:.4f}" for k, r in enumerate(self.results, start=1)]
+        if self.results:
+            lines.append(self._reproduction(self.results[0]))
+            if s.prompt_variation:
+                lines.append(self._variation(self.results[0]))
         lines.append("the score is a distance to the references: a lower score is better")
+        lines += [line for o in self.optimizations for line in o.lines()]
+        scores = [f"{result.score:.4f}" for result in self._optimized]
+        if scores and self.results and f"{self.results[0].score:.4f}" not in scores:
+            lines.append(
+                "an optimisation scores up to three last steps of its sampling, an image only its final latent, so their"
+                " scores differ"
+            )
+        lines.append(f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations")
         lines += self._source_of_seeds()
         if self.search:
             rounds = ", ".join(f"{len(r.scores)} with {r.steps}" for r in self.search.rounds)
@@ -339,17 +362,6 @@ class SeedSelect(Generic[S]):
                 f" {self.search.plan.best_of_all} evaluations",
                 *self.search.lines(),
             ]
-        for o in self.optimizations:
-            if o.best is not None:
-                lines.append(
-                    f"optimised {o.start.label}: score {o.scores[0]:.4f} to {o.best.score:.4f} in {len(o.scores) - 1} iterations,"
-                    f" best after {o.best_iteration}; norm {o.norms[0]:.2f} to {o.norms[o.best_iteration]:.2f}"
-                )
-        lines += [f"image {k}, {r.label}: score {r.score:.4f}" for k, r in enumerate(self.results, start=1)]
-        if self.results:
-            lines.append(self._reproduction(self.results[0]))
-            if s.prompt_variation:
-                lines.append(self._variation(self.results[0]))
         return "\n".join(lines)
 
     def _source_of_seeds(self) -> list[str]:

@@ -49,6 +49,7 @@ class Toy:
     """A SeedSampler that also implements SeedGradients."""
 
     calls_per_step, gradient_cost = 1, GradientCost(forward=20, with_gradient=20)
+    references = len(REFERENCES)
 
     def __init__(self, steps=20):
         self.steps, self.evaluations, self.inverted, self.sessions = steps, 0, 0, 0
@@ -164,6 +165,37 @@ def test_optimisation_lowers_the_score():
     _, before = in_full(noise_of(3), toy)
     assert found.score < before
     assert "does not reproduce the result" in run.report()
+
+
+def test_optimisation_that_finds_nothing_better_says_so_and_keeps_the_label():
+    class Worse(Toy):
+        def score(self, latents):
+            unchanged = torch.equal(latents[-1], in_full(noise_of(3), self)[0])
+            return self.loss(latents) + (0.0 if unchanged else 1e3)
+
+    run, _ = select(Worse(), mode="optimize", seed=3)
+    (found,) = finish(run)
+    assert found.label == "seed 3" and torch.equal(found.noise, noise_of(3))
+    report = run.report().splitlines()
+    assert "seed 3 reproduces the result" in report[1]
+    assert any(line.startswith("the optimisation found nothing better than the start") for line in report)
+    unchanged, _ = select(mode="optimize", seed=3, optimize=OptimizeSettings(iterations=0))
+    assert finish(unchanged)[0].label == "seed 3"
+    assert "found nothing better" not in unchanged.report()
+
+
+def test_report_begins_with_the_result_and_explains_the_two_scores():
+    run, _ = select(mode="search+optimize", candidates=16, optimize=OptimizeSettings(iterations=5))
+    (found,) = finish(run)
+    report = run.report().splitlines()
+    assert report[0] == f"image 1, {found.label}: score {found.score:.4f}"
+    candidates = [k for k, line in enumerate(report) if line.startswith("1. seed")]
+    assert candidates and candidates[0] > report.index("the score is a distance to the references: a lower score is better")
+    assert run.optimizations[0].best.score != pytest.approx(found.score, abs=1e-4)
+    assert sum("so their scores differ" in line for line in report) == 1
+    search, _ = select(candidates=4)
+    finish(search)
+    assert "so their scores differ" not in search.report()
 
 
 @pytest.mark.parametrize("pick", [1, 3])
@@ -443,20 +475,21 @@ def test_missing_gradients_and_too_few_references_rejected():
     with pytest.raises(ValueError, match="mode optimize needs a differentiable sampler; use mode search"):
         select(toy, mode="optimize")
     one = Toy()
-    one.inversions = lambda: {1: noise_of(1)}
-    with pytest.raises(ValueError, match="expected at least 2 noises for a path or centroid, got 1"):
+    one.references = 1
+    with pytest.raises(ValueError, match="start centroid needs at least 2 references, got 1; connect more"):
         finish(select(one, start="centroid")[0])
     for settings in (dict(pick=2), dict(count=2)):
         with pytest.raises(
             ValueError, match=r"expected at least 2 references for start inversion .*, got 1; add references"
         ):
             finish(select(one, start="inversion", **settings)[0])
+    assert not one.inverted  # an inversion takes long
 
 
 def test_non_finite_score_of_an_image_rejected():
     toy = Toy()
     toy.generate = lambda noises, steps, seeds: noises * math.nan
-    with pytest.raises(ValueError, match="the score of seed 0, optimised is nan"):
-        finish(select(toy, mode="optimize", optimize=OptimizeSettings(iterations=1))[0])
+    with pytest.raises(ValueError, match="the score of seed 3, optimised is nan"):
+        finish(select(toy, mode="optimize", seed=3)[0])
     with pytest.raises(ValueError, match="the score of seed 0 is nan with 1 step;"):
         finish(select(toy)[0])
