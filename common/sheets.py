@@ -38,6 +38,17 @@ class Sheet:
     def text_width(text: str, size: int = 13) -> int:
         return round(ImageFont.load_default(size).getlength(text))
 
+    @classmethod
+    def wrapped(cls, text: str, width: int, size: int = 13) -> list[str]:
+        """``text`` in lines of at most ``width`` pixels; a longer word has a line of its own."""
+        lines: list[str] = []
+        for word in text.split():
+            if lines and cls.text_width(f"{lines[-1]} {word}", size) <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+        return lines
+
     def box(self, x: int, y: int, width: int, height: int, colour: Colour) -> None:
         if width > 0 and height > 0:
             self._draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)

@@ -407,14 +407,14 @@ class SaliencyBlendRun(Generic[E]):
         self._finite.finish(output)
         for expert in self.experts:
             self.record.notes += expert.notes()
+            self.record.warnings += expert.warnings()
             if not self.record.spent[expert.index]:
-                self.record.notes += expert.absence([sigma for sigma in self._boundaries if sigma > 0.0] or [0.0])
+                self.record.warnings += expert.absence([sigma for sigma in self._boundaries if sigma > 0.0] or [0.0])
         self.record.output = output
         self.record.regions = tuple(None if e.region is None else e.region.cpu() for e in self.experts)
         self.record.steps = [step.on_cpu() for step in self._leads.written_to(self.record.steps)]
-        self.record.notes += self.record.unmet_shares() + self.record.equal_predictions(
-            self.joint.general_strength > 0.0
-        )
+        self.record.notes += self.record.unmet_shares()
+        self.record.warnings += self.record.equal_predictions(self.joint.general_strength > 0.0)
         for trace in self.traces:
             trace.finish(self.record)
 

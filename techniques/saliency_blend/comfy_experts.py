@@ -76,9 +76,9 @@ class Expert:
             found = self._copies.networks[control.control_model] = own.control_model, own.control_model_wrapped
         return found
 
-    def with_settings(self, settings: ExpertSettings) -> "Expert":
-        """This expert with other settings. Copies of its weights are shared with this object."""
-        return Expert(self.patcher, self.positive, self.negative, settings, self.trace, self._copies)
+    def with_settings(self, settings: ExpertSettings, trace: BlendTrace | None) -> "Expert":
+        """This expert with other settings and another trace. Copies of its weights are shared with this object."""
+        return Expert(self.patcher, self.positive, self.negative, settings, trace, self._copies)
 
     def for_gradients(self, copy: Callable[[ModelPatcher], ModelPatcher]) -> "Expert":
         """A copy of this expert that records no trace, with a MODEL whose weights autograd can save."""

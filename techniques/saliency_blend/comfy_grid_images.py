@@ -22,6 +22,7 @@ from ...host.images import check_decodes, filmstrips
 from ...host.parametrization import sampling_of
 from ...host.sampled_latents import LatentLayout, decoded_shape, draw_noise, sampled_latent
 from .comfy_hook import KEY, BlendChain, blend_chain
+from .trace import BlendTrace
 from .varied_settings import Point, VariedSetting, settings_at
 
 # samplers without a memory of earlier steps and without noise, which continue at any step as if they had begun before;
@@ -71,7 +72,9 @@ class GridImages:
     vae: VAE
     callback: Callback | None = None
     evaluated_steps: int = 0
+    warnings: tuple[str, ...] = ()  # of the last image: why models have no effect
     _shared: dict[int, Tensor] = field(default_factory=dict)
+    _trace: BlendTrace = field(default_factory=BlendTrace)
 
     def __post_init__(self) -> None:
         self.chain = chain_of(self.model)
@@ -83,17 +86,26 @@ class GridImages:
         check_decodes(self.vae, decoded_shape(self.model, self.layout), OWN_VAE)
 
     def blended(self, point: Point) -> ModelPatcher:
-        """A clone of the model whose blend has the settings of ``point``. Its runs are not recorded."""
+        """A clone of the model whose blend has the settings of ``point``. Its runs are recorded in ``_trace`` only."""
         settings, joint = settings_at(
             self.varied, point, [expert.settings for expert in self.chain.experts], self.chain.joint
         )
-        experts = [expert.with_settings(s) for expert, s in zip(self.chain.experts, settings, strict=True)]
+        # one expert's trace suffices, since all traces of a chain get the same record
+        traces = [self._trace, *[None] * (len(settings) - 1)]
+        experts = [e.with_settings(s, t) for e, s, t in zip(self.chain.experts, settings, traces, strict=True)]
         out = self.model.clone()
-        out.set_attachments(KEY, replace(self.chain, experts=tuple(experts), joint=joint, record=False))
+        out.set_attachments(KEY, replace(self.chain, experts=tuple(experts), joint=joint, quiet=True))
         return out
 
     def latent(self, point: Point) -> Tensor:
         """The latent [1, C, *S], packed and in the VAE's scale, of the image with the settings of ``point``."""
+        latent = self._latent(point)
+        # the record of the last part of the run: no expert takes part in the steps before it
+        self.warnings = self._trace.record.warnings if self._trace.record else ()
+        self._trace.clear()
+        return latent
+
+    def _latent(self, point: Point) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         model = self.blended(point)
         sigmas = comfy.samplers.KSampler(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...common.shapes import size_of
 from ...host.attachments import Attachment, Conditioning, attached
+from ...host.log import warn_once
 from ...host.parametrization import latent_format_of
 from .blend import JointSettings, SaliencyBlendRun, Schedule
 from .comfy_expert_run import ExpertRun, absent_expert
@@ -51,6 +52,7 @@ class BlendChain(Attachment):
     experts: tuple[Expert, ...] = ()
     joint: JointSettings = field(default_factory=JointSettings)
     record: bool = True  # whether the steps of a run are recorded and written to the experts' traces
+    quiet: bool = False  # whether a run shows no live masks and logs no warnings
 
     needs_negative = True  # saliency is the difference from the prediction with the negative conditioning
 
@@ -183,7 +185,8 @@ class _Scope:
 def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """Write the record of the run to the traces, with the latent as the sampler node returns it."""
     guider = cast(CFGGuider, executor.class_obj)
-    scope = _Scope.of(blend_chain(guider.model_patcher))
+    chain = blend_chain(guider.model_patcher)
+    scope = _Scope.of(chain)
     scope.latent_shapes = kwargs.get("latent_shapes") or ()
     options: dict[str, Any] = guider.model_options
     options[SCOPE] = scope
@@ -194,6 +197,9 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tenso
     if scope.technique is not None:
         latent = LatentLayout(scope.latent_shapes or [output.shape])
         scope.technique.finish(latent.part(output.detach()).to("cpu", copy=True))
+        if chain.record and not chain.quiet:
+            for warning in scope.technique.record.warnings:
+                warn_once(warning)
     return output
 
 
@@ -280,7 +286,7 @@ def _sampler_sample(
             experts.append(run)
             run.batched_with_base = run.shares_forward_with(guider, options, KEY)
         guider.inner_model.current_patcher = base  # an expert on the same module has set its own patcher
-        live = live_masks() if chain.record else None
+        live = live_masks() if chain.record and not chain.quiet else None
         technique = chain.begin(participants, schedule, live)
         technique.record.notes += (*scope.notes, *filter(None, [latent.note]))
         options[KEY] = BlendPrediction(guider, technique, workers, latent)

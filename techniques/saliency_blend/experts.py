@@ -406,10 +406,12 @@ class ExpertParticipant(Participant):
         # mean spread of the experts, the unit of softness
         return self._without_region.union(() if self._skipping is None else self._skipping.since)
 
+    def warnings(self) -> tuple[str, ...]:
+        """Why the region keeps the expert out of samples; see also ``absence``."""
+        return (self._empty_region_note(),) if self._without_region else ()
+
     def notes(self) -> tuple[str, ...]:
         s, found = self.settings, []
-        if self._without_region:
-            found.append(self._empty_region_note())
         if self._skipping is not None and (note := self._skipping.note(s.label)):
             found.append(note)
         if self._cropped_together and self.can_crop:
@@ -427,7 +429,7 @@ class ExpertParticipant(Participant):
         return tuple(found)
 
     def absence(self, sigmas: Sequence[float]) -> tuple[str, ...]:
-        """A note on why the expert took part in no step of a run at ``sigmas``; none if ``notes`` says it."""
+        """A note on why the expert took part in no step of a run at ``sigmas``; none if ``warnings`` says it."""
         s, run = self.settings, f"sigma {max(sigmas):.4g} to {min(sigmas):.4g}"
         if s.switched_off_by:
             cause = s.switched_off_by

@@ -132,6 +132,7 @@ class BlendRecord:
     shape: tuple[int, ...]  # [B, *S] of the latent
     seed: int | None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # why models have no effect: they stand first in the report and on the sheet
     steps: list[BlendStep] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)  # evaluations (conditional and unconditional together) per model
     saved: list[int] = field(default_factory=list)  # predictions per model for which it was not evaluated
@@ -166,7 +167,8 @@ class BlendRecord:
         return torch.stack([self.shares(i) for i in chosen]).mean(0)
 
     def report(self) -> str:
-        """Report for users: shares in percent, evaluations spent and saved, the effect of other biases, and notes."""
+        """Report for users: warnings, shares in percent, evaluations spent and saved, the effect of other biases, and
+        notes."""
         blended = sum(s.weights is not None for s in self.steps)
         lines = [f"{len(self.steps)} predictions, {blended} of them blended, seed {self.seed}"]
         if held := sum(s.held for s in self.steps):
@@ -175,10 +177,10 @@ class BlendRecord:
         over_run, over_window = (shares.flatten(1).mean(1) for shares in (mean, self.mean_shares(blended_only=True)))
         by_sample = mean.flatten(2).mean(2)  # [num_models, B]
         for i, label in enumerate(self.labels):
+            within = f" ({100 * over_window[i]:.1f} % while blending)" if blended else ""
             part = f" (as expensive as {self.cost[i]:.1f} full ones)" if self.cost[i] < self.spent[i] else ""
             lines.append(
-                f"{label}: {100 * over_run[i]:.1f} % of the image over the whole run"
-                f" ({100 * over_window[i]:.1f} % while blending),"
+                f"{label}: {100 * over_run[i]:.1f} % of the image over the whole run{within},"
                 f" {self.spent[i]} evaluations{part}, {self.saved[i]} saved"
             )
             if self.shape[0] > 1:
@@ -196,7 +198,7 @@ class BlendRecord:
                 f"from one mask to the next, the model changed at {100 * flips:.0f} % of the positions"
                 f"{remedy if flips >= MANY_FLIPS else ''}"
             )
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*self.warnings, *lines, *self.notes])
 
     def contested(self, index: int, sample: int | None = None) -> list[BlendStep]:
         """The blended steps in which expert ``index`` took part and its lead was recorded.

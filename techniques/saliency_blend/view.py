@@ -75,29 +75,33 @@ def _draw_sample(record: BlendRecord, sample: int, steps: list[int], mean: Tenso
     film_height = -(-len(frames) // film_columns) * (tile[1] + CAPTION + GAP) + (CAPTION if frames else 0)
     panels_height = -(-len(contests) // across) * (PANEL_HEIGHT + 2 * CAPTION + GAP)
     masks_height = max(strip_height, big[1] + CAPTION + legend_height)
-    below = 36 + masks_height + film_height
+    warnings = [line for text in record.warnings for line in Sheet.wrapped(text, width - 2 * GAP)]
+    start = 36 + 20 * len(warnings)
+    below = start + masks_height + film_height
     sheet = Sheet(width, below + panels_height + GAP)
     sheet.text(GAP, GAP, f"Saliency noise blend, {len(record.steps)} predictions, sample {sample + 1}", 15)
+    for n, line in enumerate(warnings):
+        sheet.text(GAP, 32 + 20 * n, line)
 
-    sheet.paste(GAP, 36, colour_shares(_frame(mean, sample)), *big)
-    sheet.text(GAP, 36 + big[1] + 2, "mean of the run", 12, FAINT)
+    sheet.paste(GAP, start, colour_shares(_frame(mean, sample)), *big)
+    sheet.text(GAP, start + big[1] + 2, "mean of the run", 12, FAINT)
     share = mean[:, sample].flatten(1).mean(1)
-    top = 36 + big[1] + CAPTION + GAP
+    top = start + big[1] + CAPTION + GAP
     for i, label in enumerate(record.labels):
         sheet.box(GAP, top + 24 * i, 14, 14, model_colour(i))
         sheet.text(GAP + 20, top + 24 * i - 1, f"{100 * share[i]:.0f} %  {label[:24]}", 13)
 
     left = GAP * 3 + big[0]
     for n, index in enumerate(steps):
-        x, y = left + (n % columns) * (tile[0] + GAP), 36 + (n // columns) * (tile[1] + CAPTION + GAP)
+        x, y = left + (n % columns) * (tile[0] + GAP), start + (n // columns) * (tile[1] + CAPTION + GAP)
         sheet.paste(x, y, colour_shares(_frame(record.shares(index), sample)), *tile)
         sheet.text(x, y + tile[1] + 1, f"{index + 1}: sigma {record.steps[index].sigma:.3g}", 11, FAINT)
 
     if frames:
-        sheet.text(GAP, 36 + masks_height, "frames: mean of the run, and the experts' share", 12, FAINT)
+        sheet.text(GAP, start + masks_height, "frames: mean of the run, and the experts' share", 12, FAINT)
     for n, frame in enumerate(frames):
         x = GAP + (n % film_columns) * (tile[0] + GAP)
-        y = 36 + masks_height + CAPTION + (n // film_columns) * (tile[1] + CAPTION + GAP)
+        y = start + masks_height + CAPTION + (n // film_columns) * (tile[1] + CAPTION + GAP)
         parts = shown(mean[:, sample, frame])
         sheet.paste(x, y, colour_shares(parts), *tile)
         sheet.text(x, y + tile[1] + 1, f"{frame + 1}: {100 * float(1.0 - parts[0].mean()):.0f} %", 11, FAINT)

@@ -423,11 +423,11 @@ def test_sample_of_a_batch_with_skipping_equals_the_sample_alone(mode, video, gu
 
 
 def notes_of(run, *pairs, x=X):
-    """The notes of a run whose models predict the same ``pairs``, the base's first, at every step."""
+    """The notes and warnings of a run whose models predict the same ``pairs``, the base's first, at every step."""
     for sigma in SIGMAS[:-1]:
         step(run, sigma, *pairs, x=x)
     run.finish(torch.zeros(1))
-    return run.record.notes
+    return run.record.notes + run.record.warnings
 
 
 @pytest.mark.parametrize(

@@ -240,3 +240,15 @@ def test_a_model_without_a_blend_is_refused(models, grid):
 def test_grids_that_cannot_be_drawn_are_refused_with_the_remedy(grid, inputs, message):
     with pytest.raises(ValueError, match=message):
         grid(**inputs)
+
+
+def test_report_says_why_an_expert_has_no_effect(models, grid, caplog):
+    report = grid(rows="end_percent = 0.01 | 1", columns="start_percent = 0.005 | 0.2")[1].splitlines()
+    start, never = "end_percent = 0.01, start_percent = ", "'expert 1' takes part in no step: no step of the run"
+    assert report[0].startswith(f"{start}0.005: {never}") or report[0].startswith(f"{start}0.2: {never}")
+    assert all("end_percent = 1" not in line for line in report)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == report[:2]
+    same = grid(blend(models[0], models[0])[0], columns="")[1].splitlines()
+    assert same[0].startswith("base and 'expert 1' predicted the same in all steps")
+    assert same[1] == "3 of 3 images from seed 5"
+    assert grid(columns="")[1] == "3 of 3 images from seed 5"

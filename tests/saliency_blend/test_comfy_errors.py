@@ -188,13 +188,17 @@ def test_missing_expert_rejected_by_comfyui(client):
         client.run(prompt)
 
 
-def test_report_names_the_same_checkpoint_without_a_prompt_of_its_own(models):
+def test_report_and_log_name_the_same_checkpoint_without_a_prompt_of_its_own(models, caplog):
     blended, trace = blend(models[0], models[0])
     samples = sample(blended)
     report = view(trace, {"samples": samples})[2]
-    assert "base and 'expert 1' predicted the same in all steps; connect another checkpoint to expert" in report
+    expected = "base and 'expert 1' predicted the same in all steps; connect another checkpoint to expert"
+    assert report.startswith(expected)
+    [record] = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert record.getMessage().startswith(expected)
     blended, trace = blend(models[0], models[0], *EXPERT_PROMPTS)
     sample(blended)
+    assert len(caplog.records) == 1
     assert "predicted the same" not in trace.record.report()
 
 

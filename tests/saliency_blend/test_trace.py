@@ -63,7 +63,14 @@ def test_report_names_shares_and_costs(record):
 def test_report_of_a_run_without_blended_steps():
     alone = [BlendStep(1.0, (0,), None)]
     record = BlendRecord(("base", "x"), (1, 2, 2), None, steps=alone, spent=[1, 0], saved=[0, 1], cost=[1.0, 0.0])
-    assert "base: 100.0 % of the image over the whole run (100.0 % while blending)" in record.report()
+    assert "base: 100.0 % of the image over the whole run, 1 evaluations" in record.report()
+    assert "while blending" not in record.report()
+
+
+def test_warnings_stand_first_in_the_report(record):
+    record.warnings = ("'cats' takes part in no step",)
+    lines = record.report().splitlines()
+    assert lines[0] == "'cats' takes part in no step" and "3 predictions" in lines[1] and lines[-1] == "joint settings"
 
 
 def test_latent_of_the_run_is_recognised_by_its_values(record):

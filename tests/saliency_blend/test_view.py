@@ -132,3 +132,15 @@ def test_filmstrip_shows_the_mask_and_the_share_of_every_frame():
 def test_filmstrip_has_at_most_sixteen_frames():
     heights = [draw_blend(make_record(spatial=(frames, 6, 8)))[0].shape[1] for frames in (8, 16, 17, 90)]
     assert heights[0] < heights[1] == heights[2] == heights[3]
+
+
+def test_warnings_are_drawn_above_the_masks():
+    plain, _ = draw_blend(make_record())
+    record = make_record()
+    record.warnings = ("'expert 1' takes part in no step: " + "its window is empty; " * 8,)
+    warned, _ = draw_blend(record)
+    lines = (warned.shape[1] - plain.shape[1]) // 20
+    assert lines >= 3 and warned.shape[2] == plain.shape[2]
+    # the text stands between the title and the masks, which only move down
+    torch.testing.assert_close(warned[:, 36 + 20 * lines :], plain[:, 36:])
+    assert (warned[:, 36 : 36 + 20 * lines] > 0.9).any()

@@ -552,7 +552,10 @@ def test_non_finite_score_error_names_its_seed(model, select):
         (dict(share=2, shares=2), "share 2 is not between 0 and 1 for shares 2; number the machines from 0"),
         (dict(shares=2, start="inversion"), "shares 2 needs start noise"),
         (dict(seeds="5, cat"), "'cat' in seeds is not an integer"),
-        (dict(start="centroid", references=references(1)), "start centroid needs at least 2 references, got 1; connect more"),
+        (
+            dict(start="centroid", references=references(1)),
+            "start centroid needs at least 2 references, got 1; connect more",
+        ),
     ],
     ids="empty colour encoder weights batch masks video sampler last_steps pick references_used share shares seeds"
     " centroid".split(),

@@ -190,7 +190,9 @@ def test_report_begins_with_the_result_and_explains_the_two_scores():
     report = run.report().splitlines()
     assert report[0] == f"image 1, {found.label}: score {found.score:.4f}"
     candidates = [k for k, line in enumerate(report) if line.startswith("1. seed")]
-    assert candidates and candidates[0] > report.index("the score is a distance to the references: a lower score is better")
+    assert candidates and candidates[0] > report.index(
+        "the score is a distance to the references: a lower score is better"
+    )
     assert run.optimizations[0].best.score != pytest.approx(found.score, abs=1e-4)
     assert sum("so their scores differ" in line for line in report) == 1
     search, _ = select(candidates=4)
