@@ -12,11 +12,13 @@ import torch
 from comfy.latent_formats import LatentFormat
 from torch import Tensor
 
+from ..host.log import warn_once
 from . import denoisers
-from .autoencoder import Autoencoder
+from .autoencoder import PATCH, Autoencoder
 from .comfy_latent import ChorusEmojiLatent
 from .text import WIDTH
 
+TRAINED = 128  # width and height of the training images, in pixels
 NETWORKS: dict[str, dict[str, Any]] = {
     "general": denoisers.GENERAL,
     "expert-animals": denoisers.ANIMALS,
@@ -52,11 +54,25 @@ def pooled_or_zero(kwargs: Mapping[str, Any]) -> Tensor:
     return pooled.to(kwargs["device"]) if kwargs.get("device") is not None else pooled
 
 
+def check_size(noise: Tensor) -> None:
+    """Log a warning for noise [B, C, h, w] of another size than that of the training images."""
+    height, width = (side * PATCH for side in noise.shape[-2:])
+    if (height, width) != (TRAINED, TRAINED):
+        warn_once(
+            f"{width} x {height} pixels; the demo checkpoints were trained at {TRAINED} x {TRAINED}; set width and height to"
+            f" {TRAINED}"
+        )
+
+
 class ChorusEmojiUNet(comfy.model_base.BaseModel):
     """ComfyUI's UNetModel with v-prediction on SD's discrete schedule."""
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        check_size(kwargs["noise"])
+        return super().extra_conds(**kwargs)
 
     def encode_adm(self, **kwargs: Any) -> Tensor:
         return pooled_or_zero(kwargs)
@@ -67,6 +83,10 @@ class ChorusEmojiFlux(comfy.model_base.Flux):
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.FLUX, device=device)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        check_size(kwargs["noise"])
+        return super().extra_conds(**kwargs)
 
     def encode_adm(self, **kwargs: Any) -> Tensor:
         return pooled_or_zero(kwargs)

@@ -25,6 +25,7 @@ from ..common.torch_files import explain_format, explain_pickle
 from .folder_listing import files_below
 
 SAFETENSORS = (".safetensors", ".sft")  # in lower case; ComfyUI reads both
+WHITESPACE = b"\xef\xbb\xbf \t\r\n"  # which may precede the text of a web page, with the mark of UTF-8
 CONVERT = "convert it to .safetensors; other formats are not read, because they can run code"  # last part of errors
 MAX_NAME_BYTES = 180  # of a name in a prefix; number, ending and .part are appended, and file systems allow 255
 
@@ -273,6 +274,8 @@ def diagnose(path: Path, error: Exception, weights_only: bool = False) -> str:
         return "it is empty; download it again"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; download the file (git lfs pull)"
+    if start.lstrip(WHITESPACE).startswith(b"<"):
+        return "it is a web page, not the file; download the file itself"
     if pickled and not weights_only:
         return f"it is a pickle with the wrong extension; {CONVERT}"
     if weights_only and (reason := explain_format(path)):
@@ -281,4 +284,6 @@ def diagnose(path: Path, error: Exception, weights_only: bool = False) -> str:
         return "it is a pickle with the wrong extension; rename it to .pth, so that only its weights are read"
     if pickled and isinstance(error, pickle.UnpicklingError) and "weights only" in str(error).lower():
         return explain_pickle(path)
-    return f"it is damaged or incomplete; download it again ({str(error)[:200]})"
+    # torch's text about pickles advises to switch the weights-only loading off
+    why = "" if isinstance(error, pickle.UnpicklingError) else f" ({str(error)[:200]})"
+    return f"it is damaged or incomplete; download it again{why}"

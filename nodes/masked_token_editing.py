@@ -108,7 +108,8 @@ class MaskedTokenEdit(io.ComfyNode):
         edited = edit(tokens, under, source)
         counts = mask_to_tokens(under, tokens.downscale).sum((1, 2)).expand(len(edited.ids)).tolist()
         lines = [
-            f"image {i}: {count} of {edited.ids[i].numel()} tokens under the mask" for i, count in enumerate(counts)
+            f"image {i}: {count} of {edited.ids[0].numel()} tokens under the mask"
+            for i, count in enumerate(counts, start=1)
         ]
         return io.NodeOutput(edited, "\n".join([*notes, *lines]))
 

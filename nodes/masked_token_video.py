@@ -53,7 +53,8 @@ class MaskedTokenVideo(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Frame t of a generated video uses seed + t. All frames of an edited video use the same seed.",
+                    tooltip="Seed of the first frame. Each further frame of a generated video uses the next seed. All frames of an"
+                    " edited video use the same seed.",
                 ),
                 widgets.steps(
                     "Forward passes of the model per frame. Frames with few new tokens need fewer. Useful: 8 to 20."
@@ -165,21 +166,23 @@ class MaskedTokenVideo(io.ComfyNode):
             ),
             request,
         )
-        lines = [f"{model.name}: {len(video.frames)} frames of {area[1]} x {area[0]} pixels", *notes]
+        count = len(video.frames)
+        lines = [f"{model.name}: {count} {'frame' if count == 1 else 'frames'} of {area[1]} x {area[0]} pixels"]
+        lines += [*model.size_note(area), *request.notes, *notes]
         if video.interrupted:
             lines.insert(
                 0,
-                f"interrupted: {len(video.frames)} of {video.total} frames are finished; the node runs again only if an"
+                f"interrupted: {count} of {video.total} frames are finished; the node runs again only if an"
                 " input changes",
             )
         if request.edits:
             lines.append(f"edited with seed {seed}; frames, dx and dy are not used")
-        count = video.frames[0].numel()
+        tokens = video.frames[0].numel()
         lines += [
-            f"frame {t}: {generated} of {count} tokens may change"
+            f"frame {t}: {generated} of {tokens} tokens may change"
             if request.edits
-            else f"frame {t}: seed {sample_seed(seed, t)}, {generated} of {count} tokens generated"
-            for t, generated in enumerate(video.generated)
+            else f"frame {t}: seed {sample_seed(seed, t - 1)}, {generated} of {tokens} tokens generated"
+            for t, generated in enumerate(video.generated, start=1)
         ]
         return io.NodeOutput(pictures, blank(model).with_ids(video.ids), "\n".join(lines))
 

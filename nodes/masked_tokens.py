@@ -204,8 +204,9 @@ class MaskedTokenSampler(io.ComfyNode):
             feather=feather,
         )
         height, width = request.area
-        seeds = [f"image {i}: seed {sample_seed(seed, i)}" for i in range(len(ids))]
-        report = "\n".join([f"{model.name}: {width} x {height} pixels", *notes, *request.notes, *seeds])
+        seeds = [f"image {i + 1}: seed {sample_seed(seed, i)}" for i in range(len(ids))]
+        size = [f"{model.name}: {width} x {height} pixels", *model.size_note(request.area)]
+        report = "\n".join([*size, *notes, *request.notes, *seeds])
         return io.NodeOutput(images, unknown.with_ids(ids), report)
 
 

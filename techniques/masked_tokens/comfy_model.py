@@ -39,6 +39,13 @@ class MaskedTokenModel:
         """Pixels along one side of a token."""
         return self.vq.model.config.downscale
 
+    def size_note(self, area: tuple[int, int]) -> list[str]:
+        """A line for images of ``area`` (height and width in pixels) that are not of the size of the training images."""
+        side = self.transformer.model.config.sample_size * self.downscale
+        if area == (side, side):
+            return []
+        return [f"{self.name} was trained at {side} x {side} pixels"]
+
     def with_transformer(self, transformer: ModelPatcher) -> "MaskedTokenModel":
         return dataclasses.replace(self, transformer=transformer)
 

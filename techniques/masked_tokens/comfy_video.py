@@ -196,6 +196,25 @@ class VideoRequest:
         """Whether ``images`` is a video to edit."""
         return self.images is not None and len(self.images) > 1
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the report about a generated video: unused inputs, and steps in which nothing moves."""
+        if self.edits:
+            return []
+        lines = []
+        if self.images is not None:
+            lines.append(
+                "1 image: it is the first frame, which dx and dy move; strength is not used; connect several images to edit"
+                " a video"
+            )
+        motion = offsets(self.frames, self.dx, self.dy, self.downscale)
+        if (still := motion.count((0, 0))) and (self.dx or self.dy):
+            lines.append(
+                f"dx {self.dx:g} and dy {self.dy:g} move nothing in {still} of {len(motion)} steps from frame to frame, since"
+                f" positions are rounded to whole tokens of {self.downscale} pixels; use multiples of {self.downscale}"
+            )
+        return lines
+
 
 def make_video(
     model: MaskedTokenModel,

@@ -407,7 +407,7 @@ def test_truncated_file_named(folder, part):
         ("torch", "it is a pickle with the wrong extension; convert it to .safetensors; other formats are not read"),
         ("pickle", "it is a pickle with the wrong extension"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2", "it is a Git LFS pointer"),
-        (b"<!DOCTYPE html><html>sign in</html>", "it is damaged or incomplete; download it again"),
+        (b"<!DOCTYPE html><html>sign in</html>", "it is a web page, not the file; download the file itself"),
         (b"", "it is empty; download it again"),
     ],
 )

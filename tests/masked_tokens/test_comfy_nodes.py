@@ -413,13 +413,16 @@ def test_report_says_why_no_token_is_generated(tiny, inputs, note):
 def test_empty_mask_of_load_image_edits_nothing(tiny):
     edited, report = run(MaskedTokenEdit, tokens=tokens(batch=2), mask=torch.zeros(1, 64, 64), source=tokens(seed=9))
     assert torch.equal(edited.ids, tokens(batch=2).ids)
-    assert "empty 64x64 mask that Load Image returns" in report and "image 1: 0 of 48 tokens under the mask" in report
+    assert "empty 64x64 mask that Load Image returns" in report and "image 2: 0 of 48 tokens under the mask" in report
 
 
 def test_report_lists_the_seed_of_each_image(tiny):
     inputs = dict(model=tiny.model, positive=prompt(1), negative=prompt(2), steps=2, **SIZE)
     report = run(MaskedTokenSampler, **inputs, seed=2**64 - 1, batch_size=2)[2]
-    assert report == f"tiny: 24 x 32 pixels\nimage 0: seed {2**64 - 1}\nimage 1: seed 0"
+    size = "tiny: 24 x 32 pixels\ntiny was trained at 64 x 64 pixels"
+    assert report == f"{size}\nimage 1: seed {2**64 - 1}\nimage 2: seed 0"
+    trained = run(MaskedTokenSampler, **inputs | {"width": 64, "height": 64}, seed=5)[2]
+    assert trained == "tiny: 64 x 64 pixels\nimage 1: seed 5"
 
 
 def test_text_of_other_width_rejected(sample):
@@ -587,7 +590,7 @@ def test_edit_clears_or_replaces_tokens(tiny):
     assert torch.equal(cleared.ids[~touched], tokens().ids[~touched])
     replaced, report = run(MaskedTokenEdit, tokens=tokens(), mask=box()[0], source=tokens(seed=9))
     assert torch.equal(replaced.ids, torch.where(touched, tokens(seed=9).ids, tokens().ids))
-    assert report == f"image 0: {int(touched.sum())} of 48 tokens under the mask"
+    assert report == f"image 1: {int(touched.sum())} of 48 tokens under the mask"
     unchanged, _ = run(MaskedTokenEdit, tokens=tokens(), mask=torch.zeros(1, 32, 24))
     assert torch.equal(unchanged.ids, tokens().ids)
 

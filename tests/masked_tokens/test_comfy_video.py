@@ -112,7 +112,7 @@ def test_generated_video_is_recomputed(tiny, video, references, cfg, masked):
     assert torch.allclose(images, pixels(tiny.plain, tokens.ids), atol=1e-4)
     assert images.shape == (4, 32, 24, 3) and images.dtype == torch.float32
     for t, count in enumerate(counts):
-        assert f"frame {t}: seed {9 + t}, {count} of 48 tokens generated" in report
+        assert f"frame {t + 1}: seed {9 + t}, {count} of 48 tokens generated" in report
     assert 0 < counts[1] < 48
 
 
@@ -198,7 +198,7 @@ def test_still_video_stays_still(video):
     images, tokens, report = video(images=random_image().expand(4, -1, -1, -1), seed=2)
     assert torch.equal(images, images[:1].expand_as(images))
     assert torch.equal(tokens.ids, tokens.ids[:1].expand_as(tokens.ids))
-    assert "frame 0: 48 of 48 tokens may change" in report and "frame 3: 0 of 48 tokens may change" in report
+    assert "frame 1: 48 of 48 tokens may change" in report and "frame 4: 0 of 48 tokens may change" in report
 
 
 def test_keys_of_two_frames_are_kept_however_long_the_video(tiny, video):
@@ -231,7 +231,7 @@ def test_interrupt_keeps_finished_frames(tiny, video):
     count = len(images)
     assert 1 <= count < 6 and report.startswith(f"interrupted: {count} of 6 frames are finished")
     assert torch.equal(images, whole[:count]) and torch.equal(tokens.ids, ids.ids[:count])
-    assert f"frame {count - 1}:" in report and f"frame {count}:" not in report
+    assert f"frame {count}:" in report and f"frame {count + 1}:" not in report
 
 
 def test_interrupt_while_decoding_keeps_all_frames(tiny, video):
@@ -283,3 +283,17 @@ def test_progress_counts_frames(video):
 def test_invalid_inputs(video, inputs, message):
     with pytest.raises(ValueError, match=message):
         video(**inputs)
+
+
+def test_report_explains_the_first_frame_and_a_motion_below_a_token(video):
+    report = video(frames=1)[2].splitlines()
+    assert report[0].endswith(": 1 frame of 24 x 32 pixels") and report[1].endswith("was trained at 64 x 64 pixels")
+    report = video(images=random_image(), frames=4, dx=SIDE, dy=0.0)[2]
+    assert "1 image: it is the first frame, which dx and dy move; strength is not used" in report
+    assert "move nothing" not in report
+    for dx, still in ((0.25, 3), (SIDE / 2, 1)):
+        images, _, report = video(frames=4, dx=dx, dy=0.0)
+        assert f"dx {dx:g} and dy 0 move nothing in {still} of 3 steps from frame to frame" in report
+        assert sum(torch.equal(a, b) for a, b in zip(images, images[1:])) == still
+    assert "move nothing" not in video(frames=4, dx=0.0, dy=0.0)[2]
+    assert "1 image" not in video(images=random_image(batch=2))[2]
