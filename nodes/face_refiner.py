@@ -11,7 +11,16 @@ from torch import Tensor
 from ..common.masks import connected
 from ..host.files import workflow_metadata
 from ..host.images import embeddings
-from ..techniques.face_refiner.boxes import CHOICES, choose, faces_in, faces_of_mask, missed, only_areas, per_image
+from ..techniques.face_refiner.boxes import (
+    CHOICES,
+    choose,
+    faces_in,
+    faces_of_mask,
+    missed,
+    only_areas,
+    per_image,
+    without_faces,
+)
 from ..techniques.face_refiner.comfy_files import FILES, load_refiner, save_refiner
 from ..techniques.face_refiner.comfy_model import FaceRefinerModel, RefinerRun
 from ..techniques.face_refiner.identity import feature_guard, structure_guard
@@ -295,7 +304,11 @@ class FaceRefiner(io.ComfyNode):
             found = faces_in(per_image(bboxes, *image.shape[:3]), *image.shape[1:3])
             chosen = choose(found, faces, face_index)
             refined = refine_boxes(image, chosen, refine, settings, mask, guard)
-            notes += missed(found, faces, face_index) if found else ["no face: the image is unchanged"]
+            notes += (
+                [*without_faces(found, len(image)), *missed(found, faces, face_index)]
+                if found
+                else ["no face: the image is unchanged"]
+            )
         elif mask is not None:
             found = faces_of_mask(mask, len(image))
             chosen = choose(found, faces, face_index)

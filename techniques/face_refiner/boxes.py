@@ -94,7 +94,7 @@ def per_image(bboxes: Any, images: int, height: int, width: int) -> list[list[Bo
     for image, boxes in enumerate(bboxes):
         if not isinstance(boxes, Sequence) or isinstance(boxes, str):
             raise ValueError(
-                f"image {image}: expected a list of boxes with x, y, width and height, got {str(boxes)[:80]};"
+                f"image {image + 1}: expected a list of boxes with x, y, width and height, got {str(boxes)[:80]};"
                 " detect the faces again"
             )
     return [[read_box(box, image) for box in boxes] for image, boxes in enumerate(bboxes)]
@@ -133,13 +133,13 @@ def read_box(box: Any, image: int) -> Box:
         x, y, width, height = (float(box[key]) for key in ("x", "y", "width", "height"))
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"image {image}: expected a box with numbers x, y, width and height, got {str(box)[:80]};"
+            f"image {image + 1}: expected a box with numbers x, y, width and height, got {str(box)[:80]};"
             " detect the faces again"
         ) from None
     numbers = x, y, width, height
     if not all(map(math.isfinite, numbers)) or min(numbers[2:]) < 0:
         raise ValueError(
-            f"image {image}: expected a box (x, y, width, height) of finite numbers, width and height at least 0, got"
+            f"image {image + 1}: expected a box (x, y, width, height) of finite numbers, width and height at least 0, got"
             f" {numbers}; detect the faces again"
         )
     return numbers
@@ -183,6 +183,12 @@ def choose(faces: Sequence[Face], which: str = "all", index: int = 0) -> list[Fa
     return chosen
 
 
+def without_faces(faces: Sequence[Face], images: int) -> list[str]:
+    """A line of the report for each of the ``images`` without a face."""
+    with_faces = {face.image for face in faces}
+    return [f"image {image + 1}: no face" for image in range(images) if image not in with_faces]
+
+
 def missed(faces: Sequence[Face], which: str, index: int) -> list[str]:
     """A line of the report for each image that has faces, but none at ``index``; none unless ``which`` is index."""
     lines = []
@@ -193,7 +199,9 @@ def missed(faces: Sequence[Face], which: str, index: int) -> list[str]:
                 if count == 1
                 else (f"{count} faces were", f"a number from {-count} to {count - 1}")
             )
-            lines.append(f"image {image}: face_index {index}, but {found} found; use {valid}; the image is unchanged")
+            lines.append(
+                f"image {image + 1}: face_index {index}, but {found} found; use {valid}; the image is unchanged"
+            )
     return lines
 
 

@@ -291,7 +291,7 @@ def describe(records: Sequence[FaceRecord]) -> str:
     lines = []
     for record in records:
         place = "whole image" if record.box is None else "face at {:.0f}, {:.0f}, {:.0f} x {:.0f}".format(*record.box)
-        line = f"image {record.image}, {place}: "
+        line = f"image {record.image + 1}, {place}: "
         line += record.note or f"strength {record.strength:.3g}, mean change {record.change:.4f}"
         if record.masked_change is not None and not record.note:
             line += f" ({record.masked_change:.4f} after the mask)"

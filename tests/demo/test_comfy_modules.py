@@ -7,6 +7,7 @@ import latent_preview
 import nodes as host_nodes
 import pytest
 import torch
+from comfy_execution.utils import CurrentNodeContext
 
 from chorus.demo import modules, text, weights
 from chorus.demo.comfy_text import Tokenizer
@@ -41,6 +42,21 @@ def test_ksampler_generates_128_pixels_from_empty_latent_of_128(checkpoint):
     assert image.shape == (2, 128, 128, 3)
     assert image.isfinite().all()
     assert 0 <= image.min() < image.max() <= 1
+
+
+@torch.inference_mode()
+def test_other_size_than_that_of_the_training_is_logged_once_per_run(checkpoint, caplog):
+    model, clip, _ = checkpoint
+    positive, negative = encode(clip, "a cat"), encode(clip, "")
+    for height, expected in ((128, 0), (64, 1)):
+        caplog.clear()
+        with CurrentNodeContext(f"{id(model)} {height}", "1"):
+            for _ in range(2):
+                empty = host_nodes.EmptyLatentImage().generate(128, height, 1)[0]
+                host_nodes.KSampler().sample(model, 1, 1, 4.0, "euler", "simple", positive, negative, empty)
+        found = [r.getMessage() for r in caplog.records if "trained at" in r.getMessage()]
+        assert len(found) == expected
+    assert found == ["128 x 64 pixels; the demo checkpoints were trained at 128 x 128; set width and height to 128"]
 
 
 @torch.inference_mode()

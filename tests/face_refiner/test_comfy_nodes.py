@@ -490,7 +490,7 @@ def test_box_outside_its_image_is_skipped_and_reported(image):
     expected = refine(image, refiner(), bboxes=box(8, 8, 20, 20))[0]
     assert torch.equal(refined, expected) and len(crops) == 2
     assert report.count("strength 1") == 2
-    assert "image 0, face at 64, 0, 9 x 9: outside the image of 64 x 48, skipped" in report
+    assert "image 1, face at 64, 0, 9 x 9: outside the image of 64 x 48, skipped" in report
     alone, mask, _, report = refine(image[:1], refiner(), bboxes=box(-20, 0, 9, 9))
     assert torch.equal(alone, image[:1]) and not mask.any() and "outside the image" in report
 
@@ -544,7 +544,13 @@ def test_faces_selects_areas_of_the_mask(image, choice, place):
 def test_index_without_a_face_is_reported(image, inputs, line):
     refined, mask, _, report = refine(image, refiner(), **inputs, faces="index", face_index=3)
     assert torch.equal(refined, image) and not mask.any()
-    assert report.splitlines()[1:] == [f"image {i}: face_index 3, {line}" for i in range(2)]
+    assert report.splitlines()[1:] == [f"image {i}: face_index 3, {line}" for i in (1, 2)]
+
+
+def test_report_names_the_images_without_a_face(image):
+    report = refine(image, refiner(), bboxes=[[], [box(8, 8, 20, 20)]])[3].splitlines()
+    assert report[1] == "image 1: no face" and report[2].startswith("image 2, face at 8, 8, 20 x 20: strength 1")
+    assert "no face" not in refine(image, refiner(), bboxes=box(8, 8, 20, 20))[3]
 
 
 def test_report_states_why_nothing_was_refined(image):

@@ -217,7 +217,7 @@ INVALID = {
     "nothing": (dict(source=torch.zeros(0, 40, 40, 3)), "source is empty, its size is 0x40x40x3"),
     "counts": (dict(target=torch.rand(4, 40, 36, 3)), "got 6 source and 4 target images; connect equal numbers"),
     "sizes": (dict(target=torch.rand(6, 36, 40, 3)), "pair 1 is 36x40 in source and 40x36 in target"),
-    "small": (dict(crop=48), "image 0 of source is 36x40, less than the crop of 48"),
+    "small": (dict(crop=48), "image 1 of source is 36x40, less than the crop of 48"),
     "grey": (dict(target=torch.rand(6, 40, 36, 1)), r"for target, got grey"),
     "RGBA": (dict(source=torch.rand(6, 40, 36, 4), target=torch.rand(6, 40, 36, 3)), r"for source, got RGBA"),
     "crop": (dict(architecture="unet_128", source=torch.rand(2, 60, 60, 3), target=torch.rand(2, 60, 60, 3), crop=40),

@@ -171,10 +171,10 @@ def test_faces_are_chosen_by_size_or_index():
 def test_index_without_a_face_is_reported_for_each_image():
     found = faces_in([[(0, 0, 9, 9), (20, 20, 12, 9)], [(0, 0, 10, 10)], []], 48, 64)
     assert missed(found, "index", 1) == [
-        "image 1: face_index 1, but 1 face was found; use 0 or -1; the image is unchanged"
+        "image 2: face_index 1, but 1 face was found; use 0 or -1; the image is unchanged"
     ]
     assert missed(found, "index", -3)[0] == (
-        "image 0: face_index -3, but 2 faces were found; use a number from -2 to 1; the image is unchanged"
+        "image 1: face_index -3, but 2 faces were found; use a number from -2 to 1; the image is unchanged"
     )
     assert missed(found, "index", 0) == missed(found, "index", -1) == []
     assert missed(found, "all", 9) == missed(found, "largest", 9) == missed([], "index", 0) == []
@@ -402,7 +402,7 @@ def test_face_that_the_mask_excludes_is_reported(images):
     inside, excluded = refined.records
     assert excluded.strength == 0.0 and excluded.change == 0.0
     assert describe([excluded]) == (
-        "image 0, face at 40, 30, 10 x 10: excluded by the mask, which is 0 in the whole crop; unchanged"
+        "image 1, face at 40, 30, 10 x 10: excluded by the mask, which is 0 in the whole crop; unchanged"
     )
     assert inside.masked_change == pytest.approx(inside.change, rel=1e-3) and inside.change > 0.09
     assert torch.equal(refined.images[0, 24:], images[0, 24:]) and refined.mask.any()
@@ -628,7 +628,7 @@ def test_nan_is_discarded_per_face(images):
     assert refined.images.isfinite().all() and torch.equal(refined.images[0, 16:38, 36:60], images[0, 16:38, 36:60])
     assert not torch.equal(refined.images[0], images[0]) or not torch.equal(refined.images[1], images[1])
     assert (
-        "image 0, face at 40, 20, 14 x 14: the refiner's output is not finite (NaN or infinite), not refined"
+        "image 1, face at 40, 20, 14 x 14: the refiner's output is not finite (NaN or infinite), not refined"
         in describe(refined.records)
     )
     assert [bool(record.note) for record in refined.records] == [False, True, False]

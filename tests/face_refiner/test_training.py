@@ -723,12 +723,12 @@ def test_images_are_read_and_scaled():
     [
         (images(3), images(2), True, "got 3 source and 2 target images; connect equal numbers"),
         (images(1), images(1, (40, 44)), True, "pair 1 is 40x40 in source and 44x40 in target; scale both"),
-        (images(2, (40, 20)), images(2), False, "image 0 of source is 20x40, less than the crop of 32"),
+        (images(2, (40, 20)), images(2), False, "image 1 of source is 20x40, less than the crop of 32"),
         (
             images(2),
             images(2, (31, 40)),
             False,
-            "image 0 of target is 40x31, less than the crop of 32.*set resize to 32",
+            "image 1 of target is 40x31, less than the crop of 32.*set resize to 32",
         ),
     ],
 )

@@ -56,7 +56,7 @@ class Side:
     def __init__(self, name: str, images: Sequence[Tensor], crop: int, validation_fraction: float) -> None:
         """``validation_fraction``: fraction of the images that is used for validation only."""
         self.split = split(len(images), validation_fraction)
-        for number, image in enumerate(images):
+        for number, image in enumerate(images, start=1):
             if min(image.shape[-2:]) < crop:
                 raise ValueError(
                     f"image {number} of {name} is {_size(image)}, less than the crop of {crop}; use a smaller crop,"
