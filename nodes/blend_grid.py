@@ -59,7 +59,8 @@ class BlendGrid(io.ComfyNode):
                 io.String.Input(
                     "rows",
                     default="bias = -1 | 0 | 1",
-                    tooltip="A setting with its values, for the rows: bias = -1 | 0 | 1, or: bias = -1 to 1 by 0.5.",
+                    tooltip="A setting with its values, for the rows: bias = -1 | 0 | 1, or: bias = -1 to 1 by 0.5."
+                    f" Settings that can vary: {', '.join(NAMES)}.",
                 ),
                 io.String.Input(
                     "columns",

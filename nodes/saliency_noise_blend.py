@@ -239,11 +239,10 @@ class SaliencyNoiseBlend(io.ComfyNode):
                     default=1,
                     min=1,
                     max=100,
-                    advanced=True,
-                    tooltip="Compute the mask at every n-th step only, and use it again in between. These steps evaluate"
-                    " only models that generate some part of the image. At cfg 1 they need no negative, which halves"
-                    " their cost. Useful: 2 to 4 at cfg 1; or the number of steps, which keeps the first mask, if the"
-                    " masks jump from step to step. The value of the last node in a chain is used.",
+                    tooltip="Compute the mask at every n-th step only, and use it again in between. 100 keeps the first"
+                    " mask for up to 100 steps, which helps if the masks jump from step to step. Steps with a kept mask"
+                    " evaluate only models that generate some part of the image. At cfg 1 they need no negative, which"
+                    " halves their cost. Useful: 100; or 2 to 4 at cfg 1. The value of the last node in a chain is used.",
                 ),
                 io.Float.Input(
                     "temporal_smoothing",

@@ -193,7 +193,7 @@ class BlendRecord:
         for i in range(1, len(self.labels)):
             lines += self._contest_lines(i)
         if (flips := self.flips()) is not None:
-            remedy = "; to keep the first mask, set start_percent 0.05 and mask_refresh to the number of steps"
+            remedy = "; to keep the first mask, set start_percent 0.05 and mask_refresh 100"
             lines.append(
                 f"from one mask to the next, the model changed at {100 * flips:.0f} % of the positions"
                 f"{remedy if flips >= MANY_FLIPS else ''}"

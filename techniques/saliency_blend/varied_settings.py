@@ -7,6 +7,7 @@
 Without a label, the setting of an expert has the same value for all experts.
 """
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,9 @@ def read_setting(line: str, labels: Sequence[str], limits: Mapping[str, Limits])
     if not equals or not right:
         raise ValueError(f"the line '{line}' names no values; {EXAMPLE}")
     if name not in NAMES:
-        raise ValueError(f"the setting '{name}' cannot vary; use one of {', '.join(NAMES)}")
+        near = difflib.get_close_matches(name.lower(), NAMES, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"the setting '{name}' cannot vary; use one of {', '.join(NAMES)}{guess}")
     experts: tuple[int, ...] = ()
     if name in EXPERT_FIELDS:
         if of and label not in labels:
@@ -80,13 +83,17 @@ def read_setting(line: str, labels: Sequence[str], limits: Mapping[str, Limits])
 
 
 def _values(name: str, text: str, limits: Limits) -> Sequence[Value]:
+    parts = [part.strip() for part in text.split("|")]
+    if "" in parts:
+        place = "after the last |" if not parts[-1] else "before the first |" if not parts[0] else "between two |"
+        raise ValueError(f"{name} has an empty value {place}; write a value there, or remove the |")
     if limits.options:
-        values = tuple(part.strip() for part in text.split("|"))
+        values = tuple(parts)
         if wrong := [v for v in values if v not in limits.options]:
             raise ValueError(f"{name} '{wrong[0]}' is unknown; use {' | '.join(limits.options)}")
         return values
     if " to " not in text:
-        return [_number(name, part, limits) for part in text.split("|")]
+        return [_number(name, part, limits) for part in parts]
     ends, by, step = text.partition(" by ")
     low, high = (_number(name, part, limits) for part in ends.split(" to ", 1))
     if not low < high:
@@ -98,7 +105,7 @@ def _values(name: str, text: str, limits: Limits) -> Sequence[Value]:
         )
     width = _parsed(name, step)
     if not 0 < width <= high - low:
-        raise ValueError(f"the step {width:g} of {name} is not above 0 and at most {high - low:g}; {EXAMPLE}")
+        raise ValueError(f"the step {width:g} of {name} must be above 0 and at most {high - low:g}; {EXAMPLE}")
     count = math.floor((high - low) / width + 1e-9) + 1
     return [_number(name, f"{low + k * width:.10g}", limits) for k in range(min(count, MOST_VALUES + 1))]
 
@@ -107,7 +114,8 @@ def _parsed(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"'{text.strip()}' is not a number for {name}; {EXAMPLE}") from None
+        remedy = "separate values with |" if "," in text else EXAMPLE
+        raise ValueError(f"'{text.strip()}' is not a number for {name}; {remedy}") from None
     if not math.isfinite(value):
         raise ValueError(f"{name} {value:g} is not finite; {EXAMPLE}")
     return value
@@ -127,7 +135,7 @@ def _number(name: str, text: str, limits: Limits) -> float | int:
 def _distinct(name: str, values: Sequence[Value]) -> tuple[Value, ...]:
     found = tuple(dict.fromkeys(values))
     if len(found) > MOST_VALUES:
-        raise ValueError(f"{name} has {len(found)} values, more than {MOST_VALUES}; use fewer")
+        raise ValueError(f"{name} has more than {MOST_VALUES} values; use fewer, or a larger step")
     return found
 
 

@@ -150,7 +150,7 @@ def test_report_recommends_to_keep_the_first_mask_if_many_positions_change(chang
     record = BlendRecord(("base", "cats"), (1, 2, 3), 0, steps=[BlendStep(1.0, (0, 1), mask) for mask in masks])
     record.spent, record.saved, record.cost = [2, 2], [0, 0], [2.0, 2.0]
     line = next(line for line in record.report().splitlines() if line.startswith("from one mask to the next"))
-    assert line.endswith("set start_percent 0.05 and mask_refresh to the number of steps") == remedy
+    assert line.endswith("set start_percent 0.05 and mask_refresh 100") == remedy
 
 
 def test_report_notes_a_share_unmet_because_of_earlier_experts():

@@ -75,9 +75,14 @@ def test_values_are_written_as_they_are_read():
         ("bias = a to b", "'a' is not a number for bias"),
         ("bias = nan", "bias nan is not finite"),
         ("bias = 0 to 1", "the range 0 to 1 of bias has no step; write for example: bias = 0 to 1 by 0.25"),
-        ("bias = 0 to 1 by 2", "the step 2 of bias"),
-        ("bias = 0 to 1 by 0", "the step 0 of bias"),
-        ("bias = -5 to 5 by 0.1", "bias has 65 values, more than 64"),
+        ("bias = 0 to 1 by 2", "the step 2 of bias must be above 0 and at most 1"),
+        ("bias = 0 to 1 by 0", "the step 0 of bias must be above 0 and at most 1"),
+        ("bias = 0 to 5 by 0.01", "bias has more than 64 values; use fewer"),
+        ("bias = 0, 0.5, 1", "'0, 0.5, 1' is not a number for bias; separate values with |"),
+        ("bias = -1 | ", "bias has an empty value after the last |"),
+        ("bias = | 1", "bias has an empty value before the first |"),
+        ("saliency = own | | shared", "saliency has an empty value between two |"),
+        ("Biass = 1", "temporal_smoothing; did you mean bias?"),
         ("blur = 1.5", "blur 1.5 is not a whole number"),
         ("saliency = both", "saliency 'both' is unknown; use own | shared"),
         ("bias of food = 1", "no expert has the label 'food'; the labels are animals"),
@@ -85,7 +90,7 @@ def test_values_are_written_as_they_are_read():
     ],
 )
 def test_lines_that_cannot_be_used_are_refused_with_the_remedy(text, message):
-    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read(text)
 
 
