@@ -10,6 +10,11 @@ def size_of(x: Tensor | Sequence[int]) -> str:
     return "x".join(map(str, x.shape if isinstance(x, Tensor) else x))
 
 
+def pixels(size: Sequence[int]) -> str:
+    """A size (height, width) as text, in the order width x height."""
+    return f"{size[1]}x{size[0]}"
+
+
 def named_samples(samples: Iterable[int]) -> str:
     """The numbers of ``samples``, counted from 1, for a report: "sample 2", "samples 1 and 3"."""
     numbers = [str(sample + 1) for sample in sorted(samples)]

@@ -172,7 +172,8 @@ class OutputFiles:
         path = path_below(folder or folder_paths.get_input_directory(), bare)
         if path is None or not bare.endswith(self.ending):
             raise ValueError(
-                f"'{name}' is not a {self.kind} file in the input or output folder; its name must end in {self.ending}"
+                f"'{name}' is not a {self.kind} file in the input or output folder; save one with {self.saver}, or choose a"
+                f" file that ends in {self.ending}"
             )
         if not os.path.isfile(path):  # pathlib would raise for a name that is too long
             raise ValueError(f"there is no {self.kind} file '{name}'; save one with {self.saver}, or refresh the list")

@@ -318,7 +318,7 @@ class SaliencyNoiseBlend(io.ComfyNode):
         return io.NodeOutput(blended, trace)
 
 
-NO_SAMPLES = "expected LATENT for samples, got null; connect the sampler's latent to samples"
+NO_SAMPLES = "samples is not connected; connect the sampler's latent"
 NOT_THIS_RUN = (
     "The samples are not from the run shown here: the sampler's result came from the cache, or was sampled again, or the"
     " sampler uses another model than the blend; connect the MODEL of Saliency Noise Blend to the sampler."

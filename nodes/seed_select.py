@@ -75,7 +75,8 @@ class SeedSelect(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="Compares the content of images. Needed unless semantic_weight is 0.",
+                    tooltip="Needed with the default semantic_weight. Compares the content of images; not needed if"
+                    " semantic_weight is 0.",
                 ),
                 io.Combo.Input(
                     "mode",

@@ -19,7 +19,7 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from ...common.masks import check_count
-from ...common.shapes import size_of
+from ...common.shapes import pixels, size_of
 from .boxes import Box, Face, Window, window
 from .identity import Guard, limit_identity_change
 from .paste import crop, extend, paste, pasted, ramp, scaled, weight
@@ -89,7 +89,8 @@ def check_mask(mask: Tensor, images: Tensor) -> None:
     """Raise a ValueError unless ``mask`` [1 or B, H, W] has the height and width of ``images`` [B, H, W, 3], and 1 or B masks."""
     if mask.ndim != 3 or mask.shape[1:] != images.shape[1:3]:
         raise ValueError(
-            f"a mask of {size_of(mask)} does not fit an image of {size_of(images)}; resize it to the image"
+            f"a mask of {pixels(mask.shape[-2:])} does not fit an image of {pixels(images.shape[1:3])} pixels; resize it to"
+            " the image, or draw it on the image"
         )
     check_count(len(mask), len(images))
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...common.shapes import size_of
+from ...common.shapes import pixels, size_of
 from .batch import Batch
 from .paste import paste
-from .tokens import Tokens, check_mask, mask_to_tokens, pixels
+from .tokens import Tokens, check_mask, mask_to_tokens
 
 
 @dataclass(frozen=True, eq=False)

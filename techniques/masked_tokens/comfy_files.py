@@ -36,7 +36,7 @@ TRANSFORMER, VQ, TEXT = "transformer", "vqvae", "text_encoder"
 STEMS = {TRANSFORMER: "diffusion_pytorch_model", VQ: "diffusion_pytorch_model", TEXT: "model"}
 WIDGETS = {TRANSFORMER: "transformer_file", VQ: "vq_file", TEXT: "text_encoder_file"}  # of LoadMaskedTokenModel
 FROM_FOLDER = "from the folder"  # the option to load the file of the model folder
-PUBLISHED = "huggingface.co/amused/amused-256 and huggingface.co/amused/amused-512"
+PUBLISHED = "huggingface.co/amused/amused-256 or huggingface.co/amused/amused-512"
 
 
 N = TypeVar("N", bound=nn.Module)

@@ -3,14 +3,13 @@
 Shapes: B samples, h and w the height and width in tokens, H and W those of the decoded image in pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...common.shapes import size_of
+from ...common.shapes import pixels, size_of
 from .batch import Batch
 
 MAX_ID = torch.iinfo(torch.int64).max
@@ -125,8 +124,3 @@ def check_mask(mask: Tensor, size: tuple[int, int]) -> None:
             f"a mask of {pixels(mask.shape[-2:])} does not fit an image of {pixels(size)} pixels; resize it to the"
             " image, or draw it on the image"
         )
-
-
-def pixels(size: Sequence[int]) -> str:
-    """A size (height, width) as text, in the order width x height."""
-    return f"{size[1]}x{size[0]}"

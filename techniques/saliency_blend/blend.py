@@ -178,7 +178,9 @@ class SaliencyBlendRun(Generic[E]):
             active = [e for e in everywhere if e.is_inside(sigma)]
             total = sum(e.share(sigma) for e in active)
             if total > 1.0 + 1e-6:
-                parts = " and ".join(f"{e.share(sigma):g} of '{e.label}'" for e in active)
+                labels = [e.label for e in active]
+                names = [f"'{e.label}'" + (f" (expert {e.index})" if labels.count(e.label) > 1 else "") for e in active]
+                parts = " and ".join(f"{e.share(sigma):g} of {name}" for e, name in zip(active, names, strict=True))
                 raise ValueError(
                     f"expert_share {parts} are together {total:.3g} at sigma {sigma:.4g}, more than the whole image;"
                     " lower them, limit the experts by regions, or let them run at different steps"

@@ -16,6 +16,7 @@ from comfy.samplers import CFGGuider
 from torch import Tensor, nn
 
 from ...host.batches import relates_rows
+from ...host.guiders import guider_name
 from ...host.parametrization import Conversion, latent_format_of, percent_to_sigma, sampling_of
 from ...host.patch_names import GUIDANCE, name_of
 from ...host.patcher_differences import same_forward, same_module, same_value
@@ -186,7 +187,7 @@ class ExpertRun(ExpertParticipant):
         if self.guidance and set(guider.conds) != {"positive", "negative"}:
             raise ValueError(
                 f"{names} on the expert '{self.label}' needs a guider with a single cfg scale, got"
-                f" {type(guider).__name__}; use KSampler or CFGGuider, or remove {names} from the expert"
+                f" {guider_name(guider)}; use KSampler or CFGGuider, or remove {names} from the expert"
             )
         ours, theirs = (o.get("denoise_mask_function") for o in (self.options, guider.model_options))
         if denoise_mask is not None and ours is not None and not same_value(ours, theirs):

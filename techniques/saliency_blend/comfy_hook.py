@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...common.shapes import size_of
 from ...host.attachments import Attachment, Conditioning, attached
+from ...host.guiders import guider_name
 from ...host.log import warn_once
 from ...host.parametrization import latent_format_of
 from .blend import JointSettings, SaliencyBlendRun, Schedule
@@ -208,7 +209,7 @@ def _check_run(guider: CFGGuider, latent: LatentLayout) -> None:
     shape = latent.shapes[0]
     if "positive" not in guider.conds or "negative" not in guider.conds:
         raise ValueError(
-            f"{type(guider).__name__} has no negative conditioning, which saliency needs;"
+            f"{guider_name(guider)} has no negative conditioning, which saliency needs;"
             " use CFGGuider (at cfg 1 the negative is evaluated only for the saliency)"
         )
     if "context_handler" in guider.model_options:

@@ -76,10 +76,12 @@ class DeviceMemory:
     def __str__(self) -> str:
         """One sentence for users."""
         models, several = listed([str(m) for m in self.models]), len(self.models) > 1
+        plural = any(len(m.names) > 1 for m in self.models)  # several models of one checkpoint
         if self.placement == MAIN:
-            return f"memory: {models} {'are loaded together' if several else 'is loaded'} in main memory"
+            verb = "are loaded together" if several else "are loaded" if plural else "is loaded"
+            return f"memory: {models} {verb} in main memory"
         text = (
-            f"memory: {models} {'together need' if several else 'needs'} about {size_text(self.needed)} on {self.device},"
+            f"memory: {models} {'together need' if several else 'need' if plural else 'needs'} about {size_text(self.needed)} on {self.device},"
             f" with {size_text(self.working)} for the computation; {size_text(self.usable)} can be used"
         )
         if self.others > 0.0 and self.needed > self.usable - self.others:

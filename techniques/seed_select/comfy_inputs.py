@@ -15,6 +15,7 @@ from torch import Tensor
 from ...common.shapes import size_of
 from ...host.attachments import Conditioning
 from ...host.autograd_copies import clone_tensors
+from ...host.guiders import guider_name
 from ...host.latent_spaces import LatentSpace
 from ...host.parametrization import latent_format_of, sampling_of
 
@@ -116,7 +117,7 @@ class KSamplerInputs:
         conds = self.guider.original_conds
         if "positive" not in conds:
             raise ValueError(
-                f"the guider {type(self.guider).__name__} has no positive prompt, which prompt_variation could vary; set it to 0"
+                f"the guider {guider_name(self.guider)} has no positive prompt, which prompt_variation could vary; set it to 0"
             )
         prompt = [[c.get("cross_attn"), {k: v for k, v in c.items() if k != "cross_attn"}] for c in conds["positive"]]
         changed = change(prompt)
@@ -180,7 +181,7 @@ class KSamplerInputs:
         # a dynamic model of conditionings with hooks has been replaced, but not its options
         if guider.model_options is not guider.model_patcher.model_options and not _has_hooks(guider.original_conds):
             raise ValueError(
-                f"the guider {type(guider).__name__} has model options of its own, which would be lost here; use mode search"
+                f"the guider {guider_name(guider)} has model options of its own, which would be lost here; use mode search"
                 " with start noise"
             )
         out = copy.copy(guider)
@@ -259,7 +260,7 @@ def _checked_model(guider: CFGGuider, model: ModelPatcher) -> ModelPatcher:
     own = getattr(guider, "model_patcher", None)
     if own is None or not hasattr(own, "get_model_object") or not callable(getattr(guider, "sample", None)):
         raise ValueError(
-            f"expected a GUIDER with a model for guider, got {type(guider).__name__} without one; connect CFGGuider,"
+            f"expected a GUIDER with a model for guider, got {guider_name(guider)} without one; connect CFGGuider,"
             " BasicGuider or another guider node with a model"
         )
     ours, theirs = (LatentSpace.of(latent_format_of(m)) for m in (own, model))

@@ -383,7 +383,7 @@ INVALID = {
     "RGBA": (alpha, r"node refine bad \(FaceRefiner\): ValueError: .*RGB"),
     "a mask of another size": (
         small_mask,
-        r"node refine bad \(FaceRefiner\): ValueError: a mask of 1x32x32 does not fit an image of 2x64x64x3",
+        r"node refine bad \(FaceRefiner\): ValueError: a mask of 32x32 does not fit an image of 64x64 pixels",
     ),
     "missing file": (
         lambda: {**student(), **loaded("none.pth"), **refined("bad", ("refiner", 0))},

@@ -656,7 +656,9 @@ def test_masks_of_another_size_rejected(images):
     ):
         check_mask(torch.ones(3, 48, 64), images)
     for wrong in (torch.ones(1, 64, 48), torch.ones(48, 64)):
-        with pytest.raises(ValueError, match="does not fit an image of"):
+        with pytest.raises(
+            ValueError, match=r"a mask of \d+x\d+ does not fit an image of \d+x\d+ pixels; resize it to the image"
+        ):
             check_mask(wrong, images)
 
 

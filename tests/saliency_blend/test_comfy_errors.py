@@ -121,7 +121,7 @@ def test_view_without_a_trace_shows_why(shape):
 
 
 def test_view_without_samples_is_refused():
-    with pytest.raises(ValueError, match="expected LATENT for samples, got null; connect the sampler's latent to"):
+    with pytest.raises(ValueError, match="samples is not connected; connect the sampler's latent"):
         view(None, None)
 
 

@@ -274,7 +274,9 @@ def test_guider_with_two_scales_is_refused_with_guidance_on_an_expert(models):
     guider = Guider_DualCFG(blended)
     guider.set_cfg(4.0, 2.0)
     guider.set_conds(*PROMPTS, conditioning(30))
-    with pytest.raises(ValueError, match=r"RescaleCFG on the expert .* needs a guider with a single cfg scale"):
+    with pytest.raises(
+        ValueError, match=r"RescaleCFG on the expert .* needs a guider with a single cfg scale, got DualCFGGuider"
+    ):
         guide(blended, guider)
 
 

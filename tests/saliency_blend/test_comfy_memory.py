@@ -52,7 +52,7 @@ def test_models_that_are_loaded_already_are_not_logged_again(models, caplog):
 def test_one_checkpoint_with_two_prompts_counts_once(models):
     blended, trace = blend(models[0], models[0], conditioning(20), label="cats")
     ksample(blended, *PROMPTS)
-    assert notes(trace) == [f"memory: base and 'cats' ({mib(models[0])}, one checkpoint) is loaded in main memory"]
+    assert notes(trace) == [f"memory: base and 'cats' ({mib(models[0])}, one checkpoint) are loaded in main memory"]
 
 
 @pytest.mark.parametrize("off", [dict(expert_strength=0.0), dict(start_percent=0.8, end_percent=0.2)], ids=str)

@@ -134,7 +134,7 @@ def test_view_of_a_bypassed_blend_shows_why_and_the_prompt_runs(client, server):
 def test_view_without_samples_is_refused_before_the_prompt_runs(client):
     prompt = api_prompt(seed=9)
     del prompt["view"]["inputs"]["samples"], prompt["save"]
-    message = "expected LATENT for samples, got null; connect the sampler's latent to samples"
+    message = "samples is not connected; connect the sampler's latent"
     with pytest.raises(WorkflowError, match=message) as refused:
         client.run(prompt)
     assert "trace - " not in str(refused.value)

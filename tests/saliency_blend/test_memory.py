@@ -50,7 +50,7 @@ def test_other_models_are_unloaded_if_their_memory_is_needed():
 
 def test_one_checkpoint_of_two_models_counts_once():
     both = memory(8.0, ModelMemory(("base", "'cats'"), 2 * GIB))
-    assert "base and 'cats' (2.0 GiB, one checkpoint) needs about 3.0 GiB" in str(both)
+    assert "base and 'cats' (2.0 GiB, one checkpoint) need about 3.0 GiB" in str(both)
 
 
 def test_options_that_load_all_weights_or_none():

@@ -136,7 +136,10 @@ def test_error_for_an_invalid_file_names_the_file(folders, case):
     ("name", "message"),
     [
         ("gone.seed.safetensors", "there is no seed file 'gone"),
-        ("model.safetensors", "is not a seed file in the input or output folder"),
+        (
+            "model.safetensors",
+            "is not a seed file in the input or output folder; save one with Save Seed, or choose a file that ends in",
+        ),
         ("../secret.seed.safetensors", "is not a seed file in the input or output folder"),
         ("../../etc/x.seed.safetensors [output]", "is not a seed file in the input or output folder"),
     ],
