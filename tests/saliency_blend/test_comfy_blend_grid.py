@@ -11,6 +11,7 @@ from chorus.nodes.saliency_noise_blend import SaliencyNoiseBlend
 from chorus.techniques.saliency_blend.comfy_grid_images import CONTINUES, GridImages, SamplingInputs
 from chorus.techniques.saliency_blend.comfy_hook import blend_chain
 from chorus.techniques.saliency_blend.varied_settings import NAMES
+from chorus.tests.families.tiny_vae import tiny_vae
 from chorus.tests.support.gradients import with_easycache
 from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
@@ -252,3 +253,17 @@ def test_report_says_why_an_expert_has_no_effect(models, grid, caplog):
     assert same[0].startswith("base and 'expert 1' predicted the same in all steps")
     assert same[1] == "3 of 3 images from seed 5"
     assert grid(columns="")[1] == "3 of 3 images from seed 5"
+
+
+def test_vae_with_other_channels_is_refused_before_sampling(models, grid):
+    model = blended(models)
+    other = tiny_vae(Scaled.latent_channels * 2)
+    with (
+        forwards(model) as rows,
+        pytest.raises(
+            ValueError,
+            match=r"decodes latents of 16 channels, the model samples 1x8x8x8 .* connect the VAE of this model",
+        ),
+    ):
+        grid(model, vae=other)
+    assert not rows

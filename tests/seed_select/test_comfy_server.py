@@ -1,12 +1,17 @@
 """SeedSelect with the demo checkpoint on a real server: reproduction by other samplers, progress, previews, cancelling."""
 
+import io
+import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from chorus.dev.tools.client import Comfy
+from chorus.dev.tools.setup import ROOT
 from chorus.nodes.seed_select import SeedSelect
 from chorus.tests.support.real_comfyui import fresh_server
 from chorus.tests.support.tiny_models import defaults
@@ -98,6 +103,26 @@ def test_only_the_optimised_noise_reproduces_the_samples(run):
     latents, _ = run(mode="optimize", iterations=4)
     assert torch.equal(latents["advanced"], latents["select"])
     assert not torch.equal(latents["plain"], latents["select"])
+
+
+@pytest.mark.slow
+def test_example_optimises_to_another_image_than_that_of_its_start(run, client):
+    file = ROOT / "example_workflows" / "Rare concept by optimising the noise.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    prompt = client.to_api(content)
+    [select] = (entry for entry in prompt.values() if entry["class_type"] == "SeedSelect")
+    select["inputs"]["iterations"] = 3  # the others take minutes
+    result = run(prompt)
+    titles = {str(node["id"]): node.get("title") for node in content["nodes"]}
+    images = {titles[node]: data for node, _, data in client.images(result)}
+    start, optimised = (
+        torch.from_numpy(np.asarray(Image.open(io.BytesIO(images[name]))).astype(int))
+        for name in ("start", "optimised")
+    )
+    assert float((start - optimised).abs().float().mean()) > 5  # of 255: another image, not a rounding
+    [report] = (output["text"][0] for node, output in result.outputs.items() if titles[node] == "Report")
+    before, after = re.search(r"^optimised seed \d+: score (\S+) to (\S+) in", report, re.M).groups()
+    assert float(after) < float(before) and "found nothing better" not in report
 
 
 @pytest.mark.slow
