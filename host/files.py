@@ -25,6 +25,7 @@ from ..common.torch_files import explain_format, explain_pickle
 from .folder_listing import files_below
 
 SAFETENSORS = (".safetensors", ".sft")  # in lower case; ComfyUI reads both
+NONE = "none"  # the only option of the file widget if there is no file
 WHITESPACE = b"\xef\xbb\xbf \t\r\n"  # which may precede the text of a web page, with the mark of UTF-8
 CONVERT = "convert it to .safetensors; other formats are not read, because they can run code"  # last part of errors
 MAX_NAME_BYTES = 180  # of a name in a prefix; number, ending and .part are appended, and file systems allow 255
@@ -165,9 +166,15 @@ class OutputFiles:
         folders = (folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")
         return [name + mark for folder, mark in folders for name in files_below(folder, self.ending)]
 
+    def options(self) -> list[str]:
+        """The ``names`` for a widget, which needs an option even if there is no file."""
+        return self.names() or [NONE]
+
     def find(self, name: str) -> Path:
         """Path of one of the ``names``; ValueError if there is no such file or it has another ending or folder."""
         check_file_name(name, self.kind)
+        if name == NONE:
+            raise ValueError(f"there is no {self.kind} file; save one with {self.saver}, then refresh the list")
         bare, folder = folder_paths.annotated_filepath(name)
         path = path_below(folder or folder_paths.get_input_directory(), bare)
         if path is None or not bare.endswith(self.ending):

@@ -52,7 +52,7 @@ class LoadMaskedTokens(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=TOKEN_FILES.names(),
+                    options=TOKEN_FILES.options(),
                     tooltip="A .tokens.safetensors file in the input or output folder.",
                 )
             ],

@@ -219,3 +219,11 @@ def test_server_saves_and_reloads_changed_file(server):
     assert torch.equal(safetensors.torch.load_file(first)["ids"], IDS)
     with safetensors.safe_open(second, "pt") as file:
         assert json.loads(file.metadata()["prompt"])["1"]["class_type"] == "LoadMaskedTokens"
+
+
+def test_without_files_the_only_option_says_how_to_make_one(folders):
+    assert LoadMaskedTokens.define_schema().inputs[0].options == ["none"]
+    error = LoadMaskedTokens.validate_inputs(file="none")
+    assert error == "there is no token file; save one with Save Masked Tokens, then refresh the list"
+    save(tokens())
+    assert LoadMaskedTokens.define_schema().inputs[0].options == ["tokens/ComfyUI_00001_.tokens.safetensors [output]"]

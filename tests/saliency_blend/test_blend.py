@@ -693,7 +693,7 @@ def test_experts_take_their_shares_in_chain_order():
 def test_shares_that_sum_to_more_than_the_image_rejected():
     with pytest.raises(ValueError, match=r"0\.7 of 'expert 1' and 0.5 of 'expert 2' are together 1\.2"):
         new_run(dict(expert_share=0.7), dict(expert_share=0.5))
-    # experts with the same label are told apart by their number in the chain
+    # the number in the chain distinguishes experts with the same label
     with pytest.raises(ValueError, match=r"0\.7 of 'cats' \(expert 1\) and 0.5 of 'cats' \(expert 2\) are together"):
         new_run(dict(expert_share=0.7, label="cats"), dict(expert_share=0.5, label="cats"))
     # accepted: sums of at most 1 at every step, and shares of regions, which are not added up
