@@ -46,11 +46,6 @@ def check_decodes(vae: VAE, shape: Sequence[int], remedy: str) -> None:
     if vae.latent_dim not in (2, 3) or vae.extra_1d_channel is not None or vae.output_channels < 3:
         raise ValueError(f"the VAE ({name}) decodes audio, not images; {remedy}")
     size = size_of(shape)
-    if vae.latent_channels != shape[1]:
-        raise ValueError(
-            f"the VAE ({name}) decodes latents of {vae.latent_channels} channels, the model samples {size} with {shape[1]}"
-            f" channels; {remedy}"
-        )
     if vae.latent_dim == 3 and len(shape) != 5:
         raise ValueError(
             f"the VAE ({name}) decodes latents of 5 axes [batch, channels, frames, height, width], the model samples"
@@ -59,6 +54,11 @@ def check_decodes(vae: VAE, shape: Sequence[int], remedy: str) -> None:
     if (vae.latent_dim == 2 or vae.not_video) and len(shape) == 5 and shape[2] > 1:
         raise ValueError(
             f"the VAE ({name}) encodes and decodes single images, the latent {size} has {shape[2]} frames; {remedy}"
+        )
+    if vae.latent_channels != shape[1]:
+        raise ValueError(
+            f"the VAE ({name}) decodes latents of {vae.latent_channels} channels, the model samples {size} with {shape[1]}"
+            f" channels; {remedy}"
         )
 
 

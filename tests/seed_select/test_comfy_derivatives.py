@@ -26,6 +26,7 @@ from chorus.tests.support.gradients import (
     session,
     tiny_encoder,
 )
+from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.seeds import WORDS
 from chorus.tests.support.tiers import covering, quick
 from chorus.tests.support.tiny_models import (
@@ -352,9 +353,9 @@ def test_decoding_with_fp16_intermediates_rounds_as_the_vae_and_has_the_gradient
         (2.0**-30 * image * weights).sum().backward()  # gradients below the smallest number of float16
         return image.detach(), z.grad * 2.0**30
 
-    _, expected = session(seed_sampler(unet(0)), work, vae=vae)
+    _, expected = session(seed_sampler(unet(0, latent_format=Scaled)), work, vae=vae)
     monkeypatch.setattr(comfy.model_management.args, "fp16_intermediates", True)
-    image, found = session(seed_sampler(unet(0)), work, vae=vae)
+    image, found = session(seed_sampler(unet(0, latent_format=Scaled)), work, vae=vae)
     with torch.inference_mode():
         decoded = vae.decode(latents)
     assert decoded.dtype == torch.float16

@@ -30,6 +30,7 @@ from chorus.tests.support.gradients import (
     tiny_encoder,
     with_easycache,
 )
+from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import check_unchanged, interrupt_at
 from chorus.tests.support.seeds import WORDS, content, limit_free_memory, with_control
 from chorus.tests.support.tiers import covering, quick
@@ -513,6 +514,11 @@ def taesd():
 VAES = {"demo": (lambda: modules.load_checkpoint("general")[2], 8), "taesd": (taesd, 4)}
 
 
+def sampler_with(channels):
+    """A run of a model whose latents have 4 or 8 ``channels``, as those of a VAE."""
+    return seed_sampler(unet(0) if channels == 4 else unet(0, latent_format=Scaled))
+
+
 @pytest.mark.parametrize("name", VAES)
 def test_session_decodes_the_same_images_as_the_vae(name):
     make, channels = VAES[name]
@@ -522,7 +528,7 @@ def test_session_decodes_the_same_images_as_the_vae(name):
         expected = torch.cat([vae.decode(z) for z in latents.split(1)])
     for gradients in (True, False):
         work = lambda s, g=gradients: s.decode(latents.clone().requires_grad_(g)).detach()  # noqa: E731
-        assert torch.equal(session(seed_sampler(unet(0)), work, gradients=gradients, vae=vae), expected)
+        assert torch.equal(session(sampler_with(channels), work, gradients=gradients, vae=vae), expected)
 
 
 @covering(name=[*VAES], checkpoint={"checkpointed": True, "plain": False})
@@ -544,7 +550,7 @@ def test_gradient_of_decoding_equals_finite_differences(name, checkpoint):
             direction, h = z.grad / z.grad.norm(), 0.03
             return float(z.grad.norm()), float(f(z + h * direction) - f(z - h * direction)) / (2 * h)
 
-    found, expected = session(seed_sampler(unet(0)), work, vae=vae, checkpoint=checkpoint)
+    found, expected = session(sampler_with(channels), work, vae=vae, checkpoint=checkpoint)
     assert found == pytest.approx(expected, rel=1e-2)
 
 
@@ -647,7 +653,7 @@ def test_vae_gradient_too_large_for_memory_rejected(vae, monkeypatch):
             s.decode(torch.zeros(1, 8, 16, 16, requires_grad=True))
 
     with pytest.raises(MemoryError, match="gradient of the VAE needs"):
-        session(seed_sampler(unet(0)), decode, vae=vae)
+        session(sampler_with(8), decode, vae=vae)
 
 
 def test_non_finite_output_rejected():

@@ -577,7 +577,7 @@ def test_nested_latents_and_vae_of_another_model_rejected(select):
     nested = comfy.nested_tensor.NestedTensor([torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 8, 5)])
     with pytest.raises(ValueError, match="got the size 1x4x2x8x8 of a nested latent"):
         select(latent_image={"samples": nested})
-    with pytest.raises(ValueError, match="VAE makes latents of 1x8x8x8 and the model samples 1x4x8x8"):
+    with pytest.raises(ValueError, match="decodes latents of 8 channels, the model samples 1x4x8x8"):
         select(model=unet(0))
 
 
