@@ -350,7 +350,7 @@ class SeedSelect(Generic[S]):
         scores = [f"{result.score:.4f}" for result in self._optimized]
         if scores and self.results and f"{self.results[0].score:.4f}" not in scores:
             lines.append(
-                "an optimisation scores up to three last steps of its sampling, an image only its final latent, so their"
+                "an optimisation scores up to three last steps of its sampling, a result only its final latent, so their"
                 " scores differ"
             )
         lines.append(f"mode {s.mode}, start {s.start}: {self.evaluations} of {self.planned} planned model evaluations")
