@@ -40,6 +40,7 @@ from .server import urlopen_no_proxy
 
 WINDOW = {"width": 1800, "height": 2100}
 GRAPH = {"x": 80, "y": 320, "width": 1600, "height": 1600}  # the part that no toolbar or message covers
+LIMIT = 200_000  # bytes of a picture in README and docs
 HELP = {"x": 80, "y": 320, "width": 900, "height": 1000}  # the largest screenshot of a help page
 
 # Shows all texts, and titles as large as their bars allow, because the README scales the screenshot down.
@@ -98,6 +99,15 @@ def screenshot(browser, address: str, file: Path, nodes: Sequence[int] = ()) -> 
         page.context.close()
 
 
+def save(image: Image.Image, out: Path) -> None:
+    """Save ``image`` with the highest quality at which its file has at most LIMIT bytes."""
+    for quality in range(85, 40, -5):
+        image.save(out, quality=quality, optimize=True)
+        if out.stat().st_size <= LIMIT:
+            return
+    raise RuntimeError(f"{out} has more than {LIMIT} bytes even at quality {quality}; show fewer nodes")
+
+
 def main(address: str, *arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="run.py screenshot")
     parser.add_argument("file", type=Path)
@@ -114,7 +124,7 @@ def main(address: str, *arguments: str) -> None:
             image = screenshot(browser, address, options.file, options.nodes)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"run.py screenshot: {error}")
-    image.save(out, quality=85, optimize=True)
+    save(image, out)
     print(f"{out}: {image.width} x {image.height}, {out.stat().st_size / 1000:.0f} kB")
 
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from chorus.dev.tools.client import Comfy, needs
+from chorus.dev.tools.screenshot import LIMIT
 from chorus.dev.tools.setup import ROOT
 from chorus.nodes.renames import renamed
 from chorus.tests.support.old_workflows import saved_workflows
@@ -15,7 +16,7 @@ SAVED = saved_workflows()  # workflows saved at commit d6a205e
 NOTES = ("Note", "MarkdownNote")
 OPTIONAL_SHAPE = 7  # LiteGraph's number for the outline of an optional input
 CONTROLS = ("fixed", "increment", "decrement", "randomize")  # ComfyUI's control_after_generate values
-MAX_SIDE, MAX_BYTES = 1600, 400_000  # of a picture; at present the largest has 1600 pixels and 323 kB
+MAX_SIDE = 1600  # pixels of a picture
 
 
 def read(file) -> dict:
@@ -127,7 +128,7 @@ def test_workflows_have_notes_and_pictures():
     for file in FILES:
         assert any(node["type"] in NOTES for node in read(file)["nodes"]), file.stem
         picture = file.with_suffix(".jpg")
-        assert picture.stat().st_size < MAX_BYTES, file.stem
+        assert picture.stat().st_size <= LIMIT, file.stem
         with Image.open(picture) as opened:
             assert opened.format == "JPEG" and max(opened.size) <= MAX_SIDE, file.stem
 

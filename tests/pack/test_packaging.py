@@ -106,6 +106,11 @@ def test_relative_links_of_packed_pages_stay_in_the_archive(packed):
     assert not outside, f"write the whole address, which begins with {links.own_addresses()[0]}"
 
 
+def test_readme_can_be_read_in_a_few_minutes():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
+
+
 def test_archive_has_only_what_comfyui_and_users_need(packed):
     shipped = {*setup.SHIPPED, "example_workflows", "locales", "subgraphs", "web"}
     assert {name.partition("/")[0] for name in packed if "/" in name} == shipped

@@ -18,6 +18,7 @@ from chorus.nodes.seed_select import SeedSelect
 from chorus.techniques.seed_select.comfy_files import SeedNoise
 from chorus.techniques.seed_select.comfy_seed_map import patch_numbers
 from chorus.techniques.seed_select.noise_patches import Patches, random_halves
+from chorus.tests.families.tiny_vae import tiny_vae
 from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
 from chorus.tests.support.tiny_models import conditioning, defaults, in_inference_mode, latent, unet
@@ -199,6 +200,7 @@ def test_interrupt_before_the_first_pairs_stops_the_node(model, run):
         ),
         (dict(clip_vision=None), "needs an image encoder; connect clip_vision, or set semantic_weight to 0"),
         (dict(semantic_weight=0.0, appearance_weight=0.0), "both 0, so nothing is scored"),
+        (dict(vae=tiny_vae(4)), "decodes latents of 4 channels, the model samples 1x8x8x8 with 8 channels"),
         (dict(references=references() * float("nan")), "reference 1 of 2 is not finite"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
