@@ -2,8 +2,7 @@
 
 In each pair of images, half of the patches, chosen at random, keep the found noise in the first image, and the other half
 in the second. All other patches get the noise of another seed. The map is the mean difference of the two scores, as seen
-from each patch. A mixture of two noises by patches is as likely for random noise as either of them, so the model gets no
-unusual noise.
+from each patch. Two random noises that are mixed by patches are again a random noise, so the model gets no unusual input.
 
 The scores are those of losses.ReferenceLoss: lower is better. Shapes: P patches, K pairs of images, C channels, S spatial
 axes (h, w), of a video (T, h, w). A patch extends over all channels and frames.
