@@ -153,7 +153,7 @@ def test_loading_and_running_write_nothing_into_the_folder(fetch, installed, bef
 def test_archive_has_the_stated_size(zipped):
     size = zipped.stat().st_size
     assert size <= archive.LIMIT
-    stated = int(re.search(r"The archive for the registry has (\d+) MB", (ROOT / "README.md").read_text("utf-8"))[1])
+    stated = int(re.search(r"The archive has (\d+) MB", (ROOT / "README.md").read_text("utf-8"))[1])
     assert abs(stated - size / 1e6) <= 1
 
 
