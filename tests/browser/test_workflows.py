@@ -329,6 +329,8 @@ def test_opens_from_a_saved_image(page, runs, client, file):
         # a cached image has the metadata of the workflow that generated it
         cached = {n for kind, data in entry["status"]["messages"] if kind == "execution_cached" for n in data["nodes"]}
         outputs = [output for node, output in entry["outputs"].items() if node not in cached]
+        # if all are cached, the earlier run was of the same workflow: it has no more steps than a short run
+        outputs = outputs or [*entry["outputs"].values()]
         saved = [image for output in outputs for image in output.get("images", []) if image["type"] == "output"]
         content = client.get("/view?" + urllib.parse.urlencode(saved[0]))
     page_tools.drop(page, "picture.png", content)
