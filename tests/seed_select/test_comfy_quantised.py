@@ -34,16 +34,15 @@ def relative(got, expected):
     return float((got - expected).norm() / expected.norm())
 
 
-def assert_same(name, got, expected):
-    """Two gradients of equal models are equal.
+def assert_same(got, expected):
+    """Two gradients of equal quantised models with LoRAs are equal, up to the rounding of the weights.
 
-    In the formats of ROUNDED, one other last bit of an activation can round it to the next of 255 steps. This happened
-    once in a process that had run many other tests, and changed the gradient by 0.02 %.
+    ComfyUI rounds a quantised weight with its LoRA to the format again, so one other last bit of their sum can give the
+    next value of the format. This happened twice (int8 and fp8), in processes that had run many other tests, and changed
+    the gradient by 0.02 %. If the values of the LoRAs change by 1e-7, about their last bit, the gradient changes by up to
+    0.002 %, and by up to 0.3 % if they change by 1e-6.
     """
-    if name in ROUNDED:
-        assert relative(got, expected) < 0.01
-    else:
-        assert torch.equal(got, expected)
+    assert relative(got, expected) < 0.01
 
 
 @pytest.mark.slow
@@ -91,7 +90,7 @@ def test_blend_of_one_int8_checkpoint_has_the_gradient_of_two_separate_loads(nam
     _, one = gradient(sampler(blend_of_halves(name, same=True)))
     two = blend(lora(load(0, name), 5), lora(load(0, name), 6), *EXPERT_WORDS, **HALF)[0]
     _, expected = gradient(sampler(two))
-    assert_same(name, one, expected)
+    assert_same(one, expected)
     assert relative(gradient(sampler(lora(load(0, name), 5)))[1], one) > 0.1
 
 
@@ -107,7 +106,7 @@ def test_models_can_be_unloaded_and_sampled_after_a_gradient(name, tmp_path):
     with torch.inference_mode():
         comfy.model_management.unload_all_models()
     assert torch.equal(ksample(from_file, *WORDS, latent(1, 12, 10, 16), **SAMPLING), expected)
-    assert_same(name, gradient(sampler(from_file))[1], first)
+    assert_same(gradient(sampler(from_file))[1], first)
 
 
 @pytest.mark.parametrize("place", ["model", "expert"])
