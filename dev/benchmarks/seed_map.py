@@ -16,6 +16,7 @@ matching do not take part in the score.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,9 +69,7 @@ class Concept:
     def _sampler(name: str, prompt: str = "") -> ComfySeedSampler:
         models = demo_models(name)
         if prompt:
-            models = type(models)(
-                **{**vars(models), "prompts": (encode(load_checkpoint("general")[1], prompt), models.prompts[1])}
-            )
+            models = replace(models, prompts=(encode(load_checkpoint("general")[1], prompt), models.prompts[1]))
         return models.sampler(PIXELS, steps=STEPS, cfg=CFG, sampler_name="euler", scheduler="normal", seed=0)
 
     @staticmethod

@@ -36,6 +36,7 @@ from chorus.techniques.seed_select.inversion import invert
 from chorus.tests.support.gradients import with_easycache
 from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
+from chorus.tests.support.seeds import SIDE, references, score_of
 from chorus.tests.support.tiny_models import (
     conditioning,
     defaults,
@@ -52,7 +53,6 @@ Interrupted = comfy.model_management.InterruptProcessingException
 WORDS = conditioning(10), conditioning(11)
 # rounds of the search: 6 candidates with 1 step, 2 with 2 steps, 1 with 4 steps
 SETTINGS = dict(steps=4, cfg=3.0, candidates=6, first_steps=1, iterations=2, seed=5)
-SIDE = 64  # pixels along a side of the image, for a latent of 8x8
 Result = namedtuple("Result", "noise seed samples grid preview report")
 
 
@@ -71,12 +71,6 @@ def vae():
 def vision():
     with torch.inference_mode():
         return modules.load_vision()
-
-
-def references(count=2):
-    """Smooth random images [count, 50, 40, 3]."""
-    coarse = torch.rand(count, 3, 5, 4, generator=torch.Generator().manual_seed(4))
-    return F.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
 
 
 def empty():
@@ -120,24 +114,6 @@ def sampler_of(model, sampler="euler"):
 def plain(model, seed, samples=None, **settings):
     """Samples of KSampler for ``seed``, with four steps and cfg 3 by default."""
     return ksample(model, *WORDS, samples or empty(), **{"steps": 4, "cfg": 3.0, "seed": seed, **settings})
-
-
-@in_inference_mode
-def score_of(model, vae, vision, latents):
-    """Score of each latent, computed with ComfyUI's VAE and image encoder.
-
-    10 (1 - cosine similarity of the embeddings) + mean squared difference of the latents.
-    """
-
-    def embedding(images):
-        return torch.cat([vision.encode_image(image)["image_embeds"] for image in images.split(1)]).double()
-
-    squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
-    appearance = model.model.process_latent_in(vae.encode(squashed.movedim(1, -1))).mean(0).double()
-    semantic = embedding(references()).mean(0)
-    cosine = F.cosine_similarity(embedding(vae.decode(latents)), semantic[None])
-    difference = ((model.model.process_latent_in(latents).double() - appearance) ** 2).flatten(1).mean(1)
-    return (10 * (1 - cosine) + difference).tolist()
 
 
 def ranked(model, vae, vision, seeds, steps):

@@ -21,11 +21,12 @@ from chorus.techniques.seed_select.noise_patches import Patches, random_halves
 from chorus.tests.families.tiny_vae import tiny_vae
 from chorus.tests.support.head_training import Scaled
 from chorus.tests.support.lifecycle import interrupt_at
+from chorus.tests.support.seeds import SIDE, references, score_of
 from chorus.tests.support.tiny_models import conditioning, defaults, in_inference_mode, latent, unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = conditioning(10), conditioning(11)
-SIDE, STEPS, CFG = 64, 3, 3.0
+STEPS, CFG = 3, 3.0
 FEW = dict(steps=STEPS, cfg=CFG, patches=2, pairs=3, checks=1, seed=30)
 Result = namedtuple("Result", "image mask sheet report")
 
@@ -45,11 +46,6 @@ def vae():
 def vision():
     with torch.inference_mode():
         return modules.load_vision()
-
-
-def references():
-    coarse = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(4))
-    return F.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
 
 
 @in_inference_mode
@@ -85,19 +81,6 @@ def sampled(model, noise, samples=None, sampler="euler"):
     return custom.SamplerCustomAdvanced.execute(noise, guider, chosen, sigmas, samples).args[0]["samples"]
 
 
-@in_inference_mode
-def score_of(model, vae, vision, latents):
-    """10 (1 - cosine similarity of the embeddings) + mean squared difference of the latents."""
-
-    def embedding(images):
-        return torch.cat([vision.encode_image(image)["image_embeds"] for image in images.split(1)]).double()
-
-    squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
-    appearance = model.model.process_latent_in(vae.encode(squashed.movedim(1, -1))).mean(0).double()
-    cosine = F.cosine_similarity(embedding(vae.decode(latents)), embedding(references()).mean(0)[None])
-    return float(10 * (1 - cosine) + ((model.model.process_latent_in(latents).double() - appearance) ** 2).mean())
-
-
 def quarter(kept):
     """Mask [1, 8, 8] of which quarters of the latent ``kept`` [4] names."""
     return kept.float().reshape(1, 2, 2).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -109,7 +92,7 @@ def test_map_and_check_equal_those_recomputed_with_plain_runs(model, vae, vision
 
     def score(kept, seed):
         noise = CombineNoise.execute(noise_of(5), noise_of(seed), quarter(kept), 0.5).args[0]
-        return score_of(model, vae, vision, sampled(model, noise))
+        return score_of(model, vae, vision, sampled(model, noise))[0]
 
     rises = torch.zeros(4, dtype=torch.float64)
     for k, half in enumerate(halves):
@@ -118,7 +101,7 @@ def test_map_and_check_equal_those_recomputed_with_plain_runs(model, vae, vision
     rows = [[float(v) for v in line.split()] for line in found.report.splitlines()[3:5]]
     assert torch.tensor(rows).flatten().tolist() == pytest.approx(rises.tolist(), abs=0.006 * float(rises.abs().max()))
 
-    own = score_of(model, vae, vision, sampled(model, noise_of(5)))
+    own = score_of(model, vae, vision, sampled(model, noise_of(5)))[0]
     assert float(re.search(r"found noise: (\S+)", found.report)[1]) == pytest.approx(own, rel=1e-3)
     marked = torch.zeros(4, dtype=torch.bool)
     marked[rises.argsort(descending=True)[:2]] = True
@@ -149,7 +132,7 @@ def test_outputs_show_the_image_and_the_marked_half(model, vae, run):
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde"])
 def test_stochastic_samplers_add_the_same_noise_in_all_images(model, vae, vision, run, sampler):
     found = run(sampler_name=sampler, checks=0)
-    own = score_of(model, vae, vision, sampled(model, noise_of(5), sampler=sampler))
+    own = score_of(model, vae, vision, sampled(model, noise_of(5), sampler=sampler))[0]
     assert float(re.search(r"found noise: (\S+)", found.report)[1]) == pytest.approx(own, rel=1e-3)
 
 

@@ -1,9 +1,10 @@
-"""Conditionings, latents and memory limits for tests of SeedSelect."""
+"""Conditionings, latents, references, scores and memory limits for tests of SeedSelect and SeedMap."""
 
 import comfy.model_management
 import comfy.samplers
 import nodes as host_nodes
 import torch
+import torch.nn.functional as F
 
 from chorus.tests.support.tiny_models import (
     conditioning,
@@ -12,6 +13,31 @@ from chorus.tests.support.tiny_models import (
 )
 
 WORDS = conditioning(10), conditioning(11)
+SIDE = 64  # pixels along a side of the image, for a latent of 8x8
+
+
+def references(count=2):
+    """Smooth random images [count, 50, 40, 3]."""
+    coarse = torch.rand(count, 3, 5, 4, generator=torch.Generator().manual_seed(4))
+    return F.interpolate(coarse, (50, 40), mode="bilinear").movedim(1, -1).contiguous()
+
+
+@in_inference_mode
+def score_of(model, vae, vision, latents):
+    """Score of each latent, computed with ComfyUI's VAE and image encoder.
+
+    10 (1 - cosine similarity of the embeddings) + mean squared difference of the latents.
+    """
+
+    def embedding(images):
+        return torch.cat([vision.encode_image(image)["image_embeds"] for image in images.split(1)]).double()
+
+    squashed = F.interpolate(references().movedim(-1, 1), (SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+    appearance = model.model.process_latent_in(vae.encode(squashed.movedim(1, -1))).mean(0).double()
+    semantic = embedding(references()).mean(0)
+    cosine = F.cosine_similarity(embedding(vae.decode(latents)), semantic[None])
+    difference = ((model.model.process_latent_in(latents).double() - appearance) ** 2).flatten(1).mean(1)
+    return (10 * (1 - cosine) + difference).tolist()
 
 
 @in_inference_mode
